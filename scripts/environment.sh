@@ -1,0 +1,20 @@
+# Sourced by the other scripts from the repository's root: sets $python to one that has what the extras in $1 need.
+# With ESFT_PYTHON=/path/to/python that environment is used as it is, and nothing is installed.
+if [ -n "${ESFT_PYTHON:-}" ]; then
+    python=$ESFT_PYTHON
+else
+    python=.venv/bin/python
+    wanted="$1 $(cat pyproject.toml constraints.txt | cksum)"
+    if [ ! -x "$python" ]; then
+        ${PYTHON:-python3} -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            { echo "error: Python 3.10 or newer is needed; point PYTHON to one" >&2; exit 2; }
+        ${PYTHON:-python3} -m venv .venv
+    fi
+    if ! grep -qsxF "$wanted" .venv/installed; then
+        echo "Installing into .venv (once; minutes on a slow line)"
+        # torch by its exact version first: a looser requirement may fetch another build
+        "$python" -m pip install -q --disable-pip-version-check -c constraints.txt "$(grep '^torch==' constraints.txt)"
+        "$python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$1]"
+        echo "$wanted" >>.venv/installed
+    fi
+fi
