@@ -1,0 +1,194 @@
+"""The experts' forward and backward as grouped GEMMs, with weight gradients for the trained prefix only.
+
+    h = x W_up^T (+ b)     a = gate(h)     y = a W_down^T (+ b)     out_t = sum_k w_tk y_tk
+
+Rows are sorted by expert, trained experts first (`experts.TrainedExperts`), so the rows that reach trained experts are
+the prefix [:n] and their weight gradient is one grouped product over it (T tokens, K top-k, N = T*K routed rows):
+
+    sorted rows   | expert 2 | expert 5 | expert 6 | expert 0 | expert 1 | ...        N rows
+    dW            |<------------ n rows ---------->|   not computed: frozen
+    dx            |<------------------------ all N rows ------------------->|
+
+Why not the library's grouped_mm with autograd: it computes and stores the gradient of all E experts, and it keeps
+for backward the gathered x, h, the gate's parts, a and y. Here backward keeps the tokens x (which the residual stream
+holds anyway) and h; a is recomputed elementwise, and the gradient of the routing weights comes from the product that
+backward needs anyway: <g, y> = <g W_down, a> (+ <g, b>), so that y is never stored. The forward's values
+are those of the library's grouped_mm bit for bit.
+
+The same function, without trained experts, serves the layers that have none. `reference_experts_forward` is the same
+mathematics as a plain loop over experts under autograd; tests compare the two.
+
+Legend: T tokens, K top-k, N = T*K routed rows, n of them on trained experts, D hidden, F expert hidden, E experts,
+S trained experts of the layer; _TD etc. name the dimensions of a tensor.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .experts import fused_names
+
+IMPLEMENTATION = "esft"
+REFERENCE = "esft_reference"
+
+
+def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    """Forward of a fused experts module, registered with transformers as "esft".
+
+    Args:
+        x_TD: tokens, (T, D).
+        topk_ids_TK: expert ids as the router gives them, (T, K).
+        topk_weights_TK: gate weights that multiply the experts' outputs, (T, K).
+
+    Returns:
+        (T, D), in the dtype of `x_TD`.
+    """
+    trained = getattr(module, "trained", None)
+    if trained is None:
+        return _GroupedExperts.apply(module, x_TD, topk_weights_TK, topk_ids_TK)
+    trained.push()
+    params = (getattr(trained, name) for name in fused_names(module))
+    return _GroupedExperts.apply(module, x_TD, topk_weights_TK, trained.row_of_E[topk_ids_TK], *params)
+
+
+def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    """`esft_experts_forward` as a loop over experts, slow and obvious, registered as "esft_reference"."""
+    trained = getattr(module, "trained", None)
+    S = trained.num_trained if trained else 0
+    rows_TK = trained.row_of_E[topk_ids_TK] if trained else topk_ids_TK
+    up_name, down_name, *_ = fused_names(module)
+
+    def linear(x: Tensor, name: str, row: int) -> Tensor:
+        source, bias_name = (trained if row < S else module), f"{name}_bias"
+        weight = getattr(source, name)[row].to(x.dtype)
+        y = x @ weight if module.is_transposed else x @ weight.T
+        return y + getattr(source, bias_name)[row].to(x.dtype) if module.has_bias else y
+
+    out_TD = torch.zeros_like(x_TD)
+    for row in rows_TK.unique().tolist():
+        token, k = torch.where(rows_TK == row)
+        y = linear(_activate(module, linear(x_TD[token], up_name, row)), down_name, row)
+        if module.has_post_expert_norm:
+            y = module.post_expert_norm(y)
+        out_TD = out_TD.index_add(0, token, (y * topk_weights_TK[token, k, None]).to(x_TD.dtype))
+    return out_TD
+
+
+def _activate(module: nn.Module, h: Tensor) -> Tensor:
+    return module._apply_gate(h) if module.has_gate else module.act_fn(h)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Inputs with a gradient: x_TD, topk_weights_TK and the trained parameters (S, ...) in the order of fused_names."""
+
+    @staticmethod
+    def forward(ctx, module, x_TD, topk_weights_TK, rows_TK, *trained):
+        fused = [getattr(module, name).data for name in fused_names(module)]
+        up, down = fused[:2]
+        up_bias, down_bias = fused[2:] or (None, None)
+        dtype, x_TD = x_TD.dtype, x_TD.to(up.dtype)
+        T, K = rows_TK.shape
+        row_N, perm_N = torch.sort(rows_TK.reshape(-1), stable=True)
+        inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
+        offs_E = torch.searchsorted(row_N, torch.arange(module.num_experts, device=row_N.device), right=True).int()
+
+        h_N = _grouped_linear(x_TD[perm_N // K], up, offs_E, module.is_transposed)
+        if module.has_bias:
+            h_N += up_bias[row_N]
+        a_NF = _activate(module, h_N)
+        y_ND = _grouped_linear(a_NF, down, offs_E, module.is_transposed)
+        if module.has_bias:
+            y_ND += down_bias[row_N]
+        if module.has_post_expert_norm:
+            y_ND = module.post_expert_norm(y_ND)
+        y_ND = y_ND * topk_weights_TK.reshape(-1)[perm_N, None]
+        out_TD = y_ND[inverse_N].view(T, K, y_ND.shape[1]).sum(1).to(dtype)
+
+        ctx.module, ctx.dtype, ctx.num_trained = module, dtype, trained[0].shape[0] if trained else 0
+        ctx.save_for_backward(x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E)
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_TD):
+        module, S = ctx.module, ctx.num_trained
+        x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E = ctx.saved_tensors
+        _, need_x, need_weights, _, *need_trained = ctx.needs_input_grad
+        (T, K), transposed = topk_weights_TK.shape, module.is_transposed
+        fused = [getattr(module, name).data for name in fused_names(module)]
+        # Rows of the trained prefix. On an accelerator reading n would stall the stream, and need not be done:
+        # grouped_mm stops at the last offset.
+        n = N = len(row_N)
+        if S and row_N.device.type == "cpu":
+            n = int(offs_E[S - 1])
+        if not (need_x or need_weights):  # nothing trained below this layer: only the prefix matters
+            N, offs_E, fused = n, offs_E[:S], [w[:S] for w in fused]
+        up, down = fused[:2]
+        token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
+
+        g_ND = g_TD.to(x_TD.dtype)[token_N]
+        with torch.enable_grad():
+            h_N = h_N[:N].detach().requires_grad_()
+            a_NF = _activate(module, h_N)
+        dweight_N = None
+        if module.has_post_expert_norm:
+            y_ND = _grouped_linear(a_NF.detach(), down, offs_E, transposed)
+            if module.has_bias:
+                y_ND += fused[3][row_N[:N]]
+            with torch.enable_grad():
+                y_ND.requires_grad_()
+                normed_ND = module.post_expert_norm(y_ND)
+            dweight_N = (g_ND * normed_ND.detach()).sum(-1)
+            g_ND = torch.autograd.grad(normed_ND, y_ND, (g_ND * weight_N1).to(normed_ND.dtype))[0]
+            weight_N1 = torch.ones_like(weight_N1)
+        da_NF = _grouped_linear(g_ND, down, offs_E, not transposed)
+        if need_weights and dweight_N is None:
+            dweight_N = (da_NF * a_NF.detach()).sum(-1)
+            if module.has_bias:
+                dweight_N += (g_ND * fused[3][row_N[:N]]).sum(-1)
+        dh_N = torch.autograd.grad(a_NF, h_N, (da_NF * weight_N1).to(a_NF.dtype))[0]
+
+        dtrained = []
+        if any(need_trained):
+            # the routing weight is applied to whichever factor is at hand with F columns, not D
+            wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)
+            dtrained = [
+                _grouped_outer(dh_N[:n], x_TD[token_N[:n]], offs_E[:S], transposed),
+                _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], transposed),
+            ]
+            if module.has_bias:
+                dtrained += [
+                    _segment_sum(dh_N[:n], row_N[:n], S),
+                    _segment_sum(g_ND[:n] * weight_N1[:n], row_N[:n], S),
+                ]
+            dtrained = [grad.float() for grad in dtrained]  # trained parameters are fp32 (experts.py)
+
+        dx_TD = dweight_TK = None
+        if need_x:
+            dx_ND = _grouped_linear(dh_N, up, offs_E, not transposed)
+            dx_TD = dx_ND[inverse_N].view(T, K, dx_ND.shape[1]).sum(1).to(ctx.dtype)
+        if need_weights:
+            dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
+        return None, dx_TD, dweight_TK, None, *(dtrained or [None] * len(need_trained))
+
+
+def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, transposed: bool) -> Tensor:
+    """Rows of group e times weight[e]: weight is (groups, I, O) if `transposed` else (groups, O, I); returns (N, O)."""
+    return grouped_mm(x_NI, weight if transposed else weight.transpose(-2, -1), offs=offs)
+
+
+def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, transposed: bool) -> Tensor:
+    """Weight gradient of `_grouped_linear` for the first len(offs) groups; rows past the last offset are not read."""
+    return grouped_mm(x_nI.T, dy_nO, offs=offs) if transposed else grouped_mm(dy_nO.T, x_nI, offs=offs)
+
+
+def _segment_sum(rows: Tensor, group: Tensor, S: int) -> Tensor:
+    """Sum of the rows of each group < S (bias gradients); (n, C), (n,) -> (S, C)."""
+    total = torch.zeros(S + 1, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return total.index_add_(0, group.clamp(max=S), rows.float())[:S]
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, esft_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(REFERENCE, reference_experts_forward)
