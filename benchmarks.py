@@ -1,0 +1,353 @@
+"""Answers and their scores: batched greedy generation, the metrics of each task, and the summary with its interval.
+
+    rows -> evaluate(model, tokenizer, rows, EVALUATORS["intent"]) -> results -> summarize(results)
+
+An evaluator has `.metrics(prediction, answers)`, which returns every metric of the task in percent (0..100), and
+`.primary`, the name of the one that counts. With several gold answers a metric is its best over them. A metric that
+cannot be computed (a gold answer that is empty, or not of the form the metric needs) is None: it is left out of every
+mean and counted in the summary, never taken for a 0. A prediction, whatever its text, always gets its metrics.
+
+intent   Exact match: prediction and answer, stripped of white space and of one final full stop ("。" or "."), are the
+         same JSON value, so the order of keys does not matter and that of lists does; an answer that is not JSON is
+         compared as text. This rule gives the scores published with the paper. Slot F1: harmonic mean of precision
+         and recall over (slot, value) pairs; a list is one pair per item.
+rouge_l  F measure of the longest common subsequence (rouge-score) of lower-cased words; Chinese characters and kana
+         are words of their own.
+chrf     chrF2 of sacrebleu per sample; the mean over samples differs a little from a corpus chrF.
+
+Generation sorts the prompts by length and cuts the sorted list into batches. `shard` deals whole batches to ranks, so
+a sample meets the same neighbours, and the same padding, however many ranks there are.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from utils import encode_prompt, read_rows, suggest
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+_NOT_JSON = object()
+
+
+def _json_value(text: str) -> object:
+    """The JSON value that `text` spells, white space and one final full stop aside; _NOT_JSON where it spells none."""
+    text = text.strip()
+    try:
+        return json.loads(text[:-1] if text.endswith(("。", ".")) else text)
+    except (ValueError, RecursionError):
+        return _NOT_JSON
+
+
+def json_exact_match(prediction: str, answer: str) -> float:
+    """100 or 0. See the module's docstring for the rule."""
+    gold = _json_value(answer)
+    if gold is _NOT_JSON:
+        return exact_match(prediction, answer)
+    return 100.0 * (_json_value(prediction) == gold)
+
+
+def _slots(value: object) -> Counter | None:
+    """The (slot, value) pairs of {"intent": .., "slots": {..}} as a multiset; None where `value` has another form."""
+    slots = value.get("slots", {}) if isinstance(value, dict) else None
+    if not isinstance(slots, dict):
+        return None
+    pairs = ((name, item) for name, items in slots.items() for item in (items if isinstance(items, list) else [items]))
+    try:
+        return Counter((name, json.dumps(item, sort_keys=True)) for name, item in pairs)
+    except RecursionError:
+        return None
+
+
+def slot_f1(prediction: str, answer: str) -> float | None:
+    """F1 over slots, 0..100. None wanted, none given: 100. Unreadable prediction: 0. Unreadable gold: None."""
+    gold, found = _slots(_json_value(answer)), _slots(_json_value(prediction))
+    if gold is None:
+        return None
+    if found is None:
+        return 0.0
+    total = gold.total() + found.total()
+    return 200.0 * (gold & found).total() / total if total else 100.0
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """100 where the two texts are equal but for white space around them, else 0."""
+    return 100.0 * (prediction.strip() == answer.strip())
+
+
+class _Words:
+    """Tokenizer for rouge-score, whose own drops everything that is not a-z or a digit."""
+
+    _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    _PATTERN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._PATTERN.findall(text.lower())
+
+
+def _missing(library: str) -> ValueError:
+    return ValueError(f"this metric needs {library}, which is not installed: pip install -e '.[eval]'")
+
+
+@cache
+def _rouge():
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise _missing("rouge-score") from None
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+@cache
+def _chrf():
+    try:
+        from sacrebleu.metrics import CHRF
+    except ImportError:
+        raise _missing("sacrebleu") from None
+    return CHRF()
+
+
+def rouge_l(prediction: str, answer: str) -> float | None:
+    """ROUGE-L F measure, 0..100; None where the gold answer holds no word."""
+    scorer = _rouge()
+    if not _Words().tokenize(answer):
+        return None
+    return 100.0 * scorer.score(answer, prediction)["rougeL"].fmeasure
+
+
+def chrf(prediction: str, answer: str) -> float | None:
+    """Sentence chrF2, 0..100; None where the gold answer is blank."""
+    scorer = _chrf()
+    return scorer.sentence_score(prediction, [answer]).score if answer.strip() else None
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Metrics that compare a prediction with one gold answer at a time. What has both members can replace it."""
+
+    primary: str
+    functions: dict[str, Callable[[str, str], float | None]]
+
+    def metrics(self, prediction: str, answers: list[str]) -> dict[str, float | None]:
+        """Every metric by its name: the best over `answers`, 0..100, or None where none of them allows it."""
+        values = {name: [function(prediction, gold) for gold in answers] for name, function in self.functions.items()}
+        return {name: max((v for v in found if v is not None), default=None) for name, found in values.items()}
+
+
+EVALUATORS = {
+    "intent": Evaluator("exact_match", {"exact_match": json_exact_match, "slot_f1": slot_f1}),
+    "summary": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf}),
+    "law": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf}),
+    "translation": Evaluator("chrf", {"chrf": chrf, "rouge_l": rouge_l}),
+    "general": Evaluator("exact_match", {"exact_match": exact_match}),
+}
+
+
+def get_evaluator(dataset_name: str, evaluator_name: str | None = None) -> Evaluator:
+    """The evaluator asked for, else the one of the dataset's name, else ROUGE-L and chrF, which fit any text.
+
+    Raises ValueError for an unknown `evaluator_name`, and where a library that the metrics need is not installed.
+    """
+    if evaluator_name is not None and evaluator_name not in EVALUATORS:
+        raise ValueError(
+            f"--evaluator {evaluator_name} is none of {', '.join(EVALUATORS)}{suggest(evaluator_name, EVALUATORS)}"
+        )
+    evaluator = EVALUATORS.get(evaluator_name or dataset_name, EVALUATORS["summary"])
+    evaluator.metrics("a", ["a"])  # a library that is missing shows here, before a model is loaded
+    return evaluator
+
+
+# ------------------------------------------------------------------------------------------------ eval files
+
+
+def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list[dict]:
+    """The rows {"prompt", "raw_answers", ...} of an eval dataset, in the order of its file.
+
+    `n_samples` draws that many without replacement (seeded) and keeps the order. `answers` stands in where
+    `raw_answers` is missing. Raises ValueError naming file and line for a row that lacks them.
+    """
+    rows = []
+    for where, row in read_rows(dataset, "eval"):
+        answers = row.get("raw_answers", row.get("answers"))
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise ValueError(f'{where}: the key "prompt" must hold the text of the question')
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise ValueError(f'{where}: the key "raw_answers" must hold a list of at least one gold answer, as text')
+        rows.append({**row, "raw_answers": answers})
+    if not rows:
+        raise ValueError(f"{dataset} holds no row to evaluate on")
+    if n_samples is not None and n_samples < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n_samples))]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+class Completion(NamedTuple):
+    """An answer: its text, the tokens generated (with the one that ends it), and whether max_new_tokens cut it off."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Indices sorted by length, longest first (what does not fit in memory fails at once), cut into batches."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def shard(prompts: list[str], tokenizer, *, batch_size: int, template: str, rank: int, world_size: int) -> list[int]:
+    """Indices of the prompts of `rank`: every world_size-th batch of the joint sorted list.
+
+    `generate` on just these prompts forms the same batches again, since the only one that may be short is the last.
+    """
+    lengths = [len(encode_prompt(prompt, tokenizer, template)) for prompt in prompts]
+    return [i for batch in _batches(lengths, batch_size)[rank::world_size] for i in batch]
+
+
+def _eos_ids(model, tokenizer) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those of the generation config (chat models may have several)."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [tokenizer.eos_token_id, *configured] if i is not None})
+
+
+@contextmanager
+def _plain_greedy(model, config: GenerationConfig) -> Iterator[None]:
+    """Set the model's own generation config aside: its temperature would warn, its penalties change the answers."""
+    kept, model.generation_config = model.generation_config, config
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+        model.train(training)
+
+
+def complete(
+    model,
+    tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
+    template: str = "chat",
+    progress: bool = True,
+) -> list[Completion]:
+    """Greedy answers to `prompts`, in their order.
+
+    Prompts are padded on the left to the longest of their batch; an answer ends before its first end token.
+    `progress` shows a bar over samples on stderr.
+    """
+    encoded = [encode_prompt(prompt, tokenizer, template) for prompt in prompts]
+    eos = _eos_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos or None, pad_token_id=pad
+    )
+    device = model.get_input_embeddings().weight.device
+    done: dict[int, Completion] = {}
+    with _plain_greedy(model, config), tqdm(total=len(prompts), unit="sample", disable=not progress) as bar:
+        for batch in _batches([len(ids) for ids in encoded], batch_size):
+            width = len(encoded[batch[0]])
+            ids_BT = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=device)
+            mask_BT = torch.tensor(
+                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch], device=device
+            )
+            new_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)[:, width:]
+            for i, ids in zip(batch, new_BT.tolist()):
+                stop = next((t for t, token in enumerate(ids) if token in eos), None)
+                text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+                done[i] = Completion(text, len(ids) if stop is None else stop + 1, stop is None)
+            bar.update(len(batch))
+    return [done[i] for i in range(len(prompts))]
+
+
+def generate(model, tokenizer, prompts: list[str], **options) -> list[str]:
+    """The texts of `complete`, which takes the options."""
+    return [completion.text for completion in complete(model, tokenizer, prompts, **options)]
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def score(row: dict, completion: Completion, evaluator: Evaluator) -> dict:
+    """One line of a completions file: `score` is the primary metric as a share of 1, `metrics` are in percent."""
+    metrics = evaluator.metrics(completion.text, row["raw_answers"])
+    primary = metrics[evaluator.primary]
+    return {
+        "example": {"prompt": row["prompt"], "raw_prediction": completion.text, "raw_answers": row["raw_answers"]},
+        "score": None if primary is None else primary / 100,
+        "metrics": metrics,
+        "tokens": completion.tokens,
+        "truncated": completion.truncated,
+        **({"skill": str(row["skill"])} if "skill" in row else {}),
+    }
+
+
+def evaluate(model, tokenizer, rows: list[dict], evaluator: Evaluator, **options) -> list[dict]:
+    """Answer every row of `load_rows` and score it: the lines of a completions file, in the order of `rows`.
+
+    The options are those of `complete`.
+    """
+    completions = complete(model, tokenizer, [row["prompt"] for row in rows], **options)
+    return [score(row, completion, evaluator) for row, completion in zip(rows, completions)]
+
+
+def _bootstrap(groups: list[np.ndarray], resamples: int, seed: int) -> list[float]:
+    """95 % percentile interval of the mean of the groups' means; samples are drawn again within each group."""
+    rng = np.random.default_rng(seed)
+    means_R = np.zeros(resamples)
+    for values in groups:
+        step = max(1, 10_000_000 // len(values))  # draws held in memory at once
+        for start in range(0, resamples, step):
+            part = means_R[start : start + step]
+            part += values[rng.integers(len(values), size=(len(part), len(values)))].mean(axis=1) / len(groups)
+    return [round(float(bound), 4) for bound in np.percentile(means_R, [2.5, 97.5])]
+
+
+def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
+    """Means in percent over the lines that `evaluate` returns.
+
+    {"n", "mean", "ci95": [low, high], "metrics": {name: mean}, "missing": {name: count of None},
+     "groups": {skill: {"n", "mean"}}}
+
+    `mean` is that of the scores. Where rows carry a "skill", means are macro averages, each skill counting the same.
+    What could not be computed is left out; with nothing left a mean is None.
+    """
+
+    def by_skill(value: Callable[[dict], float | None]) -> dict[str, np.ndarray]:
+        found: dict[str, list[float]] = {}
+        for result in results:
+            if value(result) is not None:
+                found.setdefault(result.get("skill", ""), []).append(value(result))
+        return {skill: np.array(values) for skill, values in found.items()}
+
+    def mean(groups: dict[str, np.ndarray]) -> float | None:
+        return round(float(np.mean([values.mean() for values in groups.values()])), 4) if groups else None
+
+    names = list(results[0]["metrics"]) if results else []
+    scores = by_skill(lambda result: None if result["score"] is None else 100 * result["score"])
+    return {
+        "n": len(results),
+        "mean": mean(scores),
+        "ci95": _bootstrap(list(scores.values()), resamples, seed) if scores else None,
+        "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"][name])) for name in names},
+        "missing": {name: sum(result["metrics"][name] is None for result in results) for name in names},
+        "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
+    }

@@ -1,0 +1,216 @@
+"""Metrics and summaries: the published scores are met, no prediction crashes, what cannot be computed is no zero."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import benchmarks
+from benchmarks import EVALUATORS, Completion, get_evaluator, load_rows, score, slot_f1, summarize
+
+GOLD = '{"intent": "Alarm-Update", "slots": {"date": "周一", "notes": ["跑步", "吃饭"]}}'
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def lines(values, metric="exact_match", skills=None) -> list[dict]:
+    """Result lines with these scores in percent."""
+    skills = skills or [None] * len(values)
+    return [
+        {"score": None if v is None else v / 100, "metrics": {metric: v}} | ({"skill": s} if s else {})
+        for v, s in zip(values, skills)
+    ]
+
+
+def test_intent_gives_the_published_score_of_every_released_answer(official):
+    released = read(official / "intent" / "completions.jsonl")
+    rows = load_rows(str(official / "intent" / "eval.jsonl"))
+    assert len(released) == len(rows) == 60 and len({line["score"] for line in released}) == 2
+    for row, line in zip(rows, released):
+        ours = score(row, Completion(line["example"]["raw_prediction"], 1, False), get_evaluator("intent"))
+        assert ours["example"] == line["example"]
+        assert ours["score"] == line["score"], line["example"]["raw_prediction"]
+        assert (ours["metrics"]["slot_f1"] == 100) == (line["score"] == 1)  # here, no answer fails on the intent alone
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        (GOLD, 100),
+        (f" \n{GOLD}。\n\n", 100),
+        (GOLD + ".", 100),
+        ('{"slots": {"notes": ["跑步", "吃饭"], "date": "周一"}, "intent": "Alarm-Update"}', 100),
+        (GOLD.replace('["跑步", "吃饭"]', '["吃饭", "跑步"]'), 0),
+        (GOLD.replace("Alarm-Update", "Alarm-Query"), 0),
+        (GOLD + "。。", 0),
+        ("答案：" + GOLD, 0),
+        (GOLD[:-1], 0),
+        ("", 0),
+    ],
+)
+def test_intent_compares_values_not_texts(prediction, expected):
+    assert EVALUATORS["intent"].metrics(prediction, [GOLD])["exact_match"] == expected
+
+
+def test_the_best_of_several_gold_answers_counts():
+    other = '{"intent": "Calendar-Query", "slots": {}}'
+    assert EVALUATORS["intent"].metrics(other, [GOLD, other]) == {"exact_match": 100, "slot_f1": 100}
+    assert EVALUATORS["general"].metrics(" 42\n", ["forty-two", "42"]) == {"exact_match": 100}
+    assert EVALUATORS["general"].metrics("4 2", ["42"]) == {"exact_match": 0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        (GOLD, GOLD, 100),
+        ('{"slots": {"date": "周一"}}', GOLD, 50),  # precision 1, recall 1/3
+        ('{"slots": {"notes": ["吃饭", "跑步"], "date": "周二"}}', GOLD, 200 / 3),
+        ('{"slots": {"date": ["周一", "周一", "周一"]}}', GOLD, 100 / 3),  # a repeated value counts once
+        ('{"slots": ["date"]}', GOLD, 0),
+        ("{", GOLD, 0),
+        ('{"intent": "x"}', '{"intent": "x", "slots": {}}', 100),
+        ('{"slots": {"date": 1}}', '{"slots": {}}', 0),
+        ("no", '{"slots": {}}', 0),
+        (GOLD, "not JSON", None),
+    ],
+)
+def test_slot_f1(prediction, answer, expected):
+    assert slot_f1(prediction, answer) == (None if expected is None else pytest.approx(expected))
+
+
+def test_text_metrics_read_chinese_and_order():
+    law = EVALUATORS["law"].metrics
+    assert law("判处有期徒刑三年", ["判处有期徒刑三年。"])["rouge_l"] == 100
+    assert law("判处有期徒刑五年", ["判处有期徒刑三年"])["rouge_l"] == pytest.approx(700 / 8)
+    assert law("the Cat sat", ["The cat sat!"])["rouge_l"] == 100
+    assert law("sat cat the", ["the cat sat"])["rouge_l"] == pytest.approx(100 / 3)
+    translation = EVALUATORS["translation"].metrics
+    assert translation("a small house", ["a small house"])["chrf"] == pytest.approx(100)
+    assert 0 < translation("a small mouse", ["a small house"])["chrf"] < 100
+    assert translation("", ["a small house"]) == {"chrf": 0, "rouge_l": 0}
+
+
+def predictions() -> list[str]:
+    """Texts of every JSON type, whole and cut, and texts that are no JSON at all."""
+    rng = random.Random(0)
+
+    def value(depth: int) -> object:
+        kind = rng.randrange(9 if depth else 6)
+        if kind < 6:
+            return [
+                None,
+                True,
+                rng.randrange(-9, 9),
+                rng.random() * 1e300,
+                rng.choice(["", "周一", "。", "\ud800"]),
+                "",
+            ][kind]
+        if kind == 6:
+            return [value(depth - 1) for _ in range(rng.randrange(4))]
+        keys = rng.choices(["intent", "slots", "date", ""], k=rng.randrange(4))
+        return {key: value(depth - 1) for key in keys}
+
+    texts = [json.dumps(value(4), ensure_ascii=rng.random() < 0.5) for _ in range(400)]
+    texts += [text[: rng.randrange(len(text) + 1)] for text in texts]
+    texts += [f'{{"slots": {json.dumps(value(3))}}}。' for _ in range(200)]
+    texts += [
+        "",
+        " ",
+        "。",
+        ".",
+        "\x00",
+        "NaN",
+        "-Infinity",
+        "1e999",
+        "9" * 5000,
+        "[" * 100_000,
+        '{"slots":{"a":' * 5000,
+    ]
+    texts += ['{"slots": {"a": %s}}' % ("[" * depth + "]" * depth) for depth in (10, 300, 900, 990, 5000)]
+    return texts
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_no_prediction_crashes_an_evaluator(name):
+    evaluator = EVALUATORS[name]
+    for prediction in predictions():
+        for answers in ([GOLD], ["plain text"], ["", "[1, 2]"]):
+            metrics = evaluator.metrics(prediction, answers)
+            assert metrics.keys() == evaluator.functions.keys()
+            assert all(v is None or 0 <= v <= 100.001 for v in metrics.values()), (prediction, answers)
+    assert all(v is None for v in evaluator.metrics("x", []).values())
+
+
+def test_what_cannot_be_computed_is_counted_and_left_out_of_the_means():
+    row = {"prompt": "q", "raw_answers": ["!"]}
+    result = score(row, Completion("an answer", 2, False), EVALUATORS["summary"])
+    assert result["score"] is None and result["metrics"]["rouge_l"] is None and result["metrics"]["chrf"] is not None
+    summary = summarize([*lines([100, 50], "rouge_l"), *lines([None], "rouge_l")])
+    assert (summary["n"], summary["mean"], summary["metrics"], summary["missing"]) == (
+        3, 75, {"rouge_l": 75}, {"rouge_l": 1},
+    )  # fmt: skip
+    nothing = summarize(lines([None, None]))
+    assert nothing["mean"] is None and nothing["ci95"] is None and nothing["missing"] == {"exact_match": 2}
+
+
+def test_interval_is_seeded_and_as_wide_as_theory_says():
+    values = [100.0 * (i % 4 == 0) for i in range(400)]  # mean 25, standard error 2.165
+    summary = summarize(lines(values), seed=1)
+    low, high = summary["ci95"]
+    assert summary["mean"] == 25 and summary == summarize(lines(values), seed=1)
+    assert np.allclose([low, high], [25 - 1.96 * 2.165, 25 + 1.96 * 2.165], atol=0.6)
+    assert summarize(lines([40.0]))["ci95"] == [40, 40]
+
+
+def test_skills_count_the_same_whatever_their_size():
+    summary = summarize(lines([100.0] * 30 + [0.0] * 10, skills=["add"] * 30 + ["copy"] * 10))
+    assert summary["mean"] == summary["metrics"]["exact_match"] == 50 and summary["ci95"] == [50, 50]
+    assert summary["groups"] == {"add": {"n": 30, "mean": 100}, "copy": {"n": 10, "mean": 0}}
+
+
+def test_evaluator_is_that_of_the_name_or_the_one_asked_for():
+    assert get_evaluator("translation") is EVALUATORS["translation"]
+    assert get_evaluator("my_task").primary == "rouge_l"
+    assert get_evaluator("my_task", "general") is EVALUATORS["general"]
+    with pytest.raises(ValueError, match="did you mean 'intent'"):
+        get_evaluator("my_task", "intnet")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("sacrebleu.metrics", "sacrebleu"), ("rouge_score.rouge_scorer", "rouge-score")]
+)
+def test_a_missing_library_is_one_sentence(monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    for scorer in (benchmarks._rouge, benchmarks._chrf):
+        scorer.cache_clear()
+    get_evaluator("intent")
+    with pytest.raises(ValueError, match=rf"{name}.*pip install"):
+        get_evaluator("law")
+
+
+def test_rows_are_checked_and_drawn_in_order(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"idx": i, "prompt": f"q{i}", "answers": [str(i)]} for i in range(20)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert [row["raw_answers"] for row in load_rows(str(path))] == [[str(i)] for i in range(20)]
+    drawn = [row["idx"] for row in load_rows(str(path), 5, seed=3)]
+    assert (
+        len(set(drawn)) == 5 and drawn == sorted(drawn) and drawn == [r["idx"] for r in load_rows(str(path), 5, seed=3)]
+    )
+    for bad in (
+        {"answers": ["x"]},
+        {"prompt": "q"},
+        {"prompt": "q", "answers": []},
+        {"prompt": "q", "raw_answers": [1]},
+    ):
+        path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad))
+        with pytest.raises(ValueError, match=r"mine\.jsonl:2.*(prompt|raw_answers)"):
+            load_rows(str(path))
+    path.write_text("")
+    with pytest.raises(ValueError, match="no row"):
+        load_rows(str(path))
