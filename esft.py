@@ -45,6 +45,7 @@ from deepseek.experts import (
     trained_parameter,
 )
 from deepseek.grouped_gemm import IMPLEMENTATION
+from deepseek.loading import load_base_model, load_tokenizer
 from deepseek.routing import RouterCapture, RouterCounts, read_logs
 from utils import atomic_path, suggest, write_json
 
@@ -55,12 +56,14 @@ __all__ = [
     "adapter_tensors",
     "adapter_views",
     "add_adapter",
+    "check_base",
     "load_base_model",
     "load_esft_model",
     "load_tokenizer",
     "merge",
     "read_adapter",
     "router_fingerprint",
+    "router_parameters",
     "save_adapter",
     "select_experts",
     "to_esft",
@@ -92,15 +95,20 @@ class ExpertScores:
         if not any(self.by_function.values()):
             raise ValueError("there are no scores: no layer has any")
         for function, score_LE in self.by_function.items():
-            width = max(max(score_E, default=-1) for score_E in score_LE.values()) + 1 if score_LE else 0
+            absent = sorted(set().union(*self.by_function.values()) - score_LE.keys())
+            if absent:
+                raise ValueError(f"{function} scores: layer {absent[0]} is missing, which other scores have")
+            width = max(max(score_E, default=-1) for score_E in score_LE.values()) + 1
             for layer, score_E in score_LE.items():
                 where = f"{function} score of layer {layer}"
                 missing = sorted(set(range(width)) - set(score_E))
                 if missing:
                     raise ValueError(f"{where}: expert {missing[0]} is missing ({len(missing)} of {width} are)")
                 for expert, score in score_E.items():
-                    if not isinstance(score, (int, float)) or not math.isfinite(score) or score < 0:
-                        raise ValueError(f"{where}, expert {expert}: {score} is not a score; compute the scores again")
+                    if expert < 0 or not isinstance(score, (int, float)) or not math.isfinite(score) or score < 0:
+                        raise ValueError(
+                            f"{where}, expert {expert}: {score!r} is not a score; compute the scores again"
+                        )
                 total = sum(score_E.values())
                 if total == 0 or (function != "gate" and abs(total - 1) > 0.5 * width * 10 ** -_digits(width) + 1e-6):
                     raise ValueError(f"{where}: the experts' scores sum to {total:g}, not to 1; compute them again")
@@ -162,7 +170,9 @@ class ExpertScores:
             if any(key.endswith("_scores") for key in data):
                 return cls(
                     {
-                        name: {int(layer): {int(e): s for e, s in row.items()} for layer, row in data[key].items()}
+                        name: dict(
+                            sorted((int(la), {int(e): s for e, s in row.items()}) for la, row in data[key].items())
+                        )
                         for name in SCORE_FUNCTIONS
                         if (key := f"{name}_scores") in data
                     },
@@ -197,6 +207,13 @@ def _read_flat(data: Mapping[str, float]) -> dict[int, dict[int, float]]:
 # selection
 
 
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return dict(pairs)
+
+
 @dataclass(frozen=True)
 class ExpertConfig:
     """What is trained: expert ids by decoder layer (best first), and whether shared experts and all else are, too.
@@ -218,7 +235,7 @@ class ExpertConfig:
                 f"{path}: no such expert config; make one with scripts/expert/generate_expert_config.py"
             )
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
         except ValueError as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         try:
@@ -241,7 +258,10 @@ class ExpertConfig:
         experts: dict[int, tuple[int, ...]] = {}
         try:
             if "experts" in data:
-                experts = {int(layer): tuple(ids) for layer, ids in data["experts"].items()}
+                for layer, ids in data["experts"].items():
+                    if int(layer) in experts:
+                        raise ValueError(f"layer {int(layer)} twice")
+                    experts[int(layer)] = tuple(ids)
             else:
                 for layer, expert in data["selected_experts"]:
                     layer = int(str(layer).removeprefix("layer_"))
@@ -300,7 +320,8 @@ def select_experts(
 
     Args:
         strategy: "cumulative" (the paper): best first until the running sum reaches `top_p`, the sum being tested
-            before an expert is added. "fraction": the best `fraction` of the experts, rounded up. "topk": the best `top_k`.
+            before an expert is added. "fraction": the best `fraction` of the experts, rounded up. "topk": the best
+            `top_k`.
             "random": the control: as many as "cumulative" takes in that layer, drawn with `seed`.
 
     Raises:
@@ -320,9 +341,11 @@ def select_experts(
     for layer, score_E in sorted(scores[score_function].items()):
         ranked = sorted(score_E, key=lambda e: (-score_E[e], e))
         if strategy == "fraction":
-            count = math.ceil(fraction * len(ranked))
+            count = max(1, math.ceil(fraction * len(ranked) - 1e-9))  # 0.28 * 25 is 7.000000000000001
         elif strategy == "topk":
-            count = min(top_k, len(ranked))
+            if top_k > len(ranked):
+                raise ValueError(f"top_k is {top_k}, but layer {layer} has {len(ranked)} experts")
+            count = top_k
         else:
             count, total = 0, 0.0
             while count < len(ranked) and total < top_p:
@@ -446,16 +469,24 @@ def adapter_views(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
     return views
 
 
-def router_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the routers' weights in bf16 (in each MoE block, what has E rows beside the experts); "" if none."""
-    digest, found = hashlib.sha256(), False
+def router_parameters(model: nn.Module) -> list[str]:
+    """Names of the routers' weights: in each MoE block, the matrices that have E rows, beside the experts."""
+    names = []
     for name, module in find_experts(model).values():
-        block = model.get_submodule(name.rpartition(".")[0])
-        for key, param in sorted(block.named_parameters()):
+        block = name.rpartition(".")[0]
+        for key, param in sorted(model.get_submodule(block).named_parameters()):
             if param.ndim == 2 and param.shape[0] == module.num_experts and not key.startswith("experts"):
-                digest.update(param.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-                found = True
-    return digest.hexdigest() if found else ""
+                names.append(f"{block}.{key}")
+    return names
+
+
+def router_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the routers' weights in bf16; "" where there are none to be seen."""
+    digest, names = hashlib.sha256(), router_parameters(model)
+    for name in names:
+        weight = model.get_parameter(name).detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(weight.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if names else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -469,7 +500,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = adapter_views(model, state.config)
     for name in _ordinary_parameters(model, state.config):
         module_name, _, param_name = name.rpartition(".")
-        tensors[name] = getattr(model.get_submodule(module_name), param_name).detach()  # the cast, where it has a master
+        tensors[name] = getattr(model.get_submodule(module_name), param_name).detach()  # the cast of its master
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -498,10 +529,12 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         ValueError, FileNotFoundError: no adapter there; a tensor missing, unknown, truncated or of another shape; an
             adapter of another base; an expert that a loaded adapter already holds.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"adapter {folder}: no such folder")
     config = ExpertConfig.load(folder)
     try:
         config.check(model)
-        _check_base(model, folder)
+        check_base(model, folder)
         if (state := getattr(model, "_esft", None)) is None:
             frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
             state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})
@@ -558,7 +591,8 @@ def read_adapter(folder: str | Path, expected: Mapping[str, Tensor]) -> dict[str
     return loaded
 
 
-def _check_base(model: nn.Module, folder: str | Path) -> None:
+def check_base(model: nn.Module, folder: str | Path) -> None:
+    """Raise ValueError where an adapter's notes say that it was made for a base other than `model`."""
     base = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")).get("base")
     base = base if isinstance(base, dict) else {}  # a note of someone else's
     router = getattr(model, "_esft", None)
@@ -588,44 +622,6 @@ def _pull(model: nn.Module) -> None:
     for _, module in find_experts(model).values():
         if hasattr(module, "trained"):
             module.trained.pull()
-
-
-def load_tokenizer(path: str | Path):
-    """The tokenizer of a model folder or a hub id. Raises ValueError or FileNotFoundError where there is none."""
-    from transformers import AutoTokenizer
-
-    return _load(AutoTokenizer, path)
-
-
-def load_base_model(path: str | Path, *, dtype: str | torch.dtype = "auto", device=None, **kwargs):
-    """(model, tokenizer) of a folder or a hub id, through the Auto classes, in evaluation mode and without remote code.
-
-    Args:
-        dtype: as from_pretrained takes it; "auto" is the checkpoint's.
-        device: where to put the model; None leaves it where `kwargs` (device_map) or the default put it.
-
-    Raises:
-        ValueError, FileNotFoundError: no such model, or one that transformers cannot load.
-    """
-    from transformers import AutoModelForCausalLM
-
-    tokenizer = load_tokenizer(path)
-    model = _load(AutoModelForCausalLM, path, dtype=dtype, **kwargs)
-    if device is not None:
-        model = model.to(device)
-    return model.eval(), tokenizer
-
-
-def _load(auto_class, path: str | Path, **kwargs):
-    path = str(path)
-    if not Path(path).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise FileNotFoundError(f"model {path!r}: no such folder, and not a hub id (owner/name)")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"model {path!r}: the folder has no config.json, so it is no model")
-    try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"model {path!r} cannot be loaded: {error}") from error
 
 
 def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, **kwargs):

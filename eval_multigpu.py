@@ -25,7 +25,8 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 import esft
 from benchmarks import EVALUATORS, Evaluator, evaluate, get_evaluator, load_rows, shard, summarize
-from utils import environment, run_cli, write_json, write_jsonl, write_text
+from deepseek.loading import plan_devices
+from utils import environment, positive, run_cli, write_json, write_jsonl, write_text
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,6 @@ class Job:
     @property
     def summary_path(self) -> Path:
         return self.output_path.with_suffix(".summary.json")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,40 +86,11 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[str]]:
-    """The devices of every rank, e.g. [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]] or [["cpu"]]."""
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and not gpus:
-        raise ValueError("--device cuda: torch sees no GPU here, give --device cpu or check the driver")
-    if device == "cpu" or not gpus:
-        if gpus_per_rank > 1:
-            raise ValueError(f"--gpus_per_rank {gpus_per_rank} needs GPUs and this run is on the CPU: leave it out")
-        return [["cpu"]] * world_size
-    if world_size * gpus_per_rank > gpus:
-        raise ValueError(
-            f"--world_size {world_size} with --gpus_per_rank {gpus_per_rank} needs {world_size * gpus_per_rank} GPUs "
-            f"and torch sees {gpus}: lower one of them"
-        )
-    return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
-
-
 def load_model(args: argparse.Namespace, devices: list[str]):
-    """-> (model, tokenizer), with the adapter, on `devices`, by whole layers where they are several."""
-    if devices[0] != "cpu":
-        torch.cuda.set_device(devices[0])  # some kernels start on the current device, wherever their tensors are
-    place: dict = {"device": devices[0]}
-    if len(devices) > 1:
-        gpus = [torch.device(device).index for device in devices]
-        free = {gpu: int(0.8 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}  # bytes; the rest is for the cache
-        place = {"device_map": "auto", "max_memory": free}
-    model, tokenizer = esft.load_base_model(args.base_model_path, dtype=args.dtype, **place)
-    if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
-        raise ValueError(
-            f"--base_model_path {args.base_model_path} does not fit on {', '.join(devices)}: raise --gpus_per_rank"
-        )
-    if args.adapter_dir:
-        esft.add_adapter(model, args.adapter_dir)
-    return model, tokenizer
+    """-> (model, tokenizer), with the adapter, on `devices`."""
+    device = devices if len(devices) > 1 else devices[0]
+    model, tokenizer = esft.load_base_model(args.base_model_path, dtype=args.dtype, device=device)
+    return esft.add_adapter(model, args.adapter_dir) if args.adapter_dir else model, tokenizer
 
 
 def run_rank(args: argparse.Namespace, jobs: list[Job], rank: int, devices: list[str]) -> Iterator[dict]:

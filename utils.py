@@ -14,6 +14,7 @@ Labels come from a chat template without knowing it: what the text gains between
 assistant is to speak" and "the same with the answer" is the answer.
 """
 
+import argparse
 import bisect
 import codecs
 import contextlib
@@ -112,6 +113,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def positive(text: str) -> int:
+    """A type for argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def environment() -> dict:
@@ -438,9 +446,7 @@ def pack(encoded: list[Encoded], seq_length: int, overlong: str = "error", seed:
     order.sort(key=lambda i: -len(encoded[i]))  # stable: equals stay shuffled
     packs: list[Pack] = []
     open_packs: dict[int, list[Pack]] = {}  # by the number of tokens they have left ...
-    rooms: list[
-        int
-    ] = []  # ... which are these, ascending: at most seq_length of them, so a step costs O(log seq_length)
+    rooms: list[int] = []  # ... which are these, ascending: at most seq_length of them, so a step is O(log seq_length)
     for i in order:
         size = min(len(encoded[i]), seq_length)
         at = bisect.bisect_left(rooms, size)

@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether transformers' experts protocol is behind this module (its layout flags are present)."""
-    return all(hasattr(module, flag) for flag in _FLAGS)
+    return all(hasattr(module, flag) for flag in LAYOUT_FLAGS)
 
 
 def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -128,7 +128,6 @@ class TrainedExperts(nn.Module):
         for name, param in self.named_parameters(recurse=False):
             yield name, param, getattr(self._owner[0], name).data[: self.num_trained]
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def push(self) -> None:
         """Make W[:S] hold what the parameters hold: free in fp32, a copy in bf16.
@@ -205,8 +204,7 @@ class _Cast(nn.Module):
 
     def forward(self, master: Tensor) -> Tensor:
         if master.dtype != torch.float32:  # the model was cast since
-            with torch.inference_mode(False):
-                master.data = master.data.float()
+            master.data = master.data.float()
         return master.to(self.like.dtype)
 
 
@@ -277,10 +275,6 @@ def release_parameters(model: nn.Module) -> None:
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
         param.data, param.grad = values[first], None
         setattr(module, attribute, param)
-    for key in masters.keys:  # a parameter that was taken out has come back last
-        module, attribute = _holder(model, key)
-        if attribute in module._parameters:
-            module._parameters[attribute] = module._parameters.pop(attribute)
 
 
 def _state_dict_without_masters(model: nn.Module, state_dict: dict, prefix: str, _metadata) -> None:

@@ -56,7 +56,7 @@ class RouterCapture:
 
     Raises:
         ValueError: the model has no fused experts; `prob` was asked of a family that records no router logits;
-            a layer's hook never fired, or not for every token (at `counts`).
+            a layer's hook never fired, or not for every token, or saw NaN (at `counts`).
     """
 
     def __init__(self, model: nn.Module, prob: bool = False):
@@ -102,10 +102,12 @@ class RouterCapture:
             slots = keep_T[:, None].expand(T, K).reshape(-1)
             gates = (weights_TK.detach().double() * RouterCounts.UNIT).round().long().reshape(-1) * slots
             index = ids_TK.reshape(-1)
+            unsound = ~weights_TK.isfinite().all(1)
             zeros = torch.zeros(num_experts, dtype=torch.int64, device=index.device)
             self._add("slots", layer, zeros.scatter_add(0, index, slots))
             self._add("gates", layer, zeros.scatter_add(0, index, gates))
             self._add("tokens", layer, keep_T.sum())
+            self._add("unsound", layer, (unsound * keep_T).sum())
 
         return hook
 
@@ -133,6 +135,11 @@ class RouterCapture:
                 raise ValueError(f"the experts of layer {layer} ({self.layers[layer][0]}) were never called: no score")
             if count != max(tokens.values()) or self._top_k[layer] != max(self._top_k.values()):
                 raise ValueError(f"layer {layer} saw {count} tokens where another saw {max(tokens.values())}")
+            if unsound := int(self._sums["unsound", layer]):
+                raise ValueError(
+                    f"layer {layer}: the gate weights of {unsound} of {count} tokens are not finite: the model is "
+                    "damaged, or its dtype overflows"
+                )
 
         def gather(kind: str) -> dict[int, list[int]]:
             return {layer: self._sums[kind, layer].tolist() for layer in self.layers if (kind, layer) in self._sums}
@@ -158,52 +165,54 @@ def _routers(model: nn.Module) -> dict[int, tuple[nn.Module, int]]:
 def read_logs(folder: Path) -> RouterCounts:
     """Counts from the released raw logs: a line per forward, T*K expert ids, two tabs, T*K gate weights.
 
-    Neither K nor E is written there. K is the longest run length that divides every line and never repeats an expert
-    within a run (a token's K experts are distinct); E is the highest id seen, over all layers, plus one.
+    Neither K nor E is written there. E is the highest id seen, over all layers, plus one. A token's K experts are
+    distinct, so K is the longest run length that divides every line and repeats no expert within a run; a run in a
+    hundred may, so that one damaged token is reported and does not pass for another K.
     """
     ranks = sorted(p for p in folder.glob("rank_*") if p.is_dir()) or [folder]
-    ids_by_layer: dict[int, list[list[int]]] = {}
-    gates_by_layer: dict[int, list[list[float]]] = {}
+    log_by_layer: dict[int, list[tuple[str, list[int], list[float]]]] = {}
     for number, rank in enumerate(ranks):
         files = {int(m[1]): p for p in rank.iterdir() if (m := re.fullmatch(r"expert_weights_(\d+)\.txt", p.name))}
         if not files:
             raise FileNotFoundError(f"{rank}: no summary.json and no expert_weights_<layer>.txt in it")
-        if number and files.keys() != ids_by_layer.keys():
-            odd = sorted(files.keys() ^ ids_by_layer.keys())[0]
+        if number and files.keys() != log_by_layer.keys():
+            odd = min(files.keys() ^ log_by_layer.keys())
             raise ValueError(f"{rank}: layer {odd} is logged by some ranks and not by others; compute the logs again")
         shapes: dict[int, list[int]] = {}
         for layer, path in sorted(files.items()):
-            ids, gates = _read_log(path)
-            ids_by_layer.setdefault(layer, []).extend(ids)
-            gates_by_layer.setdefault(layer, []).extend(gates)
-            shapes[layer] = [len(line) for line in ids]
+            log = _read_log(path)
+            log_by_layer.setdefault(layer, []).extend(log)
+            shapes[layer] = [len(ids) for _, ids, _ in log]
             first = next(iter(shapes))
             if shapes[layer] != shapes[first]:
                 raise ValueError(
-                    f"{path}: its {len(ids)} forwards ({sum(shapes[layer])} slots) are not those of {files[first].name}"
+                    f"{path}: its {len(log)} forwards ({sum(shapes[layer])} slots) are not those of {files[first].name}"
                     f" ({len(shapes[first])}, {sum(shapes[first])}): truncated, or mixed up with another run"
                 )
-    lines = [line for ids in ids_by_layer.values() for line in ids]
-    common = math.gcd(*(len(line) for line in lines))
+    lines = [ids for log in log_by_layer.values() for _, ids, _ in log]
+    common, slots = math.gcd(*map(len, lines)), sum(map(len, lines))
 
-    def distinct(k: int) -> bool:
-        return all(len(set(line[i : i + k])) == k for line in lines for i in range(0, len(line), k))
+    def repeats(ids: list[int], k: int) -> int:
+        return sum(len(set(ids[i : i + k])) < k for i in range(0, len(ids), k))
 
-    top_k = max(k for k in range(1, common + 1) if common % k == 0 and distinct(k))
-    num_experts = max(max(line) for line in lines) + 1
-    slots_LE = {layer: [0] * num_experts for layer in ids_by_layer}
-    gates_LE = {layer: [0] * num_experts for layer in ids_by_layer}
-    for layer, ids in ids_by_layer.items():
-        for line_ids, line_gates in zip(ids, gates_by_layer[layer]):
-            for expert, gate in zip(line_ids, line_gates):
+    divisors = [k for k in range(1, common + 1) if common % k == 0]
+    top_k = max(k for k in divisors if sum(repeats(ids, k) for ids in lines) <= 0.01 * slots / k)
+    num_experts = max(map(max, lines)) + 1
+    slots_LE = {layer: [0] * num_experts for layer in sorted(log_by_layer)}
+    gates_LE = {layer: [0] * num_experts for layer in sorted(log_by_layer)}
+    for layer, log in log_by_layer.items():
+        for where, ids, gates in log:
+            if repeats(ids, top_k):
+                raise ValueError(f"{where}: a token has one expert twice among its {top_k}: the log is damaged")
+            for expert, gate in zip(ids, gates):
                 slots_LE[layer][expert] += 1
                 gates_LE[layer][expert] += round(gate * RouterCounts.UNIT)
-    tokens = sum(len(line) for line in next(iter(ids_by_layer.values()))) // top_k
-    return RouterCounts(top_k, tokens, dict(sorted(slots_LE.items())), dict(sorted(gates_LE.items())))
+    return RouterCounts(top_k, slots // len(log_by_layer) // top_k, slots_LE, gates_LE)
 
 
-def _read_log(path: Path) -> tuple[list[list[int]], list[list[float]]]:
-    all_ids, all_gates = [], []
+def _read_log(path: Path) -> list[tuple[str, list[int], list[float]]]:
+    """("file:line", expert ids, gate weights) of every forward."""
+    log = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         where = f"{path}:{number}"
         left, tab, right = line.strip().partition("\t\t")
@@ -216,8 +225,7 @@ def _read_log(path: Path) -> tuple[list[list[int]], list[list[float]]]:
         bad = next((g for g in gates if not math.isfinite(g) or g < 0), None)
         if bad is not None or min(ids) < 0:
             raise ValueError(f"{where}: {min(ids) if bad is None else bad} is no expert id or gate weight")
-        all_ids.append(ids)
-        all_gates.append(gates)
-    if not all_ids:
+        log.append((where, ids, gates))
+    if not log:
         raise ValueError(f"{path}: the log is empty; compute it again")
-    return all_ids, all_gates
+    return log

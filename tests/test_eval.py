@@ -5,7 +5,6 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,34 +200,6 @@ def test_a_flag_out_of_range_is_refused(capsys, flag):
     with pytest.raises(SystemExit) as stop:
         eval_multigpu.parse_args(["--eval_dataset=x", "--model=m", "--output_path=o.jsonl", flag])
     assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
-
-
-def test_ranks_own_their_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    plan = eval_multigpu.plan_devices
-    assert plan("auto", 2, 2) == [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]
-    assert plan("cuda", 3, 1) == [["cuda:0"], ["cuda:1"], ["cuda:2"]]
-    assert plan("cpu", 2, 1) == [["cpu"], ["cpu"]]
-
-
-def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch):
-    """What transformers is asked for; the placement itself is its own."""
-    asked = {}
-    placed = SimpleNamespace(hf_device_map={"model.layers.0": 2, "model.layers.1": 3})
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(current=device))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * gpu, 10_000))
-    monkeypatch.setattr(esft, "load_base_model", lambda path, **kwargs: asked.update(kwargs) or (placed, None))
-    args = eval_multigpu.parse_args(["--eval_dataset=x", "--model=m", "--output_path=o.jsonl", "--dtype=bfloat16"])
-    assert eval_multigpu.load_model(args, ["cuda:2", "cuda:3"]) == (placed, None)
-    assert asked == {
-        "current": "cuda:2",
-        "dtype": "bfloat16",
-        "device_map": "auto",
-        "max_memory": {2: 1600, 3: 2400},
-    }
-    placed.hf_device_map["lm_head"] = "cpu"
-    with pytest.raises(ValueError, match="does not fit on cuda:2, cuda:3"):
-        eval_multigpu.load_model(args, ["cuda:2", "cuda:3"])
 
 
 def test_an_adapter_changes_the_answers(tiny_model, tiny_tokenizer, tmp_path):
