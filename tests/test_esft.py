@@ -1,0 +1,344 @@
+"""to_esft on whole models: what moves and what does not, gradients against full fine-tuning, the forward's bits."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES, SMALL, make_model
+from torch.nn import Parameter
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deepseek.experts import find_experts, fused_names, trained_parameter
+from esft import ExpertConfig, RouterCapture, to_esft, unload
+
+IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+BOTH = {"shared_experts": True, "non_expert_modules": True}
+
+
+def layers_of(model):
+    return list(find_experts(model))
+
+
+def pick(model, which="all"):
+    """Experts by layer: in all layers, in one of them, or a different number in each."""
+    layers = layers_of(model)
+    if which == "uneven":
+        return {layer: (6, 1, 3, 0)[: 2 * i] for i, layer in enumerate(layers)}
+    chosen = {"all": layers, "first": layers[:1], "middle": layers[len(layers) // 2 :][:1], "last": layers[-1:]}[which]
+    return {layer: (5, 2) for layer in chosen}
+
+
+def backward(model, ids=IDS):
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return model
+
+
+def selected(model, config):
+    """{state dict key: expert ids in row order} of the fused tensors with trained rows; None: the whole tensor."""
+    rows = {}
+    for layer, (name, module) in find_experts(model).items():
+        if config.experts.get(layer):
+            rows |= {f"{name}.{fused}": sorted(config.experts[layer]) for fused in fused_names(module)}
+    return rows
+
+
+def gradients(model):
+    """Gradients by state dict key, of a model in training: the trained rows of fused tensors, and whole others."""
+    grads = {}
+    for name, module in find_experts(model).values():
+        if hasattr(module, "trained"):
+            grads |= {f"{name}.{fused}": getattr(module.trained, fused).grad for fused in fused_names(module)}
+    for name in model.state_dict():
+        if name not in grads and isinstance(param := trained_parameter(model, name), Parameter) and param.requires_grad:
+            grads[name] = param.grad
+    return grads
+
+
+def full_gradients(base, config, names, ids=IDS):
+    """The same of full fine-tuning through transformers' grouped_mm."""
+    model = copy.deepcopy(base).requires_grad_(True)
+    assert model.config._experts_implementation == "grouped_mm"
+    grads = {name: param.grad for name, param in backward(model, ids).named_parameters()}
+    rows = selected(model, config)
+    return {name: grads[name][rows[name]] if name in rows else grads[name] for name in names}
+
+
+def assert_equal_gradients(found, wanted, tolerance=5e-6):
+    largest = 0.0
+    for name, grad in found.items():
+        if wanted[name] is None:  # an e.g. unused bias
+            assert grad is None or not grad.any(), name
+            continue
+        scale = wanted[name].abs().max()
+        assert (grad - wanted[name]).abs().max() <= tolerance * scale + 1e-12, name
+        largest = max(largest, float(scale))
+    assert largest > 0
+
+
+# ----------------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("flags", [{}, {"shared_experts": True}, {"non_expert_modules": True}, BOTH])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_moves_what_is_selected_and_nothing_else(family, dtype, flags):
+    """AdamW with weight decay: selected rows and modules move, every other entry of the state dict keeps its bits."""
+    base = make_model(family, dtype)
+    model = copy.deepcopy(base)
+    config = ExpertConfig(pick(model, "uneven"), **flags)
+    to_esft(model, config)
+    params = [param for param in model.parameters() if param.requires_grad]
+    backward(model)
+    torch.optim.AdamW(params, lr=0.05, weight_decay=0.5).step()
+
+    rows, before, after = selected(base, config), base.state_dict(), model.state_dict()
+    routers = {
+        f"{name.rpartition('.')[0]}.{g}.weight" for name, _ in find_experts(base).values() for g in ("gate", "router")
+    }
+    assert before.keys() == after.keys()
+    assert any(r in before for r in routers)
+    for name in before:
+        if ".experts." in name:
+            for expert in range(8):
+                same = torch.equal(before[name][expert], after[name][expert])
+                assert same == (expert not in rows.get(name, ())), (name, expert)
+            continue
+        is_shared = ".shared_experts." in name
+        trained = is_shared if flags == {"shared_experts": True} else bool(flags) and (flags == BOTH or not is_shared)
+        if name in dict(base.named_buffers()):
+            trained = False
+        assert torch.equal(before[name], after[name]) == (not trained), name
+
+
+def test_shared_expert_gate_is_a_router_and_no_shared_expert():
+    sizes = {"shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": 8}
+    config = AutoConfig.for_model("qwen2_moe", **SMALL, **sizes, intermediate_size=16, num_experts_per_tok=2)
+    model = to_esft(AutoModelForCausalLM.from_config(config), ExpertConfig({}, shared_experts=True))
+    trained = {name.split("mlp.")[-1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"shared_expert"}
+
+
+def test_gradient_memory_is_that_of_the_trained_rows():
+    model = make_model()
+    to_esft(model, ExpertConfig(pick(model)))
+    backward(model)
+    for _, module in find_experts(model).values():
+        assert all(getattr(module, name).grad is None for name in fused_names(module))
+    nbytes = sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
+    assert nbytes == 2 * 2 * (3 * 16 * 32) * 4  # layers, experts, F * D of three projections, fp32
+    assert nbytes == sum(param.nbytes for param in model.parameters() if param.requires_grad)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("which", ["all", "first", "middle", "last", "uneven"])
+def test_gradients_are_full_fine_tunings(family, which):
+    """Of the selected rows; with "first" and "all" they have come through the routers and experts of later layers."""
+    base = make_model(family)
+    config = ExpertConfig(pick(base, which))
+    model = to_esft(copy.deepcopy(base), config)
+    found = gradients(backward(model))
+    assert found.keys() == selected(base, config).keys()
+    wanted = full_gradients(base, config, found)
+    assert_equal_gradients(found, wanted)
+    with pytest.raises(AssertionError):  # the negative: the rows of other experts
+        others = ExpertConfig({layer: tuple((e + 1) % 8 for e in ids) for layer, ids in config.experts.items()})
+        assert_equal_gradients(found, full_gradients(base, others, found))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("flags", [{"shared_experts": True}, {"non_expert_modules": True}, BOTH])
+def test_gradients_of_other_modules_are_full_fine_tunings(family, flags):
+    """Routers among them: their gradient is that of the gate weights, which the grouped backward computes by itself."""
+    base = make_model(family)
+    config = ExpertConfig(pick(base, "last"), **flags)
+    model = to_esft(copy.deepcopy(base), config)
+    found = gradients(backward(model))
+    assert (len(found) > 10) == ("non_expert_modules" in flags)
+    assert_equal_gradients(found, full_gradients(base, config, found), 2e-5)
+
+
+def test_tied_embeddings_stay_tied_and_train():
+    base = make_model(tie_word_embeddings=True)
+    config = ExpertConfig({}, non_expert_modules=True)
+    grads = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = to_esft(copy.deepcopy(base).to(dtype), config)
+        assert [n for n, p in model.named_parameters() if "lm_head" in n and p.requires_grad] == []
+        grads[dtype] = gradients(backward(model))["model.embed_tokens.weight"]
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05).step()
+        state = model.state_dict()
+        assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+        assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+        assert not torch.equal(model.lm_head.weight, base.lm_head.weight.to(dtype))
+        unload(model)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, base.lm_head.weight.to(dtype))
+    wanted = full_gradients(base, config, ["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    assert_equal_gradients({"fp32": grads[torch.float32]}, {"fp32": wanted})
+    assert_equal_gradients({"bf16": grads[torch.bfloat16]}, {"bf16": wanted}, 0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("flags", [{}, BOTH])
+def test_gradient_checkpointing_changes_nothing(family, flags):
+    base = make_model(family)
+    config = ExpertConfig(pick(base, "uneven"), **flags)
+    plain = gradients(backward(to_esft(copy.deepcopy(base), config)))
+    model = to_esft(copy.deepcopy(base), config).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    for _, module in find_experts(model).values():
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = gradients(backward(model))
+    assert len(calls) > len(layers_of(model))  # there was a second forward
+    assert_equal_gradients(found, plain, 1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_without_a_token(family):
+    """One token, and of each layer an expert it is routed to and one it is not: the idle one's gradient is zero."""
+    base, ids = make_model(family), torch.tensor([[7, 8]])
+    with RouterCapture(base) as capture, torch.no_grad():
+        base(ids)
+    slots = capture.counts().slots_LE
+    busy = {layer: max(range(8), key=counts.__getitem__) for layer, counts in slots.items()}
+    idle = {layer: counts.index(0) for layer, counts in slots.items()}
+    config = ExpertConfig({layer: (idle[layer], busy[layer]) for layer in slots})
+    found = gradients(backward(to_esft(copy.deepcopy(base), config), ids))
+    assert_equal_gradients(found, full_gradients(base, config, found, ids))
+    for layer, (name, _) in find_experts(base).items():
+        grad = found[f"{name}.down_proj"]
+        row = sorted(config.experts[layer]).index(idle[layer])
+        assert not grad[row].any() and grad[1 - row].any()
+    config = ExpertConfig({layer: (expert,) for layer, expert in idle.items()})
+    found = gradients(backward(to_esft(copy.deepcopy(base), config), ids))
+    assert not any(grad.any() for grad in found.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_keeps_its_bits(family, dtype):
+    """Before the first step, with some experts and everything else in training; and again after unload."""
+    model = make_model(family, dtype)
+    with torch.no_grad():
+        wanted = model(IDS, use_cache=False).logits
+    to_esft(model, ExpertConfig(pick(model, "uneven"), **BOTH))
+    assert model.config._experts_implementation == "esft"
+    found = model(IDS, use_cache=False).logits
+    assert torch.equal(found, wanted) and found.requires_grad
+    backward(model)
+    torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.1).step()
+    assert not torch.equal(model(IDS, use_cache=False).logits, wanted)
+    unload(model)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert torch.equal(model(IDS, use_cache=False).logits, wanted)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
+def test_generation_with_a_cache_agrees(family):
+    model = make_model(family)
+    wanted = model.generate(IDS[:, :6], max_new_tokens=5, do_sample=False)
+    to_esft(model, ExpertConfig(pick(model)))
+    assert torch.equal(model.generate(IDS[:, :6], max_new_tokens=5, do_sample=False), wanted)
+
+
+def test_requires_grad_comes_back():
+    model = make_model()
+    model.lm_head.requires_grad_(False)
+    unload(to_esft(model, ExpertConfig(pick(model), **BOTH)))
+    assert {name for name, param in model.named_parameters() if not param.requires_grad} == {"lm_head.weight"}
+    assert all(param.grad is None for param in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ configs and refusals
+
+
+@pytest.mark.parametrize(
+    "data, experts",
+    [
+        ({"experts": {"2": [3, 1], "1": [0]}}, {1: (0,), 2: (3, 1)}),
+        ({"selected_experts": [["layer_2", 3], ["layer_1", 0], ["layer_2", 1]]}, {1: (0,), 2: (3, 1)}),
+        ({"experts": {"1": [0]}, "base": {}, "meta": {}, "shared_experts": False}, {1: (0,)}),
+    ],
+)
+def test_config_reads_both_forms(data, experts):
+    config = ExpertConfig.from_dict(data)
+    assert config.experts == experts and list(config.experts) == sorted(experts)
+    assert ExpertConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ([1], "JSON object"),
+        ({"experts": {"1": [0]}, "shared_expert": True}, "shared_expert.*did you mean 'shared_experts'"),
+        ({"shared_experts": True}, "either"),
+        ({"experts": {"1": [0]}, "selected_experts": []}, "either"),
+        ({"experts": {"1": [0, 2, 0]}}, "layer 1.*distinct"),
+        ({"selected_experts": [["layer_1", 3], ["layer_1", 3]]}, "layer 1.*distinct"),
+        ({"experts": {"1": [0], "01": [2]}}, "layer 1 twice"),
+        ({"experts": {"1": [0.0]}}, "layer 1.*numbers"),
+        ({"experts": {"1": [True]}}, "layer 1.*numbers"),
+        ({"experts": {"1": ["0"]}}, "layer 1.*numbers"),
+        ({"experts": {"1": "01"}}, "layer 1.*numbers"),
+        ({"experts": {"1": [-1]}}, "layer 1.*from 0"),
+        ({"experts": {"one": [1]}}, "layer numbers"),
+        ({"experts": [1, 2]}, "layer numbers"),
+        ({"experts": {"1": 3}}, "layer numbers"),
+        ({"selected_experts": [["layer_x", 3]]}, "layer numbers"),
+        ({"experts": {"1": [0]}, "shared_experts": 1}, "true or false"),
+        ({"experts": {"1": []}}, "selects nothing"),
+    ],
+)
+def test_config_refuses(data, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertConfig.from_dict(data)
+
+
+def test_config_names_the_file(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        ExpertConfig.load(path)
+    for text in ("{", '{"experts": {"1": [0, 0]}}', '{"experts": {"1": [0], "1": [2]}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            ExpertConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"experts": {"0": [1]}}, "layer 0.*layers are 1 to 2"),
+        ({"experts": {"1": [1], "3": [1]}}, "layer 3.*layers are 1 to 2"),
+        ({"experts": {"1": [1, 8]}}, "expert 8 of layer 1.*0 to 7"),
+        ({"experts": {"1": [1, 1]}}, "distinct"),
+    ],
+)
+def test_to_esft_refuses_and_leaves_the_model_alone(config, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        to_esft(model, config)
+    assert all(param.requires_grad for param in model.parameters())
+    to_esft(model, {"experts": {"1": [1]}})
+
+
+def test_to_esft_twice_is_refused():
+    model = to_esft(make_model(), {"experts": {"1": [1]}})
+    with pytest.raises(ValueError, match=r"unload\(model\)"):
+        to_esft(model, {"experts": {"2": [1]}})
+    assert [p.shape[0] for p in model.parameters() if p.requires_grad] == [1, 1]
+    to_esft(unload(model), {"experts": {"2": [1]}})
+
+
+def test_models_without_experts_are_refused():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "num_key_value_heads": 2}
+    with pytest.raises(ValueError, match="dense model"):
+        to_esft(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)), {"experts": {"0": [1]}})

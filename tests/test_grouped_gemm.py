@@ -1,0 +1,188 @@
+"""The grouped forward and backward against the library's grouped_mm and against a plain loop, for every layout."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.moe import use_experts_implementation
+
+from deepseek.experts import fused_names, train_experts
+from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
+
+T, D, F, E, K = 24, 16, 8, 6, 2
+LAYOUTS = {
+    "plain": {},
+    "no_gate": {"has_gate": False},
+    "bias": {"has_bias": True},
+    "no_gate_bias": {"has_gate": False, "has_bias": True},
+    "transposed": {"is_transposed": True},
+    "transposed_interleaved_bias": {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    "post_norm": {"has_post_expert_norm": True},
+    "post_norm_bias": {"has_post_expert_norm": True, "has_bias": True},
+}
+
+
+def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
+    """A random fused experts module of one layout, with `trained` experts in front."""
+    flags = LAYOUTS[layout]
+
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts, self.act_fn = E, nn.SiLU()
+            up = "up_proj" if flags.get("has_gate") is False else "gate_up_proj"
+            width = F if up == "up_proj" else 2 * F
+            shapes = {up: (E, width, D), "down_proj": (E, D, F)}
+            if flags.get("is_transposed"):
+                shapes = {name: (e, i, o) for name, (e, o, i) in shapes.items()}
+            if flags.get("has_bias"):
+                shapes |= {f"{up}_bias": (E, width), "down_proj_bias": (E, D)}
+            for name, shape in shapes.items():
+                self.register_parameter(name, nn.Parameter(torch.randn(shape) * 0.4))
+            if flags.get("has_post_expert_norm"):
+                self.post_expert_norm = nn.RMSNorm(D, eps=1e-6)
+
+        def forward(self, *args):
+            raise NotImplementedError
+
+        if flags.get("is_concatenated") is False:
+
+            def _apply_gate(self, gate_up):
+                return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+    torch.manual_seed(seed)
+    module = use_experts_implementation(**flags)(Experts)(SimpleNamespace(_experts_implementation="grouped_mm"))
+    module.to(dtype)
+    if trained:
+        train_experts(module, trained)
+    return module
+
+
+def inputs(dtype=torch.float32, tokens=T, experts=range(E), seed=1):
+    """Tokens, ids and weights; only `experts` are routed to."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
+    pool = torch.tensor(list(experts))
+    ids_TK = torch.stack(
+        [pool[torch.randperm(len(pool), generator=generator)[:K]] for _ in range(tokens)] or [pool[:K]]
+    )
+    weights_TK = torch.rand(tokens, K, generator=generator).requires_grad_()
+    return x_TD, ids_TK[:tokens], weights_TK
+
+
+def run(module, implementation, x_TD, ids_TK, weights_TK):
+    """Output and gradients {"x", "weights", and each trained or fused parameter's} of sum(out * fixed noise)."""
+    module.config._experts_implementation = implementation
+    module.zero_grad()
+    x_TD, weights_TK = (t.detach().requires_grad_(t.requires_grad) for t in (x_TD, weights_TK))
+    out_TD = module(x_TD, ids_TK, weights_TK)
+    noise_TD = torch.randn(out_TD.shape, generator=torch.Generator().manual_seed(2)).to(out_TD.dtype)
+    if out_TD.requires_grad:
+        (out_TD * noise_TD).sum().backward()
+    params = getattr(module, "trained", module)
+    grads = {name: getattr(params, name).grad for name in fused_names(module)}
+    return out_TD.detach(), {"x": x_TD.grad, "weights": weights_TK.grad, **grads}
+
+
+def assert_near(found, wanted, tolerance):
+    """Within `tolerance` of the largest entry; what is None is None in both."""
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert (grad is None) == (wanted[name] is None), name
+        if grad is not None:
+            error = (grad.float() - wanted[name].float()).abs().max() / wanted[name].float().abs().max()
+            assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_loop_and_the_library(layout, dtype):
+    """Output: the library's bit for bit. Gradients: the loop's, and the same rows of the library's full ones."""
+    trained, data = (4, 1), inputs(dtype)
+    out, grads = run(make_experts(layout, dtype, trained), IMPLEMENTATION, *data)
+    loop_out, loop_grads = run(make_experts(layout, dtype, trained), REFERENCE, *data)
+    full_out, full_grads = run(make_experts(layout, dtype), "grouped_mm", *data)
+    assert torch.equal(out, full_out)
+    assert all(grads[name].dtype == torch.float32 and grads[name].shape[0] == 2 for name in list(grads)[2:])
+    full_grads = {n: g if n in ("x", "weights") else g[sorted(trained)] for n, g in full_grads.items()}
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert_near({"out": out, **grads}, {"out": loop_out, **loop_grads}, tolerance)
+    assert_near(grads, full_grads, tolerance)
+    # the negative: other experts' rows are not these
+    other = {n: g if n in ("x", "weights") else g.flip(0) for n, g in full_grads.items()}
+    with pytest.raises(AssertionError):
+        assert_near(grads, other, tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_trained_experts_gradients_pass_through(layout):
+    module = make_experts(layout)
+    module.requires_grad_(False)
+    out, grads = run(module, IMPLEMENTATION, *inputs())
+    wanted_out, wanted = run(module, "grouped_mm", *inputs())
+    assert torch.equal(out, wanted_out) and grads["x"].abs().max() > 0
+    assert_near(grads, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed_interleaved_bias", "post_norm_bias"])
+@pytest.mark.parametrize("need_x", [True, False], ids=["x", "no_x"])
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no_weights"])
+@pytest.mark.parametrize("case", ["one_idle", "all_trained_idle", "only_trained", "all_trained"])
+def test_corners(layout, need_x, need_weights, case):
+    """Any set of inputs wanted, trained experts without a token, tokens without a trained expert, nothing frozen."""
+    trained = range(E) if case == "all_trained" else (0, 3, 5)
+    routed = {"one_idle": (0, 1, 2, 5), "all_trained_idle": (1, 2, 4), "only_trained": (0, 3, 5)}.get(case, range(E))
+    x_TD, ids_TK, weights_TK = inputs(experts=routed)
+    data = x_TD.detach().requires_grad_(need_x), ids_TK, weights_TK.detach().requires_grad_(need_weights)
+    out, grads = run(make_experts(layout, trained=trained), IMPLEMENTATION, *data)
+    loop_out, loop_grads = run(make_experts(layout, trained=trained), REFERENCE, *data)
+    if case == "all_trained_idle":
+        for name in list(grads)[2:]:
+            assert not grads[name].any()
+            assert loop_grads[name] is None or not loop_grads[name].any()
+            loop_grads.pop(name), grads.pop(name)
+    assert_near({"out": out, **grads}, {"out": loop_out, **loop_grads}, 1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_token_at_all(layout):
+    """As on a rank that receives none: an empty output, and gradients of zero rather than none."""
+    out, grads = run(make_experts(layout, trained=(2,)), IMPLEMENTATION, *inputs(tokens=0))
+    assert out.shape == (0, D) and grads["x"].shape == (0, D) and grads["weights"].shape == (0, K)
+    assert all(grad is not None and not grad.any() for name, grad in grads.items() if name not in ("x", "weights"))
+
+
+def test_wrong_prefix_is_noticed():
+    """The comparison above fails when the trained rows are not the prefix that the kernel takes them for."""
+    module = make_experts(trained=(4, 1))
+    module.trained.row_of_E = module.trained.row_of_E.roll(1)
+    out, _ = run(module, IMPLEMENTATION, *inputs())
+    assert not torch.allclose(out, run(make_experts(), "grouped_mm", *inputs())[0])
+
+
+def test_keeps_few_activations():
+    """For backward: x and h and indices; not the gathered x (N, D), not a, not y (N, D)."""
+    module, (x_TD, ids_TK, weights_TK) = make_experts(trained=(4, 1)), inputs()
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    for implementation in (IMPLEMENTATION, "grouped_mm"):
+        saved.clear()
+        module.config._experts_implementation = implementation
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(x_TD, ids_TK, weights_TK)
+        wide = sorted(tuple(t.shape) for t in saved.values() if t.is_floating_point() and t.shape[:1] == (T * K,))
+        assert (wide == [(T * K, 2 * F)]) == (implementation == IMPLEMENTATION), wide
+
+
+def test_autocast_computes_in_the_weights_dtype():
+    module, data = make_experts(trained=(4, 1)), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, grads = run(module, IMPLEMENTATION, *data)
+    plain_out, plain_grads = run(module, IMPLEMENTATION, *data)
+    assert torch.equal(out, plain_out)
+    assert_near(grads, plain_grads, 1e-5)
