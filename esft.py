@@ -25,6 +25,7 @@ import json
 import math
 import random
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ __all__ = [
     "adapter_views",
     "add_adapter",
     "check_base",
+    "is_lora",
     "load_base_model",
     "load_esft_model",
     "load_tokenizer",
@@ -523,7 +525,8 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put an adapter's experts in place, after checking all of it against the model; nothing moves if it is refused.
 
     Adapters whose experts are disjoint can be added one after the other; `unload` restores the base. On a model in
-    training (`to_esft` with the same config) the values become the trained ones.
+    training (`to_esft` with the same config) the values become the trained ones. A LoRA adapter in peft's format, for
+    comparison, is merged for good.
 
     Raises:
         ValueError, FileNotFoundError: no adapter there; a tensor missing, unknown, truncated or of another shape; an
@@ -531,6 +534,8 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"adapter {folder}: no such folder")
+    if is_lora(folder):
+        return _merge_lora(model, folder)
     config = ExpertConfig.load(folder)
     try:
         config.check(model)
@@ -601,6 +606,21 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"it was made for a {base['model_type']} model, this one is {model.config.model_type}")
     if base.get("router") and router and base["router"] != router:
         raise ValueError("it was trained on another base model: the routers' weights differ")
+
+
+def is_lora(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter in peft's format."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"adapter {folder} is a LoRA, which needs peft: pip install -e '.[lora]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # patterns that peft makes for the fused experts and then finds unused
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def _union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:

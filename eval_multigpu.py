@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.adapter_dir:
         if not Path(args.adapter_dir).is_dir():
             raise ValueError(f"--adapter_dir {args.adapter_dir}: there is no such folder")
-        esft.ExpertConfig.load(args.adapter_dir)  # raises where the folder is no adapter
+        if not esft.is_lora(args.adapter_dir):
+            esft.ExpertConfig.load(args.adapter_dir)  # raises where the folder is no adapter
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     jobs = plan_jobs(args)
     if args.world_size == 1:

@@ -9,7 +9,7 @@ from conftest import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepseek.experts import find_experts
+from deepseek.experts import find_experts, fused_names
 from esft import ExpertConfig, adapter_tensors, add_adapter, load_esft_model, merge, save_adapter, to_esft, unload
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -342,3 +342,21 @@ def test_the_fingerprint_is_the_same_in_bf16(trained):
     """A base loaded in bf16 is still the base; the fp32 adapter is rounded to its dtype."""
     model = add_adapter(make_model(dtype=torch.bfloat16), trained[1])
     assert model.dtype == torch.bfloat16 and not torch.equal(logits(model), logits(make_model(dtype=torch.bfloat16)))
+
+
+def test_a_lora_adapter_is_merged(tmp_path):
+    """For comparison with `method: lora`: the merged base gives the logits of the peft model that was saved."""
+    peft = pytest.importorskip("peft")
+    model, base = make_model(), make_model()
+    fused = [f"{name}.{tensor}" for name, m in find_experts(model).values() for tensor in fused_names(m)[:2]]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=fused))
+    with torch.no_grad():
+        for name, param in lora.named_parameters():
+            if "lora_" in name:
+                param.normal_(std=0.1)
+    expected = logits(lora.eval())
+    lora.save_pretrained(tmp_path / "lora")
+    before = logits(base)
+    merged = add_adapter(base, tmp_path / "lora")
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-2)
