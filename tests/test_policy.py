@@ -1,0 +1,148 @@
+"""Policy as tests: the README's commands parse, its tree is true and its Python runs; imports point one way."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# what each part of the tree may import of the project itself
+MAY_IMPORT = {
+    "deepseek": {"deepseek"},
+    "utils": set(),
+    "esft": {"deepseek", "utils"},
+    "benchmarks": {"deepseek", "utils"},
+    "trainer": {"esft", "deepseek", "utils"},
+    "train": {"trainer", "esft", "deepseek", "utils"},
+    "eval_multigpu": {"esft", "benchmarks", "deepseek", "utils"},
+    "scripts": {"scripts", "trainer", "train", "esft", "benchmarks", "deepseek", "utils"},
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of a language; "" for those without one."""
+    parts = re.split(r"^```(.*)\n", README, flags=re.MULTILINE)[1:]  # fence, text, fence, text, ...
+    return [text for fence, text in zip(parts[::4], parts[1::4]) if fence.strip() == language]
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def load(path: str):
+    spec = util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_the_commands_it_should():
+    told = {words[1] for words in commands() if words[0] in ("python", "bash")}
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "train.py", "eval_multigpu.py"} <= told
+    assert {"scripts/expert/get_expert_scores.py", "scripts/expert/generate_expert_config.py"} <= told
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[:2]))
+def test_a_command_of_the_readme_parses(words, monkeypatch):
+    assert words[0] in ("bash", "python"), words
+    assert (ROOT / words[1]).is_file(), f"{words[1]} is not there"
+    if words[0] == "python":
+        module = load(words[1])
+        if words[1] == "train.py":
+            monkeypatch.setattr(module, "run", lambda config: config)
+            module.main(words[2:])  # an unknown key raises
+        else:
+            module.parse_args(words[2:])  # an unknown flag exits
+
+
+def test_a_wrong_command_would_not_parse():
+    with pytest.raises(SystemExit):
+        load("scripts/expert/generate_expert_config.py").parse_args(["--no_such_flag=1"])
+
+
+def tree() -> dict[str, bool]:
+    """The paths that the README's tree names -> whether as a folder."""
+    (block,) = [block for block in blocks("") if "esft.py" in block]
+    found, folders = {}, []
+    for line in block.splitlines():
+        indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()
+        del folders[len(indent) // 4 :]
+        for name in names.split(", "):
+            found["/".join([*folders, name.rstrip("/")])] = name.endswith("/")
+        if names.endswith("/"):
+            folders.append(names.rstrip("/"))
+    return found
+
+
+def tracked() -> list[str]:
+    try:
+        listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return listed.splitlines()
+
+
+def test_the_tree_of_the_readme_is_true():
+    named = tree()
+    for path, folder in named.items():
+        assert (ROOT / path).is_dir() if folder else list(ROOT.glob(path)), f"the README's tree names {path}"
+    code = [path for path in tracked() if path.endswith((".py", ".sh")) and not path.startswith("tests/")]
+    missing = [path for path in code if path not in named and not path.endswith("__init__.py")]
+    assert not missing, f"not in the README's tree: {missing}"
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level modules of the project that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found & MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_point_one_way(part):
+    path = ROOT / part
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert files
+    for file in files:
+        assert imports(file) <= MAY_IMPORT[part], f"{file} imports {imports(file) - MAY_IMPORT[part]}"
+
+
+def test_datasets_is_the_library():
+    assert not (ROOT / "datasets" / "__init__.py").exists()
+    import datasets
+
+    assert hasattr(datasets, "load_dataset")
+
+
+def test_the_readme_s_python_runs(monkeypatch, tmp_path):
+    (code,) = blocks("python")
+    base = ROOT / "results" / "models" / "tiny"
+    code = code.replace('"results/models/tiny"', repr(str(base))).replace('"results/runs/', f'"{tmp_path}/')
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32").state_dict()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in scope["model"].state_dict().items())
+
+
+def test_every_script_shows_its_help(capsys):
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        module = load(str(path.relative_to(ROOT)))
+        if not hasattr(module, "main"):
+            continue
+        with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(path), "--help"])
+            module.main()
+        assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
