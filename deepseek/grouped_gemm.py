@@ -94,7 +94,7 @@ class _GroupedExperts(torch.autograd.Function):
         inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
         offs_E = torch.searchsorted(row_N, torch.arange(module.num_experts, device=row_N.device), right=True).int()
 
-        h_N = _grouped_linear(x_TD[perm_N // K], up, offs_E, module.is_transposed)
+        h_N = _grouped_linear(x_TD.index_select(0, perm_N // K), up, offs_E, module.is_transposed)
         if module.has_bias:
             h_N += up_bias[row_N]
         a_NF = _activate(module, h_N)
@@ -104,7 +104,7 @@ class _GroupedExperts(torch.autograd.Function):
         if module.has_post_expert_norm:
             y_ND = module.post_expert_norm(y_ND)
         y_ND = y_ND * topk_weights_TK.reshape(-1)[perm_N, None]
-        out_TD = y_ND[inverse_N].view(T, K, y_ND.shape[1]).sum(1).to(dtype)
+        out_TD = y_ND.index_select(0, inverse_N).view(T, K, y_ND.shape[1]).sum(1).to(dtype)
 
         ctx.module, ctx.dtype, ctx.num_trained = module, dtype, trained[0].shape[0] if trained else 0
         ctx.save_for_backward(x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E)
@@ -128,7 +128,7 @@ class _GroupedExperts(torch.autograd.Function):
         up, down = fused[:2]
         token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
 
-        g_ND = g_TD.to(x_TD.dtype)[token_N]
+        g_ND = g_TD.to(x_TD.dtype).index_select(0, token_N)
         with torch.enable_grad():
             h_N = h_N[:N].detach().requires_grad_()
             a_NF = _activate(module, h_N)
@@ -155,7 +155,7 @@ class _GroupedExperts(torch.autograd.Function):
             # the routing weight is applied to whichever factor is at hand with F columns, not D
             wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)
             dtrained = [
-                _grouped_outer(dh_N[:n], x_TD[token_N[:n]], offs_E[:S], transposed),
+                _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], transposed),
                 _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], transposed),
             ]
             if module.has_bias:
@@ -168,7 +168,7 @@ class _GroupedExperts(torch.autograd.Function):
         dx_TD = dweight_TK = None
         if need_x:
             dx_ND = _grouped_linear(dh_N, up, offs_E, not transposed)
-            dx_TD = dx_ND[inverse_N].view(T, K, dx_ND.shape[1]).sum(1).to(ctx.dtype)
+            dx_TD = _sum_slots(dx_ND, inverse_N.view(T, K)).to(ctx.dtype)
         if need_weights:
             dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
         return None, dx_TD, dweight_TK, None, *(dtrained or [None] * len(need_trained))
@@ -182,6 +182,13 @@ def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, transposed: bool
 def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, transposed: bool) -> Tensor:
     """Weight gradient of `_grouped_linear` for the first len(offs) groups; rows past the last offset are not read."""
     return grouped_mm(x_nI.T, dy_nO, offs=offs) if transposed else grouped_mm(dy_nO.T, x_nI, offs=offs)
+
+
+def _sum_slots(rows_ND: Tensor, slots_TK: Tensor) -> Tensor:
+    """Sum of each token's K rows: (N, D), (T, K) row numbers -> (T, D)."""
+    if rows_ND.device.type == "cpu":  # without a copy of the rows in token order; may round unlike .sum(1)
+        return nn.functional.embedding_bag(slots_TK, rows_ND, mode="sum")
+    return rows_ND.index_select(0, slots_TK.flatten()).view(*slots_TK.shape, -1).sum(1)
 
 
 def _segment_sum(rows: Tensor, group: Tensor, S: int) -> Tensor:
