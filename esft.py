@@ -178,7 +178,7 @@ class ExpertScores:
                         for name in SCORE_FUNCTIONS
                         if (key := f"{name}_scores") in data
                     },
-                    data.get("meta", {}),
+                    dict(data.get("meta", {})),
                 )
             return cls({"token": _read_flat(data)})
         except (AttributeError, TypeError) as error:
@@ -620,7 +620,11 @@ def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"adapter {folder} is a LoRA, which needs peft: pip install -e '.[lora]'") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # patterns that peft makes for the fused experts and then finds unused
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        try:
+            return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
+        except Exception as error:  # whatever a damaged folder makes peft raise
+            reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+            raise ValueError(f"adapter {folder} is no LoRA of this model ({reason})") from error
 
 
 def _union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:

@@ -25,8 +25,18 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 import esft
 from benchmarks import EVALUATORS, Evaluator, evaluate, get_evaluator, load_rows, shard, summarize
-from deepseek.loading import plan_devices
-from utils import environment, positive, run_cli, write_json, write_jsonl, write_text
+from deepseek.loading import empty_model, plan_devices
+from utils import (
+    Parser,
+    check_output,
+    encode_prompt,
+    environment,
+    positive,
+    run_cli,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,7 @@ class Job:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     dtypes, devices = ("auto", "float32", "bfloat16", "float16"), ("auto", "cpu", "cuda")
     dataset_help = "names (files of datasets/eval), paths (.jsonl, .json, .parquet) or hub ids, separated by commas"
@@ -81,6 +89,7 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
     jobs = []
     for name, dataset in zip(names, datasets):
         path = output_path if len(names) == 1 else output_path.with_suffix(f".{name}.jsonl")
+        check_output(path)
         rows = load_rows(dataset, args.n_samples, args.seed)
         jobs.append(Job(name, rows, get_evaluator(name, args.evaluator), path))
     return jobs
@@ -184,9 +193,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if not Path(args.adapter_dir).is_dir():
             raise ValueError(f"--adapter_dir {args.adapter_dir}: there is no such folder")
         if not esft.is_lora(args.adapter_dir):
-            esft.ExpertConfig.load(args.adapter_dir)  # raises where the folder is no adapter
+            config = esft.ExpertConfig.load(args.adapter_dir)  # raises where the folder is no adapter
+            config.check(empty_model(args.base_model_path))
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     jobs = plan_jobs(args)
+    tokenizer = esft.load_tokenizer(args.base_model_path)
+    for job in jobs:  # a missing chat template, too, shows before the model is loaded
+        encode_prompt(job.rows[0]["prompt"], tokenizer, args.template)
     if args.world_size == 1:
         done = ([part] for part in run_rank(args, jobs, 0, devices[0]))  # a job is written before the next one begins
     else:

@@ -12,7 +12,6 @@ renamed. The same command again goes on from the last whole one (given --save_op
 SIGTERM ends a run after the step at work, with a checkpoint and exit code 143.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -31,13 +30,14 @@ from pathlib import Path
 import torch
 import yaml
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 import esft
 import utils
 from deepseek.experts import TrainedExperts, find_experts, fused_names
+from deepseek.loading import empty_model, keeps_documents_apart
 from trainer import ESFTTrainer, collate, is_whole, step_of
 
 METHODS = ("esft", "random", "full", "lora")
@@ -60,6 +60,15 @@ DEFAULTS = {
     "logging_nan_inf_filter": False,  # we stop at such a loss
     "ddp_broadcast_buffers": False,
 }
+COUNTS = (
+    "seq_length",
+    "lora_rank",
+    "lora_alpha",
+    "n_train_samples",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,9 +111,16 @@ class TrainConfig:
             value = getattr(self, key)
             if value not in known:
                 raise ValueError(f"{key}={value}: it is one of {', '.join(known)}{utils.suggest(value, known)}")
-        for key in ("seq_length", "lora_rank", "lora_alpha", "n_train_samples"):
-            if (value := getattr(self, key)) is not None and value < 1:
+        values = {**vars(self), **self.training}
+        for key in COUNTS:
+            if (value := values.get(key)) is not None and value < 1:
                 raise ValueError(f"{key}={value}: expected a whole number above 0")
+        if (steps := values.get("max_steps", -1)) < 1 and steps != -1:
+            raise ValueError(f"max_steps={steps}: expected a whole number above 0, or -1 to go by num_train_epochs")
+        if (epochs := values.get("num_train_epochs", 1)) <= 0:
+            raise ValueError(f"num_train_epochs={epochs}: expected a number above 0")
+        if not 0 <= (smoothing := values.get("label_smoothing_factor", 0)) <= 1:
+            raise ValueError(f"label_smoothing_factor={smoothing}: expected a number from 0 to 1")
         if self.method in ("esft", "random") and not self.expert_config:
             raise ValueError(
                 f"method {self.method} needs --expert_config; scripts/expert/generate_expert_config.py makes one"
@@ -143,7 +159,7 @@ def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfi
             raise FileNotFoundError(f"--train_config {path}: no such file")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"--train_config {path}: not valid YAML ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"--train_config {path}: expected `key: value` lines")
@@ -160,7 +176,8 @@ def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfi
             if key in seen:
                 raise ValueError(f"{source}: {seen[key]!r} and {written!r} are two names of one key; give one")
             seen[key] = written
-            merged[key] = _number(value)
+            # YAML 1.1 reads 1e-5 as text and no as false; a person means the number and the word
+            merged[key] = "no" if value is False and key.endswith("_strategy") else _number(value)
     for key in ("base_model_path", "train_dataset", "output_dir"):
         if not merged.get(key):
             raise ValueError(f"--{key} is missing")
@@ -181,7 +198,6 @@ def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfi
 
 
 def _number(value: object) -> object:
-    """YAML 1.1 reads 1e-5 as text; a person means the number."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
@@ -332,16 +348,17 @@ def find_run(config: TrainConfig) -> tuple[Path | None, dict | None]:
         ValueError: the folder holds another run, or files that no run of ours made.
     """
     folder = Path(config.output_dir)
+    utils.check_output(folder, folder=True)
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         return None, None
     try:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        was = _flat(before["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        was = _flat(before)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
     if config.overwrite:
         return None, None
-    now = _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    now = _flat(json.loads(json.dumps({"config": dataclasses.asdict(config), "inputs": input_hashes(config)})))
     differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
     if differing:
         raise ValueError(
@@ -360,8 +377,23 @@ def find_run(config: TrainConfig) -> tuple[Path | None, dict | None]:
     return None, None
 
 
-def _flat(config: dict) -> dict:
-    return {**config, **config["training"], "training": None}
+def input_hashes(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of the files that a run reads beside its model: of another content, the run is another."""
+    paths = {"train_dataset": utils.resolve_dataset(config.train_dataset)}
+    if config.method in ("esft", "random"):
+        path = Path(config.expert_config)
+        paths["expert_config"] = path / esft.CONFIG_NAME if path.is_dir() else path
+    return {
+        key: hashlib.sha256(path.read_bytes()).hexdigest()
+        for key, path in paths.items()
+        if isinstance(path, Path) and path.is_file()
+    }
+
+
+def _flat(note: dict) -> dict:
+    """The keys of a run's config, and what the files that it names held."""
+    contents = {f"the content of {key}": digest for key, digest in note.get("inputs", {}).items()}
+    return {**note["config"], **note["config"]["training"], "training": None, **contents}
 
 
 def load_data(config: TrainConfig, tokenizer) -> tuple[list[utils.Pack], list[utils.Pack]]:
@@ -372,8 +404,8 @@ def load_data(config: TrainConfig, tokenizer) -> tuple[list[utils.Pack], list[ut
     both = []
     for part in utils.split_samples(rows, config.validation_fraction, config.seed):
         encoded = [utils.encode(sample["messages"], tokenizer, config.template) for _, sample in part]
-        packs = utils.pack(encoded, config.seq_length, config.overlong, seed=config.seed) if part else []
-        both.append([dataclasses.replace(pack, samples=[part[i][0] for i in pack.samples]) for pack in packs])
+        numbers = [number for number, _ in part]
+        both.append(utils.pack(encoded, config.seq_length, config.overlong, config.seed, numbers) if part else [])
     if not both[0]:
         raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
     return both[0], both[1]
@@ -410,8 +442,16 @@ def run(config: TrainConfig) -> dict:
     if args.eval_strategy != "no" and not eval_packs:
         raise ValueError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
     if config.method in ("esft", "random"):
-        esft.ExpertConfig.load(config.expert_config)  # a bad one shall not cost the loading of a large model
+        experts = esft.ExpertConfig.load(config.expert_config)
+        experts.check(empty_model(config.base_model_path))  # a bad one shall not cost the loading of a large model
     model, _ = esft.load_base_model(config.base_model_path, dtype=config.dtype)
+    if not keeps_documents_apart(model):
+        warnings.warn(
+            f"in a {model.config.model_type} the documents of a pack would see each other, so every sample becomes a "
+            "pack of its own: batch sizes count samples",
+            stacklevel=2,
+        )
+        train_packs, eval_packs = ([one for p in packs for one in p.documents()] for packs in (train_packs, eval_packs))
     model = prepare_model(model, config)
     say(trained_table(model, config))
     samples, tokens = (sum(len(getattr(p, key)) for p in train_packs) for key in ("samples", "input_ids"))
@@ -431,10 +471,13 @@ def run(config: TrainConfig) -> dict:
         processing_class=tokenizer,
         data_collator=functools.partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
     )
-    note = {"config": dataclasses.asdict(config), "environment": utils.environment()}
+    note = {
+        "config": dataclasses.asdict(config),
+        "inputs": input_hashes(config),
+        "environment": utils.environment(),
+    }
     note_path = Path(config.output_dir) / "run.json"
-    if first:
-        utils.write_json(note_path, note)
+    trainer.add_callback(_Note(note_path, note))
     before = frozen_hashes(model) if config.verify_frozen else None
     if checkpoint:
         say(f"  going on from {checkpoint}")
@@ -471,6 +514,17 @@ def run(config: TrainConfig) -> dict:
     return results
 
 
+class _Note(TrainerCallback):
+    """Writes run.json when training begins: what is refused until then leaves nothing behind."""
+
+    def __init__(self, path: Path, note: dict):
+        self.path, self.note = path, note
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            utils.write_json(self.path, self.note)
+
+
 def _clear(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
     """Remove what an earlier try left and this one does not go on from."""
     if overwrite:
@@ -481,11 +535,8 @@ def _clear(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="configs/base.yaml explains every key; all keys of transformers' TrainingArguments are accepted, too.",
-    )
+    parser = utils.Parser(__doc__)
+    parser.epilog = "configs/base.yaml explains every key; all of transformers' TrainingArguments are accepted, too."
     add = parser.add_argument
     add("--base_model_path", "--model", help="the base model: a folder or a hub id")
     add("--train_dataset", "--data", help="a name in datasets/train, a path (.jsonl, .json, .parquet), or a hub id")

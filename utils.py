@@ -7,7 +7,8 @@ A pack lays whole samples end to end, and each counts its positions from 0 (`.` 
     position_ids     0  1  2  3  4   5 |   0  1  2   3 |   0   1
 
 The restarts in `position_ids` are the boundaries: given no attention mask and no KV cache (`use_cache=False`),
-transformers builds from them a mask that keeps the documents apart, so a packed sample has the logits it has alone. No
+transformers builds from them a mask that keeps the documents apart, so a packed sample has the logits it has alone.
+(Some families do not; `deepseek.loading.keeps_documents_apart` finds them, and there each sample is its own pack.) No
 document predicts the next one's first token, since the first label of each is -100.
 
 Labels come from a chat template without knowing it: what the text gains between "the conversation up to here, the
@@ -50,7 +51,8 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a command: a ValueError or OSError becomes `error: <sentence>` on stderr and exit code 2.
+    """Run a command: a ValueError, OSError, or want of a library or of GPU memory, becomes `error: <sentence>` on
+    stderr and exit code 2.
 
     ESFT_DEBUG in the environment keeps the traceback. Ctrl-C exits 130, a closed pipe (`| head`) 141, both quietly.
     """
@@ -62,11 +64,32 @@ def run_cli(main: Callable[[], object]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
         sys.exit(141)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if os.environ.get("ESFT_DEBUG"):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for a module's docstring: no abbreviated flags, and a wrong flag is one sentence and exit code 2."""
+
+    def __init__(self, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; --help explains the flags\n")
+
+
+def check_output(path: str | Path, folder: bool = False) -> None:
+    """Raise ValueError where no file (or folder) can be made at `path`, before hours of work are spent on it."""
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} cannot be written: it is a {'file' if folder else 'folder'}; give another path")
+    place = next(place for place in path.absolute().parents if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: {place} is no folder that may be written to; give another path")
 
 
 @contextlib.contextmanager
@@ -179,6 +202,7 @@ def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, 
         return
     import datasets  # slow, and few runs need it
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error comes with the error
     try:
         if isinstance(source, Path):
             table = datasets.load_dataset("parquet", data_files=str(source), split="train")
@@ -220,7 +244,12 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
 
     def parse(text: bytes, line: int) -> object:
         try:
-            return json.loads(text)
+            value = json.loads(text)
+            if b"\\ud" in text.lower():  # half of a surrogate pair: JSON allows it, a tokenizer or a file does not
+                json.dumps(value, ensure_ascii=False).encode()
+            return value
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}:{line}: a broken character, {error.object[error.start]!r}: mend it") from error
         except json.JSONDecodeError as error:
             line += error.lineno - 1
             raise ValueError(f"{path}:{line}: not valid JSON ({error.msg} at column {error.colno})") from error
@@ -406,7 +435,7 @@ def _name(messages: list[dict]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Whole samples end to end, as lists of one length; `samples`: their indices in the list that was packed."""
+    """Whole samples end to end, as lists of one length; `samples`: what they go by in `pack`."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -416,21 +445,37 @@ class Pack:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def documents(self) -> list["Pack"]:
+        """Each sample as a pack of its own, for a model that does not keep the documents of a pack apart."""
+        starts = [i for i, position in enumerate(self.position_ids) if position == 0]
+        return [
+            Pack(self.input_ids[a:b], self.labels[a:b], self.position_ids[a:b], [sample])
+            for sample, a, b in zip(self.samples, starts, [*starts[1:], len(self)])
+        ]
 
-def pack(encoded: list[Encoded], seq_length: int, overlong: str = "error", seed: int = 0) -> list[Pack]:
+
+def pack(
+    encoded: list[Encoded],
+    seq_length: int,
+    overlong: str = "error",
+    seed: int = 0,
+    numbers: list[int] | None = None,
+) -> list[Pack]:
     """All samples in packs of at most `seq_length` tokens, none cut in two: best fit, longest first, then shuffled.
 
     A sample that is longer is an error, or with `overlong="truncate"` keeps its head (and is dropped where no label is
-    left); a warning says how many. `seed` orders samples of equal length, and the packs.
+    left); a warning says how many. `seed` orders samples of equal length, and the packs. `numbers` are what the samples
+    go by, in the packs and in the error (default: their indices).
     """
     if seq_length < 2 or overlong not in ("error", "truncate"):
         raise ValueError(f"seq_length={seq_length} must be at least 2, and overlong={overlong!r} 'error' or 'truncate'")
+    numbers = range(len(encoded)) if numbers is None else numbers
     too_long = [i for i, sample in enumerate(encoded) if len(sample) > seq_length]
     if too_long and overlong == "error":
         first, longest = too_long[0], max(map(len, encoded))
         raise ValueError(
-            f"sample {first} has {len(encoded[first])} tokens, more than seq_length={seq_length} ({len(too_long)} such "
-            f"samples): set seq_length={longest} or overlong=truncate"
+            f"sample {numbers[first]} has {len(encoded[first])} tokens, more than seq_length={seq_length} "
+            f"({len(too_long)} such samples): set seq_length={longest} or overlong=truncate"
         )
     dropped = {i for i in too_long if all(label == IGNORE for label in encoded[i].labels[1:seq_length])}
     if too_long:
@@ -459,7 +504,7 @@ def pack(encoded: list[Encoded], seq_length: int, overlong: str = "error", seed:
         target.input_ids.extend(encoded[i].input_ids[:size])
         target.labels.extend([IGNORE, *encoded[i].labels[1:size]])
         target.position_ids.extend(range(size))
-        target.samples.append(i)
+        target.samples.append(numbers[i])
         if room := seq_length - len(target):
             if room not in open_packs:
                 bisect.insort(rooms, room)

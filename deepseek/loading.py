@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +21,8 @@ def load_base_model(path: str | Path, *, dtype: str | torch.dtype = "auto", devi
         device: one device, or a list of GPUs over which the layers are spread by free memory; None is the CPU.
 
     Raises:
-        ValueError, FileNotFoundError: no such model, one that transformers cannot load, or too large for its GPUs.
+        ValueError, FileNotFoundError: no such model, one that transformers cannot load, a checkpoint that lacks tensors
+            or holds them in another shape (transformers would draw them at random), or too large for its GPUs.
     """
     tokenizer = load_tokenizer(path)
     devices = device if isinstance(device, list) else [device or "cpu"]
@@ -31,7 +31,13 @@ def load_base_model(path: str | Path, *, dtype: str | torch.dtype = "auto", devi
     if len(devices) > 1:
         free = {gpu: int(0.8 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}  # the rest: activations and cache
         place = {"device_map": "auto", "max_memory": free}
-    model = _load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype, **place)
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype, **place, **report)
+    if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
+        raise ValueError(
+            f"model {str(path)!r}: its checkpoint lacks, or holds in another shape, {len(wrong)} tensors that its "
+            f"config.json asks for ({wrong[0]}): fetch it again"
+        )
     if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
         raise ValueError(f"model {str(path)!r} does not fit on {', '.join(map(str, devices))}: give it more GPUs")
     return model.eval(), tokenizer
@@ -42,6 +48,33 @@ def empty_model(path: str | Path) -> nn.Module:
     config = _load(AutoConfig.from_pretrained, path)
     with torch.device("meta"):
         return _load(lambda _: AutoModelForCausalLM.from_config(config), path)
+
+
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether the documents of a pack (`utils.collate`) do not see each other in `model`.
+
+    The mask between them is transformers' work, from `position_ids` that start again; some families make none, and
+    recurrent layers carry their state over. Where documents are apart, the gradient of the second one's hidden states
+    with respect to the first one's embeddings is 0 exactly, whatever the dtype.
+    """
+    kept = []
+
+    def hook(_module, _args, output):
+        kept.append(output.detach().requires_grad_())
+        return kept[0]
+
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(hook)
+    positions_T = torch.arange(4).repeat(2).to(embeddings.weight.device)
+    try:
+        with torch.enable_grad():
+            out = model.base_model(
+                input_ids=positions_T[None], position_ids=positions_T[None], use_cache=False
+            ).last_hidden_state
+            (grad_TD,) = torch.autograd.grad(out[0, 4:].float().pow(2).sum(), kept)[0]
+    finally:
+        handle.remove()
+    return not grad_TD[:4].any()
 
 
 def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[str]]:
@@ -76,6 +109,6 @@ def _load(function, path: str | Path, **kwargs):
         raise FileNotFoundError(f"model {path!r}: the folder has no config.json, so it is no model")
     try:
         return function(path, **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged folder makes transformers and its libraries raise
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"model {path!r} cannot be loaded: {type(error).__name__}: {reason}") from error

@@ -213,7 +213,7 @@ def read_logs(folder: Path) -> RouterCounts:
 def _read_log(path: Path) -> list[tuple[str, list[int], list[float]]]:
     """("file:line", expert ids, gate weights) of every forward."""
     log = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         where = f"{path}:{number}"
         left, tab, right = line.strip().partition("\t\t")
         try:

@@ -41,7 +41,7 @@ from deepseek.experts import find_experts
 from esft import ExpertConfig, RouterCapture, to_esft
 from scripts.side_by_side import measure
 from train import TrainConfig, count_trained, prepare_model
-from utils import ROOT, environment, run_cli, suggest, write_json
+from utils import ROOT, Parser, environment, run_cli, suggest, write_json
 
 METHODS = ("full", "experts", "lora", "esft", "floor")
 TINY = ROOT / "results" / "models" / "tiny"
@@ -339,7 +339,7 @@ def resolve(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="36m", help="default: %(default)s; v2-lite is DeepSeek-V2-Lite's, 15.7B")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")

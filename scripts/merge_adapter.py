@@ -14,7 +14,6 @@ where the expert's projection lives:
     gate_up_proj (E, 2F, D), entries 0, 1, 2, ...  ->  {"...experts.7.w1.weight": [[1260, 1261, ..], ..], ..}
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -29,14 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.experts import LAYOUT_FLAGS, expert_views, find_experts, fused_names, split_projections
+from deepseek.loading import empty_model
 from esft import ExpertConfig, adapter_views, check_base, read_adapter, router_parameters
-from utils import atomic_path, environment, run_cli, write_json
+from utils import Parser, atomic_path, check_output, environment, run_cli, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*")
@@ -53,6 +52,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output}: exists already; give an --output_dir that does not")
+    check_output(output, folder=True)
     files = checkpoint_files(base)
     if not adapter.is_dir():
         raise FileNotFoundError(f"adapter {adapter}: no such folder")
@@ -82,8 +82,9 @@ def checkpoint_files(base: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{base}: no config.json in it, so it is no model; give a checkpoint folder on disk")
     if (base / INDEX).is_file():
         try:
-            files = dict(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            files = json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = {key: str(name) for key, name in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{base / INDEX}: not an index of a checkpoint ({error!r})") from error
     elif (base / WEIGHTS).is_file():
         with open_shard(base / WEIGHTS) as file:
@@ -104,14 +105,9 @@ def open_shard(path: Path):
 
 
 def meta_model(base: Path) -> nn.Module:
-    """The model of a folder's config.json, without weights."""
-    try:
-        config = AutoConfig.from_pretrained(base)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {base} cannot be built from its config.json: {error}") from error
-    if getattr(config, "quantization_config", None):
+    """The model of a folder's config.json, without weights. Raises ValueError where it is quantized."""
+    model = empty_model(base)
+    if getattr(model.config, "quantization_config", None):
         raise ValueError(f"model {base} is quantized: merge into its unquantized form")
     return model
 
@@ -234,11 +230,7 @@ def write_shard(source: Path, target: Path, edits: dict[str, list[Edit]]) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Merge an adapter into a base checkpoint on disk, shard by shard (no GPU, memory for one shard).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The result is a plain checkpoint, in the files and names of the base, and loads without the adapter.",
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--base_model_path", "--model", type=Path, required=True, help="folder of the base: config.json, *.safetensors"
     )

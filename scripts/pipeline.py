@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import ROOT, environment, resolve_dataset, run_cli, suggest, write_json, write_text
+from utils import ROOT, Parser, check_output, environment, resolve_dataset, run_cli, suggest, write_json, write_text
 
 TRAINING = {  # method -> (score function that selects, train.py's method)
     "esft-token": ("token", "esft"),
@@ -34,7 +34,10 @@ TRAINING = {  # method -> (score function that selects, train.py's method)
 
 
 class Stages:
-    """Runs commands once each; `stages.json` remembers the command of each output that is whole."""
+    """Runs commands once each; `stages.json` remembers the command of each output that is whole.
+
+    A command that runs makes those stale that were given its output, or the folder of it.
+    """
 
     def __init__(self, folder: Path):
         self.note = folder / "stages.json"
@@ -52,6 +55,10 @@ class Stages:
             print(f"[done] {shlex.join(['python', *command])}", flush=True)
             return
         print(f"\n$ {shlex.join(['python', *command])}", flush=True)
+        made = {str(output), str(output.parent)}
+        self.done = {k: old for k, old in self.done.items() if not made & {flag.partition("=")[2] for flag in old}}
+        if self.note.is_file():
+            write_json(self.note, self.done)
         start = time.perf_counter()
         code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
         if code:
@@ -62,7 +69,7 @@ class Stages:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--base_model_path", "--model", required=True, help="the base model: a folder or a hub id")
     add("--train_dataset", "--data", required=True, help="a name (file of datasets/train), a path or a hub id")
@@ -200,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             pairs.append(pair)
     resolve_dataset(args.train_dataset, "train")
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
+    check_output(folder, folder=True)
     stages, datasets, base = Stages(folder), eval_datasets(args), args.base_model_path
     scores, configs = folder / "expert_scores", folder / "expert_configs"
     functions = {TRAINING[method][0] for method in methods} - {None}
@@ -217,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             gpus_per_rank=args.gpus_per_rank,
             template=args.template,
             seed=args.seed,
+            dtype=args.dtype,
         )
     for function in sorted(functions):
         stages.run(

@@ -183,6 +183,7 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--eval_dataset=a/x.jsonl,b/x.jsonl"], "different names"),
         (0, ["--eval_dataset=,"], "different names"),
         (0, ["--output_path=out.json"], r"must end in \.jsonl"),
+        (0, ["--output_path=README.md/out.jsonl"], "cannot be written"),
     ],
 )
 def test_errors_are_one_sentence_before_the_model(monkeypatch, capsys, eval_file, tmp_path, gpus, flags, sentence):

@@ -1,9 +1,12 @@
 """Placing a model: what is asked of transformers for which devices, and what is refused before it is asked."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_model
 
 from deepseek import loading
 
@@ -33,9 +36,12 @@ def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir)
     placed = SimpleNamespace(hf_device_map={"model.layers.0": 2, "model.layers.1": 3})
     placed.eval = lambda: placed
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * gpu, 10_000))
-    monkeypatch.setattr(
-        loading.AutoModelForCausalLM, "from_pretrained", lambda path, **kwargs: asked.update(kwargs) or placed
-    )
+
+    def from_pretrained(path, output_loading_info, ignore_mismatched_sizes, **kwargs):
+        asked.update(kwargs)
+        return placed, {"missing_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model, _ = loading.load_base_model(tiny_model_dir, dtype="bfloat16", device=["cuda:2", "cuda:3"])
     assert model is placed
     assert asked == {"dtype": "bfloat16", "device_map": "auto", "max_memory": {2: 1600, 3: 2400}}
@@ -62,3 +68,28 @@ def test_what_is_no_model_is_refused(load, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, text", [({"num_hidden_layers": 4}, "lacks .* tensors"), ({"hidden_size": 64}, "cannot")]
+)
+def test_a_checkpoint_that_does_not_fill_the_model_is_refused(tiny_model_dir, tmp_path, change, text):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"lacks, or holds in another shape, \d+ tensors"):
+        loading.load_base_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family, apart", [("deepseek_v2", True), ("mixtral", True), ("gpt_oss", False)])
+def test_whether_documents_are_apart_is_found_out(family, apart, dtype):
+    model = make_model(family, dtype)
+    assert loading.keeps_documents_apart(model) == apart
+    assert all(param.grad is None for param in model.parameters())
+    ids_BT = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 8, 9, 10]])
+    positions_BT = torch.arange(3).repeat(2)[None].expand(2, -1)
+    with torch.no_grad():
+        one, other = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[:, 3:].float()
+    assert torch.allclose(one, other, rtol=0.1, atol=0.1) == apart

@@ -53,6 +53,36 @@ def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypa
     assert len(ran) == 3
 
 
+def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, **_):
+        ran.append(command[1])
+        if len(ran) == 4:
+            return type("Done", (), {"returncode": 2})
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    config, model, answers = (tmp_path / name for name in ("config.json", "run", "answers.jsonl"))
+    model.mkdir()
+    for path in (config, model / "state.json", answers):
+        path.touch()
+
+    def stages(top_p: float) -> None:
+        stages = pipeline.Stages(tmp_path)
+        stages.run(config, "select.py", top_p=top_p)
+        stages.run(model / "state.json", "train.py", config=config)
+        stages.run(answers, "eval.py", adapter_dir=model)
+
+    stages(0.2)
+    stages(0.2)
+    assert ran == ["select.py", "train.py", "eval.py"]
+    with pytest.raises(SystemExit):  # the selection itself fails, or the machine does
+        stages(0.5)
+    stages(0.5)
+    assert ran[3:] == ["select.py", "select.py", "train.py", "eval.py"]
+
+
 def test_a_stage_that_fails_stops_the_pipeline_with_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 2}))
     with pytest.raises(SystemExit) as stop:

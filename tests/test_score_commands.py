@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_model
 from test_scores import refused
 
 from esft import ExpertScores
@@ -61,6 +62,16 @@ def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, t
     assert ExpertScores.load(tmp_path / "two").by_function == two.by_function
     other = score(data, tiny_model_dir, tmp_path / "other", *flags[:-1], 4)
     assert other.by_function != one.by_function
+
+
+def test_scores_do_not_depend_on_the_packs(data, tiny_tokenizer, tmp_path):
+    """Not even in gpt_oss, for which transformers builds no mask between packed documents."""
+    make_model("gpt_oss").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--n_sample_tokens", 10**6, "--skip_template_tokens", "--seq_length"]
+    long, short = (score(data, tmp_path / "model", tmp_path / str(n), *flags, n) for n in (512, 128))
+    assert long.meta["packs"] < short.meta["packs"]
+    assert long.by_function["token"] == short.by_function["token"]
 
 
 def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, tmp_path, capsys):

@@ -192,6 +192,11 @@ def test_every_key_of_training_arguments_is_accepted():
         ({"lr": 1.0, "learning_rate": 2.0}, "'lr' and 'learning_rate' are two names of one key"),
         ({"method": "lorra"}, "method=lorra: .*did you mean 'lora'"),
         ({"seq_length": 0}, "seq_length=0"),
+        ({"batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
+        ({"label_smoothing_factor": 2}, "label_smoothing_factor=2"),
         ({"seq_length": True}, "seq_length=True: expected a whole number"),
         ({"n_train_samples": "many"}, "n_train_samples='many': expected a whole number"),
         ({"lr": "fast"}, "learning_rate='fast': expected a number"),
@@ -210,9 +215,10 @@ def test_a_bad_key_or_value_is_named(given, text):
 
 def test_a_file_is_read_and_the_command_line_wins(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("learning_rate: 1e-5\nsteps: 5\nmax_grad_norm: 2e-1\n")
+    path.write_text("learning_rate: 1e-5\nsteps: 5\nmax_grad_norm: 2e-1\neval_strategy: no\n")
     config = train.read_config(path, {**PATHS, "max_steps": 9})
     assert (config.training["learning_rate"], config.training["max_steps"]) == (1e-5, 9)
+    assert config.training["eval_strategy"] == "no"  # which YAML reads as false
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seq_length = 1
     for text, message in (
@@ -254,7 +260,7 @@ def test_errors_are_one_sentence_and_leave_nothing_behind(files, tmp_path, capsy
     def row(*turns) -> str:
         return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
 
-    good = row(("user", "is it?"), ("assistant", "yes"))
+    good, long = (row(("user", "is it?"), ("assistant", "yes " * times)) for times in (1, 60))
     expert = tmp_path / "expert.json"
     dense = tmp_path / "dense"
     small = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -271,6 +277,8 @@ def test_errors_are_one_sentence_and_leave_nothing_behind(files, tmp_path, capsy
         ({"train_dataset": data(good + "\n" + row(("robot", "x"), ("assistant", "y")))}, r"bad.jsonl:2.*role"),
         ({"train_dataset": data(good + "\n" + row(("user", "x"), ("assistant", "")))}, r"bad.jsonl:2"),
         ({"seq_length": 8}, "more than seq_length=8"),
+        ({"train_dataset": data("\n".join([good] * 6 + [long])), "validation_fraction": 0}, "sample 7 has"),
+        ({"output_dir": expert.parent / "file" / "out"}, "cannot be written"),
         ({"base_model_path": dense}, "dense model"),
         ({"base_model_path": tmp_path / "none"}, "no such folder"),
         ({"base_model_path": bare}, "cannot be loaded|tokenizer"),
@@ -285,6 +293,7 @@ def test_errors_are_one_sentence_and_leave_nothing_behind(files, tmp_path, capsy
     ]
     if not torch.cuda.is_available():
         cases.append(({"device": "cuda"}, "torch sees no GPU"))
+    (tmp_path / "file").touch()
     for changes, text in cases:
         if experts := changes.pop("experts", None):
             utils.write_json(expert, {"experts": experts})
@@ -294,6 +303,22 @@ def test_errors_are_one_sentence_and_leave_nothing_behind(files, tmp_path, capsy
         assert not (tmp_path / "out").exists()
     assert "given twice" in fails([*arguments(files, tmp_path / "out"), "max_steps=3"], capsys)
     assert "written key=value" in fails([*arguments(files, tmp_path / "out"), "oops"], capsys)
+
+
+def test_what_transformers_refuses_late_leaves_no_run_behind(files, tmp_path, capsys):
+    for changes in ({"learning_rate": -1}, {"adam_beta1": 2}, {"optim": "lomo"}):
+        fails(arguments(files, tmp_path / "out", **changes), capsys)
+        assert not list((tmp_path / "out").iterdir())
+    train.main(arguments(files, tmp_path / "out"))
+
+
+def test_a_run_on_other_contents_is_another_run(files, start, capsys):
+    config = start.folder / "experts.json"
+    shutil.copy(files / "experts.json", config)
+    start(expert_config=config)
+    utils.write_json(config, {**EXPERTS, "experts": {"1": [1]}})
+    message = fails(arguments(files, start.folder / "out", expert_config=config), capsys)
+    assert "differs in the content of expert_config)" in message
 
 
 def test_an_output_folder_that_is_not_this_run_is_refused_untouched(files, start, capsys):
@@ -330,6 +355,24 @@ def test_first_step_is_the_same_however_the_batch_is_cut(files, start, tiny_toke
     for adapter in adapters[1:]:
         for key, tensor in adapters[0].items():
             torch.testing.assert_close(adapter[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_where_documents_of_a_pack_see_each_other_each_is_alone(files, start, tiny_tokenizer):
+    """gpt_oss, for which transformers builds no mask between packed documents."""
+    folder = start.folder / "gpt_oss"
+    model = make_model("gpt_oss")
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    with pytest.warns(UserWarning, match="would see each other"):
+        start(base_model_path=folder, batch_size=30, validation_fraction=0, eval_steps=0, max_steps=1, save_steps=0)
+    total = count = 0
+    for sample in utils.load_samples(files / "data.jsonl"):
+        encoded = utils.encode(sample["messages"], tiny_tokenizer)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([encoded.input_ids]), use_cache=False).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(encoded.labels[1:]), reduction="sum").item()
+        count += sum(label != utils.IGNORE for label in encoded.labels[1:])
+    assert losses(start.folder / "out")["loss", 1] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("eval_batch_size", [1, 3, 8])

@@ -456,6 +456,52 @@ def test_split_is_of_samples_disjoint_and_deterministic():
 # ------------------------------------------------------------------------------------------------- files, commands
 
 
+def test_a_pack_comes_apart_into_its_documents():
+    encoded = documents(20, 30)
+    packs = utils.pack(encoded, 64, numbers=[100 + i for i in range(20)])
+    alone = [one for p in packs for one in p.documents()]
+    assert sorted(one.samples[0] for one in alone) == list(range(100, 120))
+    for one in alone:
+        number = one.samples[0] - 100
+        assert one.input_ids == encoded[number].input_ids and one.position_ids == list(range(len(one)))
+        assert one.labels[1:] == encoded[number].labels[1:]
+
+
+def test_an_overlong_sample_goes_by_its_number():
+    with pytest.raises(ValueError, match="sample 7 has"):
+        utils.pack([Encoded([1] * 9, [1] * 9)], 8, numbers=[7])
+
+
+def test_a_broken_character_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(
+        r'{"prompt": "\ud83d\ude00", "completion": "b"}' + "\n" + r'{"prompt": "\ud800", "completion": "b"}'
+    )
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: a broken character"):
+        utils.load_samples(path)
+
+
+def test_an_output_that_cannot_be_is_refused_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path, folder in ((tmp_path / "file", True), (tmp_path, False), (tmp_path / "file" / "a" / "b", True)):
+        with pytest.raises(ValueError, match="cannot be written"):
+            utils.check_output(path, folder)
+    utils.check_output(tmp_path / "a" / "b")
+    utils.check_output(tmp_path / "file")
+    utils.check_output("/dev/null")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_wrong_flag_is_one_sentence(capsys):
+    parser = utils.Parser("what it does")
+    parser.add_argument("--number", type=utils.positive)
+    for argv, text in ((["--number=0"], "not a whole number"), (["--num=1"], "unrecognized"), (["x"], "unrecognized")):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and text in error
+
+
 def test_a_failing_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "rows.jsonl"
     utils.write_jsonl(path, [{"old": 1}])

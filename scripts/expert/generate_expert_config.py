@@ -33,16 +33,14 @@ from esft import (
     adapter_views,
     select_experts,
 )
-from utils import run_cli, write_text
+from utils import Parser, run_cli, write_text
 
 TOP_P = {"token": 0.2, "gate": 0.1, "prob": 0.2}  # the paper's; prob sums to 1 as token does
 FLAGS = {"top_p": ("cumulative", "random"), "fraction": ("fraction",), "top_k": ("topk",), "seed": ("random",)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="PATH", help="folder of scores, or a summary or flat JSON file")
     add("--output_path", required=True, metavar="FILE.json", help="where the expert config goes")

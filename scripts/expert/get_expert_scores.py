@@ -15,6 +15,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,17 +26,27 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.loading import empty_model, plan_devices
+from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from deepseek.routing import RouterCounts
 from esft import ExpertScores, RouterCapture, load_base_model, load_tokenizer, select_experts
 from scripts.expert.generate_expert_config import TOP_P
-from utils import Encoded, Pack, collate, encode, environment, load_samples, pack, positive, run_cli
+from utils import (
+    Encoded,
+    Pack,
+    Parser,
+    check_output,
+    collate,
+    encode,
+    environment,
+    load_samples,
+    pack,
+    positive,
+    run_cli,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME", help="data set of the task: a name in "
         "datasets/train, a path (.jsonl, .json, .parquet) or a hub id; as in the paper, experts are scored on training "
@@ -170,10 +181,19 @@ def run_rank(
     try:
         device = devices[rank] if len(devices[rank]) > 1 else devices[rank][0]
         model, _ = load_base_model(args.base_model_path, dtype=args.dtype, device=device)
-        world_size = len(devices)
-        yield from count_routing(model, packs[rank::world_size], masks[rank::world_size], args.prob)
+        packs, masks = packs[rank :: len(devices)], masks[rank :: len(devices)]
+        if not keeps_documents_apart(model):
+            masks = [mask[at : at + len(one)] for p, mask in zip(packs, masks) for at, one in _places(p)]
+            packs = [one for p in packs for one in p.documents()]
+        yield from count_routing(model, packs, masks, args.prob)
     finally:
         torch.set_num_threads(threads)
+
+
+def _places(one: Pack) -> list[tuple[int, Pack]]:
+    """(where it begins, document) of each document of a pack."""
+    documents = one.documents()
+    return list(zip(accumulate(map(len, documents), initial=0), documents))
 
 
 def _spawned(rank: int, args: argparse.Namespace, devices: list, packs: list, masks: list, queue) -> None:
@@ -252,6 +272,8 @@ def table(scores: ExpertScores) -> str:
 
 def main(argv: list[str] | None = None) -> ExpertScores:
     args = parse_args(argv)
+    output_path = Path(args.output_dir) / "summary.json"
+    check_output(output_path)
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     model = empty_model(args.base_model_path)
     RouterCapture(model, args.prob)  # refuses what it cannot count on, before any weight is read
@@ -279,7 +301,6 @@ def main(argv: list[str] | None = None) -> ExpertScores:
         **{name: getattr(args, name) for name in settings},
         environment=environment(),
     )
-    output_path = Path(args.output_dir) / "summary.json"
     scores.save(output_path)
     print(table(scores))
     print(f"written to {output_path}")

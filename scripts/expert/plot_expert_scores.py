@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
 from scripts.expert.generate_expert_config import TOP_P
-from utils import atomic_path, run_cli
+from utils import Parser, atomic_path, run_cli
 
 UNITS = {
     "token": "share of routed slots (%)",
@@ -26,9 +26,7 @@ MARK = "#e8000b"  # red, against every blue
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="PATH", help="folder of scores, or a summary or flat JSON file")
     add(
