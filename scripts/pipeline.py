@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling, selection and training (default: 0)")
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
     add("overrides", nargs="*", metavar="[method:]key=value", help="training keys, see train.py --help")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def eval_datasets(args: argparse.Namespace) -> list[str]:

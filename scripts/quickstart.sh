@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh eval,plot
 exec "$python" scripts/pipeline.py \
-    --base_model_path=results/models/tiny --train_dataset=intent --train_config=configs/tiny.yaml \
+    --base_model_path=results/models/tiny --train_dataset=law --train_config=configs/tiny.yaml \
     --output_dir=results/runs/quickstart --methods=esft-token,esft-gate,full \
-    --seq_length=256 --n_sample_tokens=16384 --max_new_tokens=64 --eval_batch_size=64 "$@"
+    --seq_length=256 --n_sample_tokens=16384 --max_new_tokens=64 --eval_batch_size=64 \
+    full:learning_rate=1e-3 "$@"
