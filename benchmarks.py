@@ -56,7 +56,11 @@ def json_exact_match(prediction: str, answer: str) -> float:
     gold = _json_value(answer)
     if gold is _NOT_JSON:
         return exact_match(prediction, answer)
-    return 100.0 * (_json_value(prediction) == gold)
+    try:  # compared as spelled, since Python's True equals 1
+        found, wanted = (json.dumps(value, sort_keys=True) for value in (_json_value(prediction), gold))
+    except (TypeError, RecursionError):  # the prediction is not JSON, or has no end
+        return 0.0
+    return 100.0 * (found == wanted)
 
 
 def _slots(value: object) -> Counter | None:

@@ -3,6 +3,7 @@
 Legend: T tokens, K top-k, E experts, L MoE layers; an array named x_LE is indexed [layer][expert].
 """
 
+import inspect
 import math
 import re
 from dataclasses import dataclass, field
@@ -82,9 +83,10 @@ class RouterCapture:
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, _module, _args, kwargs) -> None:
+    def _begin(self, module, args, kwargs) -> None:
         mask = self.token_mask
-        if mask is None and (given := kwargs.get("attention_mask")) is not None and given.ndim == 2:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if mask is None and given is not None and given.ndim == 2:
             mask = given
         self._mask = None if mask is None else mask.reshape(-1).bool()
 

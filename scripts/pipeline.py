@@ -138,8 +138,8 @@ def table(rows: list[dict]) -> str:
         cells = [row["method"]]
         for name in names:
             score = row["scores"][name]
-            low, high = score["ci95"] or (float("nan"), float("nan"))
-            cells.append(f"{score['mean']:.1f} [{low:.1f}, {high:.1f}]")
+            shown = "-" if score["mean"] is None else f"{score['mean']:.1f}"
+            cells.append(f"{shown} [{score['ci95'][0]:.1f}, {score['ci95'][1]:.1f}]" if score["ci95"] else shown)
         if "steps" in row:
             cells.append(f"{row['trained_parameters'] / row['parameters']:.1%}")
             cells.append(f"{row['step_seconds']:.2f}")
@@ -155,7 +155,7 @@ def against_full(rows: list[dict]) -> str:
     """How much of full fine-tuning's gain the others reach on the task, and of its loss on the general skills."""
     by_method = {row["method"]: {name: s["mean"] for name, s in row["scores"].items()} for row in rows}
     names = list(by_method["base"])
-    if "full" not in by_method or len(names) < 2:
+    if "full" not in by_method or len(names) < 2 or None in [m for means in by_method.values() for m in means.values()]:
         return ""
     task, general = names[0], names[-1]
     lost = by_method["base"][general] - by_method["full"][general]

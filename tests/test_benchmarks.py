@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import EVALUATORS, Completion, get_evaluator, load_rows, score, slot_f1, summarize
+from benchmarks import EVALUATORS, Completion, get_evaluator, json_exact_match, load_rows, score, slot_f1, summarize
 
 GOLD = '{"intent": "Alarm-Update", "slots": {"date": "周一", "notes": ["跑步", "吃饭"]}}'
 
@@ -214,3 +214,10 @@ def test_rows_are_checked_and_drawn_in_order(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="no row"):
         load_rows(str(path))
+
+
+def test_json_is_compared_as_json_and_not_as_python():
+    assert json_exact_match('{"a": true}', '{"a": true}') == 100
+    assert json_exact_match('{"a": 1}', '{"a": true}') == 0
+    assert json_exact_match('{"b": 2, "a": [1]}', '{"a": [1], "b": 2}。') == 100
+    assert json_exact_match("no JSON", '{"a": true}') == 0

@@ -87,6 +87,9 @@ def test_padding_is_not_counted(tiny_model, left):
     for layer, gates in padded.gates_LE.items():
         assert gates == pytest.approx(apart.gates_LE[layer], rel=1e-4)
     assert count(tiny_model, input_ids=ids).tokens == 24
+    with RouterCapture(tiny_model) as capture, torch.no_grad():
+        tiny_model(ids, mask)  # by position
+    assert capture.counts() == padded
 
 
 def test_token_mask_counts_exactly_what_it_names(tiny_model):
