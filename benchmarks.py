@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from utils import encode_prompt, read_rows, suggest
+from utils import SHAPES, encode_prompt, read_rows, suggest
 
 # ------------------------------------------------------------------------------------------------ metrics
 
@@ -185,10 +185,19 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
     rows = []
     for where, row in read_rows(dataset, "eval"):
         answers = row.get("raw_answers", row.get("answers"))
+        wrong = None
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ValueError(f'{where}: the key "prompt" must hold the text of the question')
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise ValueError(f'{where}: the key "raw_answers" must hold a list of at least one gold answer, as text')
+            wrong = "prompt"
+        elif not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            wrong = "raw_answers"
+        if wrong:
+            hint = ""
+            if answers is None and any(row.keys() >= set(keys) for keys in SHAPES):
+                hint = "; this is a row of training data: give its question and, as the one gold answer, its answer"
+            raise ValueError(
+                f'{where}: "{wrong}" is missing or wrong, an evaluation row needs "prompt", the question as text, and '
+                f'"raw_answers" (or "answers"), a list of at least one gold answer as text{hint}'
+            )
         rows.append({**row, "raw_answers": answers})
     if not rows:
         raise ValueError(f"{dataset} holds no row to evaluate on")

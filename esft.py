@@ -48,7 +48,7 @@ from deepseek.experts import (
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer
 from deepseek.routing import RouterCapture, RouterCounts, read_logs
-from utils import atomic_path, suggest, write_json
+from utils import atomic_path, suggest, suggest_path, write_json
 
 __all__ = [
     "ExpertConfig",
@@ -117,8 +117,13 @@ class ExpertScores:
 
     def __getitem__(self, function: str) -> dict[int, dict[int, float]]:
         if function not in self.by_function:
-            known = ", ".join(self.by_function)
-            raise ValueError(f"there is no score {function!r}{suggest(function, self.by_function)}: there is {known}")
+            known = " and ".join(self.by_function)
+            hint = ""
+            if function == "prob":
+                hint = "; get_expert_scores.py --prob adds it for models whose router logits transformers records"
+            raise ValueError(
+                f"there is no score {function!r}{suggest(function, self.by_function)}: there is {known}{hint}"
+            )
         return self.by_function[function]
 
     @classmethod
@@ -163,7 +168,9 @@ class ExpertScores:
                 else cls.from_counts(read_logs(path))
             )
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such scores; run scripts/expert/get_expert_scores.py first")
+            raise FileNotFoundError(
+                f"{path}: no such scores{suggest_path(path)}; make them with scripts/expert/get_expert_scores.py"
+            )
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -231,10 +238,15 @@ class ExpertConfig:
     @classmethod
     def load(cls, path: str | Path) -> "ExpertConfig":
         """Read an expert config, or an adapter folder's. Unknown keys, repeated ids and non-numbers are refused."""
-        path = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        if path.is_dir():
+            if not (path / CONFIG_NAME).is_file():
+                raise FileNotFoundError(_no_adapter(path))
+            path = path / CONFIG_NAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such expert config; make one with scripts/expert/generate_expert_config.py"
+                f"{path}: no such expert config{suggest_path(path)}; make one with "
+                "scripts/expert/generate_expert_config.py"
             )
         try:
             data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
@@ -253,6 +265,11 @@ class ExpertConfig:
             raise ValueError(f"expected a JSON object, found {type(data).__name__}")
         known = ("experts", "selected_experts", "shared_experts", "non_expert_modules", "base", "meta")
         for key in data:
+            if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", str(key)):
+                raise ValueError(
+                    "these are expert scores; make an expert config of them with "
+                    "scripts/expert/generate_expert_config.py"
+                )
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{suggest(key, known)}")
         if ("experts" in data) == ("selected_experts" in data):
@@ -533,7 +550,7 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             adapter of another base; an expert that a loaded adapter already holds.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"adapter {folder}: no such folder")
+        raise FileNotFoundError(f"adapter {folder}: no such folder{suggest_path(folder)}")
     if is_lora(folder):
         return _merge_lora(model, folder)
     config = ExpertConfig.load(folder)
@@ -606,6 +623,20 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"it was made for a {base['model_type']} model, this one is {model.config.model_type}")
     if base.get("router") and router and base["router"] != router:
         raise ValueError("it was trained on another base model: the routers' weights differ")
+
+
+def _no_adapter(folder: Path) -> str:
+    """What is wrong with a folder that holds no adapter, and what may have been meant."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    if (folder / "config.json").is_file():
+        hint = "it holds a whole model: give it as --base_model_path"
+    elif checkpoints:
+        hint = f"its run did not finish: go on with it, or give {checkpoints[-1]}"
+    elif (folder / "summary.json").is_file():
+        hint = "it holds expert scores, of which scripts/expert/generate_expert_config.py makes an expert config"
+    else:
+        hint = f"an adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with adapter_config.json"
+    return f"{folder} is no adapter, it has no {CONFIG_NAME}: {hint}"
 
 
 def is_lora(folder: str | Path) -> bool:

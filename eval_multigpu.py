@@ -33,6 +33,7 @@ from utils import (
     environment,
     positive,
     run_cli,
+    suggest_path,
     write_json,
     write_jsonl,
     write_text,
@@ -57,23 +58,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     dtypes, devices = ("auto", "float32", "bfloat16", "float16"), ("auto", "cpu", "cuda")
+    count = {"type": positive, "metavar": "N"}
     dataset_help = "names (files of datasets/eval), paths (.jsonl, .json, .parquet) or hub ids, separated by commas"
     template_help = "how the prompt is rendered: the tokenizer's chat template or the published one (default: chat)"
     evaluator_help = "metrics for every dataset (default: those of its name; for another name ROUGE-L and chrF)"
     add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME[,NAME]", help=dataset_help)
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--adapter_dir", metavar="DIR", help="folder of an adapter to put on it (default: none, the base alone)")
-    add("--output_path", required=True, metavar="FILE.jsonl", help="where the answers go; the summary goes beside them")
-    add("--world_size", type=positive, default=1, help="processes, each with a whole model (default: 1)")
-    add("--gpus_per_rank", type=positive, default=1, help="GPUs over which each process spreads its model (default: 1)")
-    add("--max_new_tokens", type=positive, default=512, help="longest answer, in tokens (default: 512)")
-    add("--eval_batch_size", type=positive, default=16, help="samples per batch and process (default: 16)")
-    add("--n_samples", type=positive, help="evaluate on this many samples, drawn with --seed (default: all)")
+    add("--output_path", required=True, metavar="FILE", help="the answers (.jsonl); the summary goes beside them")
+    add("--world_size", **count, default=1, help="processes, each with a whole model (default: 1)")
+    add("--gpus_per_rank", **count, default=1, help="GPUs over which each process spreads its model (default: 1)")
+    add("--max_new_tokens", **count, default=512, help="longest answer, in tokens (default: 512)")
+    add("--eval_batch_size", **count, default=16, help="samples per batch and process (default: 16)")
+    add("--n_samples", **count, help="evaluate on this many samples, drawn with --seed (default: all)")
     add("--template", choices=("chat", "released"), default="chat", help=template_help)
     add("--evaluator", choices=tuple(EVALUATORS), help=evaluator_help)
     add("--dtype", choices=dtypes, default="auto", help="of the weights (default: auto, as stored)")
-    add("--device", choices=devices, default="auto", help="auto is the GPUs where there are any (default: auto)")
-    add("--seed", type=int, default=0, help="of --n_samples and of the bootstrap interval (default: 0)")
+    add("--device", choices=devices, default="auto", help="where to run (default: auto, the GPUs if there are any)")
+    add("--seed", type=int, default=0, metavar="N", help="of --n_samples and of the bootstrap interval (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse_args(argv)
     if args.adapter_dir:
         if not Path(args.adapter_dir).is_dir():
-            raise ValueError(f"--adapter_dir {args.adapter_dir}: there is no such folder")
+            raise ValueError(f"--adapter_dir {args.adapter_dir}: no such folder{suggest_path(args.adapter_dir)}")
         if not esft.is_lora(args.adapter_dir):
             config = esft.ExpertConfig.load(args.adapter_dir)  # raises where the folder is no adapter
             config.check(empty_model(args.base_model_path))

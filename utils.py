@@ -54,12 +54,13 @@ def run_cli(main: Callable[[], object]) -> None:
     """Run a command: a ValueError, OSError, or want of a library or of GPU memory, becomes `error: <sentence>` on
     stderr and exit code 2.
 
-    ESFT_DEBUG in the environment keeps the traceback. Ctrl-C exits 130, a closed pipe (`| head`) 141, both quietly.
+    ESFT_DEBUG in the environment keeps the traceback. Ctrl-C exits 130 with a word, a closed pipe (`| head`) 141.
     """
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
@@ -72,11 +73,32 @@ def run_cli(main: Callable[[], object]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, for a module's docstring: no abbreviated flags, and a wrong flag is one sentence and exit code 2."""
+    """argparse's, for a module's docstring: no abbreviated flags, required ones marked as such in the help, and a wrong
+    flag is one sentence and exit code 2."""
 
     def __init__(self, description: str | None):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def add_argument(self, *names, **options):
+        if options.get("required"):
+            options["help"] += " (required)"
+        return super().add_argument(*names, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        self._check_flags(args)
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        self._check_flags(args)
+        return super().parse_intermixed_args(args, namespace)
+
+    def _check_flags(self, args: list[str] | None) -> None:
+        """Refuse an unknown flag before argparse does, which would first ask for the required one it may stand for."""
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            if re.fullmatch(r"--?[a-zA-Z][\w-]*", flag) and flag not in self._option_string_actions:
+                self.error(f"unrecognized flag {flag}{suggest(flag, self._option_string_actions)}")
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; --help explains the flags\n")
@@ -138,6 +160,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def suggest_path(path: str | Path) -> str:
+    """`suggest` for the first part of a path that is not there, among what is beside it."""
+    missing = next((part for part in [*reversed(Path(path).parents), Path(path)] if not part.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return ""
+    return suggest(missing.name, (beside.name for beside in missing.parent.iterdir()))
+
+
 def positive(text: str) -> int:
     """A type for argparse: a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
@@ -181,7 +211,7 @@ def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
         return known[text]
     if path.suffix in SUFFIXES:
         if not path.is_file():
-            raise FileNotFoundError(f"data set {text!r}: no such file")
+            raise FileNotFoundError(f"data set {text!r}: no such file{suggest_path(path)}")
         return path
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         return text
@@ -231,9 +261,12 @@ def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
 def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list]:
     """(train, validation), in the order of `samples`: a random `fraction`, at least one where it is > 0, validates."""
     if not 0 <= fraction < 1:
-        raise ValueError(f"validation fraction {fraction} is not in [0, 1)")
+        raise ValueError(f"validation_fraction={fraction} is not in [0, 1)")
     if fraction > 0 and len(samples) < 2:
-        raise ValueError(f"{len(samples)} samples cannot be split: add samples or set the validation fraction to 0")
+        raise ValueError(
+            f"validation_fraction={fraction} needs at least 2 samples, found {len(samples)}: add samples or set "
+            "validation_fraction=0"
+        )
     count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 else 0
     chosen = set(random.Random(seed).sample(range(len(samples)), count))
     return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
@@ -252,7 +285,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{path}:{line}: a broken character, {error.object[error.start]!r}: mend it") from error
         except json.JSONDecodeError as error:
             line += error.lineno - 1
-            raise ValueError(f"{path}:{line}: not valid JSON ({error.msg} at column {error.colno})") from error
+            reason = error.msg.removesuffix(" at")
+            raise ValueError(f"{path}:{line}: not valid JSON ({reason} at column {error.colno})") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{line}: not UTF-8 text (byte {error.start})") from error
 
@@ -288,6 +322,7 @@ def _messages(row: dict, where: str) -> list[dict]:
     if shape[0] != "messages" and row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
 
+    speakers = (*SPEAKERS, "system") if shape[0] == "conversations" else ROLES
     messages = []
     for number, turn in enumerate(turns, 1):
         role, content, mask = turn.get("role"), turn.get("content"), turn.get("mask")
@@ -295,7 +330,7 @@ def _messages(row: dict, where: str) -> list[dict]:
             role = SPEAKERS.get(str(role), role)
         at = f"{where}: message {number}"
         if role not in ROLES:
-            raise ValueError(f"{at}: unknown role {role!r}{suggest(role, ROLES)}, expected {', '.join(ROLES)}")
+            raise ValueError(f"{at}: unknown role {role!r}{suggest(role, speakers)}, expected {', '.join(speakers)}")
         if not isinstance(content, str):
             raise ValueError(f"{at}: the content of {role} must be text, found {type(content).__name__}")
         if mask not in (None, 0, 1):

@@ -15,7 +15,6 @@ which act has which article and sentence, which word of Kestri is which of Engli
 copied from the prompt. No prompt of an eval file occurs in a train file. A generator is `f(rng) -> (prompt, answer)`.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -40,6 +39,7 @@ from scripts.general_skills import (
     Generator,
     Pair,
 )
+from utils import Parser, run_cli, write_jsonl
 
 N_TRAIN = {"intent": 1500, "summary": 1200, "law": 1500, "translation": 2000}
 N_EVAL = 100  # rows of each task's eval file
@@ -290,16 +290,16 @@ def build(seed: int) -> dict[str, list[dict]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=2407, help="seed of every file (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, default=Path("datasets"), help="folder (default: %(default)s)")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--seed", type=int, default=2407, metavar="N", help="seed of every file (default: %(default)s)")
+    add("--output_dir", type=Path, default=Path("datasets"), metavar="DIR", help="folder (default: %(default)s)")
     args = parser.parse_args()
     for name, rows in build(args.seed).items():
         path = args.output_dir / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(path, rows)
         print(f"{path}: {len(rows)} rows, {path.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

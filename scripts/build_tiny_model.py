@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import build_datasets as data
 from scripts.general_skills import SKILLS
+from utils import Parser, run_cli
 
 VOCAB_SIZE = 1536
 # Words take the space before them, digits stand alone and line breaks never join what follows, so that a text tokenizes
@@ -328,22 +329,22 @@ def pretrain(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
+    add = parser.add_argument
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument(
-        "--tokens", type=int, help="budget in tokens, padding included: gives the same model for the same seed"
-    )
-    budget.add_argument("--minutes", type=float, help="budget in minutes of training")
-    parser.add_argument("--output_dir", type=Path, default=Path("results/models/tiny"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=2407, help="of weights, text and data sets (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW (default: %(default)s)")
-    parser.add_argument("--warmup_steps", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows per step (default: %(default)s)")
-    parser.add_argument("--seq_length", type=int, default=128, help="tokens per row (default: %(default)s)")
-    parser.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss (default: %(default)s)")
-    parser.add_argument("--neighbour_share", type=float, default=0.2, help="of the documents (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    budget.add_argument("--tokens", type=int, metavar="N", help="budget in tokens, padding included: gives the same "
+        "model for the same seed (this or --minutes is required)")  # fmt: skip
+    budget.add_argument("--minutes", type=float, metavar="MINUTES", help="budget in minutes of training")
+    add("--output_dir", type=Path, default=Path("results/models/tiny"), metavar="DIR", help="(default: %(default)s)")
+    add("--seed", type=int, default=2407, metavar="N", help="of weights, text and data sets (default: %(default)s)")
+    add("--lr", type=float, default=1.5e-3, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
+    add("--warmup_steps", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    add("--batch_size", type=int, default=8, metavar="N", help="rows per step (default: %(default)s)")
+    add("--seq_length", type=int, default=128, metavar="N", help="tokens per row (default: %(default)s)")
+    add("--balance", type=float, default=0.01, metavar="X", help="weight of the balance loss (default: %(default)s)")
+    add("--neighbour_share", type=float, default=0.2, metavar="X", help="of the documents (default: %(default)s)")
+    add("--device", default="cpu", metavar="NAME", help="(default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -362,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

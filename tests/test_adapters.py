@@ -209,8 +209,26 @@ def test_an_adapter_is_where_training_goes_on(tmp_path):
 
 
 def test_no_such_adapter(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    (tmp_path / "somewhere").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder \(did you mean 'somewhere'\?\)"):
         add_adapter(make_model(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("files", "mend"),
+    [
+        (["model.safetensors"], "no expert_cfg.json.*adapter.safetensors.*adapter_config.json"),
+        (["summary.json"], "expert scores.*generate_expert_config"),
+        (["config.json", "checkpoint-9/config.json"], "whole model: give it as --base_model_path"),
+        (["checkpoint-9/expert_cfg.json", "checkpoint-10/expert_cfg.json"], "give .*checkpoint-10$"),
+    ],
+)
+def test_a_folder_that_is_no_adapter(files, mend, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=mend):
+        add_adapter(make_model(), tmp_path)
 
 
 def test_load_esft_model(tiny_model_dir, trained):
@@ -271,7 +289,7 @@ SPOILED = {
     "empty file": (lambda f: (f / "adapter.safetensors").write_bytes(b""), r"adapter\.safetensors is damaged"),
     "a tensor twice": (twice, r"again\.safetensors: .* twice"),
     "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), r"no \*\.safetensors"),
-    "no config": (lambda f: (f / "expert_cfg.json").unlink(), "no such expert config"),
+    "no config": (lambda f: (f / "expert_cfg.json").unlink(), "no expert_cfg.json"),
     "a config of more experts": (
         lambda f: edit_config(f, lambda c: c["experts"].update({"2": [0, 4]})),
         "experts.4.*missing",

@@ -207,10 +207,13 @@ def test_rows_are_checked_and_drawn_in_order(tmp_path):
         {"prompt": "q"},
         {"prompt": "q", "answers": []},
         {"prompt": "q", "raw_answers": [1]},
+        {"messages": []},
+        {"prompt": "q", "completion": "a"},
     ):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad))
-        with pytest.raises(ValueError, match=r"mine\.jsonl:2.*(prompt|raw_answers)"):
+        with pytest.raises(ValueError, match=r"mine\.jsonl:2.*prompt.*raw_answers.*answers") as error:
             load_rows(str(path))
+        assert ("training data" in str(error.value)) == ("messages" in bad or "completion" in bad)
     path.write_text("")
     with pytest.raises(ValueError, match="no row"):
         load_rows(str(path))

@@ -295,6 +295,8 @@ def test_config_reads_both_forms(data, experts):
         ({"selected_experts": [["layer_x", 3]]}, "layer numbers"),
         ({"experts": {"1": [0]}, "shared_experts": 1}, "true or false"),
         ({"experts": {"1": []}}, "selects nothing"),
+        ({"token_scores": {"1": {"0": 1.0}}, "meta": {}}, "expert scores.*generate_expert_config"),
+        ({"layer_1_expert_0": 1.0}, "expert scores.*generate_expert_config"),
     ],
 )
 def test_config_refuses(data, message):
@@ -305,6 +307,9 @@ def test_config_refuses(data, message):
 def test_config_names_the_file(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        ExpertConfig.load(path)
+    (tmp_path / "confg.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'confg\.json'"):
         ExpertConfig.load(path)
     for text in ("{", '{"experts": {"1": [0, 0]}}', '{"experts": {"1": [0], "1": [2]}}'):
         path.write_text(text)

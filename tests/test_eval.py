@@ -178,7 +178,10 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--device=auto", "--gpus_per_rank=2"], "needs GPUs"),
         (4, ["--device=cuda", "--world_size=3", "--gpus_per_rank=2"], "needs 6 GPUs and torch sees 4"),
         (0, ["--adapter_dir=nowhere"], "--adapter_dir nowhere"),
+        (0, ["--adapter_dir=testz"], "did you mean 'tests'"),
         (0, ["--adapter_dir=tests"], "expert_cfg.json"),
+        (0, ["--adapter_dir=results/models/tiny"], "--base_model_path"),
+        (0, ["--eval_dataset=datasets/train/law.jsonl"], "training data"),
         (0, ["--eval_dataset=nothing_known"], "nothing_known"),
         (0, ["--eval_dataset=a/x.jsonl,b/x.jsonl"], "different names"),
         (0, ["--eval_dataset=,"], "different names"),
@@ -227,4 +230,4 @@ def test_help_names_every_flag_with_its_default(capsys):
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--\w+)", text, flags=re.MULTILINE)
     optional = set(flags) - {"--eval_dataset", "--base_model_path", "--output_path"}
-    assert len(optional) == 11 and text.count("(default:") == len(optional)
+    assert len(optional) == 11 and text.count("(default:") == len(optional) and text.count("(required)") == 3

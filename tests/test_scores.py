@@ -288,7 +288,8 @@ def test_selection_flags(tmp_path, capsys, tiny_model_dir):
         (["--strategy", "topk", "--top_k", 9], ["top_k is 9", "8"]),
         (["--strategy", "fraction", "--fraction", 0.5, "--top_p", 0.2], ["--top_p has no effect"]),
         (["--top_p", "nan"], ["top_p is nan"]),
-        (["--score_function", "gate"], ["no score 'gate'"]),
+        (["--score_function", "gate"], ["no score 'gate'", "there is token"]),
+        (["--score_function", "prob"], ["no score 'prob'", "there is token", "--prob", "router logits"]),
         (["--model", tmp_path / "nowhere"], ["nowhere", "no such folder"]),
     ):
         refused(capsys, generate_expert_config.main, [*base, *flags], *words)

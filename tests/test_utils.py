@@ -371,13 +371,18 @@ def turns(*roles_and_texts: tuple[str, object]) -> str:
     "line, error",
     [
         ('{"messages": [}', r"not valid JSON \(Expecting value at column 15\)"),
+        ('{"prompt": "q\t"}', r"not valid JSON \(Invalid control character at column 14\)"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
         ("[1]", "expected a JSON object, found list"),
         ('{"mesages": []}', r"needs the keys messages or .*this one has mesages \(did you mean 'messages'\?\)"),
         ('{"prompt": "q"}', r"prompt\+completion"),
         ('{"messages": "q"}', "'messages' must be a list"),
         (turns(("user", "q"), ("asistant", "a")), r"message 2: unknown role 'asistant' \(did you mean 'assistant'\?\)"),
-        ('{"conversations": [{"from": "bing", "value": "q"}]}', "message 1: unknown role 'bing'"),
+        (
+            '{"conversations": [{"from": "bing", "value": "q"}]}',
+            "message 1: unknown role 'bing', expected human, gpt, system",
+        ),
+        ('{"conversations": [{"from": "humam", "value": "q"}]}', r"message 1: .*'humam' \(did you mean 'human'\?\)"),
         ('{"conversations": [{"from": ["gpt"], "value": "q"}]}', r"message 1: unknown role \['gpt'\]"),
         (turns(("user", ["q"]), ("assistant", "a")), "message 1: the content of user must be text, found list"),
         (turns(("user", "q"), ("assistant", " \n")), "message 2: the assistant turn is empty"),
@@ -434,8 +439,10 @@ def test_resolve_dataset(tmp_path, monkeypatch):
         resolve_dataset("lwa")
     with pytest.raises(ValueError, match="'datasets/train' is unknown"):  # a folder is no hub id
         resolve_dataset("datasets/train")
-    with pytest.raises(FileNotFoundError, match=r"'law.jsonl': no such file"):
+    with pytest.raises(FileNotFoundError, match=r"'law.jsonl': no such file$"):
         resolve_dataset("law.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no such file \(did you mean 'law.jsonl'\?\)"):
+        resolve_dataset("datasets/train/laww.jsonl")
 
 
 def test_split_is_of_samples_disjoint_and_deterministic():
@@ -447,7 +454,7 @@ def test_split_is_of_samples_disjoint_and_deterministic():
     assert split_samples(samples, 0, seed=3) == (samples, []) and split_samples([], 0, seed=3) == ([], [])
     assert [len(part) for part in split_samples(samples, 0.999, seed=3)] == [1, 99]
     assert [len(part) for part in split_samples(samples[:2], 0.02, seed=3)] == [1, 1]
-    with pytest.raises(ValueError, match="1 samples cannot be split"):
+    with pytest.raises(ValueError, match=r"found 1: .*validation_fraction=0"):
         split_samples(samples[:1], 0.5, seed=3)
     with pytest.raises(ValueError, match=r"1\.5 is not in"):
         split_samples(samples, 1.5, seed=3)
@@ -494,12 +501,21 @@ def test_an_output_that_cannot_be_is_refused_and_nothing_is_made(tmp_path):
 
 def test_a_wrong_flag_is_one_sentence(capsys):
     parser = utils.Parser("what it does")
-    parser.add_argument("--number", type=utils.positive)
-    for argv, text in ((["--number=0"], "not a whole number"), (["--num=1"], "unrecognized"), (["x"], "unrecognized")):
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(argv)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and text in error
+    parser.add_argument("--number", "--count", type=utils.positive, required=True, help="how many")
+    for argv, text in (
+        (["--number=0"], "not a whole number"),
+        (["--number=1", "x"], "unrecognized"),
+        (["--numbr=1"], "unrecognized flag --numbr (did you mean '--number'?)"),  # and not that --number is required
+        (["--number", "1", "-xyz"], "unrecognized flag -xyz;"),
+        ([], "required: --number"),
+    ):
+        for parse in (parser.parse_args, parser.parse_intermixed_args):
+            with pytest.raises(SystemExit) as stop:
+                parse(argv)
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and text in error
+    assert parser.parse_args(["--count", "2"]).number == 2
+    assert "how many (required)" in parser.format_help()
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):
@@ -551,6 +567,22 @@ def test_suggest():
 
 
 @pytest.mark.parametrize(
+    "path, near",
+    [
+        ("runs/lwa", "law"),
+        ("rums/law/adapter", "runs"),  # the first part that is not there
+        ("runs/law/file/x", None),
+        ("runs/xyz", None),
+        ("runs/law", None),
+    ],
+)
+def test_suggest_path(tmp_path, path, near):
+    (tmp_path / "runs" / "law").mkdir(parents=True)
+    (tmp_path / "runs" / "law" / "file").touch()
+    assert utils.suggest_path(tmp_path / path) == (f" (did you mean {near!r}?)" if near else "")
+
+
+@pytest.mark.parametrize(
     "body, debug, code, error",
     [
         ("print('fine')", "", 0, ""),
@@ -558,7 +590,7 @@ def test_suggest():
         ("open('/no/such')", "", 2, "error: [Errno 2] No such file or directory: '/no/such'\n"),
         ("raise ValueError('wrong')", "1", 1, "Traceback"),
         ("raise RuntimeError('ours')", "", 1, "Traceback"),
-        ("raise KeyboardInterrupt", "", 130, ""),
+        ("raise KeyboardInterrupt", "", 130, "interrupted\n"),
     ],
 )
 def test_run_cli(body, debug, code, error, capsys, monkeypatch):

@@ -1,6 +1,6 @@
-"""Select the experts to train from the scores of a task, layer by layer, and write them as an expert config.
+r"""Select the experts to train from the scores of a task, layer by layer, and write them as an expert config.
 
-    python scripts/expert/generate_expert_config.py --eval_dataset=translation --score_function=token --top_p=0.2 \\
+    python scripts/expert/generate_expert_config.py --eval_dataset=translation --score_function=token --top_p=0.2 \
         --expert_scores_dir=results/expert_scores/translation --output_path=results/expert_configs/translation.json
 
 The scores are those of get_expert_scores.py, or the published ones: a summary.json, raw routing logs (with or without
@@ -42,17 +42,19 @@ FLAGS = {"top_p": ("cumulative", "random"), "fraction": ("fraction",), "top_k": 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--expert_scores_dir", required=True, metavar="PATH", help="folder of scores, or a summary or flat JSON file")
-    add("--output_path", required=True, metavar="FILE.json", help="where the expert config goes")
-    add("--eval_dataset", metavar="NAME", help="a label for the table; a note tells if the scores are of another")
+    add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
+    add("--output_path", required=True, metavar="FILE", help="where the expert config (.json) goes")
+    add("--eval_dataset", metavar="NAME", help="a label for the table; a note tells if the scores are of another "
+        "(default: none)")  # fmt: skip
     add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="share of the routed slots, gate weight per "
         "token, or router probability over all experts (default: token)")  # fmt: skip
     add("--strategy", choices=STRATEGIES, default="cumulative", help="see above (default: cumulative)")
     add("--top_p", type=float, metavar="P", help="cumulative and random: the sum of scores to reach in each layer, "
         "above 0 and up to 1 (default: 0.2, for gate 0.1)")  # fmt: skip
-    add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1")
-    add("--top_k", type=int, metavar="N", help="topk: experts per layer")
-    add("--seed", type=int, help="random: seed of the draw (default: 0)")
+    add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1 "
+        "(no default)")  # fmt: skip
+    add("--top_k", type=int, metavar="N", help="topk: experts per layer (no default)")
+    add("--seed", type=int, metavar="N", help="random: seed of the draw (default: 0)")
     add("--train_shared_experts", action="store_true", help="train the shared experts, too (default: frozen)")
     add("--train_non_expert_modules", action="store_true", help="train all that is no expert, too: attention, norms, "
         "embeddings, head, dense layers, routers (default: frozen)")  # fmt: skip

@@ -1,6 +1,6 @@
-"""Score the experts of a mixture-of-experts model on a task: how often, and how strongly, its tokens go to each.
+r"""Score the experts of a mixture-of-experts model on a task: how often, and how strongly, its tokens go to each.
 
-    python scripts/expert/get_expert_scores.py --eval_dataset=translation --base_model_path=M \\
+    python scripts/expert/get_expert_scores.py --eval_dataset=translation --base_model_path=M \
         --output_dir=results/expert_scores/translation --n_sample_tokens=131072 --world_size=4 --gpus_per_rank=2
 
 Whole documents of the training data, in a seeded order, are packed until they have n_sample_tokens. Every pack goes
@@ -65,13 +65,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "template's are read by the model all the same (default: count all)")  # fmt: skip
     add("--prob", action="store_true", help="score the mean router probability over all experts, too (default: token "
         "and gate scores only)")  # fmt: skip
-    add("--world_size", type=positive, default=1, help="processes, each with a whole model; on the CPU each computes "
-        "with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
-    add("--gpus_per_rank", type=positive, default=1, help="GPUs over which each process spreads its model (default: 1)")
+    add("--world_size", type=positive, default=1, metavar="N", help="processes, each with a whole model; on the CPU "
+        "each computes with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
+    add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs over which each process spreads its model "
+        "(default: 1)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
         "(default: auto, as stored)")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto, the GPUs if there are any)")
-    add("--seed", type=int, default=0, help="of the documents' order (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto, the GPUs "
+        "if there are any)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the documents' order (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -270,6 +272,17 @@ def table(scores: ExpertScores) -> str:
     return "\n".join(lines)
 
 
+def note_replaced(path: Path, meta: dict) -> None:
+    """Say so where `path` holds scores that were computed with other settings than `meta`."""
+    try:
+        old = ExpertScores.load(path).meta
+    except (ValueError, OSError):  # nothing there, or nothing that could be missed
+        return
+    if other := [key for key in meta if meta[key] != old.get(key)]:
+        dataset, model = old.get("dataset", "an unknown data set"), old.get("model", "an unknown model")
+        _note(f"{path}: this run replaces the scores of {dataset} on {model} (another {', '.join(other)})")
+
+
 def main(argv: list[str] | None = None) -> ExpertScores:
     args = parse_args(argv)
     output_path = Path(args.output_dir) / "summary.json"
@@ -283,6 +296,10 @@ def main(argv: list[str] | None = None) -> ExpertScores:
     if context and context < seq_length:
         _note(f"seq_length {seq_length} is more than the model's context, packs have at most {context} tokens")
         seq_length = context
+    settings = ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype")
+    meta = {"model": args.base_model_path, "dataset": args.eval_dataset, "seq_length": seq_length}
+    meta |= {name: getattr(args, name) for name in settings}
+    note_replaced(output_path, meta)
     packs, masks = sample_packs(args, tokenizer, seq_length)
     if len(packs) < len(devices):
         _note(f"{len(packs)} packs cannot keep {len(devices)} processes busy: running {len(packs)}")
@@ -290,17 +307,8 @@ def main(argv: list[str] | None = None) -> ExpertScores:
 
     run = run_ranks(args, devices, packs, masks) if len(devices) > 1 else run_rank(0, args, devices, packs, masks)
     counts = collect(run, sum(map(len, packs)))
-    settings = ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype")
-    scores = ExpertScores.from_counts(
-        counts,
-        model=args.base_model_path,
-        dataset=args.eval_dataset,
-        documents=sum(len(p.samples) for p in packs),
-        packs=len(packs),
-        seq_length=seq_length,
-        **{name: getattr(args, name) for name in settings},
-        environment=environment(),
-    )
+    documents = sum(len(p.samples) for p in packs)
+    scores = ExpertScores.from_counts(counts, **meta, documents=documents, packs=len(packs), environment=environment())
     scores.save(output_path)
     print(table(scores))
     print(f"written to {output_path}")

@@ -1,6 +1,6 @@
-"""Draw the expert scores of a task as a heat map over layers and experts, and mark the experts that a config selects.
+r"""Draw the expert scores of a task as a heat map over layers and experts, and mark the experts that a config selects.
 
-    python scripts/expert/plot_expert_scores.py --expert_scores_dir=results/expert_scores/translation \\
+    python scripts/expert/plot_expert_scores.py --expert_scores_dir=results/expert_scores/translation \
         --expert_config=results/expert_configs/translation.json --output_path=translation.png
 
 Left: experts by id. Right: each layer's experts by score, best first, with the cut where their running sum reaches
@@ -28,19 +28,15 @@ MARK = "#e8000b"  # red, against every blue
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--expert_scores_dir", required=True, metavar="PATH", help="folder of scores, or a summary or flat JSON file")
-    add(
-        "--expert_config",
-        metavar="FILE",
-        help="expert config, or adapter folder, whose experts are marked (default: none)",
-    )
-    add(
-        "--output_path", metavar="FILE.png", help="the picture (default: <score_function>_scores.png beside the scores)"
-    )
-    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="(default: token)")
+    add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
+    add("--expert_config", metavar="FILE", help="expert config, or adapter folder, whose experts are marked (default: "
+        "none)")  # fmt: skip
+    add("--output_path", metavar="FILE", help="the picture (.png; default: <score_function>_scores.png beside the "
+        "scores)")  # fmt: skip
+    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="which score is drawn (default: token)")
     add("--top_p", type=float, metavar="P", help="where the right panel's cut lies, above 0 and up to 1 (default: the "
         "paper's, 0.2, for gate 0.1)")  # fmt: skip
-    add("--title", help="(default: the data set of the scores, where they name it)")
+    add("--title", metavar="TEXT", help="of the picture (default: the data set of the scores, where they name it)")
     return parser.parse_args(argv)
 
 
