@@ -26,7 +26,7 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from deepseek.experts import (
     DTYPE_OF_BASE,
     expert_views,
     find_experts,
+    local_expert_ids,
     release_experts,
     release_parameters,
     train_experts,
@@ -476,13 +477,15 @@ def adapter_views(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
     """The tensors that an adapter of `config` holds, by their name in it, as views into `model`.
 
     A routed expert's are `<experts module>.<expert>.gate_proj.weight` (F, D), `up_proj` and `down_proj` (D, F),
-    whatever the layout in memory; others have their parameter's name.
+    whatever the layout in memory; others have their parameter's name. Under expert parallelism, the local experts'.
     """
     views: dict[str, Tensor] = {}
     for layer, (name, module) in find_experts(model).items():
+        local = set(local_expert_ids(module))
         for expert in config.experts.get(layer, ()):
-            for projection, view in expert_views(module, expert).items():
-                views[f"{name}.{expert}.{projection}"] = view
+            if expert in local:
+                for projection, view in expert_views(module, expert).items():
+                    views[f"{name}.{expert}.{projection}"] = view
     for name in _ordinary_parameters(model, config):
         views[name] = trained_parameter(model, name).data
     return views
@@ -523,11 +526,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapter: `adapter.safetensors` and `expert_cfg.json`, each beside and renamed."""
+def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter: `adapter.safetensors` and `expert_cfg.json`, each beside and renamed.
+
+    `tensors` are those of all ranks under expert parallelism; by default, this process holds them all.
+    """
     state, folder = _state(model), Path(folder)
+    tensors = adapter_tensors(model) if tensors is None else tensors
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
-        save_file(adapter_tensors(model), temporary, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in sorted(tensors)}, temporary, metadata={"format": "pt"})
     layers = find_experts(model)
     base = {
         "model_type": model.config.model_type,
@@ -563,7 +570,7 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         if state.training and config != state.config:
             raise ValueError("it holds other experts than this model trains; unload(model) first")
         views = adapter_views(model, config)
-        loaded = read_adapter(folder, views)
+        loaded = read_adapter(folder, views, _remote_names(model, config))
         taken = sorted(views.keys() & (state.displaced or {}).keys()) if not state.training else []
         if taken:
             raise ValueError(
@@ -581,9 +588,21 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def read_adapter(folder: str | Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _remote_names(model: nn.Module, config: ExpertConfig) -> set[str]:
+    """Names that an adapter of `config` has for experts on other ranks."""
+    names = set()
+    for layer, (name, module) in find_experts(model).items():
+        local = local_expert_ids(module)
+        remote = set(config.experts.get(layer, ())) - set(local)
+        names |= {f"{name}.{expert}.{projection}" for expert in remote for projection in expert_views(module, local[0])}
+    return names
+
+
+def read_adapter(
+    folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Read all `*.safetensors` of an adapter folder, names with or without the leading "model.", by the names in
-    `expected`, whose shapes they must have.
+    `expected`, whose shapes they must have; those of `skipped` may be there.
 
     Raises:
         ValueError, FileNotFoundError: no file, a damaged one, a tensor missing, unknown or of another shape.
@@ -596,7 +615,9 @@ def read_adapter(folder: str | Path, expected: Mapping[str, Tensor]) -> dict[str
         try:
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    name = key if key in expected else f"model.{key}"
+                    name = key if key in expected or key in skipped else f"model.{key}"
+                    if name in skipped:
+                        continue
                     if name not in expected:
                         raise ValueError(f"{path.name}: {key} is not in its {CONFIG_NAME} or not in this model")
                     if name in loaded:

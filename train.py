@@ -1,7 +1,10 @@
-"""One training run: ESFT, full fine-tuning, LoRA or random experts, told apart by one key (`method`).
+r"""One training run: ESFT, full fine-tuning, LoRA or random experts, told apart by one key (`method`).
 
     python train.py --base_model_path=M --train_dataset=D --train_config=configs/base.yaml \
         --expert_config=results/expert_configs/D.json --output_dir=results/checkpoints/D [key=value ...]
+
+    torchrun --nproc-per-node=8 train.py ...       # data parallel: every process holds the model (ep_size=1)
+    torchrun --nproc-per-node=8 train_ep.py ...    # expert parallel where the model needs it (ep_size=auto)
 
 The loss is the mean over the label tokens of the whole batch that an optimizer step sees, whatever the packing,
 accumulation and number of processes (trainer.py).
@@ -14,8 +17,8 @@ SIGTERM ends a run after the step at work, with a checkpoint and exit code 143.
 
 import dataclasses
 import functools
-import hashlib
 import json
+import os
 import random
 import re
 import resource
@@ -24,7 +27,8 @@ import statistics
 import sys
 import types
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,11 +38,15 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
+import checkpoints
 import esft
 import utils
-from deepseek.experts import TrainedExperts, find_experts, fused_names
+from deepseek.expert_parallel import Ranks, SharedError, connect_experts, join, shard_dense
+from deepseek.experts import find_experts, fused_names
 from deepseek.loading import empty_model, keeps_documents_apart
-from trainer import ESFTTrainer, collate, is_whole, step_of
+from deepseek.placement import Placement, choose_ep_size, imbalance, place_layers
+from methods import chosen_experts, count_trained, frozen_hashes, prepare_model, trained_table
+from trainer import ESFTTrainer, collate
 
 METHODS = ("esft", "random", "full", "lora")
 ALIASES = {
@@ -58,13 +66,24 @@ DEFAULTS = {
     "seed": 0,
     "use_cache": True,  # only what a saved model's config says: training itself never uses the cache
     "logging_nan_inf_filter": False,  # we stop at such a loss
-    "ddp_broadcast_buffers": False,
 }
+LAYOUT = (  # how a run lies on processes: it may change when the run goes on
+    "ep_size",
+    "placement",
+    "expert_scores_dir",
+    "shard_dense",
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "ddp_timeout",
+)
 COUNTS = (
     "seq_length",
     "lora_rank",
     "lora_alpha",
     "n_train_samples",
+    "global_batch_size",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -93,6 +112,11 @@ class TrainConfig:
     device: str = "auto"
     lora_rank: int = 8
     lora_alpha: int = 16
+    global_batch_size: int | None = None
+    ep_size: int | str = 1
+    placement: str = "score"
+    expert_scores_dir: str | None = None
+    shard_dense: bool = False
     save_opt_states: bool = False
     verify_frozen: bool = False
     overwrite: bool = False
@@ -107,6 +131,7 @@ class TrainConfig:
             "overlong": ("error", "truncate"),
             "dtype": ("auto", "float32", "bfloat16"),
             "device": ("auto", "cpu", "cuda"),
+            "placement": ("score", "contiguous"),
         }.items():
             value = getattr(self, key)
             if value not in known:
@@ -121,6 +146,12 @@ class TrainConfig:
             raise ValueError(f"num_train_epochs={epochs}: expected a number above 0")
         if not 0 <= (smoothing := values.get("label_smoothing_factor", 0)) <= 1:
             raise ValueError(f"label_smoothing_factor={smoothing}: expected a number from 0 to 1")
+        if self.ep_size != "auto" and (isinstance(self.ep_size, str) or self.ep_size < 1):
+            raise ValueError(f"ep_size={self.ep_size}: expected a whole number above 0, or auto")
+        if self.global_batch_size is not None and "gradient_accumulation_steps" in self.training:
+            raise ValueError("global_batch_size sets gradient_accumulation_steps: give one of them")
+        if self.method not in ("esft", "random") and (self.ep_size not in (1, "auto") or self.shard_dense):
+            raise ValueError(f"method {self.method} trains what ep_size and shard_dense would split: leave them out")
         if self.method in ("esft", "random") and not self.expert_config:
             raise ValueError(
                 f"method {self.method} needs --expert_config; scripts/expert/generate_expert_config.py makes one"
@@ -146,8 +177,8 @@ def _check_kinds(owner: type, values: dict[str, object]) -> None:
             raise ValueError(f"{f.name}={values[f.name]!r}: expected {expected}")
 
 
-def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfig:
-    """Merge a YAML file and the keys given on the command line, which win.
+def read_config(path: str | Path | None, given: dict[str, object], defaults: dict | None = None) -> TrainConfig:
+    """Merge `defaults`, a YAML file and the keys given on the command line; the last named wins.
 
     Raises:
         ValueError, FileNotFoundError: no such file, no mapping in it, an unknown key (the nearest known is named), a
@@ -156,7 +187,7 @@ def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfi
     values: dict[str, object] = {}
     if path is not None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--train_config {path}: no such file")
+            raise FileNotFoundError(f"--train_config {path}: no such file{utils.suggest_path(path)}")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -165,7 +196,7 @@ def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfi
             raise ValueError(f"--train_config {path}: expected `key: value` lines")
     ours = {f.name for f in dataclasses.fields(TrainConfig)} - {"training"}
     theirs = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - ours
-    merged: dict[str, object] = {}
+    merged: dict[str, object] = dict(defaults or {})
     for source, pairs in ((str(path), values), ("command line", given)):
         seen: dict[str, str] = {}
         for written, value in pairs.items():
@@ -191,8 +222,6 @@ def read_config(path: str | Path | None, given: dict[str, object]) -> TrainConfi
             training[f"{what}_strategy"] = "steps"
     if "per_device_train_batch_size" in merged:
         training["per_device_eval_batch_size"] = merged["per_device_train_batch_size"]
-    if merged.get("method") != "full":  # which may hold parameters that no forward uses
-        training["ddp_find_unused_parameters"] = False
     training |= {key: value for key, value in merged.items() if key in theirs}
     return TrainConfig(**{key: value for key, value in merged.items() if key in ours}, training=training)
 
@@ -201,6 +230,21 @@ def _number(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
+
+
+def _batch_split(config: TrainConfig) -> dict[str, int]:
+    """What `global_batch_size` (packs per optimizer step) makes of the batch of a process and of the accumulation."""
+    if config.global_batch_size is None:
+        return {}
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = config.global_batch_size / processes
+    size = min(config.training.get("per_device_train_batch_size", 8), max(int(share), 1))
+    if share % size:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} cannot be split into batches of {size} on {processes} "
+            "processes: change it, per_device_train_batch_size or the number of processes"
+        )
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": int(share) // size}
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -214,7 +258,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ValueError("device=cuda: torch sees no GPU here; give device=cpu or mend the installation")
     try:
         args = TrainingArguments(
-            **config.training,
+            **{**config.training, **_batch_split(config)},
             output_dir=config.output_dir,
             use_cpu=config.device == "cpu" or not cuda,
             save_only_model=not config.save_opt_states,
@@ -228,120 +272,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what is trained
-
-
-def prepare_model(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Make trainable what `config.method` trains, and nothing else."""
-    if config.method == "full":
-        if model.dtype != torch.float32:
-            warnings.warn("full fine-tuning in bfloat16 rounds small updates away; set dtype=float32", stacklevel=2)
-        return model.requires_grad_(True)
-    if config.method == "lora":
-        return _add_lora(model, config)
-    experts = esft.ExpertConfig.load(config.expert_config)
-    if config.method == "random":
-        experts.check(model)
-        experts = dataclasses.replace(experts, experts=_random_experts(model, experts, config.seed))
-    return esft.to_esft(model, experts, keep_base=False)
-
-
-def _random_experts(model: nn.Module, config: esft.ExpertConfig, seed: int) -> dict[int, tuple[int, ...]]:
-    generator, layers = random.Random(seed), find_experts(model)
-    return {
-        layer: tuple(generator.sample(range(layers[layer][1].num_experts), len(ids)))
-        for layer, ids in config.experts.items()
-    }
-
-
-def _add_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """LoRA on every linear layer but the head, and on the fused experts; routers stay frozen, as in ESFT."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("method lora needs peft: pip install -e '.[lora]'") from error
-    layers = find_experts(model).values()
-    experts_of_block = {name.rpartition(".")[0]: module.num_experts for name, module in layers}
-
-    def adapted(name: str, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
-            return False
-        block = next((block for block in experts_of_block if name.startswith(f"{block}.")), None)
-        return block is None or module.out_features != experts_of_block[block]  # a router has a row per expert
-
-    linear = [name for name, module in model.named_modules() if adapted(name, module)]
-    # peft takes these names for experts of an older layout wherever they stand, and would leave the modules out
-    taken = tuple(f".{name}" for name in ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
-    fused = [f"{name}.{tensor}" for name, module in layers for tensor in fused_names(module)[:2]]
-    two_in_one = {r".*\.gate_up_proj": 2}  # rank and alpha of two projections
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=[name for name in linear if not name.endswith(taken)],
-        target_parameters=fused + [f"{name}.weight" for name in linear if name.endswith(taken)],
-        rank_pattern={key: factor * config.lora_rank for key, factor in two_in_one.items()},
-        alpha_pattern={key: factor * config.lora_alpha for key, factor in two_in_one.items()},
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():  # about patterns of its own making, and a property that transformers renamed
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, lora)
-
-
-def count_trained(model: nn.Module) -> dict:
-    """Parameters of the model, those trained, and the bytes of their gradients and AdamW states."""
-    trained = [param for param in model.parameters() if param.requires_grad]
-    # the trained rows of fused experts are parameters of their own and would count twice; LoRA's come on top
-    extra = (".trained.", "lora_")
-    added = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in extra))
-    count = sum(param.numel() for param in trained)
-    return {
-        "parameters": sum(param.numel() for param in model.parameters()) - added,
-        "trained_parameters": count,
-        "gradient_bytes": sum(param.numel() * param.element_size() for param in trained),
-        "optimizer_bytes": sum(2 * param.numel() * param.element_size() for param in trained),
-    }
-
-
-def trained_table(model: nn.Module, config: TrainConfig) -> str:
-    """What is trained, as text: layers, experts, parameters, share, bytes of gradient and optimizer state."""
-    counts = count_trained(model)
-    lines = [f"method {config.method}, weights {model.dtype}".replace("torch.", "")]
-    if config.method in ("esft", "random"):
-        for layer, (_, module) in find_experts(model).items():
-            if hasattr(module, "trained"):
-                ids = module.trained.expert_ids
-                lines.append(f"  layer {layer:>3}: {len(ids):>3} of {module.num_experts} experts  {ids}")
-    share = counts["trained_parameters"] / counts["parameters"]
-    lines.append(f"  trained parameters {counts['trained_parameters']:,} of {counts['parameters']:,} ({share:.2%})")
-    lines.append(
-        f"  gradients {counts['gradient_bytes'] / 2**20:,.1f} MiB, AdamW states "
-        f"{counts['optimizer_bytes'] / 2**20:,.1f} MiB"
-    )
-    return "\n".join(lines)
-
-
-def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every parameter and persistent buffer that is not trained; of fused experts, of the frozen rows."""
-    hashes = {}
-    for prefix, module in model.named_modules():
-        experts = getattr(module, "trained", None)
-        buffers = {k: b for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
-        for name, tensor in {**dict(module.named_parameters(recurse=False)), **buffers}.items():
-            if not tensor.requires_grad:
-                if isinstance(experts, TrainedExperts) and hasattr(experts, name):
-                    tensor = tensor[experts.num_trained :]
-                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                hashes[f"{prefix}.{name}"] = hashlib.sha256(raw.numpy()).hexdigest()
-    return hashes
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # a run
 
 
-def find_run(config: TrainConfig) -> tuple[Path | None, dict | None]:
+def find_run(config: TrainConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
     """(checkpoint to go on from, results of a finished run): what the output folder holds already.
 
     Raises:
@@ -358,7 +292,7 @@ def find_run(config: TrainConfig) -> tuple[Path | None, dict | None]:
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
     if config.overwrite:
         return None, None
-    now = _flat(json.loads(json.dumps({"config": dataclasses.asdict(config), "inputs": input_hashes(config)})))
+    now = _flat(json.loads(json.dumps(run_note(config, packs_per_step))))
     differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
     if differing:
         raise ValueError(
@@ -370,30 +304,84 @@ def find_run(config: TrainConfig) -> tuple[Path | None, dict | None]:
     if not config.save_opt_states:
         warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
         return None, None
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        if is_whole(checkpoint):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=checkpoints.step_of, reverse=True):
+        if (damage := checkpoints.damage(checkpoint)) is None:
             return checkpoint, None
-        warnings.warn(f"{checkpoint} is damaged and will be written again", stacklevel=2)
+        warnings.warn(f"{checkpoint} is damaged ({damage}) and will be written again", stacklevel=2)
     return None, None
 
 
-def input_hashes(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 of the files that a run reads beside its model: of another content, the run is another."""
+def run_note(config: TrainConfig, packs_per_step: int) -> dict:
+    """What makes a run this run: its config, how much a step sees, SHA-256 of the files it reads beside its model."""
     paths = {"train_dataset": utils.resolve_dataset(config.train_dataset)}
     if config.method in ("esft", "random"):
         path = Path(config.expert_config)
         paths["expert_config"] = path / esft.CONFIG_NAME if path.is_dir() else path
+    files = {key: path for key, path in paths.items() if isinstance(path, Path) and path.is_file()}
     return {
-        key: hashlib.sha256(path.read_bytes()).hexdigest()
-        for key, path in paths.items()
-        if isinstance(path, Path) and path.is_file()
+        "config": dataclasses.asdict(config),
+        "packs_per_step": packs_per_step,
+        "inputs": {key: checkpoints.sha256(path) for key, path in files.items()},
     }
 
 
 def _flat(note: dict) -> dict:
-    """The keys of a run's config, and what the files that it names held."""
+    """The keys of a run that must not change when it goes on: not how it lies on processes."""
     contents = {f"the content of {key}": digest for key, digest in note.get("inputs", {}).items()}
-    return {**note["config"], **note["config"]["training"], "training": None, **contents}
+    keys = {**note["config"], **note["config"]["training"], "training": None, **contents}
+    return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
+
+
+def find_scores(config: TrainConfig) -> Path | None:
+    """The expert scores that placement goes by: those given, or those that lie where the README's commands put them."""
+    if config.expert_scores_dir:
+        return Path(config.expert_scores_dir)
+    made = Path(config.expert_config)
+    folder = made.parent.parent / "expert_scores"
+    return next((path for path in (folder / made.stem, folder) if (path / "summary.json").is_file()), None)
+
+
+def place_experts(config: TrainConfig, empty: nn.Module, experts: esft.ExpertConfig, ep_size: int, say) -> dict:
+    """{layer: Placement} for `ep_size` ranks, by the scores if they can be found, and what is expected of it, said."""
+    num_experts_L = {layer: module.num_experts for layer, (_, module) in find_experts(empty).items()}
+    load_LE, source = None, "no expert scores found (expert_scores_dir=...), so all experts count the same"
+    if (path := find_scores(config)) is not None:
+        scores = esft.ExpertScores.load(path)
+        load_LE, source = scores["token"], f"by {path}"
+    contiguous = config.placement == "contiguous"
+    placements = place_layers(num_experts_L, experts.experts, ep_size, load_LE, contiguous)
+    load_LE = load_LE or {layer: dict.fromkeys(range(n), 1 / n) for layer, n in num_experts_L.items()}
+    found = imbalance(placements, experts.experts, load_LE)
+    say(
+        f"  {'contiguous' if contiguous else 'balanced'} placement of experts on {ep_size} ranks, expected max/mean: "
+        f"load {found['load']:.2f} (worst layer {found['load_worst']:.2f}), trained experts {found['trained']:.2f}; "
+        f"{source}"
+    )
+    return placements
+
+
+def plan_ranks(config: TrainConfig, empty: nn.Module, experts: esft.ExpertConfig, world_size: int, say) -> int:
+    """`ep_size` as a number; what `auto` chooses is said."""
+    if config.ep_size != "auto":
+        return config.ep_size
+    layers = [module for _, module in find_experts(empty).values()]
+    dtype = {"auto": empty.config.dtype or torch.float32}.get(config.dtype) or getattr(torch, config.dtype)
+    fused = sum(getattr(module, name).numel() for module in layers for name in fused_names(module))
+    trained = sum(view.numel() for view in esft.adapter_views(empty, experts).values())
+    if torch.cuda.is_available() and config.device != "cpu":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ep_size, why = choose_ep_size(
+        world_size,
+        min(module.num_experts for module in layers),
+        (sum(param.numel() for param in empty.parameters()) - fused) * dtype.itemsize,
+        fused * dtype.itemsize,
+        trained * (12 if dtype == torch.float32 else 16),  # gradient, two moments, and a master where it is not fp32
+        memory,
+    )
+    say(f"  {why}")
+    return ep_size
 
 
 def load_data(config: TrainConfig, tokenizer) -> tuple[list[utils.Pack], list[utils.Pack]]:
@@ -420,50 +408,60 @@ def peak_memory_bytes() -> int:
 def run(config: TrainConfig) -> dict:
     """Train, or finish a run that was broken off. Returns its results, which run.json keeps.
 
+    Under torchrun all processes call it. What rank 0 alone can know (the output folder, the data) it shares.
+
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with the config, the data, the model or the output folder,
             before anything is written there; later, a non-finite loss or a frozen tensor that changed.
         SystemExit: 143, after SIGTERM.
     """
     args = training_arguments(config)
-    first = args.process_index == 0  # it alone prints and writes
+    timeout = timedelta(seconds=args.ddp_timeout)
+    ranks = join(timeout)
+    first = ranks.rank == 0  # it alone prints and writes
     say = print if first else lambda *_: None
     if not first:
         warnings.simplefilter("ignore")
         logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Trainer has no other name for it yet
-    checkpoint, results = find_run(config)
+    packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
+    checkpoint, results = ranks.on_first(lambda: find_run(config, packs_per_step))
     if results is not None:
         say(f"{config.output_dir} holds this run already, finished: nothing to do")
         return results
     set_seed(config.seed)
     tokenizer = esft.load_tokenizer(config.base_model_path)
-    train_packs, eval_packs = load_data(config, tokenizer)
+    train_packs, eval_packs = ranks.on_first(lambda: load_data(config, tokenizer))
     if args.eval_strategy != "no" and not eval_packs:
-        raise ValueError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
-    if config.method in ("esft", "random"):
-        experts = esft.ExpertConfig.load(config.expert_config)
-        experts.check(empty_model(config.base_model_path))  # a bad one shall not cost the loading of a large model
-    model, _ = esft.load_base_model(config.base_model_path, dtype=config.dtype)
-    if not keeps_documents_apart(model):
+        raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
+    model, apart, ranks = load_model(config, ranks, timeout, say)
+    if not apart:
         warnings.warn(
             f"in a {model.config.model_type} the documents of a pack would see each other, so every sample becomes a "
             "pack of its own: batch sizes count samples",
             stacklevel=2,
         )
         train_packs, eval_packs = ([one for p in packs for one in p.documents()] for packs in (train_packs, eval_packs))
-    model = prepare_model(model, config)
+    if config.shard_dense:
+        shard_dense(model, ranks, args.device)
     say(trained_table(model, config))
     samples, tokens = (sum(len(getattr(p, key)) for p in train_packs) for key in ("samples", "input_ids"))
     say(f"  {samples:,} samples, {tokens:,} tokens in {len(train_packs):,} packs of up to {config.seq_length:,}")
-    if torch.cuda.device_count() > args.world_size and not args.use_cpu:
-        say(f"  {args.world_size} of {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node=N uses more")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(max(pack.position_ids) for pack in train_packs) + 1
+    if context and longest > context:
+        warnings.warn(
+            f"the longest sample has {longest} tokens, more than the model's context of {context}: set "
+            f"seq_length={context}, and overlong=truncate or shorter samples",
+            stacklevel=2,
+        )
+    if torch.cuda.device_count() > ranks.world_size and not args.use_cpu:
+        say(f"  {ranks.world_size} of {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node=N uses more")
 
-    args.distributed_state.wait_for_everyone()  # all have looked at the folder
-    if first:
-        _clear(Path(config.output_dir), config.overwrite, checkpoint)
+    ranks.gather(None)  # all have looked at the folder
+    ranks.on_first(lambda: _clear(Path(config.output_dir), config.overwrite, checkpoint))
     trainer = ESFTTrainer(
         method=config.method,
+        ranks=ranks,
         model=model,
         args=args,
         train_dataset=train_packs,
@@ -471,11 +469,7 @@ def run(config: TrainConfig) -> dict:
         processing_class=tokenizer,
         data_collator=functools.partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
     )
-    note = {
-        "config": dataclasses.asdict(config),
-        "inputs": input_hashes(config),
-        "environment": utils.environment(),
-    }
+    note = {**run_note(config, packs_per_step), "environment": utils.environment()}
     note_path = Path(config.output_dir) / "run.json"
     trainer.add_callback(_Note(note_path, note))
     before = frozen_hashes(model) if config.verify_frozen else None
@@ -483,17 +477,23 @@ def run(config: TrainConfig) -> dict:
         say(f"  going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
-        goes_on = "the same command goes on from here" if config.save_opt_states else "nothing was kept"
+        goes_on = (
+            "the same command goes on from here"
+            if config.save_opt_states
+            else "nothing was kept, as --save_opt_states was not given"
+        )
         say(f"  stopped by SIGTERM after step {trainer.state.global_step}: {goes_on}")
         raise SystemExit(143)
     if before is not None:
         after = frozen_hashes(model)
-        if changed := [name for name in before if before[name] != after.get(name)]:
-            raise ValueError(
-                f"verify_frozen: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the "
-                "first: this is a bug, so no adapter was saved"
-            )
-        say(f"  frozen: all {len(before)} tensors kept their bits")
+        changed = [name for name in before if before[name] != after.get(name)]
+        ranks.agree(
+            f"verify_frozen: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the "
+            "first: this is a bug, so no adapter was saved"
+            if changed
+            else None
+        )
+        say(f"  frozen: all {len(before)} tensors kept their bits" + (" on every rank" if ranks.world_size > 1 else ""))
     if eval_packs and (trainer.evaluated or [None])[0] != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
@@ -505,13 +505,46 @@ def run(config: TrainConfig) -> dict:
         "train_loss": statistics.fmean(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
         "eval_loss": trainer.evaluated[1] if eval_packs else None,
         "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "world_size": ranks.world_size,
+        "ep_size": ranks.ep_size,
+        "peak_memory_bytes": max(ranks.gather(peak_memory_bytes())),
+        "read_bytes": max(ranks.gather(getattr(model, "read_bytes", None) or 0)) or None,
         "saved_bytes": sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors")),
         "frozen_verified": before is not None,
     }
     if first:
         utils.write_json(note_path, {**note, "results": results})
+    say(_conclusion(config, results))
     return results
+
+
+def load_model(config: TrainConfig, ranks: Ranks, timeout: timedelta, say) -> tuple[nn.Module, bool, Ranks]:
+    """(model, made trainable; whether it keeps packed documents apart; ranks with their groups).
+
+    Under expert parallelism a rank reads its own experts only.
+    """
+    empty = empty_model(config.base_model_path)
+    experts = chosen_experts(config, empty)  # a bad config shall not cost the loading of a large model
+    ep_size = plan_ranks(config, empty, experts, ranks.world_size, say) if experts else 1
+    ranks = ranks.with_experts(ep_size, timeout)
+    placements: dict[int, Placement] = {}
+    if ranks.ep_size > 1:
+        placements = ranks.on_first(lambda: place_experts(config, empty, experts, ranks.ep_size, say))
+    local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
+    base, _ = esft.load_base_model(config.base_model_path, dtype=config.dtype, experts=local)
+    model = prepare_model(base, config, experts)
+    if placements:
+        connect_experts(model, placements, experts.experts, ranks)
+        read = ranks.gather(model.read_bytes)
+        say(f"  read by each rank: {min(read) / 2**20:,.1f} to {max(read) / 2**20:,.1f} MiB of weights")
+    return model, keeps_documents_apart(base), ranks
+
+
+def _conclusion(config: TrainConfig, results: dict) -> str:
+    best = f" at step {results['best_step']}, the best" if config.training.get("load_best_model_at_end") else ""
+    loss = "" if results["eval_loss"] is None else f"; validation loss {results['eval_loss']:.4f}{best}"
+    kind, flag = ("model", "--base_model_path") if config.method == "full" else ("adapter", "--adapter_dir")
+    return f"{results['steps']} steps{loss}; {kind} in {config.output_dir}: eval_multigpu.py {flag}={config.output_dir}"
 
 
 class _Note(TrainerCallback):
@@ -530,37 +563,53 @@ def _clear(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     for path in folder.glob("checkpoint-*"):
-        if checkpoint is None or step_of(path) > step_of(checkpoint):
+        if checkpoint is None or checkpoints.step_of(path) > checkpoints.step_of(checkpoint):
             shutil.rmtree(path)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    parser = utils.Parser(__doc__)
-    parser.epilog = "configs/base.yaml explains every key; all of transformers' TrainingArguments are accepted, too."
+def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:
+    """`defaults` are keys that neither the config file nor the command line gives."""
+    parser = utils.Parser(description)
+    ours = [f for f in dataclasses.fields(TrainConfig) if f.default not in (MISSING, None)]
+    keys = ", ".join(f"{f.name}={f.default}" for f in ours)
+    parser.epilog = (
+        f"Our keys and their defaults: {keys}. All keys of transformers' TrainingArguments are accepted, too; "
+        "configs/base.yaml explains what each is for, with its unit."
+    )
     add = parser.add_argument
-    add("--base_model_path", "--model", help="the base model: a folder or a hub id")
-    add("--train_dataset", "--data", help="a name in datasets/train, a path (.jsonl, .json, .parquet), or a hub id")
-    add("--expert_config", help="the experts to train, from generate_expert_config.py (methods esft and random)")
-    add("--output_dir", help="a fresh folder, or that of this very run, which then goes on")
-    add("--train_config", help="a YAML file of keys, e.g. configs/base.yaml (default: the keys' defaults)")
+    add("--base_model_path", "--model", metavar="MODEL", help="the base model: a folder or a hub id (required)")
+    add("--train_dataset", "--data", metavar="NAME", help="a name in datasets/train, a path (.jsonl, .json, .parquet) "
+        "or a hub id (required)")  # fmt: skip
+    add("--expert_config", metavar="FILE", help="the experts to train, from generate_expert_config.py (required by "
+        "methods esft and random)")  # fmt: skip
+    add("--output_dir", metavar="DIR", help="a fresh folder, or that of this very run, which then goes on (required)")
+    add(
+        "--train_config",
+        metavar="FILE",
+        help="a YAML file of keys, e.g. configs/base.yaml (default: the keys' defaults)",
+    )
     add("--save_opt_states", action="store_true", help="keep optimizer states in checkpoints, for exact resume")
     add("--verify_frozen", action="store_true", help="prove by hash that every other tensor kept its bits")
     add("overrides", nargs="*", metavar="key=value", help="any key, e.g. method=lora learning_rate=1e-4 max_steps=100")
     flags = vars(parser.parse_intermixed_args(argv))
     path, overrides = flags.pop("train_config"), flags.pop("overrides")
     given = {key: value for key, value in flags.items() if value not in (None, False)}
-    for pair in overrides:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{pair!r}: an override is written key=value")
-        if key in given:
-            raise ValueError(f"{key} is given twice on the command line; give it once")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{pair!r}: the value is not valid YAML") from error
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    return run(read_config(path, given))
+    try:  # all processes see the same here
+        for pair in overrides:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"{pair!r}: an override is written key=value")
+            if key in given:
+                raise ValueError(f"{key} is given twice on the command line; give it once")
+            try:
+                given[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{pair!r}: the value is not valid YAML") from error
+        config = read_config(path, given, defaults)
+    except (ValueError, OSError) as error:
+        raise SharedError(str(error)) from error
+    return run(config)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,68 @@
-"""transformers' Trainer as this project needs it, for one process or plain data parallel.
+"""transformers' Trainer as this project needs it, on one process, data parallel or expert parallel.
 
     L = sum over label tokens of -log p(token) / (label tokens of the global batch)
 
 over all that one optimizer step sees, in fp32; the head runs only at the positions where some row of the batch has a
-label. The last stop before an optimizer step is `_get_grad_norm`: there all processes agree to stop at a loss that is
-not finite, or after SIGTERM. A checkpoint is written in a staging folder and renamed when it is whole:
+label. The batches of a step are the same for any number of processes: with P of them, process p takes the batches p,
+p + P, ... of the epoch's order, and an empty one where they end. Gradients are reduced by deepseek/gradients.py, never
+by DDP.
+The last stop before an optimizer step is `_get_grad_norm`: there all processes agree to stop at a loss that is not
+finite, or after SIGTERM. A checkpoint (checkpoints.py) is written in a staging folder and renamed when it is whole:
 
-    <output_dir>/.staging/checkpoint-20/   adapter.safetensors, optimizer.pt, ..., trainer_state.json last
+    <output_dir>/.staging/checkpoint-20/   every rank's part; the manifest last
               -> checkpoint-20/            a run killed at any moment leaves this, or the one before
 """
 
 import contextlib
-import json
+import functools
+import random
 import shutil
 import signal
 import sys
 import time
-import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+import checkpoints
 import esft
 import utils
+from deepseek.expert_parallel import Ranks, SharedError, gather_to_first
+from deepseek.gradients import GradientReducer
 
-MASTERS = Path("state") / "masters.safetensors"  # not beside the adapter, whose *.safetensors are all its own
+SCHEDULER = "scheduler.pt"
+NOTHING = utils.Pack([0, 0], [utils.IGNORE] * 2, [0, 1])  # for a rank without a batch, which takes part all the same
 
 
 def collate(packs: list[utils.Pack], pad_token_id: int) -> dict:
-    """`utils.collate`, with the rows of the dataset that are in it, so that a bad step can name them."""
-    return {**utils.collate(packs, pad_token_id), "rows": [row for pack in packs for row in pack.samples]}
+    """`utils.collate` (of no packs, too), with the rows of the dataset in it, so that a bad step can name them."""
+    rows = [row for pack in packs for row in pack.samples]
+    return {**utils.collate(packs or [NOTHING], pad_token_id), "rows": rows}
+
+
+class Batches:
+    """A batch sampler: the batches of this rank in an epoch's order, which `seed` and the epoch give; as many on every
+    rank, empty ones last."""
+
+    def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int):
+        self.length, self.batch_size, self.ranks, self.seed, self.epoch = length, batch_size, ranks, seed, 0
+
+    def __len__(self) -> int:
+        return -(-self.length // (self.batch_size * self.ranks.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = random.Random(f"{self.seed} {self.epoch}").sample(range(self.length), self.length)
+        batches = list(_batches(order, self.batch_size))[self.ranks.rank :: self.ranks.world_size]
+        yield from batches + [[]] * (len(self) - len(batches))
 
 
 class Progress(TrainerCallback):
@@ -71,9 +95,10 @@ class Progress(TrainerCallback):
 class ESFTTrainer(Trainer):
     """transformers' Trainer with our loss, adapter-sized checkpoints written whole, and a stop on a non-finite loss."""
 
-    def __init__(self, *args, method: str, **kwargs):
+    def __init__(self, *args, method: str, ranks: Ranks, **kwargs):
         super().__init__(*args, **kwargs)
-        self.adapter, self.lora = method in ("esft", "random"), method == "lora"
+        self.adapter, self.lora, self.ranks = method in ("esft", "random"), method == "lora", ranks
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._loss_shifts_labels = True
         self.signalled = self.stopping = False  # SIGTERM came; all processes agreed to stop
@@ -82,6 +107,8 @@ class ESFTTrainer(Trainer):
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset
         self._start, self._seconds, self._tokens = None, 0.0, 0
         self._staging: Path | None = None
+        self._failure: str | None = None  # why this rank could not write
+        self._reducer: GradientReducer | None = None
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.progress = Progress()
@@ -93,6 +120,7 @@ class ESFTTrainer(Trainer):
             before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))
         except ValueError:  # not in the main thread: the signal is someone else's
             before = None
+        self._reducer = GradientReducer(self.model, self.ranks, lambda: self.accelerator.sync_gradients)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -120,17 +148,17 @@ class ESFTTrainer(Trainer):
         loss, outputs = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             loss = loss / (inputs["labels"][:, 1:] != utils.IGNORE).sum()
-        else:  # DDP averages gradients over processes, so that the mean of these is the mean of the global batch
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss / num_items_in_batch * processes
+        else:  # gradients, and the losses that are shown, are averaged over processes
+            loss = loss / num_items_in_batch * self.ranks.world_size
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Mean loss per label token over the whole validation set (not a mean of batch means)."""
-        packs = (eval_dataset or self.eval_dataset)[self.args.process_index :: self.args.world_size]
+        batches = Batches(len(eval_dataset or self.eval_dataset), self.args.eval_batch_size, self.ranks, 0)
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, label tokens
         self.model.eval()
-        for batch in _batches(packs, self.args.eval_batch_size):
+        for indices in batches:
+            batch = [(eval_dataset or self.eval_dataset)[index] for index in indices]
             inputs = self._prepare_inputs(self.data_collator(batch))
             with torch.no_grad():
                 total[0] += self._loss_sum(self.model, inputs)[0]
@@ -144,7 +172,13 @@ class ESFTTrainer(Trainer):
 
     # a step
 
+    def get_train_dataloader(self):
+        size, seed = self.args.train_batch_size, self.args.data_seed or self.args.seed
+        self._batches = Batches(len(self.train_dataset), size, self.ranks, seed)
+        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+
     def _run_epoch(self, **kwargs):
+        self._batches.epoch = kwargs["epoch"]
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
         else:  # resumed from the last checkpoint of all, of which Trainer would make one step more
@@ -155,23 +189,32 @@ class ESFTTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        # dropout, where a model has any, goes by the place in the run, so that a resumed run needs no saved generator
+        place = (self.args.seed, self.state.global_step, len(self._micro_batches), self.ranks.rank)
+        torch.manual_seed(random.Random(str(place)).getrandbits(63))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batches.append((loss, inputs["rows"]))
         self._tokens += inputs["input_ids"].numel() * self.args.world_size
         return loss
 
+    def _clip_grad_norm(self, model, max_norm=None):
+        self._reducer.finish()
+        return self._reducer.clip(model, self.args.max_grad_norm if max_norm is None else max_norm)
+
     def _get_grad_norm(self, model, grad_norm=None):
         """The last stop before the optimizer step: nothing was changed yet."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self._clip_grad_norm(model, float("inf")) if grad_norm is None else grad_norm
         losses = torch.stack([loss for loss, _ in self._micro_batches])
         finite = losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()
         flags = torch.stack([~finite, torch.tensor(self.signalled, device=losses.device)])
         broken, self.stopping = (self.accelerator.reduce(flags.float(), "sum") > 0).tolist()
         if broken:
-            rows = [row for loss, rows in self._micro_batches if not loss.isfinite() for row in rows]
-            rows = gather_object(rows) or gather_object([row for _, rows in self._micro_batches for row in rows])
+            found = [(bool(loss.isfinite()), rows) for loss, rows in self._micro_batches]
+            found = [pair for part in self.ranks.gather(found) for pair in part]
+            rows = [row for finite, rows in found if not finite for row in rows]
+            rows = rows or [row for _, rows in found for row in rows]
             shown = ", ".join(map(str, sorted(rows)[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
-            raise ValueError(
+            raise SharedError(
                 f"step {self.state.global_step + 1}: the loss is {losses.sum().item()} and the gradient norm "
                 f"{float(norm)} on rows {shown} of the training data; no weight and no file was changed: look at these "
                 "rows, or lower learning_rate"
@@ -201,48 +244,82 @@ class ESFTTrainer(Trainer):
     def _get_output_dir(self, trial):
         return str(self._staging or super()._get_output_dir(trial))
 
+    def _writing(self, function: Callable[[], object]) -> None:
+        """Call what writes files; a failure waits for `_agree`, since other ranks may wait for this one."""
+        try:
+            function()
+        except (OSError, ValueError, SafetensorError) as error:
+            self._failure = self._failure or str(error)
+
+    def _agree(self, folder: Path) -> None:
+        failure, self._failure = self._failure, None
+        self.ranks.agree(failure and f"{folder} could not be written ({failure}); what was saved before is whole")
+
     def _save_checkpoint(self, model, trial):
         run_dir, writes = Path(self.args.output_dir), self.args.should_save
         final = run_dir / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         best, self._staging = self.state.best_model_checkpoint, run_dir / ".staging"
-        if writes:
-            shutil.rmtree(self._staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        staged = self._staging / final.name
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            if writes:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._writing(lambda: (staged / checkpoints.STATES).mkdir(parents=True))
+            self._agree(final)
+            self._writing(lambda: super(ESFTTrainer, self)._save_checkpoint(model, trial))
+            self._agree(final)
             self.state.best_model_checkpoint = best  # Trainer noted the staging folder
             if writes:
-                self.state.save_to_json(str(self._staging / final.name / "trainer_state.json"))
-                shutil.rmtree(final, ignore_errors=True)
-                (self._staging / final.name).rename(final)
-                rotate_checkpoints(str(run_dir), self.args.save_total_limit, best)
+                self._writing(lambda: self._publish(staged, final))
+            self._agree(final)
         finally:
             if writes:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
-    def _save(self, output_dir=None, state_dict=None):
-        if not self.adapter:
-            with _no_bars():
-                super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            esft.save_adapter(self.model, output_dir or self.args.output_dir)
+    def _publish(self, staged: Path, final: Path) -> None:
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        checkpoints.seal(staged)
+        shutil.rmtree(final, ignore_errors=True)
+        staged.rename(final)
+        rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _masters(self) -> dict[str, nn.Parameter]:
-        """fp32 parameters whose adapter tensors are rounded: an exact resume needs them whole."""
-        if not self.adapter or self.model.dtype == torch.float32:
-            return {}
-        return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Rank 0 writes the model, or the adapter, whose tensors it gathers from the others first."""
+        output_dir = output_dir or self.args.output_dir
+        if self.adapter:
+            tensors = gather_to_first(esft.adapter_tensors(self.model), self.ranks)
+            if self.args.should_save:
+                self._writing(lambda: esft.save_adapter(self.model, output_dir, tensors))
+        elif self.args.should_save:
+            with _no_bars():
+                self._writing(lambda: super(ESFTTrainer, self).save_model(output_dir, _internal_call))
+        if self._staging is None:
+            self._agree(Path(output_dir))
+
+    def _save_rng_state(self, output_dir):
+        """Nothing: `training_step` seeds the generators."""
+
+    def _load_rng_state(self, checkpoint):
+        """Nothing, as nothing was saved."""
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if (masters := self._masters()) and self.args.should_save:
-            path = Path(output_dir) / MASTERS
-            path.parent.mkdir(exist_ok=True)
-            save_file({name: param.data.contiguous() for name, param in masters.items()}, path)
+        if not self.adapter:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.ranks.first_replica:
+            states = Path(output_dir) / checkpoints.STATES
+            self._writing(lambda: checkpoints.save_states(self.model, self.optimizer, states, self.ranks.rank))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.adapter:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            checkpoints.load_states(self.model, self.optimizer, Path(checkpoint) / checkpoints.STATES)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.lora:
@@ -253,11 +330,6 @@ class ESFTTrainer(Trainer):
             self.model.load_state_dict(saved.state_dict())
             return None
         esft.add_adapter(self.model, resume_from_checkpoint)
-        if (Path(resume_from_checkpoint) / MASTERS).exists():
-            saved = load_file(Path(resume_from_checkpoint) / MASTERS)
-            with torch.no_grad():
-                for name, param in self._masters().items():
-                    param.copy_(saved[name])
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -278,19 +350,3 @@ def _no_bars():
 
 def _batches(items: list, size: int):
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is there and ends where it should (a crash can truncate what was renamed)."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for path in checkpoint.rglob("*.safetensors"):
-            with safe_open(path, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all(zipfile.is_zipfile(checkpoint / name) for name in ("optimizer.pt", "scheduler.pt"))

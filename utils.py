@@ -54,6 +54,7 @@ def run_cli(main: Callable[[], object]) -> None:
     """Run a command: a ValueError, OSError, or want of a library or of GPU memory, becomes `error: <sentence>` on
     stderr and exit code 2.
 
+    Under torchrun the sentence names the rank, unless the error is `shared` by all: then one per node tells it.
     ESFT_DEBUG in the environment keeps the traceback. Ctrl-C exits 130 with a word, a closed pipe (`| head`) 141.
     """
     try:
@@ -68,7 +69,10 @@ def run_cli(main: Callable[[], object]) -> None:
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if os.environ.get("ESFT_DEBUG"):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        shared, rank = getattr(error, "shared", False), os.environ.get("RANK")
+        if not shared or os.environ.get("LOCAL_RANK", "0") == "0":
+            who = f"rank {rank}: " if rank and not shared else ""
+            print(f"error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

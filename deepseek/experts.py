@@ -20,7 +20,7 @@ truth is always the parameter; `TrainedExperts.push` restores the tie after anyt
 a deep copy, an optimizer step on a master), and the forward calls it every time. The state dict of a model does not
 show any of this: names, shapes and expert order stay those of the base.
 
-Legend: D hidden, F expert hidden, E experts, S trained experts of the layer.
+Legend: D hidden, F expert hidden, E experts, e of them local, S trained experts of the layer.
 """
 
 import re
@@ -63,6 +63,11 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     return dict(sorted(found.items()))
 
 
+def local_expert_ids(module: nn.Module) -> list[int]:
+    """Ids, ascending, of the experts whose rows this process holds: all of them but under expert parallelism."""
+    return getattr(module, "local_ids", None) or list(range(module.num_experts))
+
+
 def fused_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the fused tensors (expert dimension first) of an experts module."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -88,11 +93,13 @@ def split_projections(module: nn.Module, name: str, tensor: Tensor) -> dict[str,
 
 
 def expert_views(module: nn.Module, expert: int) -> dict[str, Tensor]:
-    """One expert's projections as views of the fused tensors: read them, or write them with `copy_`.
+    """One (local) expert's projections as views of the fused tensors: read them, or write them with `copy_`.
 
     On a module with trained experts, call `module.trained.push()` before reading and `pull()` after writing.
     """
-    row = module.trained.row_of_E[expert].item() if hasattr(module, "trained") else expert
+    row = local_expert_ids(module).index(expert)
+    if hasattr(module, "trained"):
+        row = module.trained.row_of_e[row].item()
     views: dict[str, Tensor] = {}
     for name in fused_names(module):
         views |= split_projections(module, name, getattr(module, name).data[row])
@@ -102,27 +109,28 @@ def expert_views(module: nn.Module, expert: int) -> dict[str, Tensor]:
 class TrainedExperts(nn.Module):
     """The trained experts of one experts module, as fp32 parameters named like the fused tensors, (S, ...) each.
 
-    Buffers: `order_E` row -> expert id, `row_of_E` expert id -> row.
+    Buffers: `order_e` row -> index among the local experts (in a single process, the expert id), `row_of_e` back.
     """
 
     def __init__(self, module: nn.Module, experts: Iterable[int]):
         super().__init__()
-        first = sorted(experts)
-        rest = sorted(set(range(module.num_experts)) - set(first))
+        chosen, self._local_ids = set(experts), local_expert_ids(module)
+        first = [index for index, expert in enumerate(self._local_ids) if expert in chosen]
+        rest = [index for index, expert in enumerate(self._local_ids) if expert not in chosen]
         self.num_trained = len(first)
-        order_E = torch.tensor(first + rest, device=module.down_proj.device)
-        self.register_buffer("order_E", order_E, persistent=False)
-        self.register_buffer("row_of_E", torch.argsort(order_E), persistent=False)
+        order_e = torch.tensor(first + rest, device=module.down_proj.device)
+        self.register_buffer("order_e", order_e, persistent=False)
+        self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
         self._owner = [module]  # in a list: not a submodule, and a deep copy follows it to the copied owner
         for name in fused_names(module):
             fused = getattr(module, name)
-            fused.data.copy_(fused.data[order_E])
+            fused.data.copy_(fused.data[order_e])
             self.register_parameter(name, nn.Parameter(fused.data[: self.num_trained].float()))
 
     @property
     def expert_ids(self) -> list[int]:
         """Ids of the trained experts, in row order."""
-        return self.order_E[: self.num_trained].tolist()
+        return [self._local_ids[index] for index in self.order_e[: self.num_trained].tolist()]
 
     def _pairs(self):
         for name, param in self.named_parameters(recurse=False):
@@ -153,8 +161,10 @@ class TrainedExperts(nn.Module):
 
 
 def train_experts(module: nn.Module, experts: Iterable[int]) -> None:
-    """Freeze an experts module except for `experts` (non-empty, checked by the caller), which go to the front."""
+    """Freeze an experts module except for `experts` (checked by the caller); the local ones of them go to the front."""
     module.requires_grad_(False)
+    if not set(experts) & set(local_expert_ids(module)):
+        return
     module.trained = TrainedExperts(module, experts)
     module.trained.push()
     module._trained_hooks = (
@@ -168,7 +178,7 @@ def release_experts(module: nn.Module) -> None:
     module.trained.push()
     for name in fused_names(module):
         fused = getattr(module, name)
-        fused.data.copy_(fused.data[module.trained.row_of_E])
+        fused.data.copy_(fused.data[module.trained.row_of_e])
     for hook in module._trained_hooks:
         hook.remove()
     del module.trained, module._trained_hooks
@@ -179,13 +189,13 @@ def _state_dict_in_base_order(module: nn.Module, state_dict: dict, prefix: str, 
     for name in fused_names(module):
         state_dict.pop(f"{prefix}trained.{name}", None)
         if f"{prefix}{name}" in state_dict:
-            state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"][module.trained.row_of_E]
+            state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"][module.trained.row_of_e]
 
 
 def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     for name in fused_names(module):
         if f"{prefix}{name}" in state_dict:
-            ordered = state_dict[f"{prefix}{name}"][module.trained.order_E.to(state_dict[f"{prefix}{name}"].device)]
+            ordered = state_dict[f"{prefix}{name}"][module.trained.order_e.to(state_dict[f"{prefix}{name}"].device)]
             state_dict[f"{prefix}{name}"] = ordered
             state_dict[f"{prefix}trained.{name}"] = ordered[: module.trained.num_trained]
 

@@ -46,18 +46,24 @@ def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, t
         (T, D), in the dtype of `x_TD`.
     """
     trained = getattr(module, "trained", None)
-    if trained is None:
-        return _GroupedExperts.apply(module, x_TD, topk_weights_TK, topk_ids_TK)
-    trained.push()
-    params = (getattr(trained, name) for name in fused_names(module))
-    return _GroupedExperts.apply(module, x_TD, topk_weights_TK, trained.row_of_E[topk_ids_TK], *params)
+    rows_TK = trained.row_of_e[topk_ids_TK] if trained else topk_ids_TK
+    return grouped_experts(module, x_TD, rows_TK, topk_weights_TK)
+
+
+def grouped_experts(module: nn.Module, x_TD: Tensor, rows_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    """`esft_experts_forward` with experts given by their rows in the fused tensors; T may be 0."""
+    trained, params = getattr(module, "trained", None), ()
+    if trained:
+        trained.push()
+        params = (getattr(trained, name) for name in fused_names(module))
+    return _GroupedExperts.apply(module, x_TD, topk_weights_TK, rows_TK, *params)
 
 
 def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """`esft_experts_forward` as a loop over experts, slow and obvious, registered as "esft_reference"."""
     trained = getattr(module, "trained", None)
     S = trained.num_trained if trained else 0
-    rows_TK = trained.row_of_E[topk_ids_TK] if trained else topk_ids_TK
+    rows_TK = trained.row_of_e[topk_ids_TK] if trained else topk_ids_TK
     up_name, down_name, *_ = fused_names(module)
 
     def linear(x: Tensor, name: str, row: int) -> Tensor:
@@ -92,7 +98,7 @@ class _GroupedExperts(torch.autograd.Function):
         T, K = rows_TK.shape
         row_N, perm_N = torch.sort(rows_TK.reshape(-1), stable=True)
         inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
-        offs_E = torch.searchsorted(row_N, torch.arange(module.num_experts, device=row_N.device), right=True).int()
+        offs_E = torch.searchsorted(row_N, torch.arange(len(fused[0]), device=row_N.device), right=True).int()
 
         h_N = _grouped_linear(x_TD.index_select(0, perm_N // K), up, offs_E, module.is_transposed)
         if module.has_bias:

@@ -39,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.experts import find_experts
 from esft import ExpertConfig, RouterCapture, to_esft
+from methods import count_trained, prepare_model
 from scripts.side_by_side import measure
-from train import TrainConfig, count_trained, prepare_model
+from train import TrainConfig
 from utils import ROOT, Parser, environment, run_cli, suggest, write_json
 
 METHODS = ("full", "experts", "lora", "esft", "floor")
@@ -105,7 +106,7 @@ def random_experts(model: nn.Module, args: argparse.Namespace) -> ExpertConfig:
 def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Module:
     """Make trainable what `method` trains."""
     if method in ("full", "lora"):
-        return prepare_model(model, TrainConfig("", "", "", method=method, lora_rank=8))
+        return prepare_model(model, TrainConfig("", "", "", method=method, lora_rank=8), None)
     if method == "experts":
         model.requires_grad_(False)
         for _, module in find_experts(model).values():

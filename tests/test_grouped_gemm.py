@@ -156,7 +156,7 @@ def test_no_token_at_all(layout):
 def test_wrong_prefix_is_noticed():
     """The comparison above fails when the trained rows are not the prefix that the kernel takes them for."""
     module = make_experts(trained=(4, 1))
-    module.trained.row_of_E = module.trained.row_of_E.roll(1)
+    module.trained.row_of_e = module.trained.row_of_e.roll(1)
     out, _ = run(module, IMPLEMENTATION, *inputs())
     assert not torch.allclose(out, run(make_experts(), "grouped_mm", *inputs())[0])
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 import esft
 import train
 import utils
-from trainer import MASTERS, is_whole
+from checkpoints import damage
 
 EXPERTS = {"experts": {"1": [3, 5], "2": [0, 6, 2]}, "shared_experts": False, "non_expert_modules": False}
 KEYS = {
@@ -243,7 +243,8 @@ def test_shipped_configs_parse(name, tmp_path):
         assert ours - yaml.safe_load(path.read_text()).keys() == {
             "base_model_path", "train_dataset", "output_dir", "expert_config", "training",
         }  # fmt: skip
-        assert config.training["per_device_train_batch_size"] * config.training["gradient_accumulation_steps"] == 32
+        args = train.training_arguments(config)
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -466,21 +467,26 @@ def test_a_run_killed_after_its_last_step_takes_no_other(start, monkeypatch):
     assert same(start.folder / "whole", start.folder / "out")
 
 
-@pytest.mark.parametrize("damage", ["no state", "adapter cut", "optimizer cut"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, monkeypatch, damage):
+@pytest.mark.parametrize("how", ["no state", "adapter cut", "states flipped", "no manifest", "manifest cut"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, monkeypatch, how):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 5, kill)
         start(save_opt_states=True)
     last = start.folder / "out" / "checkpoint-4"
-    if damage == "no state":
-        (last / "trainer_state.json").unlink()
+    names = {"state": "trainer_state.json", "adapter": "adapter.safetensors", "states": "states/rank-0.safetensors"}
+    path = last / next((file for name, file in names.items() if name in how.split()), "manifest.json")
+    content = path.read_bytes()
+    if how.startswith("no"):
+        path.unlink()
+    elif how.endswith("cut"):
+        path.write_bytes(content[:-100])
     else:
-        path = last / ("adapter.safetensors" if damage == "adapter cut" else "optimizer.pt")
-        path.write_bytes(path.read_bytes()[:-100])
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    assert damage(last)
     with pytest.warns(UserWarning, match="checkpoint-4 is damaged"):
         start(save_opt_states=True)
     assert same(whole, start.folder / "out")
-    assert is_whole(last)
+    assert damage(last) is None
 
 
 def test_a_finished_run_is_left_alone_and_another_is_refused(files, start, capsys):
@@ -540,11 +546,11 @@ def test_bf16_follows_fp32_through_masters(files, start, whole):
     assert all(abs(a[key] - b[key]) < 0.03 * abs(a[key]) for key in a if key[0] != "grad_norm")
     base = make_model(dtype=torch.bfloat16)
     start("c", learning_rate=1e-6, base_model_path=files / "m16", save_opt_states=True)
-    masters = load_file(start.folder / "c" / "checkpoint-6" / MASTERS)
-    name = "model.layers.1.mlp.experts.trained.down_proj"
-    before = base.model.layers[1].mlp.experts.down_proj[[3, 5]].float()
-    assert (masters[name] != before).float().mean() > 0.9  # which bf16 weights could not follow
-    assert (masters[name].bfloat16() != before.bfloat16()).float().mean() < 0.1
+    states = load_file(start.folder / "c" / "checkpoint-6" / "states" / "rank-0.safetensors")
+    master = states["model.layers.1.mlp.experts.5.down_proj.master"]
+    before = base.model.layers[1].mlp.experts.down_proj[5].float()
+    assert (master != before).float().mean() > 0.9  # which bf16 weights could not follow
+    assert (master.bfloat16() != before.bfloat16()).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("method", ["esft", "lora"])
@@ -571,7 +577,7 @@ def test_frozen_rows_of_trained_experts_are_verified(files, start, monkeypatch):
         experts.trained.down_proj += 1
     experts.trained.push()
     assert train.frozen_hashes(trainer.model) == before
-    experts.down_proj.data[experts.trained.row_of_E[4]] += 1
+    experts.down_proj.data[experts.trained.row_of_e[4]] += 1
     after = train.frozen_hashes(trainer.model)
     assert {key for key in before if before[key] != after[key]} == {"model.layers.1.mlp.experts.down_proj"}
 
@@ -647,7 +653,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start
     assert f"on rows {', '.join(map(str, sorted(seen)))} of" in message
     assert any(sorted(seen) == sorted(pack.samples) for pack in packs)
     out = start.folder / "out"
-    assert is_whole(out / "checkpoint-2")
+    assert damage(out / "checkpoint-2") is None
     assert {path.name for path in out.iterdir()} == {"run.json", "checkpoint-1", "checkpoint-2"}
 
 

@@ -1,0 +1,308 @@
+"""Expert parallelism: the experts of each layer lie on several ranks, and tokens travel to them and back.
+
+    world_size = replicas x ep_size            ranks 0 1 2 3 with ep_size 2:   replica 0 = {0, 1}, replica 1 = {2, 3}
+                                               the same experts on ranks {0, 2} and {1, 3}
+
+Every rank has batches of its own and all dense weights. In an MoE layer each routed row (a token and one of its K
+experts) goes to the rank that holds the expert, in one all-to-all, with its gate weight in spare columns; there the
+ordinary ESFT forward (grouped_gemm.py) runs with K = 1; a second all-to-all brings the weighted outputs home. A slot is
+an expert's place in the order "rank 0's rows, rank 1's rows", so that one sort by slot makes every message contiguous:
+
+    rank 0 holds experts 0 2 4, of which 2 is trained: rows 2 0 4       slot of   2 0 4 | 5 1 3
+    rank 1 holds experts 1 3 5, of which 5 is trained: rows 5 1 3       is        0 1 2 | 3 4 5
+
+    ids_TK     5 0 | 2 5 | 0 1        three tokens, K = 2
+    slot_N     3 1   0 3   1 4
+    sorted_N   0 1 1 | 3 3 4          sent: 3 rows to rank 0, 3 to rank 1
+    perm_N     2 1 4 | 0 3 5          what `_Combine` undoes
+
+The number of rows per message is only known on the device: reading it is the one host synchronisation of a layer.
+Tokens are sent once per expert, not once per rank that has any of them: that would save about a quarter of the traffic
+(K 6, 8 ranks) and cost the exact order of a token's sum.
+
+Gradients: a rank's backward holds what all tokens of its replica gave to its experts, so with the loss divided by the
+label tokens of the whole world, experts are summed over the ranks that hold the same ones, all else over the world.
+
+Legend: T tokens, D hidden, K top-k, N = T*K routed rows, R rows a rank holds after dispatch, E experts, P ranks of a
+group.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .experts import find_experts
+from .grouped_gemm import grouped_experts
+from .placement import Placement
+
+IMPLEMENTATION = "esft_expert_parallel"
+
+
+class SharedError(ValueError):
+    """An error that every process raises alike, so that one of them per node tells it."""
+
+    shared = True
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is, and the process groups it takes part in; a single process has none."""
+
+    rank: int = 0
+    world_size: int = 1
+    ep_size: int = 1
+    experts: Any = None  # the ranks of this replica, which share its experts
+    replicas: Any = None  # the ranks that hold the same experts
+    world: Any = None
+    host: Any = None  # the world on gloo, for objects and tensors in host memory
+
+    @property
+    def expert_rank(self) -> int:
+        return self.rank % self.ep_size
+
+    @property
+    def first_replica(self) -> bool:
+        return self.rank < self.ep_size
+
+    def gather(self, obj: object) -> list:
+        """`obj` of every rank, on every rank."""
+        if self.world_size == 1:
+            return [obj]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, obj, group=self.host)
+        return gathered
+
+    def agree(self, error: BaseException | str | None) -> None:
+        """Raise on all ranks where any has an `error`, which is told with the rank it comes from."""
+        for rank, found in enumerate(self.gather(error and str(error))):
+            if found:
+                raise SharedError(f"rank {rank}: {found}" if self.world_size > 1 else found)
+
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        """What `function()` returns on rank 0, on every rank; a ValueError or OSError there is raised on all."""
+        if self.world_size == 1:
+            return function()
+        answer: list = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = function()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, 0, group=self.host)
+        if answer[1]:
+            raise SharedError(answer[1])
+        return answer[0]
+
+    def with_experts(self, ep_size: int, timeout: timedelta) -> "Ranks":
+        """These ranks with the groups of expert parallelism: consecutive ranks make a replica.
+
+        Raises:
+            ValueError: world_size is no multiple of ep_size.
+        """
+        if ep_size < 1 or self.world_size % ep_size:
+            raise SharedError(
+                f"ep_size={ep_size} does not divide the {self.world_size} processes: start a multiple of it with "
+                "torchrun --nproc-per-node, or change ep_size"
+            )
+        if self.world_size == 1:
+            return self
+        blocks, groups = torch.arange(self.world_size).view(-1, ep_size), {}
+        for name, members in (("experts", blocks.tolist()), ("replicas", blocks.T.tolist())):
+            groups[name], _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+        return dataclasses.replace(self, ep_size=ep_size, **groups)
+
+
+def join(timeout: timedelta) -> Ranks:
+    """The ranks of the default process group, where there is one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Ranks()
+    host = dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), world=dist.group.WORLD, host=host)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# routing rows to ranks
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What an experts module knows of its layer's placement."""
+
+    group: Any
+    sizes_P: tuple[int, ...]  # experts per rank
+    local: int  # experts here
+    trained: bool  # on any rank
+
+
+def connect_experts(
+    model: nn.Module, placements: Mapping[int, Placement], trained_L: Mapping[int, Iterable[int]], ranks: Ranks
+) -> None:
+    """Make the forward of a model that holds local experts only (`loading.load_base_model`) send rows to their ranks.
+
+    Called after `to_esft`, which put the trained experts of each rank first.
+    """
+    for layer, (_, module) in find_experts(model).items():
+        trained = set(trained_L.get(layer, ()))
+        slots = [expert for ids in placements[layer] for expert in sorted(ids, key=lambda e: (e not in trained, e))]
+        slot_E = torch.argsort(torch.tensor(slots)).to(module.down_proj.device)
+        module.register_buffer("slot_E", slot_E, persistent=False)
+        sizes = tuple(map(len, placements[layer]))
+        module.shard = _Shard(ranks.experts, sizes, sizes[ranks.expert_rank], bool(trained))
+    model.set_experts_implementation(IMPLEMENTATION)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What `_Dispatch` and `_Combine` need to send rows and to bring them back."""
+
+    group: Any
+    perm_N: Tensor  # sent row -> routed row (token * K + k)
+    inverse_TK: Tensor  # routed row -> sent row
+    sent: list[int]  # rows to each rank
+    received: list[int]  # rows from each rank
+    row_R: Tensor  # local expert (row of the fused tensors) of each received row
+
+
+def _make_route(shard: _Shard, slot_TK: Tensor) -> _Route:
+    slot_N, (E, P) = slot_TK.reshape(-1), (sum(shard.sizes_P), len(shard.sizes_P))
+    sorted_N, perm_N = torch.sort(slot_N, stable=True)
+    arange = torch.arange(max(E, len(slot_N)), device=slot_N.device)
+    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, arange[: len(slot_N)])
+    count_E = torch.searchsorted(sorted_N, arange[:E], right=True).diff(prepend=arange[:1])
+    count_PE = torch.empty(P * shard.local, dtype=count_E.dtype, device=count_E.device)  # from each rank, by local row
+    dist.all_to_all_single(count_PE, count_E, [shard.local] * P, list(shard.sizes_P), group=shard.group)
+    sent_P = torch.stack([part.sum() for part in count_E.split(shard.sizes_P)])
+    sent, received = torch.stack([sent_P, count_PE.view(P, -1).sum(1)]).tolist()  # the host waits here, and only here
+    row_R = torch.repeat_interleave(arange[: shard.local].repeat(P), count_PE, output_size=sum(received))
+    return _Route(shard.group, perm_N, inverse_N.view(slot_TK.shape), sent, received, row_R)
+
+
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+    """(sum(sent), C) -> (sum(received), C): rows to, and from, each rank of the group."""
+    out = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
+
+
+def _pack(x_ND: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Rows `index_N` of x with a number of any dtype beside each, in columns that keep rows aligned to 16 bytes."""
+    D = x_ND.shape[1]
+    out = x_ND.new_empty(len(index_N), D + 16 // x_ND.element_size())
+    torch.index_select(x_ND, 0, index_N, out=out[:, :D])
+    out[:, D:].view(weight_N.dtype)[:, 0] = weight_N
+    return out
+
+
+def _unpack(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x, weights) of `_pack`, as views."""
+    D = rows.shape[1] - 16 // rows.element_size()
+    return rows[:, :D], rows[:, D:].view(dtype)[:, 0]
+
+
+class _Dispatch(torch.autograd.Function):
+    """x_TD, weight_TK -> x_RD, weight_R1 on the ranks that hold the experts."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_TK, route):
+        ctx.route, ctx.dtype = route, weight_TK.dtype
+        rows = _pack(x_TD, route.perm_N // weight_TK.shape[1], weight_TK.reshape(-1)[route.perm_N])
+        x_RD, weight_R = _unpack(_exchange(rows, route.sent, route.received, route.group), weight_TK.dtype)
+        return x_RD, weight_R[:, None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RD, dweight_R1):
+        route = ctx.route
+        every_R = torch.arange(len(dx_RD), device=dx_RD.device)
+        rows = _exchange(_pack(dx_RD, every_R, dweight_R1[:, 0]), route.received, route.sent, route.group)
+        dx_ND, dweight_N = _unpack(rows, ctx.dtype)
+        return _home(dx_ND, route), dweight_N[route.inverse_TK], None
+
+
+class _Combine(torch.autograd.Function):
+    """y_RD -> the sum over each token's K rows, at home."""
+
+    @staticmethod
+    def forward(ctx, y_RD, route):
+        ctx.route = route
+        return _home(_exchange(y_RD, route.received, route.sent, route.group), route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD):
+        route = ctx.route
+        dy_ND = dy_TD.index_select(0, route.perm_N // route.inverse_TK.shape[1])
+        return _exchange(dy_ND, route.sent, route.received, route.group), None
+
+
+def _home(rows_ND: Tensor, route: _Route) -> Tensor:
+    """Rows as they were sent, summed by token: (N, D) -> (T, D)."""
+    return rows_ND.index_select(0, route.inverse_TK.reshape(-1)).view(*route.inverse_TK.shape, -1).sum(1)
+
+
+def expert_parallel_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    """`grouped_gemm.esft_experts_forward` over the ranks of a group, which all call it, with T of their own (or 0)."""
+    if torch.is_grad_enabled() and module.shard.trained and not x_TD.requires_grad:
+        # The first trained layer: a rank without trained experts in it must take part in the backward of the others.
+        x_TD = x_TD.detach().requires_grad_()
+    route = _make_route(module.shard, module.slot_E[topk_ids_TK])
+    x_RD, weight_R1 = _Dispatch.apply(x_TD, topk_weights_TK, route)
+    y_RD = grouped_experts(module, x_RD, route.row_R[:, None], weight_R1)
+    return _Combine.apply(y_RD, route)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, expert_parallel_forward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# bringing tensors together
+
+
+def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors (in host memory, by name) of all ranks of the first replica, on rank 0; elsewhere an empty dict.
+
+    A name that several ranks have is taken from the lowest.
+    """
+    if ranks.ep_size == 1:
+        return dict(tensors) if ranks.rank == 0 else {}
+    notes = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+    notes_P = [json.loads(text) for text in ranks.gather(json.dumps(notes if ranks.first_replica else []))]
+    gathered, known = dict(tensors) if ranks.rank == 0 else {}, {name for name, *_ in notes_P[0]}
+    for source, listed in enumerate(notes_P[1:], 1):
+        for name, shape, dtype in listed:
+            if name in known:
+                continue
+            known.add(name)
+            if ranks.rank == source:
+                dist.send(_as_bytes(tensors[name]), 0, group=ranks.host)
+            elif ranks.rank == 0:
+                gathered[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                dist.recv(_as_bytes(gathered[name]), source, group=ranks.host)
+    return gathered
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def shard_dense(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Share out the frozen dense weights over the world by FSDP2, layer by layer; experts and all that is trained stay
+    as they are. In place; the model is on `device` afterwards. Before the first forward."""
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    kept = {param for _, module in find_experts(model).values() for param in module.parameters()}
+    kept |= {param for param in model.parameters() if param.requires_grad}
+    model.to(device)
+    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+    for block in (*blocks, model):
+        fully_shard(block, mesh=mesh, ignored_params=kept)

@@ -1,0 +1,128 @@
+"""Put the experts of each layer on the ranks of an expert-parallel group so that work and memory are even.
+
+All ranks wait for the busiest one in every MoE layer, so what counts is max / mean over ranks, layer by layer, of the
+routed tokens; and trained experts carry optimizer states, so their number is to be even over all layers. Greedy
+(longest processing time first): trained experts, by falling load, to the rank with the fewest of them, then the frozen
+ones to the rank with the lowest load that has room, every rank holding as many experts as the others, within one. (To
+count a trained expert's row half again, for its weight gradient, shortens a simulated step by 1 % and makes the load
+uneven.)
+
+Legend: E experts, P ranks of the group, L MoE layers.
+"""
+
+import itertools
+from collections.abc import Collection, Mapping
+
+MEMORY_SHARE = 0.6  # the rest is for activations, logits and what the allocator cannot use
+Placement = tuple[tuple[int, ...], ...]  # [rank of the group] -> ids of its experts, ascending
+
+
+def place_contiguous(num_experts: int, ranks: int) -> Placement:
+    """Experts 0 .. E-1 in blocks, as most frameworks do it."""
+    bounds = [rank * num_experts // ranks for rank in range(ranks + 1)]
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
+
+
+def place_by_score(
+    load_E: Mapping[int, float], trained: Collection[int], ranks: int, held: list[int] | None = None
+) -> Placement:
+    """Even out the load and the number of trained experts of one layer over `ranks`.
+
+    Args:
+        load_E: expert id -> share of the routed tokens (any unit).
+        trained: ids of the trained experts.
+        held: trained experts that each rank has already in other layers, to even out their sum; updated.
+    """
+    held = held if held is not None else [0] * ranks
+    load_P, count_P, before_P = [0.0] * ranks, [0] * ranks, list(held)
+    room, larger = divmod(len(load_E), ranks)  # `larger` ranks hold one expert more
+    placed: list[list[int]] = [[] for _ in range(ranks)]
+
+    def has_room(rank: int) -> bool:
+        full = sum(len(ids) > room for ids in placed)
+        return len(placed[rank]) < room or (len(placed[rank]) == room and full < larger)
+
+    for expert in sorted(load_E, key=lambda e: (e not in trained, -load_E[e], e)):
+        free = [rank for rank in range(ranks) if has_room(rank)]
+        if expert in trained:
+            rank = min(free, key=lambda r: (count_P[r], before_P[r], load_P[r], r))
+            count_P[rank] += 1
+            held[rank] += 1
+        else:
+            rank = min(free, key=lambda r: (load_P[r], r))
+        placed[rank].append(expert)
+        load_P[rank] += load_E[expert]
+    return tuple(tuple(sorted(ids)) for ids in placed)
+
+
+def place_layers(
+    num_experts_L: Mapping[int, int],
+    trained_L: Mapping[int, Collection[int]],
+    ranks: int,
+    load_LE: Mapping[int, Mapping[int, float]] | None = None,
+    contiguous: bool = False,
+) -> dict[int, Placement]:
+    """A placement per layer. Without `load_LE` every expert counts the same.
+
+    Raises:
+        ValueError: more ranks than experts, or loads that are not those of these experts.
+    """
+    held, placements = [0] * ranks, {}
+    for layer, num_experts in num_experts_L.items():
+        if ranks > num_experts:
+            raise ValueError(f"ep_size={ranks}, but layer {layer} has {num_experts} experts: lower ep_size")
+        load_E = dict.fromkeys(range(num_experts), 1 / num_experts) if load_LE is None else load_LE.get(layer)
+        if load_E is None or set(load_E) != set(range(num_experts)):
+            raise ValueError(
+                f"the expert scores have no, or other, experts of layer {layer}: they are of another model"
+            )
+        if contiguous:
+            placements[layer] = place_contiguous(num_experts, ranks)
+        else:
+            placements[layer] = place_by_score(load_E, set(trained_L.get(layer, ())), ranks, held)
+    return placements
+
+
+def choose_ep_size(
+    world_size: int, max_ep_size: int, dense_bytes: int, expert_bytes: int, state_bytes: int, memory_bytes: int
+) -> tuple[int, str]:
+    """(the smallest ep_size with which a rank's weights and states take at most `MEMORY_SHARE` of its memory, why).
+
+    Whole replicas need no exchange of tokens, so they are kept where they fit; nothing fits where `why` says so.
+
+    Args:
+        max_ep_size: experts of the layer that has the fewest.
+        dense_bytes: of all weights but the routed experts, on every rank.
+        expert_bytes, state_bytes: of the routed experts, and of masters, gradients and optimizer states; shared out.
+        memory_bytes: of the device of one rank.
+    """
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0 and size <= max_ep_size]
+    needs = {size: dense_bytes + (expert_bytes + state_bytes) / size for size in sizes}
+    chosen = next((size for size in sizes if needs[size] <= MEMORY_SHARE * memory_bytes), sizes[-1])
+    shown = ", ".join(f"{needs[size] / 2**30:,.1f} with {size}" for size in sizes if size <= chosen)
+    fits = "the smallest that fits" if needs[chosen] <= MEMORY_SHARE * memory_bytes else "the largest, and may not fit"
+    return chosen, (
+        f"ep_size {chosen} is {fits}: weights and states take {shown} (GiB per rank), and may take "
+        f"{MEMORY_SHARE:.0%} of {memory_bytes / 2**30:,.1f}"
+    )
+
+
+def imbalance(
+    placements: Mapping[int, Placement],
+    trained_L: Mapping[int, Collection[int]],
+    load_LE: Mapping[int, Mapping[int, float]],
+) -> dict[str, float]:
+    """{"load": max / mean over ranks of the routed tokens, averaged over layers, "load_worst": of the worst layer,
+    "trained": max / mean over ranks of the number of trained experts in all layers}; 1 is even."""
+    loads, trained = [], [0] * len(next(iter(placements.values())))
+    for layer, placement in placements.items():
+        load_P = [sum(load_LE[layer][expert] for expert in ids) for ids in placement]
+        if sum(load_P):
+            loads.append(max(load_P) * len(load_P) / sum(load_P))
+        for rank, ids in enumerate(placement):
+            trained[rank] += len(set(ids) & set(trained_L.get(layer, ())))
+    return {
+        "load": sum(loads) / len(loads) if loads else 1.0,
+        "load_worst": max(loads, default=1.0),
+        "trained": max(trained) * len(trained) / sum(trained) if sum(trained) else 1.0,
+    }
