@@ -669,7 +669,9 @@ def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError(f"adapter {folder} is a LoRA, which needs peft: pip install -e '.[lora]'") from error
+        raise ValueError(
+            f"adapter {folder} is a LoRA, which needs peft: python -m pip install -c constraints.txt peft"
+        ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # patterns that peft makes for the fused experts and then finds unused
         try:

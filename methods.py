@@ -45,7 +45,7 @@ def _add_lora(model: nn.Module, config) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("method lora needs peft: pip install -e '.[lora]'") from error
+        raise ValueError("method lora needs peft: python -m pip install -c constraints.txt peft") from error
     layers = find_experts(model).values()
     experts_of_block = {name.rpartition(".")[0]: module.num_experts for name, module in layers}
 

@@ -266,7 +266,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"the training arguments do not fit: {error}") from error
     for name in set(args.report_to) - set(get_available_reporting_integrations()):
-        raise ValueError(f"report_to={name} is not installed here: pip install -e '.[track]' or report_to=none")
+        raise ValueError(
+            f"report_to={name} is not installed here: python -m pip install -c constraints.txt -e '.[track]' or report_to=none"
+        )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are torchrun's business; never nn.DataParallel
     return args
 

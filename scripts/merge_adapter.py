@@ -38,19 +38,24 @@ from esft import ExpertConfig, adapter_views, check_base, read_adapter, router_p
 from utils import Parser, atomic_path, check_output, environment, run_cli, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-NOT_COPIED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*")
+NOTE = "merged_from.json"  # what was merged; its folder is a merge's
+# other weights, what is hidden, and the model card, which speaks of the base alone
+NOT_COPIED = ("README.md", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*")
 
 Edit = tuple[Callable[[Tensor], Tensor], Tensor]  # the part of a checkpoint's tensor to overwrite, and what with
 
 
-def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
+def merge_adapter(base: Path, adapter: Path, output: Path, overwrite: bool = False) -> int:
     """Write to `output` the checkpoint `base` with `adapter` in it; returns the number of tensors that changed.
+
+    `overwrite` replaces what an earlier merge wrote there.
 
     Raises:
         ValueError, FileNotFoundError: a folder that is not what it should be, an adapter of another base, a tensor
             that the checkpoint does not hold or holds in another shape. Nothing is written then.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    ours = overwrite and (output / NOTE).is_file()
+    if output.exists() and not ours and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output}: exists already; give an --output_dir that does not")
     check_output(output, folder=True)
     files = checkpoint_files(base)
@@ -72,7 +77,9 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> int:
         for name in tqdm(sorted(set(files.values())), desc="merging", unit="shard"):
             write_shard(base / name, folder / name, edits)
         note = {"base_model_path": str(base), "adapter_dir": str(adapter), "environment": environment()}
-        write_json(folder / "merged_from.json", note)
+        write_json(folder / NOTE, note)
+        if ours:
+            shutil.rmtree(output)
     return len(edits)
 
 
@@ -231,17 +238,16 @@ def write_shard(source: Path, target: Path, edits: dict[str, list[Edit]]) -> Non
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--base_model_path", "--model", type=Path, required=True, help="folder of the base: config.json, *.safetensors"
-    )
-    parser.add_argument(
-        "--adapter_dir", type=Path, required=True, help="folder of the adapter: expert_cfg.json, *.safetensors"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder to write; must not exist yet, or be empty"
-    )
+    add = parser.add_argument
+    add("--base_model_path", "--model", type=Path, required=True, metavar="DIR", help="folder of the base: "
+        "config.json, *.safetensors")  # fmt: skip
+    add("--adapter_dir", type=Path, required=True, metavar="DIR", help="folder of the adapter: expert_cfg.json, "
+        "*.safetensors")  # fmt: skip
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write; must not exist yet, or be "
+        "empty")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace what an earlier merge left in --output_dir")
     args = parser.parse_args()
-    changed = merge_adapter(args.base_model_path, args.adapter_dir, args.output_dir)
+    changed = merge_adapter(args.base_model_path, args.adapter_dir, args.output_dir, args.overwrite)
     print(f"{args.output_dir}: {changed} tensors of the base replaced or edited")
 
 

@@ -1,28 +1,52 @@
 """The whole method on one task: score the experts, select some, train them, evaluate, merge; one table at the end.
 
-    python scripts/pipeline.py --base_model_path M --train_dataset D --methods esft-token,full [key=value ...]
+    python scripts/pipeline.py --base_model_path=MODEL --train_dataset=DATA --methods=esft-token,full [key=value ...]
 
 Each stage is one of the project's commands, printed before it runs, in a process of its own, so that it can be repeated
-by hand and its peak memory is its own. A stage whose command and results are there already is skipped: after an
-interruption the same command goes on. Everything goes below --output_dir:
+by hand and its peak memory is its own. A stage whose command and results are there already is skipped, and training
+goes on from its last checkpoint (every save_steps): after an interruption the same command goes on. Keys, data and
+libraries of all stages are checked before the first one runs. Everything goes below --output_dir:
 
     expert_scores/   expert_configs/   checkpoints/<method>/   completions/<method>.<dataset>.jsonl   merged/
     table.md   table.json   expert_scores.png   losses.png
 
-Training keys come last, `learning_rate=1e-4` for all methods or `full:learning_rate=3e-5` for one.
+Training keys come last, `learning_rate=1e-4` for all methods or `full:learning_rate=3e-5` for one, which wins.
+`full:save_opt_states=false` spares the disk the optimizer states of a whole model; that method then starts over.
 """
 
 import argparse
+import dataclasses
+import fcntl
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import ROOT, Parser, check_output, environment, resolve_dataset, run_cli, suggest, write_json, write_text
+from benchmarks import get_evaluator, load_rows
+from utils import (
+    ROOT,
+    Parser,
+    check_output,
+    environment,
+    load_samples,
+    positive,
+    resolve_dataset,
+    run_cli,
+    suggest,
+    write_json,
+    write_text,
+)
 
 TRAINING = {  # method -> (score function that selects, train.py's method)
     "esft-token": ("token", "esft"),
@@ -31,6 +55,43 @@ TRAINING = {  # method -> (score function that selects, train.py's method)
     "lora": (None, "lora"),
     "full": (None, "full"),
 }
+OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
+PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as it is typed in the repository's root
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the folder against other pipelines; yields the lock's file descriptor.
+
+    Whoever holds the descriptor holds the lock, so a stage that has it outlives a killed pipeline with the folder shut.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another pipeline, or a stage that one left behind, is at work in {folder}: wait for it, or give "
+                "another --output_dir"
+            ) from None
+        yield file.fileno()
+
+
+def execute(command: list[str], lock: int | None = None, env: dict[str, str] | None = None) -> int:
+    """Run a command to its end; returns its exit code (128 + n after signal n). It ends with us: SIGTERM and Ctrl-C
+    end the command, wait for it (training writes a checkpoint) and go on as SystemExit(143) and KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=() if lock is None else (lock,))
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return code if code >= 0 else 128 - code
 
 
 class Stages:
@@ -39,28 +100,33 @@ class Stages:
     A command that runs makes those stale that were given its output, or the folder of it.
     """
 
-    def __init__(self, folder: Path):
-        self.note = folder / "stages.json"
+    def __init__(self, folder: Path, lock: int | None = None):
+        self.note, self.lock = folder / "stages.json", lock
         self.done: dict[str, list[str]] = json.loads(self.note.read_text()) if self.note.is_file() else {}
 
-    def run(self, output: Path, script: str, **flags: object) -> None:
+    def run(self, output: Path, script: str, *, processes: int = 1, **flags: object) -> None:
         """`python script --flag=value ...`, skipped where `output` exists and came from the same command.
 
         A flag that is None or False is left out, True is given without a value, `overrides` (a list) comes last.
+        Several processes are started by torchrun, and share the CPU's cores.
         """
         overrides = flags.pop("overrides", [])
         given = {key: value for key, value in flags.items() if value is not None and value is not False}
         command = [script, *(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *overrides]
+        env = None
+        if processes > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
+            env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
         if output.exists() and self.done.get(str(output)) == command:
-            print(f"[done] {shlex.join(['python', *command])}", flush=True)
+            print(f"[done] {shlex.join([PYTHON, *command])}", flush=True)
             return
-        print(f"\n$ {shlex.join(['python', *command])}", flush=True)
+        print(f"\n$ {shlex.join([PYTHON, *command])}", flush=True)
         made = {str(output), str(output.parent)}
         self.done = {k: old for k, old in self.done.items() if not made & {flag.partition("=")[2] for flag in old}}
         if self.note.is_file():
             write_json(self.note, self.done)
         start = time.perf_counter()
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+        code = execute([sys.executable, *command], self.lock, env)
         if code:
             raise SystemExit(code)  # the command has said why
         print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
@@ -71,26 +137,38 @@ class Stages:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--base_model_path", "--model", required=True, help="the base model: a folder or a hub id")
-    add("--train_dataset", "--data", required=True, help="a name (file of datasets/train), a path or a hub id")
-    add("--eval_dataset", "--eval_datasets", help="by commas (default: those of the training set's name, and general)")
-    add("--output_dir", help="default: results/runs/<name of the training set>")
-    add("--methods", default="esft-token", help=f"by commas, of {', '.join(TRAINING)} (default: esft-token)")
-    add("--train_config", default="configs/base.yaml", help="YAML file of training keys (default: configs/base.yaml)")
-    add("--top_p_token", type=float, default=0.2, help="cumulative token score that is trained (default: 0.2)")
-    add("--top_p_gate", type=float, default=0.1, help="cumulative gate score that is trained (default: 0.1)")
-    add("--n_sample_tokens", type=int, default=131072, help="tokens to score the experts on (default: 131072)")
-    add("--seq_length", type=int, default=4096, help="tokens per pack, in scoring and training (default: 4096)")
+    add("--base_model_path", "--model", required=True, metavar="MODEL", help="the base model: a folder or a hub id")
+    add("--train_dataset", "--data", required=True, metavar="DATA", help="a name (file of datasets/train), a path or a "
+        "hub id")  # fmt: skip
+    add("--eval_dataset", "--eval_datasets", metavar="DATA[,DATA]", help="names (files of datasets/eval), paths or hub "
+        "ids (default: the name of the training set, and general)")  # fmt: skip
+    add("--output_dir", metavar="DIR", help="default: results/runs/<name of the training set>")
+    add("--methods", default="esft-token", metavar="METHOD[,METHOD]", help=f"of {', '.join(TRAINING)} (default: "
+        "esft-token)")  # fmt: skip
+    add("--train_config", default="configs/base.yaml", metavar="FILE.yaml", help="training keys (default: "
+        "configs/base.yaml)")  # fmt: skip
+    add("--top_p_token", type=float, default=0.2, metavar="P", help="cumulative token score that is trained (default: "
+        "0.2)")  # fmt: skip
+    add("--top_p_gate", type=float, default=0.1, metavar="P", help="cumulative gate score that is trained (default: "
+        "0.1)")  # fmt: skip
+    add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to score the experts on "
+        "(default: 131072)")  # fmt: skip
+    add("--seq_length", type=positive, default=4096, metavar="N", help="tokens per pack, in scoring and training "
+        "(default: 4096)")  # fmt: skip
     add("--template", choices=("chat", "released"), default="chat", help="how messages are rendered (default: chat)")
-    add("--max_new_tokens", type=int, default=512, help="longest answer in evaluation, in tokens (default: 512)")
-    add("--eval_batch_size", type=int, default=16, help="samples per batch in evaluation (default: 16)")
-    add("--n_eval_samples", type=int, help="evaluate on so many samples per data set (default: all)")
-    add("--world_size", type=int, default=1, help="processes in scoring and evaluation (default: 1)")
-    add("--gpus_per_rank", type=int, default=1, help="GPUs per such process (default: 1)")
+    add("--max_new_tokens", type=positive, default=512, metavar="N", help="longest answer in evaluation, in tokens "
+        "(default: 512)")  # fmt: skip
+    add("--eval_batch_size", type=positive, default=16, metavar="N", help="samples per batch in evaluation (default: "
+        "16)")  # fmt: skip
+    add("--n_eval_samples", type=positive, metavar="N", help="evaluate on so many samples per data set (default: all)")
+    add("--world_size", type=positive, default=1, metavar="N", help="processes in scoring and evaluation (default: 1)")
+    add("--nproc_per_node", type=positive, default=1, metavar="N", help="processes in training, by torchrun: ESFT by "
+        "train_ep.py, the other methods data parallel (default: 1)")  # fmt: skip
+    add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs per such process (default: 1)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights (default: as stored)")
-    add("--seed", type=int, default=0, help="of sampling, selection and training (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling, selection and training (default: 0)")
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
-    add("overrides", nargs="*", metavar="[method:]key=value", help="training keys, see train.py --help")
+    add("overrides", nargs="*", metavar="[METHOD:]KEY=VALUE", help="training keys, see train.py --help")
     return parser.parse_intermixed_args(argv)
 
 
@@ -106,6 +184,63 @@ def eval_datasets(args: argparse.Namespace) -> list[str]:
         except (ValueError, OSError):
             print(f"note: no datasets/eval/{name}.jsonl; name evaluation sets with --eval_dataset")
     return found
+
+
+def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, list[str]]:
+    """The overrides for train.py of each method: `key=value` for all methods, or for the one, which wins.
+
+    Raises:
+        ValueError, FileNotFoundError: what train.py would refuse of the keys, and those that are flags here.
+    """
+    import train  # slow, and --help can do without
+
+    for_all: dict[str, str] = {}
+    for_one: dict[str, dict[str, str]] = {method: {} for method in TRAINING}
+    for pair in args.overrides:
+        key, equals, value = pair.partition("=")
+        method, colon, rest = key.rpartition(":")
+        if not equals:
+            raise ValueError(f"{pair!r}: a training key is written key=value")
+        if colon and method not in TRAINING:
+            raise ValueError(f"{pair!r}: {method!r} is no method{suggest(method, TRAINING)}")
+        key, keys = train.ALIASES.get(rest, rest), for_one[method] if colon else for_all
+        if key in keys:
+            raise ValueError(f"{pair!r}: {key} is given twice; give it once")
+        if key in OURS:
+            raise ValueError(f"{pair!r}: the pipeline sets {key} for all its stages; see its own flags (--help)")
+        keys[key] = value
+
+    overrides = {}
+    for method in methods:
+        function, train_method = TRAINING[method]
+        keys = {"method": train_method, "seq_length": args.seq_length, "template": args.template, "seed": args.seed}
+        keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
+        keys |= {"save_opt_states": "true"} | for_all | for_one[method]
+        try:
+            given = {key: yaml.safe_load(str(value)) for key, value in keys.items()}
+        except yaml.YAMLError as error:
+            raise ValueError(f"a value among {', '.join(args.overrides)} is not valid YAML") from error
+        given |= {"base_model_path": args.base_model_path, "train_dataset": args.train_dataset, "output_dir": "later"}
+        config = train.read_config(args.train_config, given | ({"expert_config": "later"} if function else {}))
+        train.training_arguments(dataclasses.replace(config, device="cpu"))  # this process is to leave the GPUs alone
+        overrides[method] = [f"{key}={value}" for key, value in keys.items()]
+    return overrides
+
+
+def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> None:
+    """Raise ValueError or FileNotFoundError for what would stop a later stage after hours of earlier ones."""
+    for name in ("top_p_token", "top_p_gate"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: a share of the scores, above 0 and at most 1")
+    if "lora" in methods and find_spec("peft") is None:
+        raise ValueError(f"method lora needs peft: {PYTHON} -m pip install -c constraints.txt peft")
+    load_samples(args.train_dataset)
+    names = [Path(dataset).stem for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--eval_dataset {args.eval_dataset}: the data sets must have different names")
+    for name, dataset in zip(names, datasets):
+        load_rows(dataset)
+        get_evaluator(name)  # and the libraries of its metrics
 
 
 def completions_path(folder: Path, method: str, dataset: str, several: bool) -> Path:
@@ -159,12 +294,17 @@ def against_full(rows: list[dict]) -> str:
         return ""
     task, general = names[0], names[-1]
     lost = by_method["base"][general] - by_method["full"][general]
+    full = next(row for row in rows if row["method"] == "full")
+    rate = f"learning rate {full['learning_rate']:g}, " if full["learning_rate"] else ""
     lines = []
     for method, means in by_method.items():
         if method not in ("base", "full"):
             reached = f"{means[task] / max(by_method['full'][task], 1e-9):.0%} of full fine-tuning's {task} score"
             change = means[general] - by_method["base"][general]
-            lines.append(f"{method}: {reached}; {general} {change:+.1f} where full fine-tuning has {-lost:+.1f}")
+            lines.append(
+                f"{method}: {reached}; {general} {change:+.1f} where full fine-tuning ({rate}{full['steps']} steps) "
+                f"has {-lost:+.1f}"
+            )
     return "\n".join(lines)
 
 
@@ -195,20 +335,25 @@ def main(argv: list[str] | None = None) -> None:
     for method in methods:
         if method not in TRAINING:
             raise ValueError(f"--methods: {method!r}{suggest(method, TRAINING)} is none of {', '.join(TRAINING)}")
-    overrides: dict[str, list[str]] = {method: [] for method in methods}
-    for pair in args.overrides:
-        method, colon, rest = pair.partition(":")
-        if colon and "=" not in method:
-            if method in TRAINING:
-                overrides.get(method, []).append(rest)
-                continue
-            raise ValueError(f"{pair!r}: {method!r} is no method{suggest(method, TRAINING)}")
-        for pairs in overrides.values():
-            pairs.append(pair)
     resolve_dataset(args.train_dataset, "train")
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)
-    stages, datasets, base = Stages(folder), eval_datasets(args), args.base_model_path
+    datasets, overrides = eval_datasets(args), training_keys(args, methods)
+    check(args, methods, datasets)
+    with locked(folder) as lock:
+        run_stages(args, Stages(folder, lock), folder, methods, datasets, overrides)
+
+
+def run_stages(
+    args: argparse.Namespace,
+    stages: Stages,
+    folder: Path,
+    methods: list[str],
+    datasets: list[str],
+    overrides: dict[str, list[str]],
+) -> None:
+    """Score, select, train (`overrides`: keys of each method), evaluate, merge; the table and the pictures."""
+    base = args.base_model_path
     scores, configs = folder / "expert_scores", folder / "expert_configs"
     functions = {TRAINING[method][0] for method in methods} - {None}
 
@@ -238,24 +383,18 @@ def main(argv: list[str] | None = None) -> None:
             top_p=args.top_p_token if function == "token" else args.top_p_gate,
         )
     for method in methods:
-        function, train_method = TRAINING[method]
+        function, _ = TRAINING[method]
         run = folder / "checkpoints" / method
         stages.run(
             run / "trainer_state.json",
-            "train.py",
+            "train_ep.py" if function and args.nproc_per_node > 1 else "train.py",
+            processes=args.nproc_per_node,
             base_model_path=base,
             train_dataset=args.train_dataset,
             train_config=args.train_config,
             expert_config=configs / f"{function}.json" if function else None,
             output_dir=run,
-            overrides=[
-                f"method={train_method}",
-                f"seq_length={args.seq_length}",
-                f"template={args.template}",
-                f"seed={args.seed}",
-                *([f"dtype={args.dtype}"] if args.dtype != "auto" else []),
-                *overrides[method],
-            ],
+            overrides=overrides[method],
         )
     for method in ["base", *methods] if datasets else []:
         run = folder / "checkpoints" / method
@@ -283,8 +422,10 @@ def main(argv: list[str] | None = None) -> None:
             base_model_path=base,
             adapter_dir=folder / "checkpoints" / first,
             output_dir=folder / "merged",
+            overwrite=True,
         )
-    if functions:
+    pictures = find_spec("matplotlib") is not None
+    if functions and pictures:
         function = TRAINING[first or "random"][0]
         stages.run(
             folder / "expert_scores.png",
@@ -294,7 +435,10 @@ def main(argv: list[str] | None = None) -> None:
             score_function=function,
             output_path=folder / "expert_scores.png",
         )
-    plot_losses(folder, methods)
+    if pictures:
+        plot_losses(folder, methods)
+    else:
+        print(f"note: no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
     if datasets:
         rows = table_rows(folder, methods, datasets)
         text = table(rows)

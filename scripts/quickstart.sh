@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The whole method in a few minutes on two CPU cores (or a GPU): install, then score, select, train, evaluate base,
-# ESFT-Token, ESFT-Gate and full fine-tuning on one task and on general skills, merge; prints a table, draws two pictures.
+# The whole method in a few minutes on two CPU cores (or a GPU): install, then score, select, train (ESFT on two expert-
+# parallel processes where there are two cores or GPUs), evaluate base, ESFT-Token, ESFT-Gate and full fine-tuning on one
+# task and on general skills, merge; prints a table, draws two pictures.
 # Again the same command only shows the table. Any flag of scripts/pipeline.py or training key can be added.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh eval,plot
-exec "$python" scripts/pipeline.py \
+processes=$("$python" -c 'import os, torch; print(min(2, torch.cuda.device_count() or os.cpu_count()))')
+exec "$python" scripts/pipeline.py --nproc_per_node="$processes" \
     --base_model_path=results/models/tiny --train_dataset=law --train_config=configs/tiny.yaml \
     --output_dir=results/runs/quickstart --methods=esft-token,esft-gate,full \
     --seq_length=256 --n_sample_tokens=16384 --max_new_tokens=64 --eval_batch_size=64 \
-    full:learning_rate=1e-3 "$@"
+    esft-token:ep_size="$processes" esft-gate:ep_size="$processes" full:learning_rate=1e-3 "$@"

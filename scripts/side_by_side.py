@@ -1,7 +1,12 @@
 """Measure several methods side by side: each in a process of its own, taking turns round by round.
 
+Not a command but what scripts/benchmark.py, whose --help has the flags, measures with: `measure(make, methods, args)`.
 `make(method, args)`, a function of a module's top level, builds in the process what is measured. It has the methods
-`turn(steps)`, whose results are collected, `finish(None)` -> dict, and `profile(None)` -> str.
+`turn(steps)`, whose results are collected, `finish(None)` -> dict, and `profile(None)` -> str. Of `args` are read:
+
+    threads   of torch in each process      rounds    in which each method has one turn
+    warmup    steps before the first        steps     of a turn
+    profile   true: print each method's `profile` in the end (but that of "capture")
 """
 
 import argparse
@@ -10,8 +15,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import Parser, run_cli
 
 
 def work(connection: Connection, make: Callable, method: str, args: argparse.Namespace) -> None:
@@ -87,3 +97,12 @@ def measure(make: Callable, methods: list[str], args: argparse.Namespace) -> dic
             if args.profile and method != "capture":
                 print(f"\n{method}, one step\n{running[method].call('profile')}")
     return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    Parser(__doc__).parse_args(argv)
+    raise ValueError("side_by_side.py measures nothing by itself: run scripts/benchmark.py")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -80,26 +80,44 @@ def test_equals_merging_in_memory(family, original, flags, tmp_path):
 
 
 def test_one_file_and_what_lies_beside_it(parts, tiny_tokenizer):
-    """A checkpoint of one file; tokenizer and metadata are copied, other weights are not, the base is not touched."""
+    """A checkpoint of one file; tokenizer and metadata are copied, other weights and the card are not."""
     base, adapter, out = parts
     tensors = tensors_of(base)
     for path in [*base.glob("*.safetensors*")]:
         path.unlink()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt", "note": "mine"})
-    (base / "pytorch_model.bin").write_text("old")
+    for name in ("pytorch_model.bin", "README.md"):
+        (base / name).write_text("of the base")
     (base / "sub").mkdir()
     (base / "sub" / "chat.jinja").write_text("x")
     out.mkdir()  # empty: as good as none
     assert script.merge_adapter(base, adapter, out) == 9
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     wanted = {str(path.relative_to(base)) for path in base.rglob("*") if path.is_file()}
-    assert names == wanted - {"pytorch_model.bin"} | {"merged_from.json"}
+    assert names == wanted - {"pytorch_model.bin", "README.md"} | {"merged_from.json"}
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     with script.open_shard(out / "model.safetensors") as file:
         assert file.metadata() == {"format": "pt", "note": "mine"}
     assert_same_tensors(tensors_of(base), tensors)
     changed = {name for name, tensor in tensors_of(out).items() if not torch.equal(tensor, tensors[name])}
     assert changed == set(adapter_views(make_model(), ExpertConfig({1: (5, 2), 2: (7,)})))
+
+
+def test_overwrite_replaces_what_a_merge_left_and_nothing_else(parts):
+    base, adapter, out = parts
+    script.merge_adapter(base, adapter, out)
+    before = tensors_of(out)
+    with pytest.raises(ValueError, match="exists already"):
+        script.merge_adapter(base, adapter, out)
+    shutil.rmtree(adapter)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    noisy_adapter(model, ExpertConfig({1: (0,)}), adapter)
+    script.merge_adapter(base, adapter, out, overwrite=True)
+    changed = {name for name, tensor in tensors_of(out).items() if not torch.equal(tensor, before[name])}
+    assert len(changed) == 9 + 3
+    (out / script.NOTE).unlink()
+    with pytest.raises(ValueError, match="exists already"):
+        script.merge_adapter(base, adapter, out, overwrite=True)
 
 
 def test_the_bases_dtype_decides(parts):

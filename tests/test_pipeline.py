@@ -1,11 +1,16 @@
 """The pipeline: stages run once, the table says what the files say, and the whole of it ends in a merged model."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts import pipeline
+from utils import ROOT
 
 
 def write_run(folder: Path, method: str, task: float, general: float) -> None:
@@ -19,7 +24,9 @@ def write_run(folder: Path, method: str, task: float, general: float) -> None:
         run.mkdir(parents=True)
         results = {"steps": 5, "trained_parameters": 7, "parameters": 100, "step_seconds": 0.5}
         results |= {"peak_memory_bytes": 2**30, "saved_bytes": 2**20}
-        run.joinpath("run.json").write_text(json.dumps({"config": {"training": {}}, "results": results}))
+        run.joinpath("run.json").write_text(
+            json.dumps({"config": {"training": {"learning_rate": 1e-3}}, "results": results})
+        )
 
 
 def test_the_table_says_what_the_files_say(tmp_path):
@@ -31,20 +38,21 @@ def test_the_table_says_what_the_files_say(tmp_path):
     assert "| esft-token | 76.0 [75.0, 77.0] | 87.0 [86.0, 88.0] | 7.0% | 0.50 | 1,024 MiB | 1.00 MiB |" in text
     assert "| base | 0.0 [-1.0, 1.0] | 90.0 [89.0, 91.0] | - | - | - | - |" in text
     compared = pipeline.against_full(rows)
-    assert (
-        "esft-token: 95% of full fine-tuning's intent score; general -3.0 where full fine-tuning has -20.0" in compared
+    assert compared == (
+        "esft-token: 95% of full fine-tuning's intent score; general -3.0 where full fine-tuning (learning rate 0.001, "
+        "5 steps) has -20.0"
     )
 
 
 def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypatch):
     ran = []
 
-    def run(command, **_):
+    def execute(command, lock, env):
         ran.append(command[1:])
         (tmp_path / "out").write_text("x")
-        return type("Done", (), {"returncode": 0})
+        return 0
 
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    monkeypatch.setattr(pipeline, "execute", execute)
     for value in (1, 1, 2):
         pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=value, none=None, off=False, on=True)
     assert ran == [["tool.py", "--flag=1", "--on"], ["tool.py", "--flag=2", "--on"]]
@@ -56,13 +64,11 @@ def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypa
 def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, monkeypatch):
     ran = []
 
-    def run(command, **_):
+    def execute(command, lock, env):
         ran.append(command[1])
-        if len(ran) == 4:
-            return type("Done", (), {"returncode": 2})
-        return type("Done", (), {"returncode": 0})
+        return 2 if len(ran) == 4 else 0
 
-    monkeypatch.setattr(pipeline.subprocess, "run", run)
+    monkeypatch.setattr(pipeline, "execute", execute)
     config, model, answers = (tmp_path / name for name in ("config.json", "run", "answers.jsonl"))
     model.mkdir()
     for path in (config, model / "state.json", answers):
@@ -83,18 +89,118 @@ def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, m
     assert ran[3:] == ["select.py", "select.py", "train.py", "eval.py"]
 
 
-def test_a_stage_that_fails_stops_the_pipeline_with_its_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 2}))
+@pytest.mark.parametrize("script, code", [("exit(2)", 2), ("import os; os.abort()", 128 + signal.SIGABRT)])
+def test_a_stage_that_fails_stops_the_pipeline_with_its_code(script, code, tmp_path):
+    (tmp_path / "tool.py").write_text(script)
     with pytest.raises(SystemExit) as stop:
-        pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py")
-    assert stop.value.code == 2 and not (tmp_path / "stages.json").exists()
+        pipeline.Stages(tmp_path).run(tmp_path / "out", str(tmp_path / "tool.py"))
+    assert stop.value.code == code and not (tmp_path / "stages.json").exists()
 
 
-@pytest.mark.parametrize("flags", [["--methods=esft-tokens"], ["--train_dataset=no_such"], ["esft-tokn:lr=1"]])
-def test_what_is_wrong_is_refused_before_anything_runs(flags, tmp_path):
-    with pytest.raises(ValueError, match=r"esft-token|no_such"):
+# a pipeline of one stage, which takes its time to end when it is told to
+PIPELINE = """
+import sys
+from pathlib import Path
+from scripts import pipeline
+
+def main(folder=Path(sys.argv[1])):
+    with pipeline.locked(folder) as lock:
+        pipeline.Stages(folder, lock).run(folder / "out", str(folder / "stage.py"))
+
+pipeline.run_cli(main)
+"""
+STAGE = """
+import pathlib, signal, sys, time
+
+def stop(*_):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[0]).with_name("ended").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+print("at work", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def at_work(tmp_path):
+    """A pipeline in `tmp_path` whose stage has begun."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    command = [sys.executable, "-c", PIPELINE, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline() not in ("at work\n", ""):
+            pass
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stage_ends_before_a_pipeline_that_is_stopped(number, code, at_work, tmp_path):
+    at_work.send_signal(number)
+    assert at_work.wait(timeout=20) == code
+    assert (tmp_path / "ended").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["a pipeline", "a stage left behind"])
+def test_a_folder_has_one_pipeline_at_a_time(killed, at_work, tmp_path, capsys):
+    (stage,) = psutil.Process(at_work.pid).children()
+    if killed:
+        at_work.kill()
+        at_work.wait()
+    with pytest.raises(SystemExit) as stop:
+        pipeline.run_cli(lambda: pipeline.locked(tmp_path).__enter__())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: another pipeline") and error.count("\n") == 1
+    stage.terminate()
+    at_work.stdout.read()  # to its end: the stage is gone
+    at_work.wait()
+    with pipeline.locked(tmp_path):
+        pass
+
+
+WRONG = {
+    "method": (["--methods=esft-tokens"], "did you mean 'esft-token'"),
+    "data set": (["--train_dataset=no_such"], "no_such"),
+    "method of a key": (["esft-tokn:lr=1"], "did you mean 'esft-token'"),
+    "no key": (["fast"], "'fast': a training key is written key=value"),
+    "unknown key": (["esft-token:learning_rat=1"], "did you mean 'learning_rate'"),
+    "value": (["max_steps=0"], "max_steps=0"),
+    "value by transformers": (["lr_scheduler_type=linaer"], "linaer"),
+    "keys that do not fit": (["--methods=full", "--train_config=configs/tiny.yaml", "save_steps=40"], "saving steps"),
+    "not YAML": (["learning_rate=["], "not valid YAML"),
+    "given twice": (["lr=1", "learning_rate=2"], "learning_rate is given twice"),
+    "a flag here": (["full:seq_length=8"], "the pipeline sets seq_length"),
+    "config": (["--train_config=no_such.yaml"], "no_such.yaml: no such file"),
+    "top_p": (["--top_p_gate=1.5"], "--top_p_gate 1.5"),
+    "training rows": (["--train_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
+    "evaluation rows": (["--eval_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
+    "same names": (["--eval_dataset=law,{tmp}/law.jsonl"], "different names"),
+    "no peft": (["--methods=lora"], "lora needs peft: .*python.* -m pip install -c constraints.txt"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_refused_before_anything_runs(what, tmp_path, monkeypatch):
+    flags, message = WRONG[what]
+    (tmp_path / "rows.jsonl").write_text('{"question": "?"}')
+    (tmp_path / "law.jsonl").write_text('{"prompt": "?", "answers": ["!"]}')
+    monkeypatch.setattr(pipeline, "execute", lambda *_: pytest.fail("a stage ran"))
+    if what == "no peft":
+        monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        flags = [flag.format(tmp=tmp_path) for flag in flags]
         pipeline.main(["--model=m", "--data=intent", f"--output_dir={tmp_path / 'out'}", *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_key_for_one_method_wins_and_training_can_be_resumed():
+    flags = ["--model=m", "--data=intent", "--train_config=configs/tiny.yaml", "full:learning_rate=1e-3", "lr=2e-3"]
+    args = pipeline.parse_args([*flags, "full:save_opt_states=false"])
+    keys = pipeline.training_keys(args, ["esft-token", "full"])
+    assert {"method=esft", "learning_rate=2e-3", "save_opt_states=true"} <= set(keys["esft-token"])
+    assert {"method=full", "learning_rate=1e-3", "save_opt_states=false"} <= set(keys["full"])
+    assert len(keys["full"]) == len({key.partition("=")[0] for key in keys["full"]})
 
 
 @pytest.mark.slow
@@ -121,4 +227,5 @@ def test_the_whole_pipeline(tiny_model_dir, tmp_path, capfd):
     run = json.loads((tmp_path / "out" / "checkpoints" / "full" / "run.json").read_text())
     assert run["config"]["training"]["learning_rate"] == 1e-4
     pipeline.main(flags)
-    assert "$ python" not in capfd.readouterr().out  # all was there
+    assert f"$ {pipeline.PYTHON}" in out
+    assert f"$ {pipeline.PYTHON}" not in capfd.readouterr().out  # all was there

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,10 +20,13 @@ MAY_IMPORT = {
     "utils": set(),
     "esft": {"deepseek", "utils"},
     "benchmarks": {"deepseek", "utils"},
-    "trainer": {"esft", "deepseek", "utils"},
-    "train": {"trainer", "esft", "deepseek", "utils"},
+    "methods": {"esft", "deepseek"},
+    "checkpoints": {"deepseek", "utils"},
+    "trainer": {"checkpoints", "esft", "deepseek", "utils"},
+    "train": {"trainer", "methods", "checkpoints", "esft", "deepseek", "utils"},
+    "train_ep": {"train", "utils"},
     "eval_multigpu": {"esft", "benchmarks", "deepseek", "utils"},
-    "scripts": {"scripts", "trainer", "train", "esft", "benchmarks", "deepseek", "utils"},
+    "scripts": {"scripts", "train", "methods", "esft", "benchmarks", "deepseek", "utils"},
 }
 
 
@@ -35,7 +38,8 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    parsed = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in parsed if words and words != ["source", ".venv/bin/activate"]]
 
 
 def load(path: str):
@@ -47,7 +51,7 @@ def load(path: str):
 
 def test_the_readme_has_the_commands_it_should():
     told = {words[1] for words in commands() if words[0] in ("python", "bash")}
-    assert {"scripts/quickstart.sh", "scripts/test.sh", "train.py", "eval_multigpu.py"} <= told
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/pipeline.py", "train.py", "eval_multigpu.py"} <= told
     assert {"scripts/expert/get_expert_scores.py", "scripts/expert/generate_expert_config.py"} <= told
 
 
@@ -89,6 +93,13 @@ def tracked() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     return listed.splitlines()
+
+
+def test_no_placeholder_is_left_unfilled():
+    placeholder = re.compile(r"@[A-Z][A-Z0-9_]*@")
+    assert placeholder.search("takes @MINUTES@ minutes")
+    found = {path: placeholder.findall((ROOT / path).read_text()) for path in tracked() if path.endswith(".md")}
+    assert found and not any(found.values()), found
 
 
 def test_the_tree_of_the_readme_is_true():
@@ -133,6 +144,7 @@ def test_the_readme_s_python_runs(monkeypatch, tmp_path):
     code = code.replace('"results/models/tiny"', repr(str(base))).replace('"results/runs/', f'"{tmp_path}/')
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == scope["tokenizer"].chat_template
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32").state_dict()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in scope["model"].state_dict().items())
 

@@ -48,7 +48,7 @@ def draw(scores: ExpertScores, config: ExpertConfig | None, score_function: str,
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
     except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'esft[plot]' or pip install matplotlib") from error
+        raise ValueError("pictures need matplotlib: python -m pip install -c constraints.txt matplotlib") from error
 
     score_LE = scores[score_function]
     layers = sorted(score_LE)
