@@ -32,6 +32,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -41,10 +42,11 @@ from transformers.utils import logging
 import checkpoints
 import esft
 import utils
-from deepseek.expert_parallel import Ranks, SharedError, connect_experts, join, shard_dense
+from deepseek.expert_parallel import connect_experts, shard_dense
 from deepseek.experts import find_experts, fused_names
 from deepseek.loading import empty_model, keeps_documents_apart
 from deepseek.placement import Placement, choose_ep_size, imbalance, place_layers
+from deepseek.ranks import Ranks, SharedError, join, lost_contact
 from methods import chosen_experts, count_trained, frozen_hashes, prepare_model, trained_table
 from trainer import ESFTTrainer, collate
 
@@ -267,7 +269,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ValueError(f"the training arguments do not fit: {error}") from error
     for name in set(args.report_to) - set(get_available_reporting_integrations()):
         raise ValueError(
-            f"report_to={name} is not installed here: python -m pip install -c constraints.txt -e '.[track]' or report_to=none"
+            f"report_to={name} is missing here: python -m pip install -c constraints.txt {name}, or report_to=none"
         )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are torchrun's business; never nn.DataParallel
     return args
@@ -417,9 +419,10 @@ def run(config: TrainConfig) -> dict:
             before anything is written there; later, a non-finite loss or a frozen tensor that changed.
         SystemExit: 143, after SIGTERM.
     """
+    timeout = timedelta(seconds=config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    ranks = join(timeout, config.training.get("ddp_backend") or ("nccl" if on_gpu else "gloo"))
     args = training_arguments(config)
-    timeout = timedelta(seconds=args.ddp_timeout)
-    ranks = join(timeout)
     first = ranks.rank == 0  # it alone prints and writes
     say = print if first else lambda *_: None
     if not first:
@@ -611,7 +614,19 @@ def main(argv: list[str] | None = None, defaults: dict | None = None, descriptio
         config = read_config(path, given, defaults)
     except (ValueError, OSError) as error:
         raise SharedError(str(error)) from error
-    return run(config)
+    try:
+        results = run(config)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        seconds = config.training.get("ddp_timeout", TrainingArguments.ddp_timeout)
+        raise ConnectionError(
+            f"another process has died, or did not answer for {seconds} seconds (ddp_timeout); what it said comes "
+            f"first. The same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":

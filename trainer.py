@@ -36,8 +36,9 @@ from transformers.utils import logging
 import checkpoints
 import esft
 import utils
-from deepseek.expert_parallel import Ranks, SharedError, gather_to_first
+from deepseek.expert_parallel import gather_to_first
 from deepseek.gradients import GradientReducer
+from deepseek.ranks import Ranks, SharedError
 
 SCHEDULER = "scheduler.pt"
 NOTHING = utils.Pack([0, 0], [utils.IGNORE] * 2, [0, 1])  # for a rank without a batch, which takes part all the same

@@ -27,11 +27,9 @@ Legend: T tokens, D hidden, K top-k, N = T*K routed rows, R rows a rank holds af
 group.
 """
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -45,90 +43,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .experts import find_experts
 from .grouped_gemm import grouped_experts
 from .placement import Placement
+from .ranks import Ranks
 
 IMPLEMENTATION = "esft_expert_parallel"
-
-
-class SharedError(ValueError):
-    """An error that every process raises alike, so that one of them per node tells it."""
-
-    shared = True
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who this process is, and the process groups it takes part in; a single process has none."""
-
-    rank: int = 0
-    world_size: int = 1
-    ep_size: int = 1
-    experts: Any = None  # the ranks of this replica, which share its experts
-    replicas: Any = None  # the ranks that hold the same experts
-    world: Any = None
-    host: Any = None  # the world on gloo, for objects and tensors in host memory
-
-    @property
-    def expert_rank(self) -> int:
-        return self.rank % self.ep_size
-
-    @property
-    def first_replica(self) -> bool:
-        return self.rank < self.ep_size
-
-    def gather(self, obj: object) -> list:
-        """`obj` of every rank, on every rank."""
-        if self.world_size == 1:
-            return [obj]
-        gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, obj, group=self.host)
-        return gathered
-
-    def agree(self, error: BaseException | str | None) -> None:
-        """Raise on all ranks where any has an `error`, which is told with the rank it comes from."""
-        for rank, found in enumerate(self.gather(error and str(error))):
-            if found:
-                raise SharedError(f"rank {rank}: {found}" if self.world_size > 1 else found)
-
-    def on_first(self, function: Callable[[], Any]) -> Any:
-        """What `function()` returns on rank 0, on every rank; a ValueError or OSError there is raised on all."""
-        if self.world_size == 1:
-            return function()
-        answer: list = [None, None]
-        if self.rank == 0:
-            try:
-                answer[0] = function()
-            except (ValueError, OSError) as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, 0, group=self.host)
-        if answer[1]:
-            raise SharedError(answer[1])
-        return answer[0]
-
-    def with_experts(self, ep_size: int, timeout: timedelta) -> "Ranks":
-        """These ranks with the groups of expert parallelism: consecutive ranks make a replica.
-
-        Raises:
-            ValueError: world_size is no multiple of ep_size.
-        """
-        if ep_size < 1 or self.world_size % ep_size:
-            raise SharedError(
-                f"ep_size={ep_size} does not divide the {self.world_size} processes: start a multiple of it with "
-                "torchrun --nproc-per-node, or change ep_size"
-            )
-        if self.world_size == 1:
-            return self
-        blocks, groups = torch.arange(self.world_size).view(-1, ep_size), {}
-        for name, members in (("experts", blocks.tolist()), ("replicas", blocks.T.tolist())):
-            groups[name], _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
-        return dataclasses.replace(self, ep_size=ep_size, **groups)
-
-
-def join(timeout: timedelta) -> Ranks:
-    """The ranks of the default process group, where there is one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return Ranks()
-    host = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), world=dist.group.WORLD, host=host)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .expert_parallel import Ranks
 from .experts import find_experts
+from .ranks import Ranks
 
 BUCKET_BYTES = 25 * 2**20
 
