@@ -7,6 +7,7 @@ import warnings
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import esft
 from deepseek.experts import TrainedExperts, find_experts, fused_names, local_expert_ids
@@ -118,7 +119,8 @@ def trained_table(model: nn.Module, config) -> str:
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every parameter and persistent buffer that is not trained; of fused experts, of the frozen rows."""
+    """SHA-256 of every parameter and persistent buffer that is not trained; of fused experts, of the frozen rows, and
+    of what is shared out, of this rank's part."""
     hashes = {}
     for prefix, module in model.named_modules():
         experts = getattr(module, "trained", None)
@@ -127,6 +129,8 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
             if not tensor.requires_grad:
                 if isinstance(experts, TrainedExperts) and hasattr(experts, name):
                     tensor = tensor[experts.num_trained :]
+                if isinstance(tensor, DTensor):
+                    tensor = tensor.to_local()
                 raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 hashes[f"{prefix}.{name}"] = hashlib.sha256(raw.numpy()).hexdigest()
     return hashes

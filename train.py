@@ -269,7 +269,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ValueError(f"the training arguments do not fit: {error}") from error
     for name in set(args.report_to) - set(get_available_reporting_integrations()):
         raise ValueError(
-            f"report_to={name} is missing here: python -m pip install -c constraints.txt {name}, or report_to=none"
+            f"report_to={name} is not installed here: give report_to=none, or install it with -c constraints.txt"
         )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are torchrun's business; never nn.DataParallel
     return args

@@ -222,4 +222,4 @@ def shard_dense(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     model.to(device)
     blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
     for block in (*blocks, model):
-        fully_shard(block, mesh=mesh, ignored_params=kept)
+        fully_shard(block, mesh=mesh, ignored_params=kept, reshard_after_forward=True)
