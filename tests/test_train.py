@@ -681,10 +681,12 @@ def test_the_command_exits_with_2(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(files, start):
-    """Data parallel on gloo: the losses of one process with twice the accumulation, and one writer."""
-    start("one", batch_size=1, accumulation_steps=4, max_steps=3)
-    argv = arguments(files, start.folder / "two", batch_size=1, accumulation_steps=2, max_steps=3, verify_frozen=True)
+@pytest.mark.parametrize("method", ["esft", "lora", "full"])
+def test_two_processes_train_as_one(files, start, method):
+    """Data parallel on gloo: the losses of one process on the same global batch, and one writer."""
+    keys = {"method": method, "batch_size": 1, "global_batch_size": 4, "max_steps": 12}  # more than an epoch
+    start("one", **keys)
+    argv = arguments(files, start.folder / "two", **keys, verify_frozen=method != "full")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", ROOT / "train.py", *argv]
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr
