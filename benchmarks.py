@@ -15,11 +15,13 @@ rouge_l  F measure of the longest common subsequence (rouge-score) of lower-case
          are words of their own.
 chrf     chrF2 of sacrebleu per sample; the mean over samples differs a little from a corpus chrF.
 
-Generation sorts the prompts by length and cuts the sorted list into batches. `shard` deals whole batches to ranks, so
-a sample meets the same neighbours, and the same padding, however many ranks there are.
+Generation sorts the prompts by length and cuts the sorted list into batches. In which batch a prompt is answered can
+change the last bits of its logits, and so the answer: `make_batches` comes before any dealing out, and a sample meets
+the same neighbours, and the same padding, however many processes there are.
 """
 
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -223,13 +225,9 @@ def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def shard(prompts: list[str], tokenizer, *, batch_size: int, template: str, rank: int, world_size: int) -> list[int]:
-    """Indices of the prompts of `rank`: every world_size-th batch of the joint sorted list.
-
-    `generate` on just these prompts forms the same batches again, since the only one that may be short is the last.
-    """
-    lengths = [len(encode_prompt(prompt, tokenizer, template)) for prompt in prompts]
-    return [i for batch in _batches(lengths, batch_size)[rank::world_size] for i in batch]
+def make_batches(prompts: list[str], tokenizer, batch_size: int, template: str) -> list[list[int]]:
+    """Indices of the prompts in batches, as `complete` forms them; given one of the batches, it forms that again."""
+    return _batches([len(encode_prompt(prompt, tokenizer, template)) for prompt in prompts], batch_size)
 
 
 def _eos_ids(model, tokenizer) -> list[int]:
@@ -265,7 +263,7 @@ def complete(
     """Greedy answers to `prompts`, in their order.
 
     Prompts are padded on the left to the longest of their batch; an answer ends before its first end token.
-    `progress` shows a bar over samples on stderr.
+    `progress` shows a bar over samples on stderr. Raises ValueError for a prompt that fills the model's context.
     """
     encoded = [encode_prompt(prompt, tokenizer, template) for prompt in prompts]
     eos = _eos_ids(model, tokenizer)
@@ -274,14 +272,16 @@ def complete(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos or None, pad_token_id=pad
     )
     device = model.get_input_embeddings().weight.device
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     done: dict[int, Completion] = {}
     with _plain_greedy(model, config), tqdm(total=len(prompts), unit="sample", disable=not progress) as bar:
         for batch in _batches([len(ids) for ids in encoded], batch_size):
             width = len(encoded[batch[0]])
+            if context and width >= context:
+                raise ValueError(f"the prompt has {width} tokens, which fills the model's context of {context}")
             ids_BT = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=device)
-            mask_BT = torch.tensor(
-                [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch], device=device
-            )
+            lengths = [len(encoded[i]) for i in batch]
+            mask_BT = torch.tensor([[0] * (width - length) + [1] * length for length in lengths], device=device)
             new_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)[:, width:]
             for i, ids in zip(batch, new_BT.tolist()):
                 stop = next((t for t, token in enumerate(ids) if token in eos), None)
@@ -299,26 +299,57 @@ def generate(model, tokenizer, prompts: list[str], **options) -> list[str]:
 # ------------------------------------------------------------------------------------------------ results
 
 
-def score(row: dict, completion: Completion, evaluator: Evaluator) -> dict:
-    """One line of a completions file: `score` is the primary metric as a share of 1, `metrics` are in percent."""
-    metrics = evaluator.metrics(completion.text, row["raw_answers"])
-    primary = metrics[evaluator.primary]
+def sentence(error: Exception) -> str:
+    """What went wrong in one line, with the error's type where its text was not written for users."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+
+
+def _complete_each(model, tokenizer, prompts: list[str], **options) -> list[Completion | str]:
+    """`complete` in one batch; where that fails (of memory, of one prompt), one by one, a failure as a sentence."""
+    try:
+        return complete(model, tokenizer, prompts, batch_size=len(prompts), progress=False, **options)
+    except torch.AcceleratorError as error:  # a GPU that has failed stays so until the process ends
+        raise OSError(f"the GPU failed on a batch that holds {prompts[0][:40]!r}: {sentence(error)}") from error
+    except Exception as error:
+        if os.environ.get("ESFT_DEBUG"):
+            raise
+        if len(prompts) == 1:
+            return [sentence(error)]
+    return [one for prompt in prompts for one in _complete_each(model, tokenizer, [prompt], **options)]
+
+
+def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict:
+    """One line of a completions file: `score` is the primary metric as a share of 1, `metrics` are in percent.
+
+    Where the metrics raise, or a sentence says why there is no completion, `error` tells it: no score, no metrics.
+    """
+    error = completion if isinstance(completion, str) else None
+    text, tokens, truncated = (None, 0, False) if error else completion
+    metrics: dict[str, float | None] = {}
+    if not error:
+        try:
+            metrics = evaluator.metrics(text, row["raw_answers"])
+        except Exception as raised:
+            error = sentence(raised)
+    primary = metrics[evaluator.primary] if metrics else None
     return {
-        "example": {"prompt": row["prompt"], "raw_prediction": completion.text, "raw_answers": row["raw_answers"]},
+        "example": {"prompt": row["prompt"], "raw_prediction": text, "raw_answers": row["raw_answers"]},
         "score": None if primary is None else primary / 100,
         "metrics": metrics,
-        "tokens": completion.tokens,
-        "truncated": completion.truncated,
+        "tokens": tokens,
+        "truncated": truncated,
         **({"skill": str(row["skill"])} if "skill" in row else {}),
+        **({"error": error} if error else {}),
     }
 
 
 def evaluate(model, tokenizer, rows: list[dict], evaluator: Evaluator, **options) -> list[dict]:
-    """Answer every row of `load_rows` and score it: the lines of a completions file, in the order of `rows`.
+    """Answer the rows of one batch and score them: the lines of a completions file, in the order of `rows`.
 
-    The options are those of `complete`.
+    What fails is a line with an `error`, and the rest goes on. The options are `max_new_tokens` and `template`.
     """
-    completions = complete(model, tokenizer, [row["prompt"] for row in rows], **options)
+    completions = _complete_each(model, tokenizer, [row["prompt"] for row in rows], **options)
     return [score(row, completion, evaluator) for row, completion in zip(rows, completions)]
 
 
@@ -337,16 +368,17 @@ def _bootstrap(groups: list[np.ndarray], resamples: int, seed: int) -> list[floa
 def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
     """Means in percent over the lines that `evaluate` returns.
 
-    {"n", "mean", "ci95": [low, high], "metrics": {name: mean}, "missing": {name: count of None},
-     "groups": {skill: {"n", "mean"}}}
+    {"n", "failed": count of lines with an error, "mean", "ci95": [low, high], "metrics": {name: mean},
+     "missing": {name: count of None}, "groups": {skill: {"n", "mean"}}}
 
     `mean` is that of the scores. Where rows carry a "skill", means are macro averages, each skill counting the same.
-    What could not be computed is left out; with nothing left a mean is None.
+    What failed or could not be computed is left out; with nothing left a mean is None.
     """
+    scored = [result for result in results if "error" not in result]
 
     def by_skill(value: Callable[[dict], float | None]) -> dict[str, np.ndarray]:
         found: dict[str, list[float]] = {}
-        for result in results:
+        for result in scored:
             if value(result) is not None:
                 found.setdefault(result.get("skill", ""), []).append(value(result))
         return {skill: np.array(values) for skill, values in found.items()}
@@ -354,13 +386,14 @@ def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> d
     def mean(groups: dict[str, np.ndarray]) -> float | None:
         return round(float(np.mean([values.mean() for values in groups.values()])), 4) if groups else None
 
-    names = list(results[0]["metrics"]) if results else []
+    names = list(scored[0]["metrics"]) if scored else []
     scores = by_skill(lambda result: None if result["score"] is None else 100 * result["score"])
     return {
         "n": len(results),
+        "failed": len(results) - len(scored),
         "mean": mean(scores),
         "ci95": _bootstrap(list(scores.values()), resamples, seed) if scores else None,
         "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"][name])) for name in names},
-        "missing": {name: sum(result["metrics"][name] is None for result in results) for name in names},
+        "missing": {name: sum(result["metrics"][name] is None for result in scored) for name in names},
         "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
     }

@@ -12,7 +12,6 @@ A rank writes the states of the experts it holds; to read, it looks its experts 
 world_size may change in between.
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.experts import find_experts
-from utils import write_json
+from utils import sha256, write_json
 
 MANIFEST = "manifest.json"
 STATES = "states"
@@ -33,14 +32,6 @@ GROUPS = "optimizer.json"
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def seal(checkpoint: Path) -> None:

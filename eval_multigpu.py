@@ -3,41 +3,47 @@
     python eval_multigpu.py --eval_dataset=translation --base_model_path=M --adapter_dir=A --output_path=out.jsonl
     python eval_multigpu.py --eval_dataset=intent,general --base_model_path=M --output_path=out.jsonl --world_size=4
 
-Each of `world_size` processes holds the whole model, on `gpus_per_rank` GPUs or on its share of the CPU's threads, and
-answers every world_size-th batch. Written are the answers with their scores in the order of the eval file
-(<output_path>), and the means with their interval (<output_path without .jsonl>.summary.json). With several datasets
-their names go before the suffix: out.intent.jsonl, out.general.jsonl. Everything that can be checked without the model
-is checked before it is loaded.
+Each of `world_size` processes holds the whole model, on `gpus_per_rank` GPUs or on one thread of the CPU, and answers
+every world_size-th batch. Written are the answers with their scores in the order of the eval file (<output_path>), and
+the means with their interval (<output_path without .jsonl>.summary.json). With several datasets their names go before
+the suffix: out.intent.jsonl, out.general.jsonl. Everything that can be checked without the model is checked before it
+is loaded.
+
+The results are the same for every world_size: batches are made before they are dealt out, and on the CPU each process
+computes with one thread, since the number of threads changes the last bits of the logits.
+
+Finished batches are kept in a hidden file beside the output (.out.jsonl.partial) until all are there. After an
+interruption of any kind the same command goes on from them, with any world_size; one whose answers could be others
+(another adapter, dataset, batch size, ...) starts over. A sample that fails is a line with an "error" and no score,
+counted as "failed" in the summary, and the rest goes on.
 """
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
+import multiprocessing
+import os
+import signal
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
-from torch import multiprocessing
-from torch.multiprocessing.spawn import ProcessExitedException
+import transformers
+from tqdm import tqdm
+from transformers.utils import logging
 
+import benchmarks
 import esft
-from benchmarks import EVALUATORS, Evaluator, evaluate, get_evaluator, load_rows, shard, summarize
+from benchmarks import EVALUATORS, Evaluator, evaluate, get_evaluator, load_rows, make_batches, sentence, summarize
 from deepseek.loading import empty_model, plan_devices
-from utils import (
-    Parser,
-    check_output,
-    encode_prompt,
-    environment,
-    positive,
-    run_cli,
-    suggest_path,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from utils import Parser, check_output, environment, positive, run_cli, sha256, suggest_path, write_json, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,73 @@ class Job:
     def summary_path(self) -> Path:
         return self.output_path.with_suffix(".summary.json")
 
+    @property
+    def partial_path(self) -> Path:
+        return self.output_path.with_name(f".{self.output_path.name}.partial")
+
+
+class Partial:
+    """The finished batches of one job: `results` by index in the dataset, and the `seconds` that they took.
+
+    They are kept in a file that only grows, which leaving the `with` block removes, unless by an exception. Its lines
+    are `key`, what decides the answers, and {"indices", "results", "seconds"} of each batch. With another key it starts
+    over, and a batch with an error in it is tried again. ValueError where another process is at work on the file.
+    """
+
+    def __init__(self, path: Path, key: dict):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.results: dict[int, dict] = {}
+        self.seconds = 0.0
+        self.path, self.file = path, open(path, "a+b")  # noqa: SIM115
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another evaluation is at work there, give another --output_path") from None
+        found, *records = self._read() or [None]
+        if found == key:
+            for record in records:
+                if not any("error" in result for result in record["results"]):
+                    self._take(record)
+            return
+        if found:
+            other = ", ".join(name for name in key if key[name] != found.get(name))
+            _note(f"{path} is of an evaluation that was interrupted, with another {other}: starting over")
+        self.file.truncate(0)
+        self._write(key)
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        self.file.close()
+        if error_type is None or not self.results:
+            self.path.unlink()
+
+    @property
+    def all_failed(self) -> bool:
+        return all("error" in result for result in self.results.values())
+
+    def add(self, record: dict) -> None:
+        self._write(record)
+        self._take(record)
+
+    def _take(self, record: dict) -> None:
+        self.results.update(zip(record["indices"], record["results"]))
+        self.seconds += record["seconds"]
+
+    def _write(self, record: dict) -> None:
+        self.file.write(b"\n" + json.dumps(record).encode())  # the line break is first: the line before may be torn
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _read(self) -> list[dict]:
+        records = []
+        self.file.seek(0)
+        for line in self.file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -62,11 +135,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     dataset_help = "names (files of datasets/eval), paths (.jsonl, .json, .parquet) or hub ids, separated by commas"
     template_help = "how the prompt is rendered: the tokenizer's chat template or the published one (default: chat)"
     evaluator_help = "metrics for every dataset (default: those of its name; for another name ROUGE-L and chrF)"
+    world_size_help = (
+        "processes, each with a whole model; on the CPU each computes with one thread, so give as many as there are "
+        "cores; the results are the same for any number (default: 1)"
+    )
     add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME[,NAME]", help=dataset_help)
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--adapter_dir", metavar="DIR", help="folder of an adapter to put on it (default: none, the base alone)")
     add("--output_path", required=True, metavar="FILE", help="the answers (.jsonl); the summary goes beside them")
-    add("--world_size", **count, default=1, help="processes, each with a whole model (default: 1)")
+    add("--world_size", **count, default=1, help=world_size_help)
     add("--gpus_per_rank", **count, default=1, help="GPUs over which each process spreads its model (default: 1)")
     add("--max_new_tokens", **count, default=512, help="longest answer, in tokens (default: 512)")
     add("--eval_batch_size", **count, default=16, help="samples per batch and process (default: 16)")
@@ -104,61 +181,147 @@ def load_model(args: argparse.Namespace, devices: list[str]):
     return esft.add_adapter(model, args.adapter_dir) if args.adapter_dir else model, tokenizer
 
 
-def run_rank(args: argparse.Namespace, jobs: list[Job], rank: int, devices: list[str]) -> Iterator[dict]:
-    """Yield for each job what this rank has done: {"rows": [[index, result], ...], "seconds"}."""
-    model, tokenizer = load_model(args, devices)
-    for job in jobs:
-        start = time.perf_counter()
-        prompts = [row["prompt"] for row in job.rows]
-        options = {"batch_size": args.eval_batch_size, "template": args.template}
-        mine = shard(prompts, tokenizer, rank=rank, world_size=args.world_size, **options)
-        options |= {"max_new_tokens": args.max_new_tokens, "progress": rank == 0}
-        results = evaluate(model, tokenizer, [job.rows[i] for i in mine], job.evaluator, **options)
-        yield {"rows": list(zip(mine, results)), "seconds": time.perf_counter() - start}
+def answer_keys(args: argparse.Namespace, jobs: list[Job], device: str) -> list[dict]:
+    """For each job all that decides its answers and their scores, as JSON; world_size and gpus_per_rank do not."""
+    model, adapter = Path(args.base_model_path), args.adapter_dir and Path(args.adapter_dir)
+    stats = {path.name: path.stat() for path in sorted(model.iterdir()) if path.is_file()} if model.is_dir() else {}
+    shared = {
+        "model": str(model.resolve()) if stats else args.base_model_path,
+        "model files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "adapter": adapter and {path.name: sha256(path) for path in sorted(adapter.iterdir()) if path.is_file()},
+        **{name: getattr(args, name) for name in ("template", "max_new_tokens", "eval_batch_size", "dtype")},
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+        "benchmarks.py": sha256(Path(benchmarks.__file__)),
+    }
+    rows = [json.dumps(job.rows, default=str).encode() for job in jobs]
+    digests = [hashlib.sha256(text).hexdigest() for text in rows]
+    return [{**shared, "dataset": d, "evaluator": args.evaluator or job.name} for job, d in zip(jobs, digests)]
 
 
-def spawned(rank: int, args: argparse.Namespace, jobs: list[Job], devices: list[list[str]], threads: int, folder: Path):
-    """A process of its own: leaves the parts of `run_rank` as <folder>/<job>.<rank>.json, or what is wrong in error."""
-    torch.set_num_threads(threads)
+def run_rank(
+    args: argparse.Namespace, jobs: list[Job], batches: list[tuple[int, list[int]]], devices: list[str]
+) -> Iterator[tuple[int, dict] | None]:
+    """Answer the batches, (number of the job, indices of its rows). Yields None when the model is loaded, then for each
+    batch the number of its job and {"indices", "results", "seconds"}."""
+    threads = torch.get_num_threads()
+    if devices == ["cpu"]:
+        torch.set_num_threads(1)
     try:
-        for number, part in enumerate(run_rank(args, jobs, rank, devices[rank])):
-            write_json(folder / f"{number}.{rank}.json", part)
-    except (ValueError, OSError) as error:
-        write_text(folder / "error", str(error))
-        sys.exit(2)
+        model, tokenizer = load_model(args, devices)
+        yield None
+        for number, indices in batches:
+            start, job = time.perf_counter(), jobs[number]
+            rows = [job.rows[i] for i in indices]
+            options = {"max_new_tokens": args.max_new_tokens, "template": args.template}
+            results = evaluate(model, tokenizer, rows, job.evaluator, **options)
+            yield number, {"indices": indices, "results": results, "seconds": time.perf_counter() - start}
+    finally:
+        torch.set_num_threads(threads)
 
 
-def run_ranks(args: argparse.Namespace, jobs: list[Job], devices: list[list[str]]) -> list[list[dict]]:
-    """`run_rank` in world_size processes -> for each job the parts of all ranks. Raises the first rank's error."""
-    threads = max(1, torch.get_num_threads() // args.world_size)
-    with tempfile.TemporaryDirectory() as name:
-        folder, ranks = Path(name), range(args.world_size)
-        try:
-            multiprocessing.spawn(spawned, (args, jobs, devices, threads, folder), nprocs=args.world_size)
-        except ProcessExitedException as exited:
-            if (folder / "error").exists():
-                raise ValueError((folder / "error").read_text(encoding="utf-8")) from None
-            cause = exited.signal_name or f"exit code {exited.exit_code}"
-            raise ChildProcessError(
-                f"rank {exited.error_index} died ({cause}), perhaps of too little memory: lower --world_size or "
-                "--eval_batch_size"
-            ) from None
-        return [[json.loads((folder / f"{n}.{r}.json").read_text("utf-8")) for r in ranks] for n in range(len(jobs))]
+def spawned(rank: int, sender: Connection, *work) -> None:
+    """A process of its own: sends what `run_rank` yields, or a sentence that tells what is wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends this one
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # however the parent ends
+    tqdm.set_lock(threading.RLock())  # its own, made for several processes, would outlive one that is killed
+    if rank:
+        logging.disable_progress_bar()
+    try:
+        for part in run_rank(*work):
+            sender.send(part)
+    except Exception as error:
+        if os.environ.get("ESFT_DEBUG"):
+            raise
+        sender.send(sentence(error))
 
 
-def finish(args: argparse.Namespace, job: Job, parts: list[dict]) -> dict:
-    """Merge the ranks' parts in the order of the eval file, write both outputs, return the summary."""
-    found = dict(pair for part in parts for pair in part["rows"])
-    results = [found[i] for i in range(len(job.rows))]
-    seconds, tokens = max(part["seconds"] for part in parts), sum(result["tokens"] for result in results)
+def run_ranks(
+    args: argparse.Namespace, jobs: list[Job], shares: list[list[tuple[int, list[int]]]], devices: list[list[str]]
+) -> Iterator[tuple[int, dict] | None]:
+    """What `run_rank` yields of each share of the batches, as it comes, each in a process of its own.
+
+    Raises what a rank raised as a ValueError, and ChildProcessError where one died; the others are ended with it.
+    """
+    context, processes, working = multiprocessing.get_context("spawn"), [], {}
+    try:
+        for rank, batches in enumerate(shares):
+            receiver, sender = context.Pipe(duplex=False)
+            work = (rank, sender, args, jobs, batches, devices[rank])
+            processes.append(context.Process(target=spawned, args=work, daemon=True))
+            processes[rank].start()
+            sender.close()  # so that the rank's own copy is the last one, and its end the pipe's
+            working[receiver] = rank
+        while working:
+            for receiver in wait(list(working)):
+                rank = working[receiver]
+                try:
+                    message = receiver.recv()
+                except (EOFError, OSError):
+                    del working[receiver]
+                    processes[rank].join()
+                    if code := processes[rank].exitcode:
+                        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                        raise ChildProcessError(
+                            f"rank {rank} died ({cause}), perhaps of too little memory: the same command goes on from "
+                            "the answers that are there, a lower --world_size takes less memory"
+                        ) from None
+                    continue
+                if isinstance(message, str):
+                    raise ValueError(f"rank {rank}: {message}")
+                yield message
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def answer(
+    args: argparse.Namespace,
+    jobs: list[Job],
+    batches: list[tuple[int, list[int]]],
+    devices: list[list[str]],
+    partials: list[Partial],
+) -> None:
+    """Add to `partials` the batches that they lack, as they come, under a progress bar over the samples of all jobs."""
+    left = [(number, batch) for number, batch in batches if not partials[number].results.keys() >= set(batch)]
+    done, total = sum(len(partial.results) for partial in partials), sum(len(job.rows) for job in jobs)
+    if done:
+        _note(f"{done} of {total} answers are there from an evaluation that was interrupted: going on")
+    shares = [left[rank :: args.world_size] for rank in range(min(args.world_size, len(left)))]
+    parts = run_rank(args, jobs, left, devices[0]) if len(shares) == 1 else run_ranks(args, jobs, shares, devices)
+    bar, seconds, tokens = None, 0.0, 0
+    try:
+        for part in parts:
+            bar = bar or tqdm(total=total, initial=done, unit="sample", desc="evaluating")  # once a model is loaded
+            if part is None:
+                continue
+            number, record = part
+            record["seconds"] /= len(shares)  # so that those of all processes add up to the time that passes
+            partials[number].add(record)
+            seconds += record["seconds"]
+            tokens += sum(result["tokens"] for result in record["results"])
+            bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
+            bar.update(len(record["indices"]))
+    finally:
+        if bar:
+            bar.close()
+
+
+def finish(args: argparse.Namespace, job: Job, partial: Partial) -> dict:
+    """Merge the batches in the order of the eval file, write both outputs, return the summary."""
+    results = [partial.results[i] for i in range(len(job.rows))]
+    tokens = sum(result["tokens"] for result in results)
     summary = {
         "dataset": job.name,
         "primary": job.evaluator.primary,
         **summarize(results, seed=args.seed),
         "truncated": sum(result["truncated"] for result in results),
-        "seconds": round(seconds, 2),
+        "seconds": round(partial.seconds, 2),
         "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second": round(tokens / partial.seconds, 1),
         "arguments": vars(args),
         "environment": environment(),
     }
@@ -183,6 +346,8 @@ def table(summaries: list[dict]) -> str:
         lines += [f"{'':<28}{name:<12}{number(v):>7}" for name, v in s["metrics"].items() if name != s["primary"]]
         lines += [f"  {name:<18}{g['n']:>6}  {'':<12}{number(g['mean']):>7}" for name, g in s["groups"].items()]
         lines += [f"  {count} without {name}, left out" for name, count in s["missing"].items() if count]
+        if s["failed"]:
+            lines.append(f"  {s['failed']} failed and left out, each with its error in the answers")
         if s["truncated"]:
             lines.append(f"  {s['truncated']} cut off at {s['arguments']['max_new_tokens']} tokens")
     return "\n".join(lines)
@@ -200,15 +365,26 @@ def main(argv: list[str] | None = None) -> list[dict]:
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     jobs = plan_jobs(args)
     tokenizer = esft.load_tokenizer(args.base_model_path)
-    for job in jobs:  # a missing chat template, too, shows before the model is loaded
-        encode_prompt(job.rows[0]["prompt"], tokenizer, args.template)
-    if args.world_size == 1:
-        done = ([part] for part in run_rank(args, jobs, 0, devices[0]))  # a job is written before the next one begins
-    else:
-        done = run_ranks(args, jobs, devices)
-    summaries = [finish(args, job, parts) for job, parts in zip(jobs, done)]
-    print(table(summaries))
+    batches = [  # a missing chat template, too, shows before the model is loaded
+        (number, batch)
+        for number, job in enumerate(jobs)
+        for batch in make_batches([row["prompt"] for row in job.rows], tokenizer, args.eval_batch_size, args.template)
+    ]
+    with contextlib.ExitStack() as stack:
+        keys = answer_keys(args, jobs, devices[0][0])
+        partials = [stack.enter_context(Partial(job.partial_path, key)) for job, key in zip(jobs, keys)]
+        answer(args, jobs, batches, devices, partials)
+        failed = {job.name: p.results[0]["error"] for job, p in zip(jobs, partials) if p.all_failed}
+        summaries = [finish(args, job, p) for job, p in zip(jobs, partials) if job.name not in failed]
+        if summaries:
+            print(table(summaries))
+        if failed:
+            raise ValueError("; ".join(f"every sample of {name} failed, the first: {e}" for name, e in failed.items()))
     return summaries
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def run_note(config: TrainConfig, packs_per_step: int) -> dict:
     return {
         "config": dataclasses.asdict(config),
         "packs_per_step": packs_per_step,
-        "inputs": {key: checkpoints.sha256(path) for key, path in files.items()},
+        "inputs": {key: utils.sha256(path) for key, path in files.items()},
     }
 
 

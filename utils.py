@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -156,6 +157,15 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a JSONL file, blank lines skipped; a bad line is a ValueError that names file and line."""
     return [row for _, row in _read_json(Path(path))]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh eval,plot
 processes=$("$python" -c 'import os, torch; print(min(2, torch.cuda.device_count() or os.cpu_count()))')
-exec "$python" scripts/pipeline.py --nproc_per_node="$processes" \
+exec "$python" scripts/pipeline.py --nproc_per_node="$processes" --world_size="$processes" \
     --base_model_path=results/models/tiny --train_dataset=law --train_config=configs/tiny.yaml \
     --output_dir=results/runs/quickstart --methods=esft-token,esft-gate,full \
     --seq_length=256 --n_sample_tokens=16384 --max_new_tokens=64 --eval_batch_size=64 \

@@ -158,6 +158,19 @@ def test_what_cannot_be_computed_is_counted_and_left_out_of_the_means():
     assert nothing["mean"] is None and nothing["ci95"] is None and nothing["missing"] == {"exact_match": 2}
 
 
+def test_what_failed_has_no_score_and_is_counted():
+    row = {"prompt": "q", "raw_answers": ["a"], "skill": "copy"}
+    evaluator = benchmarks.Evaluator("ratio", {"ratio": lambda prediction, answer: 100 / len(prediction)})
+    good, bug, none = (score(row, c, evaluator) for c in (Completion("a", 1, False), Completion("", 1, True), "why"))
+    assert good["score"] == 1 and "error" not in good
+    assert (bug["score"], bug["metrics"], bug["example"]["raw_prediction"]) == (None, {}, "")
+    assert bug["error"] == "ZeroDivisionError: division by zero" and bug["truncated"]
+    assert none["error"] == "why" and none["example"]["raw_prediction"] is None and none["tokens"] == 0
+    summary = summarize([none, bug, good])
+    assert (summary["n"], summary["failed"], summary["mean"], summary["missing"]) == (3, 2, 100, {"ratio": 0})
+    assert summary["groups"] == {"copy": {"n": 1, "mean": 100}}
+
+
 def test_interval_is_seeded_and_as_wide_as_theory_says():
     values = [100.0 * (i % 4 == 0) for i in range(400)]  # mean 25, standard error 2.165
     summary = summarize(lines(values), seed=1)

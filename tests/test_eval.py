@@ -2,7 +2,14 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +20,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, GenerationConf
 
 import esft
 import eval_multigpu
-from benchmarks import complete, generate, shard
+from benchmarks import complete, generate, make_batches
 from utils import encode_prompt, run_cli
 
 PROMPTS = [
@@ -124,14 +131,12 @@ def test_the_models_own_sampling_settings_neither_warn_nor_count(model, tokenize
     model.eval()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_share_whole_batches(tokenizer, world_size):
-    options = {"batch_size": 2, "template": "chat", "world_size": world_size}
-    whole = shard(PROMPTS, tokenizer, rank=0, **(options | {"world_size": 1}))
-    batches = {tuple(whole[i : i + 2]) for i in range(0, len(whole), 2)}
-    parts = [shard(PROMPTS, tokenizer, rank=rank, **options) for rank in range(world_size)]
-    assert sorted(i for part in parts for i in part) == list(range(len(PROMPTS)))
-    assert {tuple(part[i : i + 2]) for part in parts for i in range(0, len(part), 2)} == batches
+def test_a_batch_alone_forms_itself_again(tokenizer):
+    batches = make_batches(PROMPTS, tokenizer, 4, "chat")
+    assert sorted(i for batch in batches for i in batch) == list(range(len(PROMPTS)))
+    assert [len(batch) for batch in batches] == [4, 2] and batches[0][0] == 2  # the longest comes first
+    for batch in batches:
+        assert make_batches([PROMPTS[i] for i in batch], tokenizer, 4, "chat") == [list(range(len(batch)))]
 
 
 def run(model_dir: str, eval_file: str, output_path, *more: str) -> list[dict]:
@@ -139,20 +144,287 @@ def run(model_dir: str, eval_file: str, output_path, *more: str) -> list[dict]:
     return eval_multigpu.main([*flags, "--max_new_tokens=4", "--eval_batch_size=2", "--device=cpu", *more])
 
 
-def test_two_processes_write_what_one_writes(model_dir, eval_file, tmp_path, capsys):
+def test_any_number_of_processes_writes_the_same(model_dir, eval_file, tmp_path, capsys):
     (one,) = run(model_dir, eval_file, tmp_path / "one.jsonl")
-    (two,) = run(model_dir, eval_file, tmp_path / "new" / "two.jsonl", "--world_size=2")
     text = (tmp_path / "one.jsonl").read_text()
-    assert text == (tmp_path / "new" / "two.jsonl").read_text()
+    for world_size in (2, 3):
+        path = tmp_path / "new" / f"{world_size}.jsonl"
+        (other,) = run(model_dir, eval_file, path, f"--world_size={world_size}")
+        assert path.read_text() == text and untimed(other) == untimed(one)
     assert [json.loads(line)["example"]["prompt"] for line in text.splitlines()] == PROMPTS
-    timing = ("seconds", "tokens_per_second", "arguments", "environment")
-    assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in two.items() if k not in timing}
     saved = json.loads((tmp_path / "one.summary.json").read_text())
     assert saved == one and saved["n"] == 6 and saved["tokens"] == 24 and saved["truncated"] == 6
-    assert saved["groups"].keys() == {"odd", "even"} and saved["ci95"][0] <= saved["mean"] <= saved["ci95"][1]
+    assert saved["failed"] == 0 and saved["groups"].keys() == {"odd", "even"}
+    assert saved["ci95"][0] <= saved["mean"] <= saved["ci95"][1]
     assert saved["arguments"]["max_new_tokens"] == 4 and "torch" in saved["environment"]
-    assert re.search(r"mine +6 +rouge_l +\d", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.search(r"mine +6 +rouge_l +\d", printed.out) and "failed" not in printed.out
+    assert re.search(r"evaluating: 100%.* 6/6 .*tokens/s", printed.err)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_threads_do_not_depend_on_the_machine(model_dir, eval_file, tmp_path, monkeypatch):
+    threads, evaluate = [], eval_multigpu.evaluate
+    monkeypatch.setattr(
+        eval_multigpu, "evaluate", lambda *a, **k: threads.append(torch.get_num_threads()) or evaluate(*a, **k)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(model_dir, eval_file, tmp_path / "out.jsonl")
+        assert set(threads) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+def untimed(summary: dict) -> dict:
+    timing = ("seconds", "tokens_per_second", "arguments", "environment")
+    return {key: value for key, value in summary.items() if key not in timing}
+
+
+class Watched:
+    """An evaluator that logs its process and the answer that it scores.
+
+    While <folder>/armed is there, the answer "die" kills the process and "hang" waits; "raise" always raises.
+    """
+
+    primary = "length"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def metrics(self, prediction: str, answers: list[str]) -> dict[str, float]:
+        with open(self.folder / "log", "a") as log:
+            log.write(f"{os.getpid()} {answers[0]}\n")
+        if answers == ["raise"]:
+            raise KeyError("a bug of the evaluator")
+        if (self.folder / "armed").exists() and answers == ["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while (self.folder / "armed").exists() and answers == ["hang"]:
+            time.sleep(0.1)
+        return {"length": float(len(prediction))}
+
+    def scored(self) -> list[str]:
+        """The answers scored since the last call."""
+        path = self.folder / "log"
+        words = [line.split()[1] for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return words
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch) -> Watched:
+    evaluator = Watched(tmp_path)
+    monkeypatch.setattr(eval_multigpu, "get_evaluator", lambda *_: evaluator)
+    return evaluator
+
+
+def write_rows(path: Path, answers: list[str], prompts: list[str] = PROMPTS) -> str:
+    path.write_text("\n".join(json.dumps({"prompt": p, "answers": [a]}) for p, a in zip(prompts, answers)))
+    return str(path)
+
+
+def stop_after(monkeypatch, batches: int) -> None:
+    """Ctrl-C before the batch after that many."""
+    evaluate, calls = eval_multigpu.evaluate, []
+
+    def stopping(*args, **options):
+        calls.append(1)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(eval_multigpu, "evaluate", stopping)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(model_dir, tmp_path, watched, capsys):
+    answers = ["a", "b", "hang", "x", "y", "z"]  # "hang" is in the first batch
+    eval_file = write_rows(tmp_path / "mine.jsonl", answers)
+    (unbroken,) = run(model_dir, eval_file, tmp_path / "unbroken.jsonl")
+    assert len(watched.scored()) == 6
+
+    (tmp_path / "armed").touch()
+    partial, log = tmp_path / ".out.jsonl.partial", tmp_path / "log"
+    script = (
+        "import sys; sys.path += sys.argv[1:3]; import eval_multigpu, test_eval; from pathlib import Path\n"
+        "watched = test_eval.Watched(Path(sys.argv[3]))\n"
+        "eval_multigpu.get_evaluator = lambda *_: watched\n"
+        "test_eval.run(*sys.argv[4:])"
+    )
+    words = [str(Path(eval_multigpu.__file__).parent), str(Path(__file__).parent), str(tmp_path)]
+    words += [model_dir, eval_file, str(tmp_path / "out.jsonl"), "--world_size=2"]
+    process = subprocess.Popen([sys.executable, "-c", script, *words])
+    try:  # rank 0 hangs in the first batch, rank 1 has one batch, the second
+        wait_for(lambda: partial.exists() and partial.read_bytes().count(b"indices") == 1)
+        wait_for(lambda: "hang" in log.read_text())
+    finally:
+        process.kill()
+        process.wait()
+    pids = {int(line.split()[0]) for line in log.read_text().splitlines()}
+    wait_for(lambda: all(map(gone, pids)))
+    assert len(pids) == 2 and not (tmp_path / "out.jsonl").exists()
+
+    (tmp_path / "armed").unlink()
+    with open(partial, "ab") as file:
+        file.write(b'\n{"indices": [0, 1], "resu')
+    kept = json.loads(partial.read_bytes().split(b"\n")[2])["indices"]
+    watched.scored()
+    (resumed,) = run(model_dir, eval_file, tmp_path / "out.jsonl")
+    assert sorted(watched.scored()) == [answer for i, answer in enumerate(answers) if i not in kept]
+    assert "2 of 6 answers are there" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    assert untimed(resumed) == untimed(unbroken) and not partial.exists()
+
+
+def test_a_rank_that_dies_ends_the_command_and_the_same_command_goes_on(model_dir, tmp_path, watched, capsys):
+    eval_file = write_rows(tmp_path / "mine.jsonl", ["a", "die", "c", "d", "e", "f"])  # "die" is in the third batch
+    (tmp_path / "armed").touch()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: run(model_dir, eval_file, tmp_path / "out.jsonl", "--world_size=2"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and re.match(r"error: rank 0 died \(SIGKILL\).* goes on", error)
+    assert not multiprocessing.active_children() and not (tmp_path / "out.jsonl").exists()
+
+    (tmp_path / "armed").unlink()
+    watched.scored()
+    run(model_dir, eval_file, tmp_path / "out.jsonl", "--world_size=3")
+    again = watched.scored()
+    assert "die" in again and len(again) <= 4  # the first batch was rank 0's, too
+    run(model_dir, eval_file, tmp_path / "unbroken.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+
+
+def test_what_a_rank_raises_names_it(model_dir, eval_file, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"^rank [01]: model .*broken.* cannot be loaded"):
+        run(str(broken), eval_file, tmp_path / "out.jsonl", "--world_size=2")
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--max_new_tokens=5"], "max_new_tokens"),
+        (["--eval_batch_size=3"], "eval_batch_size"),
+        (["--template=released"], "template"),
+        (["--dtype=bfloat16"], "dtype"),
+        (["--evaluator=general"], "evaluator"),
+        (["--n_samples=5"], "dataset"),
+        (["--seed=1"], None),
+    ],
+)
+def test_another_command_starts_over(model_dir, eval_file, tmp_path, monkeypatch, capsys, more, word):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        run(model_dir, eval_file, tmp_path / "out.jsonl")
+    (summary,) = run(model_dir, eval_file, tmp_path / "out.jsonl", *more)
+    error = capsys.readouterr().err
+    assert (f"another {word}: starting over" in error) == bool(word)
+    assert ("4 of 6 answers are there" in error) == (not word)
+    (fresh,) = run(model_dir, eval_file, tmp_path / "fresh.jsonl", *more)
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "fresh.jsonl").read_text()
+    assert untimed(summary) == untimed(fresh)
+
+
+def test_finished_datasets_are_not_answered_again(model_dir, tmp_path, watched, monkeypatch):
+    files = [write_rows(tmp_path / f"{name}.jsonl", [name] * 6) for name in ("one", "two")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 4)
+        run(model_dir, ",".join(files), tmp_path / "out.jsonl")
+    assert watched.scored() == ["one"] * 6 + ["two"] * 2
+    run(model_dir, ",".join(files), tmp_path / "out.jsonl")
+    assert watched.scored() == ["two"] * 4
+    assert len(list(tmp_path.glob("out.*.jsonl"))) == 2 and not list(tmp_path.glob(".*"))
+
+
+def test_two_evaluations_cannot_share_an_output(model_dir, eval_file, tmp_path):
+    with eval_multigpu.Partial(tmp_path / ".out.jsonl.partial", {}), pytest.raises(ValueError, match="another evalua"):
+        run(model_dir, eval_file, tmp_path / "out.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_sample_that_fails_does_not_stop_the_others(model_dir, tmp_path, watched, capsys):
+    prompts = [*PROMPTS, "too long " * 200]
+    eval_file = write_rows(tmp_path / "mine.jsonl", ["a", "raise", "c", "d", "e", "f", "g"], prompts)
+    (summary,) = run(model_dir, eval_file, tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["example"]["prompt"] for line in lines] == prompts
+    assert [i for i, line in enumerate(lines) if "error" in line] == [1, 6]
+    assert lines[1]["error"] == "KeyError: 'a bug of the evaluator'" and lines[1]["example"]["raw_prediction"]
+    assert re.search(r"prompt has \d+ tokens.* context of 256$", lines[6]["error"])
+    assert lines[6]["example"]["raw_prediction"] is None and all(lines[i]["score"] is None for i in (1, 6))
+    scores = [line["score"] for line in lines if "error" not in line]
+    assert (summary["n"], summary["failed"]) == (7, 2) and summary["mean"] == pytest.approx(20 * sum(scores), abs=1e-3)
+    assert "2 failed" in capsys.readouterr().out
+
+
+def test_what_failed_is_tried_again_after_an_interruption(model_dir, eval_file, tmp_path, monkeypatch, model):
+    generate = DeepseekV2ForCausalLM.generate
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        patch.setattr(DeepseekV2ForCausalLM, "generate", out_of_memory(generate, above=0, times=3))
+        run(model_dir, eval_file, tmp_path / "out.jsonl")
+    (summary,) = run(model_dir, eval_file, tmp_path / "out.jsonl")
+    (fresh,) = run(model_dir, eval_file, tmp_path / "fresh.jsonl")
+    assert untimed(summary) == untimed(fresh) and fresh["failed"] == 0
+
+
+def out_of_memory(generate, above: int, times: int = 10**9):
+    """`generate` that fails with more than `above` samples, `times` times."""
+    failures = iter(range(times))
+
+    def failing(self, input_ids, **options):
+        if len(input_ids) > above and next(failures, None) is not None:
+            raise torch.OutOfMemoryError("no memory left")
+        return generate(self, input_ids=input_ids, **options)
+
+    return failing
+
+
+def test_a_batch_that_is_too_large_is_answered_one_by_one(model_dir, eval_file, tmp_path, monkeypatch):
+    run(model_dir, eval_file, tmp_path / "alone.jsonl", "--eval_batch_size=1")
+    monkeypatch.setattr(DeepseekV2ForCausalLM, "generate", out_of_memory(DeepseekV2ForCausalLM.generate, above=1))
+    (summary,) = run(model_dir, eval_file, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text() and not summary["failed"]
+
+
+def test_when_every_sample_fails_the_command_does(model_dir, eval_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(DeepseekV2ForCausalLM, "generate", out_of_memory(DeepseekV2ForCausalLM.generate, above=0))
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: run(model_dir, eval_file, tmp_path / "out.jsonl"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and not (tmp_path / "out.jsonl").exists()
+    assert error == "error: every sample of mine failed, the first: OutOfMemoryError: no memory left"
+
+
+def test_a_gpu_that_has_failed_ends_the_command(model_dir, eval_file, tmp_path, monkeypatch):
+    def failing(self, **options):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    monkeypatch.setattr(DeepseekV2ForCausalLM, "generate", failing)
+    with pytest.raises(OSError, match=r"GPU failed .*say the words.*device-side assert"):
+        run(model_dir, eval_file, tmp_path / "out.jsonl")
 
 
 def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkeypatch):
@@ -222,6 +494,23 @@ def test_an_adapter_changes_the_answers(tiny_model, tiny_tokenizer, tmp_path):
         run(str(tmp_path / "base"), str(eval_file), tmp_path / f"{name}.jsonl", *more)
         outputs.append(json.loads((tmp_path / f"{name}.jsonl").read_text())["example"]["raw_prediction"])
     assert outputs[0] != outputs[1]
+
+
+def test_another_adapter_in_the_same_folder_starts_over(tiny_model, tiny_model_dir, tmp_path, monkeypatch, capsys):
+    eval_file = write_rows(tmp_path / "mine.jsonl", ["a"] * 6)
+    esft.to_esft(tiny_model, esft.ExpertConfig({1: tuple(range(8))}))
+    command = (str(tiny_model_dir), eval_file, tmp_path / "out.jsonl", f"--adapter_dir={tmp_path / 'adapter'}")
+    esft.save_adapter(tiny_model, tmp_path / "adapter")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        run(*command)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-20)
+    esft.save_adapter(tiny_model, tmp_path / "adapter")
+    run(*command)
+    assert "with another adapter: starting over" in capsys.readouterr().err
 
 
 def test_help_names_every_flag_with_its_default(capsys):
