@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,16 +54,20 @@ def test_the_readme_has_the_commands_it_should():
     told = {words[1] for words in commands() if words[0] in ("python", "bash")}
     assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/pipeline.py", "train.py", "eval_multigpu.py"} <= told
     assert {"scripts/expert/get_expert_scores.py", "scripts/expert/generate_expert_config.py"} <= told
+    assert sum(words[0] == "torchrun" and "train_ep.py" in words for words in commands()) > 1
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[:2]))
 def test_a_command_of_the_readme_parses(words, monkeypatch):
+    if words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])  # an unknown flag exits
+        words = ["python", launched.training_script, *launched.training_script_args]
     assert words[0] in ("bash", "python"), words
     assert (ROOT / words[1]).is_file(), f"{words[1]} is not there"
     if words[0] == "python":
         module = load(words[1])
-        if words[1] == "train.py":
-            monkeypatch.setattr(module, "run", lambda config: config)
+        if words[1] in ("train.py", "train_ep.py"):
+            monkeypatch.setitem(module.main.__globals__, "run", lambda config: config)
             module.main(words[2:])  # an unknown key raises
         else:
             module.parse_args(words[2:])  # an unknown flag exits

@@ -1,0 +1,289 @@
+"""Simulate where experts lie on 2 to 64 ranks, by recorded routing: contiguous blocks, or placed by score.
+
+    python scripts/experiments/placement.py --expert_scores_dir=results/expert_scores/law \
+        --expert_config=results/expert_configs/law.json --output=results/tables/placement
+
+In every MoE layer all ranks wait for the busiest one, forward and backward. A row (a token at one of its experts) costs
+as much again in the backward, for the gradient of its input, and once more where its expert is trained, for the weight
+gradient. So with load_P, the rows of each rank, and trained_P, those of them at trained experts,
+
+    step = sum over layers of  max_P load + max_P (load + trained),        even = the same with means for the maxima,
+
+and step / even is 1 where nobody waits. Attention, the exchange of tokens and all else is left out; it does not depend
+on the placement, so a whole step gains less. As an expert lies on one rank, max / mean of the load is at least P x the
+share of the layer's busiest expert, whatever the placement: the floor.
+
+Raw routing logs (a line per forward) are cut in two: experts are placed by the first half of each file's lines and
+measured on the second. A summary has no halves: what is measured on it was placed by it, too, and is flattered.
+
+Legend: E experts, L MoE layers, P ranks.
+"""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deepseek.placement import Placement, imbalance, place_layers
+from deepseek.routing import read_logs
+from esft import ExpertConfig, ExpertScores
+from utils import Parser, atomic_path, check_output, environment, run_cli, write_json, write_text
+
+COLOURS = {"contiguous": "#969696", "score": "#08519c"}
+SUFFIXES = (".md", ".json", ".png")
+Loads = Mapping[int, Mapping[int, float]]  # [layer][expert] -> routed rows, in any unit
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Routing by which experts are placed, and routing on which that is measured."""
+
+    name: str
+    how: str
+    place_LE: Loads
+    measure_LE: Loads
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# recorded routing
+
+
+def read_recordings(path: Path) -> list[Recording]:
+    """Of a folder its logs, in two halves, and its summary.json, whichever are there; of a file the scores in it.
+
+    Raises:
+        ValueError, FileNotFoundError: nothing there, something damaged, or logs of a single forward.
+    """
+    folders = (sorted(p for p in path.glob("rank_*") if p.is_dir()) or [path]) if path.is_dir() else []
+    logs = [log for folder in folders for log in sorted(folder.glob("expert_weights_*.txt"))]
+    recordings, width = [], 0
+    if not logs or (path / "summary.json").is_file():
+        score_LE = ExpertScores.load(path)["token"]
+        how = "placed by the token scores and measured on the same scores, so flattered"
+        recordings.append(Recording("summary", how, score_LE, score_LE))
+        width = max(map(len, score_LE.values()))
+    if logs:
+        recordings.insert(0, read_halves(path, logs, width))
+    return recordings
+
+
+def read_halves(folder: Path, logs: list[Path], width: int = 0) -> Recording:
+    """Rows by layer and expert (as many as `width`, or as were seen) in the first half of each log's lines, and in the
+    second."""
+    counts = read_logs(folder)  # it refuses what is damaged, and knows K
+    experts = dict.fromkeys(range(max(width, *map(len, counts.slots_LE.values()))), 0)
+    first_LE, second_LE = ({layer: Counter(experts) for layer in counts.slots_LE} for _ in range(2))
+    for log in logs:
+        layer, lines = int(log.stem.removeprefix("expert_weights_")), log.read_text(encoding="utf-8").splitlines()
+        if len(lines) < 2:
+            raise ValueError(f"{log}: one forward has no half to measure on; give a file of scores instead")
+        for number, line in enumerate(lines):
+            half_LE = first_LE if number < len(lines) // 2 else second_LE
+            half_LE[layer].update(map(int, line.partition("\t\t")[0].split("\t")))
+    first, second = (half_LE[layer].total() // counts.top_k for half_LE in (first_LE, second_LE))
+    layers = ", ".join(map(str, counts.slots_LE))
+    how = (
+        f"placed by the first half of each routing log ({first:,} tokens) and measured on the second ({second:,}); "
+        f"layers {layers}; the trained experts were selected on both"
+    )
+    return Recording("held out", how, first_LE, second_LE)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# simulation
+
+
+def step_time(
+    placements: Mapping[int, Placement], trained_L: Mapping[int, tuple[int, ...]], load_LE: Loads
+) -> dict[str, float]:
+    """{"step": of all layers, "even": what it would be if no rank waited}, in rows of a rank and layer, on average."""
+    step = even = 0.0
+    for layer, placement in placements.items():
+        trained, mean = set(trained_L.get(layer, ())), sum(load_LE[layer].values()) / len(placement)
+        load_P = [sum(load_LE[layer][e] for e in ids) / mean for ids in placement]
+        trained_P = [sum(load_LE[layer][e] for e in ids if e in trained) / mean for ids in placement]
+        step += max(load_P) + max(map(sum, zip(load_P, trained_P)))
+        even += 2 + sum(trained_P) / len(placement)
+    return {"step": step / len(placements), "even": even / len(placements)}
+
+
+def simulate(recording: Recording, trained_L: Mapping[int, tuple[int, ...]], ranks: int) -> dict:
+    """Both placements on so many ranks.
+
+    Raises:
+        ValueError: a layer has fewer experts than there are ranks.
+    """
+    load_LE = recording.measure_LE
+    sizes_L = {layer: len(load_E) for layer, load_E in load_LE.items()}
+    floors = [max(1, ranks * max(load_E.values()) / sum(load_E.values())) for load_E in load_LE.values()]
+    result: dict = {"ranks": ranks, "floor": sum(floors) / len(floors)}
+    for kind in COLOURS:
+        placements = place_layers(sizes_L, trained_L, ranks, recording.place_LE, contiguous=kind == "contiguous")
+        result[kind] = imbalance(placements, trained_L, load_LE) | step_time(placements, trained_L, load_LE)
+    return result
+
+
+def check_config(config: ExpertConfig, recordings: list[Recording]) -> None:
+    """Raise ValueError where the config names a layer or an expert that was not recorded."""
+    load_LE = recordings[-1].measure_LE  # the summary, where there is one: it has all layers, logs may be of some
+    for layer, ids in config.experts.items():
+        known = load_LE.get(layer, {}) if recordings[-1].name == "summary" else load_LE.get(layer, ids)
+        if odd := sorted(set(ids) - set(known)):
+            raise ValueError(f"the expert config names expert {odd[0]} of layer {layer}, of which there are no scores")
+    if not any(config.experts.get(layer) for layer in load_LE):
+        raise ValueError("the expert config selects no expert of a layer that was recorded: nothing is trained there")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# table and picture
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a line per number of ranks."""
+    head = ("ranks", "load", "worst layer", "floor", "trained experts", "step / even", "contiguous step / ours")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in results:
+        old, new = (r[kind] for kind in COLOURS)
+        pairs = [
+            f"{old[key] / old.get(unit, 1):.2f} -> **{new[key] / new.get(unit, 1):.2f}**"
+            for key, unit in (("load", ""), ("load_worst", ""), ("trained", ""), ("step", "even"))
+        ]
+        pairs.insert(2, f"{r['floor']:.2f}")
+        lines.append(f"| {r['ranks']} | " + " | ".join(pairs) + f" | {old['step'] / new['step']:.2f} |")
+    return "\n".join(lines)
+
+
+def report(
+    title: str, config: ExpertConfig, found: list[tuple[Recording, list[dict]]], skipped: list[int], command: str
+) -> str:
+    """The Markdown page."""
+    facts = environment()
+    parts = [
+        f"# Placement of experts: {title}",
+        "Simulated, contiguous -> **by score**. Load is max / mean over ranks of the routed rows, on average over "
+        "layers; floor is the least that any placement could have; trained experts is max / mean of their number, "
+        "all layers together; step / even is the simulated time of the experts in a step, 1 where no rank waits for "
+        "another (`scripts/experiments/placement.py` has the formula). All else of a step is left out.",
+    ]
+    for recording, results in found:
+        unknown = config.experts.keys() - recording.measure_LE.keys()
+        rest = f"; no log of {len(unknown)} more layers of the expert config" if unknown else ""
+        parts += [f"**{recording.name.capitalize()}**: {recording.how}{rest}.", table(results)]
+    if skipped:
+        parts.append(f"Left out: {', '.join(map(str, skipped))} ranks, more than a layer has experts.")
+    parts.append(f"`{command}`, {facts['date'][:10]}, python {facts['python']}; no chance is involved.")
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(title: str, found: list[tuple[Recording, list[dict]]]):
+    """-> the matplotlib figure: load and step over the number of ranks, a row per recording."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.8 + 2.9 * len(found)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(found), 2, sharex=True, squeeze=False)
+    for (recording, results), (left, right) in zip(found, rows):
+        ranks = [r["ranks"] for r in results]
+        for kind, colour in COLOURS.items():
+            label = {"contiguous": "contiguous", "score": "by score"}[kind]
+            left.plot(ranks, [r[kind]["load"] for r in results], "o-", color=colour, label=label)
+            worst = [r[kind]["load_worst"] for r in results]
+            left.plot(ranks, worst, "--", color=colour, lw=1, label=f"{label}, worst layer")
+            right.plot(ranks, [r[kind]["step"] / r[kind]["even"] for r in results], "o-", color=colour, label=label)
+        left.plot(ranks, [r["floor"] for r in results], ":", color="black", lw=1, label="floor of any placement")
+        left.set(title=f"{recording.name}: load of the busiest rank", ylabel="max / mean")
+        right.set(title=f"{recording.name}: time of the experts in a step", ylabel="step / even")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ranks, ranks)
+            axes.set_ylim(bottom=0.95)
+            axes.grid(alpha=0.3)
+    for axes in rows[-1]:
+        axes.set_xlabel("ranks that share the experts")
+    rows[0][0].legend(fontsize=8)
+    rows[0][1].legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command
+
+
+def numbers(text: str) -> list[int]:
+    """A type for argparse: "2,4,8", each above 1, ascending and once."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 1 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 1, separated by commas")
+    return sorted(set(map(int, words)))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--expert_scores_dir", required=True, metavar="DIR", help="a folder of summary.json, of raw routing logs "
+        "(expert_weights_<layer>.txt), or of both; or a file of scores")  # fmt: skip
+    add("--expert_config", required=True, metavar="FILE", help="the trained experts: an expert config, or an adapter")
+    add("--output", default="results/tables/placement", metavar="PATH", help="where the table (.md), all figures "
+        "(.json) and a picture (.png) go, without the suffix (default: %(default)s)")  # fmt: skip
+    add("--ranks", type=numbers, default=[2, 4, 8, 16, 32, 64], metavar="N[,N]", help="ranks that share the experts, "
+        "i.e. values of ep_size (default: 2,4,8,16,32,64)")  # fmt: skip
+    add("--title", metavar="TEXT", help="what was recorded (default: the name of the folder of the scores)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[tuple[Recording, list[dict]]]:
+    """Returns the recordings with their results."""
+    args = parse_args(argv)
+    stem = args.output.removesuffix(Path(args.output).suffix if Path(args.output).suffix in SUFFIXES else "")
+    outputs = [Path(stem + suffix) for suffix in SUFFIXES]
+    for output in outputs:
+        check_output(output)
+    recordings = read_recordings(Path(args.expert_scores_dir))
+    config = ExpertConfig.load(args.expert_config)
+    check_config(config, recordings)
+    fewest = min(len(load_E) for recording in recordings for load_E in recording.measure_LE.values())
+    skipped = [ranks for ranks in args.ranks if ranks > fewest]
+    if len(skipped) == len(args.ranks):
+        raise ValueError(f"--ranks {skipped[0]}: a layer has {fewest} experts only; give fewer ranks")
+    found = [
+        (recording, [simulate(recording, config.experts, ranks) for ranks in args.ranks if ranks not in skipped])
+        for recording in recordings
+    ]
+    source = Path(args.expert_scores_dir).resolve()
+    title = args.title or (source if source.is_dir() else source.parent).name
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "scripts/experiments/placement.py", *words])
+    page = report(title, config, found, skipped, command)
+    write_text(outputs[0], page)
+    write_json(
+        outputs[1],
+        {
+            "environment": environment(),
+            "command": command,
+            "title": title,
+            "skipped_ranks": skipped,
+            "recordings": [{"name": r.name, "how": r.how, "results": results} for r, results in found],
+        },
+    )
+    print(page)
+    try:
+        figure = draw(title, found)
+    except ImportError:
+        print("no picture: it needs matplotlib: python -m pip install -c constraints.txt matplotlib")
+        outputs.pop()
+    else:
+        with atomic_path(outputs[2]) as temporary:
+            figure.savefig(temporary)
+    print(f"written to {', '.join(map(str, outputs))}")
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main)
