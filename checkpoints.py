@@ -1,18 +1,22 @@
-"""Checkpoints that survive whatever ends a run, and that open under another number of ranks.
+"""What an output folder holds: a run, and checkpoints that survive whatever ends it and open on other ranks.
 
     checkpoint-20/
         adapter.safetensors, expert_cfg.json     a loadable adapter; of `method: full` and `lora`, what Trainer writes
         states/rank-0.safetensors, ...           per trained tensor: fp32 master (of a bf16 model) and optimizer states,
                                                  by global expert id: <experts module>.<id>.<fused tensor>.exp_avg
         states/optimizer.json                    parameter groups (learning rate, betas, ...)
-        scheduler.pt, trainer_state.json         of Trainer
+        scheduler.json, trainer_state.json       of Trainer
         manifest.json                            SHA-256 of every other file, written last
 
 A rank writes the states of the experts it holds; to read, it looks its experts up in all the files, so that ep_size and
 world_size may change in between.
 """
 
+import dataclasses
 import json
+import re
+import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,16 +26,33 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import esft
 from deepseek.experts import find_experts
-from utils import sha256, write_json
+from utils import check_output, resolve_dataset, sha256, write_json
 
 MANIFEST = "manifest.json"
 STATES = "states"
 GROUPS = "optimizer.json"
+LAYOUT = (  # how a run lies on processes: it may change when the run goes on
+    "ep_size",
+    "placement",
+    "expert_scores_dir",
+    "shard_dense",
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "ddp_timeout",
+)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
 def seal(checkpoint: Path) -> None:
@@ -125,3 +146,75 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         for now, saved in zip(optimizer.state_dict()["param_groups"], json.loads((folder / GROUPS).read_text()))
     ]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the run in a folder
+
+
+def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
+    """(checkpoint to go on from, results of a finished run): what the output folder holds already.
+
+    Raises:
+        ValueError: the folder holds another run, or files that no run of ours made.
+    """
+    folder = Path(config.output_dir)
+    check_output(folder, folder=True)
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return None, None
+    try:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        was = _flat(before)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
+    if config.overwrite:
+        return None, None
+    now = _flat(json.loads(json.dumps(run_note(config, packs_per_step))))
+    differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
+    if differing:
+        raise ValueError(
+            f"--output_dir {folder} holds another run (it differs in {', '.join(differing)}): give a fresh "
+            "--output_dir, or overwrite=true"
+        )
+    if before.get("results"):
+        return None, before["results"]
+    if not config.save_opt_states:
+        warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
+        return None, None
+    for checkpoint in reversed(found(folder)):
+        if (reason := damage(checkpoint)) is None:
+            return checkpoint, None
+        warnings.warn(f"{checkpoint} is damaged ({reason}) and will be written again", stacklevel=2)
+    return None, None
+
+
+def run_note(config, packs_per_step: int) -> dict:
+    """What makes a run this run: its config, how much a step sees, SHA-256 of the files it reads beside its model."""
+    paths = {"train_dataset": resolve_dataset(config.train_dataset)}
+    if config.method in ("esft", "random"):
+        path = Path(config.expert_config)
+        paths["expert_config"] = path / esft.CONFIG_NAME if path.is_dir() else path
+    files = {key: path for key, path in paths.items() if isinstance(path, Path) and path.is_file()}
+    return {
+        "config": dataclasses.asdict(config),
+        "packs_per_step": packs_per_step,
+        "inputs": {key: sha256(path) for key, path in files.items()},
+    }
+
+
+def _flat(note: dict) -> dict:
+    """The keys of a run that must not change when it goes on: not how it lies on processes."""
+    contents = {f"the content of {key}": digest for key, digest in note.get("inputs", {}).items()}
+    keys = {**note["config"], **note["config"]["training"], "training": None, **contents}
+    return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
+
+
+def clear(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
+    """Remove what an earlier try left and this one does not go on from."""
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in found(folder):
+        if checkpoint is None or step_of(path) > step_of(checkpoint):
+            shutil.rmtree(path)
+    for path in folder.glob(".adapter.safetensors.*"):  # of a save that was killed
+        shutil.rmtree(path, ignore_errors=True)

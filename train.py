@@ -17,12 +17,10 @@ SIGTERM ends a run after the step at work, with a checkpoint and exit code 143.
 
 import dataclasses
 import functools
-import json
 import os
 import random
 import re
 import resource
-import shutil
 import statistics
 import sys
 import types
@@ -34,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
@@ -42,12 +39,10 @@ from transformers.utils import logging
 import checkpoints
 import esft
 import utils
-from deepseek.expert_parallel import connect_experts, shard_dense
-from deepseek.experts import find_experts, fused_names
-from deepseek.loading import empty_model, keeps_documents_apart
-from deepseek.placement import Placement, choose_ep_size, imbalance, place_layers
+from deepseek.loading import empty_model
 from deepseek.ranks import Ranks, SharedError, join, lost_contact
-from methods import chosen_experts, count_trained, frozen_hashes, prepare_model, trained_table
+from methods import chosen_experts, count_trained, frozen_hashes, trained_table
+from sharding import load_model
 from trainer import ESFTTrainer, collate
 
 METHODS = ("esft", "random", "full", "lora")
@@ -69,17 +64,16 @@ DEFAULTS = {
     "use_cache": True,  # only what a saved model's config says: training itself never uses the cache
     "logging_nan_inf_filter": False,  # we stop at such a loss
 }
-LAYOUT = (  # how a run lies on processes: it may change when the run goes on
-    "ep_size",
-    "placement",
-    "expert_scores_dir",
-    "shard_dense",
-    "global_batch_size",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "ddp_timeout",
-)
+NEEDED = {  # keys of transformers that would break the loss, the order of the data, or the checkpoints
+    "average_tokens_across_devices": True,
+    "save_on_each_node": False,
+    "auto_find_batch_size": False,
+    "dataloader_drop_last": False,
+    "group_by_length": False,
+    "fsdp": None,
+    "deepspeed": None,
+    "ddp_backend": None,
+}
 COUNTS = (
     "seq_length",
     "lora_rank",
@@ -160,6 +154,9 @@ class TrainConfig:
             )
         if self.verify_frozen and self.method == "full":
             raise ValueError("verify_frozen: method full freezes nothing that could be verified; leave it out")
+        for key, needed in NEEDED.items():
+            if self.training.get(key, needed) != needed:
+                raise ValueError(f"{key}={self.training[key]}: this trainer needs {needed or 'none'}; leave it out")
         if self.training.get("fp16") or self.training.get("bf16"):
             raise ValueError("bf16 and fp16 (autocast) would round the routers: set dtype=bfloat16, with fp32 masters")
 
@@ -279,115 +276,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 # a run
 
 
-def find_run(config: TrainConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
-    """(checkpoint to go on from, results of a finished run): what the output folder holds already.
-
-    Raises:
-        ValueError: the folder holds another run, or files that no run of ours made.
-    """
-    folder = Path(config.output_dir)
-    utils.check_output(folder, folder=True)
-    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
-        return None, None
-    try:
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        was = _flat(before)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
-    if config.overwrite:
-        return None, None
-    now = _flat(json.loads(json.dumps(run_note(config, packs_per_step))))
-    differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
-    if differing:
-        raise ValueError(
-            f"--output_dir {folder} holds another run (it differs in {', '.join(differing)}): give a fresh "
-            "--output_dir, or overwrite=true"
-        )
-    if before.get("results"):
-        return None, before["results"]
-    if not config.save_opt_states:
-        warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
-        return None, None
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=checkpoints.step_of, reverse=True):
-        if (damage := checkpoints.damage(checkpoint)) is None:
-            return checkpoint, None
-        warnings.warn(f"{checkpoint} is damaged ({damage}) and will be written again", stacklevel=2)
-    return None, None
-
-
-def run_note(config: TrainConfig, packs_per_step: int) -> dict:
-    """What makes a run this run: its config, how much a step sees, SHA-256 of the files it reads beside its model."""
-    paths = {"train_dataset": utils.resolve_dataset(config.train_dataset)}
-    if config.method in ("esft", "random"):
-        path = Path(config.expert_config)
-        paths["expert_config"] = path / esft.CONFIG_NAME if path.is_dir() else path
-    files = {key: path for key, path in paths.items() if isinstance(path, Path) and path.is_file()}
-    return {
-        "config": dataclasses.asdict(config),
-        "packs_per_step": packs_per_step,
-        "inputs": {key: utils.sha256(path) for key, path in files.items()},
-    }
-
-
-def _flat(note: dict) -> dict:
-    """The keys of a run that must not change when it goes on: not how it lies on processes."""
-    contents = {f"the content of {key}": digest for key, digest in note.get("inputs", {}).items()}
-    keys = {**note["config"], **note["config"]["training"], "training": None, **contents}
-    return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
-
-
-def find_scores(config: TrainConfig) -> Path | None:
-    """The expert scores that placement goes by: those given, or those that lie where the README's commands put them."""
-    if config.expert_scores_dir:
-        return Path(config.expert_scores_dir)
-    made = Path(config.expert_config)
-    folder = made.parent.parent / "expert_scores"
-    return next((path for path in (folder / made.stem, folder) if (path / "summary.json").is_file()), None)
-
-
-def place_experts(config: TrainConfig, empty: nn.Module, experts: esft.ExpertConfig, ep_size: int, say) -> dict:
-    """{layer: Placement} for `ep_size` ranks, by the scores if they can be found, and what is expected of it, said."""
-    num_experts_L = {layer: module.num_experts for layer, (_, module) in find_experts(empty).items()}
-    load_LE, source = None, "no expert scores found (expert_scores_dir=...), so all experts count the same"
-    if (path := find_scores(config)) is not None:
-        scores = esft.ExpertScores.load(path)
-        load_LE, source = scores["token"], f"by {path}"
-    contiguous = config.placement == "contiguous"
-    placements = place_layers(num_experts_L, experts.experts, ep_size, load_LE, contiguous)
-    load_LE = load_LE or {layer: dict.fromkeys(range(n), 1 / n) for layer, n in num_experts_L.items()}
-    found = imbalance(placements, experts.experts, load_LE)
-    say(
-        f"  {'contiguous' if contiguous else 'balanced'} placement of experts on {ep_size} ranks, expected max/mean: "
-        f"load {found['load']:.2f} (worst layer {found['load_worst']:.2f}), trained experts {found['trained']:.2f}; "
-        f"{source}"
-    )
-    return placements
-
-
-def plan_ranks(config: TrainConfig, empty: nn.Module, experts: esft.ExpertConfig, world_size: int, say) -> int:
-    """`ep_size` as a number; what `auto` chooses is said."""
-    if config.ep_size != "auto":
-        return config.ep_size
-    layers = [module for _, module in find_experts(empty).values()]
-    dtype = {"auto": empty.config.dtype or torch.float32}.get(config.dtype) or getattr(torch, config.dtype)
-    fused = sum(getattr(module, name).numel() for module in layers for name in fused_names(module))
-    trained = sum(view.numel() for view in esft.adapter_views(empty, experts).values())
-    if torch.cuda.is_available() and config.device != "cpu":
-        memory = torch.cuda.get_device_properties(0).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ep_size, why = choose_ep_size(
-        world_size,
-        min(module.num_experts for module in layers),
-        (sum(param.numel() for param in empty.parameters()) - fused) * dtype.itemsize,
-        fused * dtype.itemsize,
-        trained * (12 if dtype == torch.float32 else 16),  # gradient, two moments, and a master where it is not fp32
-        memory,
-    )
-    say(f"  {why}")
-    return ep_size
-
-
 def load_data(config: TrainConfig, tokenizer) -> tuple[list[utils.Pack], list[utils.Pack]]:
     """(training packs, validation packs); their `samples` are row numbers of the dataset, from 1."""
     rows = list(enumerate(utils.load_samples(config.train_dataset), 1))
@@ -421,24 +309,34 @@ def run(config: TrainConfig) -> dict:
     """
     timeout = timedelta(seconds=config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    ranks = join(timeout, config.training.get("ddp_backend") or ("nccl" if on_gpu else "gloo"))
-    args = training_arguments(config)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu and processes > torch.cuda.device_count():
+        raise SharedError(
+            f"{processes} processes on a node that has {torch.cuda.device_count()} GPUs: lower --nproc-per-node, or "
+            "give device=cpu"
+        )
+    ranks = join(timeout, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        args = training_arguments(config)
+    except ValueError as error:
+        raise SharedError(str(error)) from error
     first = ranks.rank == 0  # it alone prints and writes
     say = print if first else lambda *_: None
     if not first:
         warnings.simplefilter("ignore")
         logging.disable_progress_bar()
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
-    checkpoint, results = ranks.on_first(lambda: find_run(config, packs_per_step))
+    checkpoint, results = ranks.on_first(lambda: checkpoints.find_run(config, packs_per_step))
     if results is not None:
         say(f"{config.output_dir} holds this run already, finished: nothing to do")
         return results
     set_seed(config.seed)
+    ranks.on_first(lambda: _check_inputs(config))
     tokenizer = esft.load_tokenizer(config.base_model_path)
     train_packs, eval_packs = ranks.on_first(lambda: load_data(config, tokenizer))
     if args.eval_strategy != "no" and not eval_packs:
         raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
-    model, apart, ranks = load_model(config, ranks, timeout, say)
+    model, apart, ranks = load_model(config, ranks, timeout, args.device, say)
     if not apart:
         warnings.warn(
             f"in a {model.config.model_type} the documents of a pack would see each other, so every sample becomes a "
@@ -446,8 +344,6 @@ def run(config: TrainConfig) -> dict:
             stacklevel=2,
         )
         train_packs, eval_packs = ([one for p in packs for one in p.documents()] for packs in (train_packs, eval_packs))
-    if config.shard_dense:
-        shard_dense(model, ranks, args.device)
     say(trained_table(model, config))
     samples, tokens = (sum(len(getattr(p, key)) for p in train_packs) for key in ("samples", "input_ids"))
     say(f"  {samples:,} samples, {tokens:,} tokens in {len(train_packs):,} packs of up to {config.seq_length:,}")
@@ -463,7 +359,7 @@ def run(config: TrainConfig) -> dict:
         say(f"  {ranks.world_size} of {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node=N uses more")
 
     ranks.gather(None)  # all have looked at the folder
-    ranks.on_first(lambda: _clear(Path(config.output_dir), config.overwrite, checkpoint))
+    ranks.on_first(lambda: checkpoints.clear(Path(config.output_dir), config.overwrite, checkpoint))
     trainer = ESFTTrainer(
         method=config.method,
         ranks=ranks,
@@ -474,9 +370,9 @@ def run(config: TrainConfig) -> dict:
         processing_class=tokenizer,
         data_collator=functools.partial(collate, pad_token_id=tokenizer.pad_token_id or 0),
     )
-    note = {**run_note(config, packs_per_step), "environment": utils.environment()}
+    note = {**checkpoints.run_note(config, packs_per_step), "environment": utils.environment()}
     note_path = Path(config.output_dir) / "run.json"
-    trainer.add_callback(_Note(note_path, note))
+    trainer.add_callback(_Note(ranks, note_path, note))
     before = frozen_hashes(model) if config.verify_frozen else None
     if checkpoint:
         say(f"  going on from {checkpoint}")
@@ -502,7 +398,7 @@ def run(config: TrainConfig) -> dict:
     if eval_packs and (trainer.evaluated or [None])[0] != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
-    trainer.save_state()
+    ranks.on_first(trainer.save_state)
     results = {
         **count_trained(model),
         "steps": trainer.state.global_step,
@@ -517,32 +413,15 @@ def run(config: TrainConfig) -> dict:
         "saved_bytes": sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors")),
         "frozen_verified": before is not None,
     }
-    if first:
-        utils.write_json(note_path, {**note, "results": results})
+    ranks.on_first(lambda: utils.write_json(note_path, {**note, "results": results}))
     say(_conclusion(config, results))
     return results
 
 
-def load_model(config: TrainConfig, ranks: Ranks, timeout: timedelta, say) -> tuple[nn.Module, bool, Ranks]:
-    """(model, made trainable; whether it keeps packed documents apart; ranks with their groups).
-
-    Under expert parallelism a rank reads its own experts only.
-    """
-    empty = empty_model(config.base_model_path)
-    experts = chosen_experts(config, empty)  # a bad config shall not cost the loading of a large model
-    ep_size = plan_ranks(config, empty, experts, ranks.world_size, say) if experts else 1
-    ranks = ranks.with_experts(ep_size, timeout)
-    placements: dict[int, Placement] = {}
-    if ranks.ep_size > 1:
-        placements = ranks.on_first(lambda: place_experts(config, empty, experts, ranks.ep_size, say))
-    local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
-    base, _ = esft.load_base_model(config.base_model_path, dtype=config.dtype, experts=local)
-    model = prepare_model(base, config, experts)
-    if placements:
-        connect_experts(model, placements, experts.experts, ranks)
-        read = ranks.gather(model.read_bytes)
-        say(f"  read by each rank: {min(read) / 2**20:,.1f} to {max(read) / 2**20:,.1f} MiB of weights")
-    return model, keeps_documents_apart(base), ranks
+def _check_inputs(config: TrainConfig) -> None:
+    """Raise what is wrong with model and expert config: once, not on every rank."""
+    esft.load_tokenizer(config.base_model_path)
+    chosen_experts(config, empty_model(config.base_model_path))
 
 
 def _conclusion(config: TrainConfig, results: dict) -> str:
@@ -555,28 +434,18 @@ def _conclusion(config: TrainConfig, results: dict) -> str:
 class _Note(TrainerCallback):
     """Writes run.json when training begins: what is refused until then leaves nothing behind."""
 
-    def __init__(self, path: Path, note: dict):
-        self.path, self.note = path, note
+    def __init__(self, ranks: Ranks, path: Path, note: dict):
+        self.ranks, self.path, self.note = ranks, path, note
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            utils.write_json(self.path, self.note)
-
-
-def _clear(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
-    """Remove what an earlier try left and this one does not go on from."""
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in folder.glob("checkpoint-*"):
-        if checkpoint is None or checkpoints.step_of(path) > checkpoints.step_of(checkpoint):
-            shutil.rmtree(path)
+        self.ranks.on_first(lambda: utils.write_json(self.path, self.note))
 
 
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:
     """`defaults` are keys that neither the config file nor the command line gives."""
     parser = utils.Parser(description)
-    ours = [f for f in dataclasses.fields(TrainConfig) if f.default not in (MISSING, None)]
-    keys = ", ".join(f"{f.name}={f.default}" for f in ours)
+    ours = [f for f in dataclasses.fields(TrainConfig) if f.default is not MISSING and f.name != "expert_config"]
+    keys = ", ".join(f"{f.name}={(defaults or {}).get(f.name, f.default)}" for f in ours)
     parser.epilog = (
         f"Our keys and their defaults: {keys}. All keys of transformers' TrainingArguments are accepted, too; "
         "configs/base.yaml explains what each is for, with its unit."

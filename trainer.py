@@ -15,6 +15,7 @@ finite, or after SIGTERM. A checkpoint (checkpoints.py) is written in a staging 
 
 import contextlib
 import functools
+import json
 import random
 import shutil
 import signal
@@ -38,9 +39,9 @@ import esft
 import utils
 from deepseek.expert_parallel import gather_to_first
 from deepseek.gradients import GradientReducer
-from deepseek.ranks import Ranks, SharedError
+from deepseek.ranks import Ranks, SharedError, lost_contact
 
-SCHEDULER = "scheduler.pt"
+SCHEDULER = "scheduler.json"
 NOTHING = utils.Pack([0, 0], [utils.IGNORE] * 2, [0, 1])  # for a rank without a batch, which takes part all the same
 
 
@@ -174,8 +175,8 @@ class ESFTTrainer(Trainer):
     # a step
 
     def get_train_dataloader(self):
-        size, seed = self.args.train_batch_size, self.args.data_seed or self.args.seed
-        self._batches = Batches(len(self.train_dataset), size, self.ranks, seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._batches = Batches(len(self.train_dataset), self.args.train_batch_size, self.ranks, seed)
         return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
 
     def _run_epoch(self, **kwargs):
@@ -200,7 +201,7 @@ class ESFTTrainer(Trainer):
 
     def _clip_grad_norm(self, model, max_norm=None):
         self._reducer.finish()
-        return self._reducer.clip(model, self.args.max_grad_norm if max_norm is None else max_norm)
+        return self._reducer.clip(self.args.max_grad_norm if max_norm is None else max_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The last stop before the optimizer step: nothing was changed yet."""
@@ -227,9 +228,9 @@ class ESFTTrainer(Trainer):
         if self._start is not None:  # None at the end of an epoch
             self.step_seconds.append(time.perf_counter() - self._start)
             self._seconds, self._start = self._seconds + self.step_seconds[-1], None
-        if self.stopping:
-            self.control.should_training_stop = True
-            self.control.should_save = not self.args.save_only_model
+            if self.stopping:
+                self.control.should_training_stop = True
+                self.control.should_save = not self.args.save_only_model
         # a resumed run knows no loss since the last log, and a last step may come before the first log
         self.control.should_log |= self.control.should_save or self.control.should_training_stop
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -249,8 +250,10 @@ class ESFTTrainer(Trainer):
         """Call what writes files; a failure waits for `_agree`, since other ranks may wait for this one."""
         try:
             function()
-        except (OSError, ValueError, SafetensorError) as error:
-            self._failure = self._failure or str(error)
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and lost_contact(error):
+                raise
+            self._failure = self._failure or str(error)  # torch.save tells a full disk by a RuntimeError
 
     def _agree(self, folder: Path) -> None:
         failure, self._failure = self._failure, None
@@ -282,7 +285,8 @@ class ESFTTrainer(Trainer):
     def _publish(self, staged: Path, final: Path) -> None:
         self.state.save_to_json(str(staged / "trainer_state.json"))
         checkpoints.seal(staged)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # damaged, or of the same step: not gone before the new one is there
+            final.rename(self._staging / "replaced")
         staged.rename(final)
         rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -290,7 +294,8 @@ class ESFTTrainer(Trainer):
         """Rank 0 writes the model, or the adapter, whose tensors it gathers from the others first."""
         output_dir = output_dir or self.args.output_dir
         if self.adapter:
-            tensors = gather_to_first(esft.adapter_tensors(self.model), self.ranks)
+            own = esft.adapter_tensors(self.model) if self.ranks.first_replica else {}
+            tensors = gather_to_first(own, self.ranks)
             if self.args.should_save:
                 self._writing(lambda: esft.save_adapter(self.model, output_dir, tensors))
         elif self.args.should_save:
@@ -313,14 +318,15 @@ class ESFTTrainer(Trainer):
             states = Path(output_dir) / checkpoints.STATES
             self._writing(lambda: checkpoints.save_states(self.model, self.optimizer, states, self.ranks.rank))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            state = self.lr_scheduler.state_dict()
+            self._writing(lambda: utils.write_json(Path(output_dir) / SCHEDULER, state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if not self.adapter:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             checkpoints.load_states(self.model, self.optimizer, Path(checkpoint) / checkpoints.STATES)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+            self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.lora:

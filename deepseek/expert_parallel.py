@@ -28,6 +28,7 @@ group.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,8 @@ class _Combine(torch.autograd.Function):
 
 def _home(rows_ND: Tensor, route: _Route) -> Tensor:
     """Rows as they were sent, summed by token: (N, D) -> (T, D)."""
-    return rows_ND.index_select(0, route.inverse_TK.reshape(-1)).view(*route.inverse_TK.shape, -1).sum(1)
+    rows = rows_ND.index_select(0, route.inverse_TK.reshape(-1))
+    return rows.view(*route.inverse_TK.shape, rows_ND.shape[1]).sum(1)
 
 
 def expert_parallel_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
@@ -220,6 +222,7 @@ def shard_dense(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     kept = {param for _, module in find_experts(model).values() for param in module.parameters()}
     kept |= {param for param in model.parameters() if param.requires_grad}
     model.to(device)
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
-    for block in (*blocks, model):
+    name, _ = next(iter(find_experts(model).values()))
+    decoder_layers = model.get_submodule(re.match(r"(.+?)\.\d+\.", name)[1])
+    for block in (*decoder_layers, model):
         fully_shard(block, mesh=mesh, ignored_params=kept, reshard_after_forward=True)

@@ -48,18 +48,14 @@ class _Bucket:
             if param.grad is not None:
                 part.copy_(param.grad.reshape(-1))
                 flags[number] = 1
+            param.grad = part.view_as(param)  # the bucket is the gradient from here on, not a copy of it
         self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self) -> None:
         self.work.wait()
-        *parts, flags = self.flat.split([*(p.numel() for p in self.params), len(self.params)])
-        for param, part, flag in zip(self.params, parts, flags.tolist()):
+        for param, flag in zip(self.params, self.flat[-len(self.params) :].tolist()):
             if not flag:
                 param.grad = None
-            elif param.grad is None:
-                param.grad = part.view_as(param).clone()
-            else:
-                param.grad.copy_(part.view_as(param))
         self.waiting = {id(param) for param in self.params}
         self.flat = self.work = None
 
@@ -73,16 +69,21 @@ class GradientReducer:
 
     def __init__(self, model: nn.Module, ranks: Ranks, active: Callable[[], bool]):
         self.ranks, self.active = ranks, active
-        experts, others = split_parameters(model)
-        self.params = experts + others
+        self.experts, self.others = split_parameters(model)
+        self.params = self.experts + self.others
+        self.device = next(model.parameters()).device
         self.buckets: list[_Bucket] = []
-        if ranks.world_size > ranks.ep_size:
-            self._add(reversed(experts), ranks.replicas)
-        if ranks.world_size > 1:
-            self._add(reversed(others), ranks.world)
+        if ranks.world_size > 1 and ranks.ep_size == 1:  # all in one queue, in the order of the backward
+            self._add(reversed([p for p in model.parameters() if p.requires_grad]), ranks.world)
+        elif ranks.world_size > 1:
+            if ranks.world_size > ranks.ep_size:
+                self._add(reversed(self.experts), ranks.replicas)
+            self._add(reversed(self.others), ranks.world)
         self._bucket_of = {id(param): bucket for bucket in self.buckets for param in bucket.params}
         self._started = 0
-        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for b in self.buckets for p in b.params]
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.register_post_accumulate_grad_hook(self._ready)
 
     def _add(self, params: Iterable[nn.Parameter], group) -> None:
         full, size, kind = [], 0, None
@@ -114,16 +115,14 @@ class GradientReducer:
         if self.ranks.world_size > 1 and (grads := [p.grad for p in self.params if p.grad is not None]):
             torch._foreach_mul_(grads, 1 / self.ranks.world_size)
 
-    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients by min(1, max_norm / norm); returns the norm over the parameters of all ranks."""
-        experts, others = split_parameters(model)
-        norms = [get_total_norm([p.grad for p in part if p.grad is not None]) for part in (experts, others)]
-        device = self.params[0].device if self.params else torch.device("cpu")
-        experts_norm, others_norm = (norm.to(device) for norm in norms)
+        parts = [[p.grad for p in part if p.grad is not None] for part in (self.experts, self.others)]
+        experts_norm, others_norm = (get_total_norm(part).to(self.device) for part in parts)
         if self.ranks.ep_size > 1:
             square = experts_norm.square()
             dist.all_reduce(square, group=self.ranks.experts)
             experts_norm = square.sqrt()
         norm = torch.linalg.vector_norm(torch.stack([experts_norm, others_norm]))
-        clip_grads_with_norm_([p for p in experts + others if p.grad is not None], max_norm, norm)
+        clip_grads_with_norm_([p for p in self.params if p.grad is not None], max_norm, norm)
         return norm

@@ -33,8 +33,7 @@ def load_base_model(
         dtype: as from_pretrained takes it; "auto" is the checkpoint's.
         device: one device, or a list of GPUs over which the layers are spread by free memory; None is the CPU.
         experts: for expert parallelism, the ids of the experts to read and hold, by layer (all layers); None is all.
-
-    `model.read_bytes` counts the bytes of the weights that were read.
+            `model.read_bytes` then counts what was read.
 
     Raises:
         ValueError, FileNotFoundError: no such model, one that transformers cannot load, a checkpoint that lacks tensors
@@ -52,8 +51,6 @@ def load_base_model(
     if experts is not None:
         from_pretrained = _class_that_reads(type(empty_model(path)), experts).from_pretrained
     model, found = _load(from_pretrained, path, dtype=dtype, **place, **report)
-    if experts is None:
-        model.read_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise ValueError(
             f"model {str(path)!r}: its checkpoint lacks, or holds in another shape, {len(wrong)} tensors that its "

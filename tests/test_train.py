@@ -241,8 +241,9 @@ def test_shipped_configs_parse(name, tmp_path):
     if name == "base":  # explains every key of ours
         ours = {f.name for f in dataclasses.fields(train.TrainConfig)}
         assert ours - yaml.safe_load(path.read_text()).keys() == {
-            "base_model_path", "train_dataset", "output_dir", "expert_config", "training",
+            "base_model_path", "train_dataset", "output_dir", "expert_config", "training", "ep_size",
         }  # fmt: skip
+        assert train.read_config(path, PATHS, {"ep_size": "auto"}).ep_size == "auto"  # train_ep.py's default
         args = train.training_arguments(config)
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
 

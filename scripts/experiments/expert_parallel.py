@@ -84,13 +84,17 @@ def train(folder: Path, ep_size: int, args: argparse.Namespace) -> dict:
         *(f"--expert_config={folder / 'experts.json'}", f"ep_size={ep_size}", f"max_steps={args.steps}"),
         *("seq_length=256", "per_device_train_batch_size=2", "learning_rate=1e-4", f"seed={args.seed}"),
         *("validation_fraction=0", "overwrite=true", "disable_tqdm=true"),
+        f"device={'cuda' if torch.cuda.device_count() >= args.processes else 'cpu'}",
     ]
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)), **os.environ}
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if ended.returncode:
         errors = [line for line in ended.stderr.splitlines() if "rror" in line] or [ended.stderr[-500:]]
         raise ChildProcessError(f"training with ep_size={ep_size} failed: {errors[0]}")
-    return json.loads((run / "run.json").read_text(encoding="utf-8"))["results"]
+    results = json.loads((run / "run.json").read_text(encoding="utf-8"))["results"]
+    if ep_size == 1:  # a whole model is read by transformers, which does not count
+        results["read_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return results
 
 
 def table(rows: list[dict]) -> str:
