@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from . import modeling  # noqa: F401 (registers model type "deepseek")
 from .experts import find_experts, fused_names
 
 
