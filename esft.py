@@ -445,6 +445,8 @@ def _state(model: nn.Module) -> _State:
 
 
 def _release(model: nn.Module, state: _State) -> None:
+    if state.training and any(hasattr(module, "shard") for _, module in find_experts(model).values()):
+        raise ValueError("the trained experts lie on several ranks: save the adapter, and merge that on disk")
     if state.training:
         for layer, (_, module) in find_experts(model).items():
             if state.config.experts.get(layer):

@@ -216,8 +216,9 @@ class ESFTTrainer(Trainer):
             rows = [row for finite, rows in found if not finite for row in rows]
             rows = rows or [row for _, rows in found for row in rows]
             shown = ", ".join(map(str, sorted(rows)[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+            loss = sum(self.ranks.gather(losses.sum().item())) / self.ranks.world_size
             raise SharedError(
-                f"step {self.state.global_step + 1}: the loss is {losses.sum().item()} and the gradient norm "
+                f"step {self.state.global_step + 1}: the loss is {loss} and the gradient norm "
                 f"{float(norm)} on rows {shown} of the training data; no weight and no file was changed: look at these "
                 "rows, or lower learning_rate"
             )

@@ -45,7 +45,7 @@ def tiny(model_type, **changes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_finds_the_experts(family):
     layers = find_experts(make_model(family))
-    assert list(layers) == {"deepseek_v2": [1, 2], "nemotron_h": [0, 2]}.get(family, [0, 1, 2])
+    assert list(layers) == {"deepseek_v2": [1, 2], "deepseek_v3": [1, 2], "nemotron_h": [0, 2]}.get(family, [0, 1, 2])
     assert all(module.num_experts == 8 for _, module in layers.values())
 
 
