@@ -133,6 +133,12 @@ class ExpertScores:
         if not counts.tokens:
             raise ValueError("no token was counted: give more data, or look at the token mask")
 
+        def share(sums_LE: dict[int, list[int]]) -> dict[int, dict[int, float]]:
+            return {
+                layer: {e: round(s / max(1, sum(sums)), _digits(len(sums))) for e, s in enumerate(sums)}
+                for layer, sums in sums_LE.items()
+            }
+
         def mean(sums_LE: dict[int, list[int]], unit: float) -> dict[int, dict[int, float]]:
             return {
                 layer: {e: round(s / (unit * counts.tokens), _digits(len(sums))) for e, s in enumerate(sums)}
@@ -140,7 +146,7 @@ class ExpertScores:
             }
 
         by_function = {
-            "token": mean(counts.slots_LE, counts.top_k),
+            "token": share(counts.slots_LE),
             "gate": mean(counts.gates_LE, RouterCounts.UNIT),
             "prob": mean(counts.probs_LE, RouterCounts.UNIT),
         }
@@ -461,15 +467,14 @@ def _release(model: nn.Module, state: _State) -> None:
 def _ordinary_parameters(model: nn.Module, config: ExpertConfig) -> list[str]:
     """Names (as in the base) of the parameters that the two switches of `config` add to the routed experts."""
     routed = tuple(f"{name}." for name, _ in find_experts(model).values())
-    blocks = {name.rpartition(".")[0] for name, _ in find_experts(model).values()}
+    layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name, _ in find_experts(model).values())
     names = []
     for name, _ in model.named_parameters():
         name = re.sub(r"parametrizations\.(.+)\.original$", r"\1", name)
         if name.startswith(routed) or name == DTYPE_OF_BASE:
             continue
-        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        child = name[len(block) + 1 :].split(".")[0] if block else ""
-        shared = "shared" in child and not child.endswith("gate")
+        # beside the experts, or (Granite) beside the block that holds them
+        shared = name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name)
         if config.shared_experts if shared else config.non_expert_modules:
             names.append(name)
     return names

@@ -53,7 +53,10 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
         if index is None:
             raise ValueError(f"the experts module {name} stands in no numbered layer, so no config can name it")
         if int(index[1]) in found:
-            raise ValueError(f"layer {index[1]} has two experts modules, {found[int(index[1])][0]} and {name}")
+            raise ValueError(
+                f"layer {index[1]} has two experts modules, {found[int(index[1])][0]} and {name}, and a config names "
+                f"experts by their layer only: {type(model).__name__} is not supported"
+            )
         found[int(index[1])] = (name, module)
     if not found:
         kind = f"{type(model).__name__} (model type {getattr(getattr(model, 'config', None), 'model_type', '?')})"

@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from . import modeling  # noqa: F401 (registers model type "deepseek")
@@ -48,7 +56,7 @@ def load_base_model(
         free = {gpu: int(0.8 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}  # the rest: activations and cache
         place = {"device_map": "auto", "max_memory": free}
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    from_pretrained = AutoModelForCausalLM.from_pretrained
+    from_pretrained = auto_class(_load(AutoConfig.from_pretrained, path)).from_pretrained
     if experts is not None:
         from_pretrained = _class_that_reads(type(empty_model(path)), experts).from_pretrained
     model, found = _load(from_pretrained, path, dtype=dtype, **place, **report)
@@ -146,7 +154,17 @@ def empty_model(path: str | Path) -> nn.Module:
     """The model of a folder or a hub id without its weights, on the meta device. Raises as `load_base_model` does."""
     config = _load(AutoConfig.from_pretrained, path)
     with torch.device("meta"):
-        return _load(lambda _: AutoModelForCausalLM.from_config(config), path)
+        return _load(lambda _: auto_class(config).from_config(config), path)
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class of a model: a causal language model, else one of images and text, whose text can be trained.
+
+    Some families, such as Qwen3-VL-MoE, have no language model of their own.
+    """
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def keeps_documents_apart(model: nn.Module) -> bool:

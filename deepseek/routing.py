@@ -70,6 +70,11 @@ class RouterCapture:
         self._handles: list = []
         if prob and not self._routers:
             raise ValueError(f"transformers records no router logits for {type(model).__name__}: drop the prob score")
+        if prob and (missing := sorted(self.layers.keys() - self._routers.keys())):
+            raise ValueError(
+                f"transformers records no router logits for layer {missing[0]} of {type(model).__name__} "
+                f"({len(missing)} of {len(self.layers)} layers): drop the prob score"
+            )
 
     def __enter__(self) -> "RouterCapture":
         self._handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -101,7 +106,8 @@ class RouterCapture:
                 raise ValueError(f"the token mask has {len(self._mask)} tokens, the forward {T}")
             ones_T = torch.ones(T, dtype=torch.int64, device=ids_TK.device)
             keep_T = ones_T if self._mask is None else self._mask.to(ids_TK.device, torch.int64)
-            slots = keep_T[:, None].expand(T, K).reshape(-1)
+            # a weight of 0 is a token that skips its expert (ZAYA)
+            slots = (keep_T[:, None] * (weights_TK != 0)).reshape(-1)
             gates = (weights_TK.detach().double() * RouterCounts.UNIT).round().long().reshape(-1) * slots
             index = ids_TK.reshape(-1)
             unsound = ~weights_TK.isfinite().all(1)
@@ -114,8 +120,10 @@ class RouterCapture:
         return hook
 
     def _count_probs(self, layer: int, index: int):
+        num_experts = self.layers[layer][1].num_experts
+
         def hook(_module, _args, output) -> None:
-            logits_TE = output[index].detach().float()
+            logits_TE = output[index].detach().float()[:, :num_experts]  # beyond them, ZAYA's router may skip them all
             sums_T = logits_TE.sum(-1)
             done = bool((logits_TE >= 0).all()) and torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-3)
             probs_TE = (logits_TE if done else logits_TE.softmax(-1)).double()
