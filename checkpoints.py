@@ -14,6 +14,7 @@ world_size may change in between.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import warnings
@@ -167,10 +168,11 @@ def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
         was = _flat(before)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
-    if config.overwrite:
-        return None, None
     now = _flat(json.loads(json.dumps(run_note(config, packs_per_step))))
     differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
+    started_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: what is here is its own
+    if config.overwrite and (differing or before.get("results") or not started_again):
+        return None, None
     if differing:
         raise ValueError(
             f"--output_dir {folder} holds another run (it differs in {', '.join(differing)}): give a fresh "

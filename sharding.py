@@ -79,8 +79,8 @@ def load_model(config, ranks: Ranks, timeout: timedelta, device: torch.device, s
 
     Under expert parallelism a rank reads its own experts only.
     """
-    empty = empty_model(config.base_model_path)
-    experts = chosen_experts(config, empty)  # a bad config shall not cost the loading of a large model
+    empty = ranks.together(lambda: empty_model(config.base_model_path))
+    experts = ranks.together(lambda: chosen_experts(config, empty))  # before a large model is loaded in vain
     ep_size = plan_ep_size(config, empty, experts, ranks, say) if experts else 1
     ranks = ranks.with_experts(ep_size, timeout)
     placements: dict[int, Placement] = {}
@@ -88,8 +88,9 @@ def load_model(config, ranks: Ranks, timeout: timedelta, device: torch.device, s
         placements = ranks.on_first(lambda: place_experts(config, empty, experts, ranks.ep_size, say))
     local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
     on = device if device.type == "cuda" else None
-    base, _ = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=on, experts=local)
-    model = prepare_model(base, config, experts)
+    place = {"dtype": config.dtype, "device": on, "experts": local}
+    base, _ = ranks.together(lambda: esft.load_base_model(config.base_model_path, **place))
+    model = ranks.together(lambda: prepare_model(base, config, experts))
     if placements:
         connect_experts(model, placements, experts.experts, ranks)
         read = ranks.gather(model.read_bytes)

@@ -39,9 +39,8 @@ from transformers.utils import logging
 import checkpoints
 import esft
 import utils
-from deepseek.loading import empty_model
-from deepseek.ranks import Ranks, SharedError, join, lost_contact
-from methods import chosen_experts, count_trained, frozen_hashes, trained_table
+from deepseek.ranks import SharedError, join, lost_contact
+from methods import count_trained, frozen_hashes, trained_table
 from sharding import load_model
 from trainer import ESFTTrainer, collate
 
@@ -318,10 +317,7 @@ def run(config: TrainConfig) -> dict:
             "give device=cpu"
         )
     ranks = join(timeout, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    try:
-        args = training_arguments(config)
-    except ValueError as error:
-        raise SharedError(str(error)) from error
+    args = ranks.together(lambda: training_arguments(config))
     first = ranks.rank == 0  # it alone prints and writes
     say = print if first else lambda *_: None
     if not first:
@@ -333,8 +329,7 @@ def run(config: TrainConfig) -> dict:
         say(f"{config.output_dir} holds this run already, finished: nothing to do")
         return results
     set_seed(config.seed)
-    ranks.on_first(lambda: _check_inputs(config))
-    tokenizer = esft.load_tokenizer(config.base_model_path)
+    tokenizer = ranks.together(lambda: esft.load_tokenizer(config.base_model_path))
     train_packs, eval_packs = ranks.on_first(lambda: load_data(config, tokenizer))
     if args.eval_strategy != "no" and not eval_packs:
         raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
@@ -361,7 +356,7 @@ def run(config: TrainConfig) -> dict:
         say(f"  {ranks.world_size} of {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node=N uses more")
 
     ranks.gather(None)  # all have looked at the folder
-    ranks.on_first(lambda: checkpoints.clear(Path(config.output_dir), config.overwrite, checkpoint))
+    ranks.on_first(lambda: checkpoints.clear(Path(config.output_dir), config.overwrite and not checkpoint, checkpoint))
     trainer = ESFTTrainer(
         method=config.method,
         ranks=ranks,
@@ -374,7 +369,7 @@ def run(config: TrainConfig) -> dict:
     )
     note = {**checkpoints.run_note(config, packs_per_step), "environment": utils.environment()}
     note_path = Path(config.output_dir) / "run.json"
-    trainer.add_callback(_Note(ranks, note_path, note))
+    trainer.add_callback(_Note(trainer, note_path, note))
     before = frozen_hashes(model) if config.verify_frozen else None
     if checkpoint:
         say(f"  going on from {checkpoint}")
@@ -400,7 +395,7 @@ def run(config: TrainConfig) -> dict:
     if eval_packs and (trainer.evaluated or [None])[0] != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
-    ranks.on_first(trainer.save_state)
+    trainer.write_on_first(trainer.save_state)
     results = {
         **count_trained(model),
         "steps": trainer.state.global_step,
@@ -415,15 +410,9 @@ def run(config: TrainConfig) -> dict:
         "saved_bytes": sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors")),
         "frozen_verified": before is not None,
     }
-    ranks.on_first(lambda: utils.write_json(note_path, {**note, "results": results}))
+    trainer.write_on_first(lambda: utils.write_json(note_path, {**note, "results": results}))
     say(_conclusion(config, results))
     return results
-
-
-def _check_inputs(config: TrainConfig) -> None:
-    """Raise what is wrong with model and expert config: once, not on every rank."""
-    esft.load_tokenizer(config.base_model_path)
-    chosen_experts(config, empty_model(config.base_model_path))
 
 
 def _conclusion(config: TrainConfig, results: dict) -> str:
@@ -436,11 +425,11 @@ def _conclusion(config: TrainConfig, results: dict) -> str:
 class _Note(TrainerCallback):
     """Writes run.json when training begins: what is refused until then leaves nothing behind."""
 
-    def __init__(self, ranks: Ranks, path: Path, note: dict):
-        self.ranks, self.path, self.note = ranks, path, note
+    def __init__(self, trainer: ESFTTrainer, path: Path, note: dict):
+        self.trainer, self.path, self.note = trainer, path, note
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.ranks.on_first(lambda: utils.write_json(self.path, self.note))
+        self.trainer.write_on_first(lambda: utils.write_json(self.path, self.note))
 
 
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:

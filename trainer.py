@@ -174,6 +174,9 @@ class ESFTTrainer(Trainer):
 
     # a step
 
+    def create_optimizer(self, model=None):
+        return self.ranks.together(functools.partial(super().create_optimizer, model))
+
     def get_train_dataloader(self):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._batches = Batches(len(self.train_dataset), self.args.train_batch_size, self.ranks, seed)
@@ -255,6 +258,12 @@ class ESFTTrainer(Trainer):
             if isinstance(error, RuntimeError) and lost_contact(error):
                 raise
             self._failure = self._failure or str(error)  # torch.save tells a full disk by a RuntimeError
+
+    def write_on_first(self, function: Callable[[], object]) -> None:
+        """Rank 0 writes into the run's folder; all ranks call it, and end alike where it fails."""
+        if self.args.should_save:
+            self._writing(function)
+        self._agree(Path(self.args.output_dir))
 
     def _agree(self, folder: Path) -> None:
         failure, self._failure = self._failure, None

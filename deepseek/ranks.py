@@ -7,8 +7,11 @@ on the store of the try before, whose keys still name processes that are dead, s
     rank 0   reads every hello/r and welcomes that name, until all are here; the attempt prefixes all keys from then on
 """
 
+import ctypes
 import dataclasses
 import os
+import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -75,6 +78,17 @@ class Ranks:
             raise SharedError(answer[1])
         return answer[0]
 
+    def together(self, function: Callable[[], Any]) -> Any:
+        """What `function()` returns here; an error of any rank that a user can mend is raised on all. It calls no
+        collective, so that a rank that fails keeps none waiting."""
+        result = error = None
+        try:
+            result = function()
+        except (ValueError, OSError, ImportError) as found:
+            error = found
+        self.agree(error)
+        return result
+
     def with_experts(self, ep_size: int, timeout: timedelta) -> "Ranks":
         """These ranks with the groups of expert parallelism: consecutive ranks make a replica.
 
@@ -107,6 +121,10 @@ def join(timeout: timedelta, backend: str) -> Ranks:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks()
     if not dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # PR_SET_PDEATHSIG: where torchrun is killed, its workers stop after the step at work, instead of going on
+            # beside those that the same command starts
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = _this_attempt(store, rank, world_size, timeout)
