@@ -20,6 +20,7 @@ and the experts of a layer are taken best first until their running sum reaches 
 Legend: T tokens, D hidden, E experts, K top-k, L MoE layers; an array named score_LE is indexed [layer][expert].
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -40,12 +41,14 @@ from deepseek.experts import (
     expert_views,
     find_experts,
     local_expert_ids,
+    projection_names,
     release_experts,
     release_parameters,
     train_experts,
     train_parameters,
     trained_parameter,
 )
+from deepseek.frozen import forbid_state_dict, freeze_experts, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer
 from deepseek.routing import RouterCapture, RouterCounts, read_logs
@@ -58,7 +61,9 @@ __all__ = [
     "adapter_tensors",
     "adapter_views",
     "add_adapter",
+    "base_note",
     "check_base",
+    "find_adapter_tensors",
     "is_lora",
     "load_base_model",
     "load_esft_model",
@@ -70,11 +75,13 @@ __all__ = [
     "save_adapter",
     "select_experts",
     "to_esft",
+    "union",
     "unload",
 ]
 
 CONFIG_NAME = "expert_cfg.json"
 WEIGHTS_NAME = "adapter.safetensors"
+DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, in the words of safetensors
 SCORE_FUNCTIONS = ("token", "gate", "prob")
 STRATEGIES = ("cumulative", "fraction", "topk", "random")
 
@@ -398,12 +405,24 @@ class _State:
     displaced: dict[str, Tensor] | None = None  # the base's values, by adapter name
 
 
-def to_esft(model: nn.Module, config: ExpertConfig | Mapping, keep_base: bool = True) -> nn.Module:
+def to_esft(
+    model: nn.Module,
+    config: ExpertConfig | Mapping,
+    keep_base: bool = True,
+    frozen_dtype: str | None = None,
+    offload_frozen: bool = False,
+) -> nn.Module:
     """Make exactly what `config` names trainable, in fp32, and freeze the rest; the forward stays bit-equal.
 
     Works in place and returns the model. Any optimizer over the parameters that require a gradient trains it. The state
-    dict keeps the names, shapes and expert order of the base. `keep_base` holds a copy of the base's values in host
-    memory, for `unload`.
+    dict keeps the names, shapes and expert order of the base.
+
+    Args:
+        keep_base: hold a copy of the base's values in host memory, for `unload`.
+        frozen_dtype: store the frozen experts as "fp8", "int8" or "nf4" (deepseek/frozen.py), for good: the forward is
+            no longer the base's, and of such a model only the adapter can be saved. Where a model does not fit before
+            that, `load_base_model(frozen=...)` stores them while it reads.
+        offload_frozen: keep the frozen experts in host memory.
 
     Raises:
         ValueError: no such layer or expert in this model, a model without fused experts, or one already prepared.
@@ -413,7 +432,13 @@ def to_esft(model: nn.Module, config: ExpertConfig | Mapping, keep_base: bool = 
     if getattr(model, "_esft", None):
         raise ValueError("this model has been through to_esft or add_adapter: unload(model) or merge(model) it first")
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-    state = _State(config, True, model.config._experts_implementation, frozen, router_fingerprint(model))
+    for layer, (_, module) in find_experts(model).items():
+        if hasattr(module, "frozen"):
+            thaw_experts(module, config.experts.get(layer, ()))
+        elif frozen_dtype or offload_frozen:
+            freeze_experts(module, config.experts.get(layer, ()), frozen_dtype, offload_frozen)
+    implementation = IMPLEMENTATION if _is_stored(model) else model.config._experts_implementation
+    state = _State(config, True, implementation, frozen, router_fingerprint(model))
     if keep_base:
         state.displaced = {name: view.to("cpu", copy=True) for name, view in adapter_views(model, config).items()}
     model.requires_grad_(False)
@@ -421,6 +446,7 @@ def to_esft(model: nn.Module, config: ExpertConfig | Mapping, keep_base: bool = 
     for layer, (_, module) in find_experts(model).items():
         if config.experts.get(layer):
             train_experts(module, config.experts[layer])
+    forbid_state_dict(model)
     model.set_experts_implementation(IMPLEMENTATION)
     model._esft = state
     return model
@@ -438,9 +464,21 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Make what was trained or loaded part of the model: a plain one, whose `save_pretrained` is a plain checkpoint."""
+    """Make what was trained or loaded part of the model: a plain one, whose `save_pretrained` is a plain checkpoint.
+
+    Raises:
+        ValueError: nothing was trained or loaded, or the experts do not all lie here in the model's dtype.
+    """
+    if _is_stored(model):
+        raise ValueError("the frozen experts are stored otherwise than in the base: save the adapter and merge that "
+                         "on disk, with scripts/merge_adapter.py")  # fmt: skip
     _release(model, _state(model))
     return model
+
+
+def _is_stored(model: nn.Module) -> bool:
+    """Whether the frozen experts are stored otherwise than in the base (deepseek/frozen.py)."""
+    return any(hasattr(module, "frozen") for _, module in find_experts(model).values())
 
 
 def _state(model: nn.Module) -> _State:
@@ -542,14 +580,18 @@ def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Ten
     tensors = adapter_tensors(model) if tensors is None else tensors
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file({name: tensors[name] for name in sorted(tensors)}, temporary, metadata={"format": "pt"})
+    write_json(folder / CONFIG_NAME, {**state.config.to_dict(), "base": base_note(model, state.router)})
+
+
+def base_note(model: nn.Module, router: str) -> dict:
+    """What an adapter tells of the base it is for; `router` is its `router_fingerprint`."""
     layers = find_experts(model)
-    base = {
+    return {
         "model_type": model.config.model_type,
         "layers": [min(layers), max(layers)],
         "num_experts": next(iter(layers.values()))[1].num_experts,
-        "router": state.router,
+        "router": router,
     }
-    write_json(folder / CONFIG_NAME, {**state.config.to_dict(), "base": base})
 
 
 def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -576,6 +618,8 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})
         if state.training and config != state.config:
             raise ValueError("it holds other experts than this model trains; unload(model) first")
+        for layer, (_, module) in find_experts(model).items():
+            thaw_experts(module, config.experts.get(layer, ()))
         views = adapter_views(model, config)
         loaded = read_adapter(folder, views, _remote_names(model, config))
         taken = sorted(views.keys() & (state.displaced or {}).keys()) if not state.training else []
@@ -587,7 +631,7 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(f"adapter {folder}: {error}") from error
     if not state.training:
         state.displaced |= {name: view.to("cpu", copy=True) for name, view in views.items()}
-        state.config = _union(state.config, config)
+        state.config = union(state.config, config)
         model._esft = state
     for name, view in views.items():
         view.copy_(loaded[name])
@@ -599,46 +643,74 @@ def _remote_names(model: nn.Module, config: ExpertConfig) -> set[str]:
     """Names that an adapter of `config` has for experts on other ranks."""
     names = set()
     for layer, (name, module) in find_experts(model).items():
-        local = local_expert_ids(module)
-        remote = set(config.experts.get(layer, ())) - set(local)
-        names |= {f"{name}.{expert}.{projection}" for expert in remote for projection in expert_views(module, local[0])}
+        remote = set(config.experts.get(layer, ())) - set(local_expert_ids(module))
+        names |= {f"{name}.{expert}.{projection}" for expert in remote for projection in projection_names(module)}
     return names
 
 
 def read_adapter(
     folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Read all `*.safetensors` of an adapter folder, names with or without the leading "model.", by the names in
-    `expected`, whose shapes they must have; those of `skipped` may be there.
+    """The tensors that `find_adapter_tensors` finds, by the names in `expected`. Raises as it does."""
+    found, loaded = find_adapter_tensors(folder, expected, skipped), {}
+    for path in sorted({path for path, _ in found.values()}):
+        with _open(path) as file:
+            loaded |= {name: file.get_tensor(key) for name, (where, key) in found.items() if where == path}
+    return loaded
+
+
+def find_adapter_tensors(
+    folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
+) -> dict[str, tuple[Path, str]]:
+    """(file, key in it) of each tensor of an adapter folder, by the names in `expected`, whose shapes they must have.
+
+    All `*.safetensors` are looked at, without reading a tensor; their names may lack the leading "model."; those of
+    `skipped` may be there.
 
     Raises:
-        ValueError, FileNotFoundError: no file, a damaged one, a tensor missing, unknown or of another shape.
+        ValueError, FileNotFoundError: no file, a damaged one; a tensor missing, unknown, of another shape, or not of
+            floating point numbers that a model can be trained in.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: no *.safetensors in it, so it is no adapter")
-    loaded: dict[str, Tensor] = {}
+    found: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    name = key if key in expected or key in skipped else f"model.{key}"
-                    if name in skipped:
-                        continue
-                    if name not in expected:
-                        raise ValueError(f"{path.name}: {key} is not in its {CONFIG_NAME} or not in this model")
-                    if name in loaded:
-                        raise ValueError(f"{path.name}: {key} is in this folder twice; keep one adapter per folder")
-                    loaded[name] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path.name} is damaged or truncated ({error}); fetch or save it again") from error
+        with _open(path) as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                name = key if key in expected or key in skipped else f"model.{key}"
+                if name in skipped:
+                    continue
+                if name not in expected:
+                    raise ValueError(f"{path.name}: {key} is not in its {CONFIG_NAME} or not in this model")
+                if name in found:
+                    raise ValueError(f"{path.name}: {key} is in this folder twice; keep one adapter per folder")
+                header = file.get_slice(key)
+                if header.get_dtype() not in DTYPES:
+                    raise ValueError(
+                        f"{path.name}: {key} is stored as {header.get_dtype()}, expected {', '.join(DTYPES)}: save the "
+                        "adapter in one of these"
+                    )
+                found[name], shapes[name] = (path, key), tuple(header.get_shape())
     for name, view in expected.items():
-        if name not in loaded:
+        if name not in found:
             raise ValueError(f"{name} is missing")
-        if loaded[name].shape != view.shape:
-            found, wanted = tuple(loaded[name].shape), tuple(view.shape)
-            raise ValueError(f"{name} has shape {found}, this model's is {wanted}: it was made for another base")
-    return loaded
+        if shapes[name] != view.shape:
+            raise ValueError(
+                f"{name} has shape {shapes[name]}, this model's is {tuple(view.shape)}: it was made for another base"
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _open(path: Path):
+    """A safetensors file to read from; ValueError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is damaged or truncated ({error}); fetch or save it again") from error
 
 
 def check_base(model: nn.Module, folder: str | Path) -> None:
@@ -688,7 +760,8 @@ def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             raise ValueError(f"adapter {folder} is no LoRA of this model ({reason})") from error
 
 
-def _union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:
+def union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:
+    """What two adapters hold that hold no expert both."""
     experts = {layer: (*a.experts.get(layer, ()), *b.experts.get(layer, ())) for layer in a.experts | b.experts}
     return ExpertConfig(
         dict(sorted(experts.items())),

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import esft
 from deepseek.experts import TrainedExperts, find_experts, fused_names, local_expert_ids
+from deepseek.frozen import FrozenExperts
 
 
 def chosen_experts(config, model: nn.Module) -> esft.ExpertConfig | None:
@@ -88,10 +89,12 @@ def count_trained(model: nn.Module) -> dict:
     nbytes = sum(param.numel() * param.element_size() for param in trained)
     if state := getattr(model, "_esft", None):
         for layer, (_, module) in find_experts(model).items():
-            each = sum(getattr(module, name)[0].numel() for name in fused_names(module))
+            each = sum(getattr(module, name).shape[1:].numel() for name in fused_names(module))
             here = set(local_expert_ids(module))
             elsewhere = len(set(state.config.experts.get(layer, ())) - here) * each
             parameters += (module.num_experts - len(here)) * each
+            if hasattr(module, "frozen"):
+                parameters += module.frozen.num_parameters()
             count, nbytes = count + elsewhere, nbytes + elsewhere * torch.float32.itemsize
     return {
         "parameters": parameters,
@@ -109,6 +112,11 @@ def trained_table(model: nn.Module, config) -> str:
         for layer, (_, module) in find_experts(model).items():
             if ids := sorted(state.config.experts.get(layer, ())):
                 lines.append(f"  layer {layer:>3}: {len(ids):>3} of {module.num_experts} experts  {ids}")
+    stored = [m.frozen for _, m in find_experts(model).values() if hasattr(m, "frozen")] if state else []
+    if stored:
+        where = ", in host memory" if stored[0].offload else ""
+        size = sum(frozen.nbytes() for frozen in stored) / 2**20
+        lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {size:,.1f} MiB")
     share = counts["trained_parameters"] / counts["parameters"]
     lines.append(f"  trained parameters {counts['trained_parameters']:,} of {counts['parameters']:,} ({share:.2%})")
     lines.append(
@@ -119,12 +127,14 @@ def trained_table(model: nn.Module, config) -> str:
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every parameter and persistent buffer that is not trained; of fused experts, of the frozen rows, and
-    of what is shared out, of this rank's part."""
+    """SHA-256 of every parameter and persistent buffer that is not trained; of fused experts, of the frozen rows or of
+    what is stored for them, and of what is shared out, of this rank's part."""
     hashes = {}
     for prefix, module in model.named_modules():
         experts = getattr(module, "trained", None)
         buffers = {k: b for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
+        if isinstance(module, FrozenExperts):
+            buffers |= {f"{name}.{i}": t for name, stored in module.stored.items() for i, t in enumerate(stored)}
         for name, tensor in {**dict(module.named_parameters(recurse=False)), **buffers}.items():
             if not tensor.requires_grad:
                 if isinstance(experts, TrainedExperts) and hasattr(experts, name):

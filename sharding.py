@@ -10,6 +10,7 @@ from torch import nn
 import esft
 from deepseek.expert_parallel import connect_experts, shard_dense
 from deepseek.experts import find_experts, fused_names
+from deepseek.frozen import Storage
 from deepseek.loading import empty_model, keeps_documents_apart
 from deepseek.placement import Placement, choose_ep_size, imbalance, place_layers
 from deepseek.ranks import Ranks
@@ -36,7 +37,7 @@ def place_experts(config, empty: nn.Module, experts: esft.ExpertConfig, ep_size:
     try:
         placements = place_layers(num_experts_L, experts.experts, ep_size, load_LE, contiguous)
     except ValueError as error:
-        raise ValueError(f"{error} ({source}); give expert_scores_dir=..., or placement=contiguous") from error
+        raise ValueError(f"{error} (placement {source}; expert_scores_dir=... gives others)") from error
     load_LE = load_LE or {layer: dict.fromkeys(range(n), 1 / n) for layer, n in num_experts_L.items()}
     found = imbalance(placements, experts.experts, load_LE)
     say(
@@ -89,6 +90,8 @@ def load_model(config, ranks: Ranks, timeout: timedelta, device: torch.device, s
     local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
     on = device if device.type == "cuda" else None
     place = {"dtype": config.dtype, "device": on, "experts": local}
+    if experts and (config.frozen_dtype or config.offload_frozen):
+        place["frozen"] = Storage(config.frozen_dtype, config.offload_frozen, experts.experts)
     base, _ = ranks.together(lambda: esft.load_base_model(config.base_model_path, **place))
     model = ranks.together(lambda: prepare_model(base, config, experts))
     if placements:
@@ -97,5 +100,5 @@ def load_model(config, ranks: Ranks, timeout: timedelta, device: torch.device, s
         say(f"  read by each rank: {min(read) / 2**20:,.1f} to {max(read) / 2**20:,.1f} MiB of weights")
     apart = keeps_documents_apart(base)
     if config.shard_dense and ranks.world_size > 1:
-        shard_dense(model, ranks, device)
+        shard_dense(model, timeout, device)
     return model, apart, ranks

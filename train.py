@@ -12,7 +12,7 @@ accumulation and number of processes (trainer.py).
 The output folder is itself a loadable adapter (or, for `method: full`, a model), and holds run.json (resolved config,
 versions, results), trainer_state.json (all losses) and checkpoint-<step> folders. A checkpoint is written beside and
 renamed. The same command again goes on from the last whole one (given --save_opt_states); a finished run is left alone.
-SIGTERM ends a run after the step at work, with a checkpoint and exit code 143.
+SIGTERM and Ctrl-C end a run after the step at work, with a checkpoint and exit code 143 or 130.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import os
 import random
 import re
 import resource
+import signal
 import statistics
 import sys
 import types
@@ -39,6 +40,7 @@ from transformers.utils import logging
 import checkpoints
 import esft
 import utils
+from deepseek.frozen import DTYPES as FROZEN_DTYPES
 from deepseek.ranks import SharedError, join, lost_contact
 from methods import count_trained, frozen_hashes, trained_table
 from sharding import load_model
@@ -68,7 +70,8 @@ NEEDED = {  # keys of transformers that would break the loss, the order of the d
     "save_on_each_node": False,
     "auto_find_batch_size": False,
     "dataloader_drop_last": False,
-    "group_by_length": False,
+    "ignore_data_skip": False,
+    "train_sampling_strategy": "random",
     "fsdp": None,
     "deepspeed": None,
     "ddp_backend": None,
@@ -112,6 +115,8 @@ class TrainConfig:
     placement: str = "score"
     expert_scores_dir: str | None = None
     shard_dense: bool = False
+    frozen_dtype: str | None = None
+    offload_frozen: bool = False
     save_opt_states: bool = False
     verify_frozen: bool = False
     overwrite: bool = False
@@ -127,9 +132,11 @@ class TrainConfig:
             "dtype": ("auto", "float32", "bfloat16"),
             "device": ("auto", "cpu", "cuda"),
             "placement": ("score", "contiguous"),
+            "frozen_dtype": (None, *FROZEN_DTYPES),
         }.items():
             value = getattr(self, key)
             if value not in known:
+                known = [one for one in known if one]
                 raise ValueError(f"{key}={value}: it is one of {', '.join(known)}{utils.suggest(value, known)}")
         values = {**vars(self), **self.training}
         for key in COUNTS:
@@ -145,8 +152,13 @@ class TrainConfig:
             raise ValueError(f"ep_size={self.ep_size}: expected a whole number above 0, or auto")
         if self.global_batch_size is not None and "gradient_accumulation_steps" in self.training:
             raise ValueError("global_batch_size sets gradient_accumulation_steps: give one of them")
-        if self.method not in ("esft", "random") and (self.ep_size not in (1, "auto") or self.shard_dense):
-            raise ValueError(f"method {self.method} trains what ep_size and shard_dense would split: leave them out")
+        if self.method not in ("esft", "random"):
+            if self.ep_size not in (1, "auto") or self.shard_dense:
+                raise ValueError(
+                    f"method {self.method} trains what ep_size and shard_dense would split: leave them out"
+                )
+            if self.frozen_dtype or self.offload_frozen:
+                raise ValueError(f"frozen_dtype and offload_frozen are for methods esft and random, not {self.method}")
         if self.method in ("esft", "random") and not self.expert_config:
             raise ValueError(
                 f"method {self.method} needs --expert_config; scripts/expert/generate_expert_config.py makes one"
@@ -239,8 +251,8 @@ def _batch_split(config: TrainConfig) -> dict[str, int]:
     size = min(config.training.get("per_device_train_batch_size", 8), max(int(share), 1))
     if share % size:
         raise ValueError(
-            f"global_batch_size={config.global_batch_size} cannot be split into batches of {size} on {processes} "
-            "processes: change it, per_device_train_batch_size or the number of processes"
+            f"global_batch_size={config.global_batch_size} cannot be shared out evenly to {processes} processes in "
+            f"batches of {size}: change it, per_device_train_batch_size or the number of processes"
         )
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": int(share) // size}
 
@@ -252,6 +264,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         ValueError: a value that transformers refuses, no GPU for device=cuda, or a tracker that is not installed.
     """
     cuda = torch.cuda.is_available()
+    saved, evaluated = (config.training.get(key) for key in ("save_steps", "eval_steps"))
+    whole = type(saved) is int and type(evaluated) is int
+    if config.training.get("load_best_model_at_end") and whole and saved % evaluated:
+        raise ValueError(
+            f"save_steps={saved} is no multiple of eval_steps={evaluated}, so that the best model may not be among "
+            "those saved: change one of them, or give load_best_model_at_end=false"
+        )
     if config.device == "cuda" and not cuda:
         raise ValueError("device=cuda: torch sees no GPU here; give device=cpu or mend the installation")
     try:
@@ -306,7 +325,7 @@ def run(config: TrainConfig) -> dict:
     Raises:
         ValueError, FileNotFoundError: whatever is wrong with the config, the data, the model or the output folder,
             before anything is written there; later, a non-finite loss or a frozen tensor that changed.
-        SystemExit: 143, after SIGTERM.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
     """
     timeout = timedelta(seconds=config.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -355,8 +374,6 @@ def run(config: TrainConfig) -> dict:
     if torch.cuda.device_count() > ranks.world_size and not args.use_cpu:
         say(f"  {ranks.world_size} of {torch.cuda.device_count()} GPUs: torchrun --nproc-per-node=N uses more")
 
-    ranks.gather(None)  # all have looked at the folder
-    ranks.on_first(lambda: checkpoints.clear(Path(config.output_dir), config.overwrite and not checkpoint, checkpoint))
     trainer = ESFTTrainer(
         method=config.method,
         ranks=ranks,
@@ -369,7 +386,10 @@ def run(config: TrainConfig) -> dict:
     )
     note = {**checkpoints.run_note(config, packs_per_step), "environment": utils.environment()}
     note_path = Path(config.output_dir) / "run.json"
-    trainer.add_callback(_Note(trainer, note_path, note))
+    clear = functools.partial(
+        checkpoints.clear, Path(config.output_dir), config.overwrite and not checkpoint, checkpoint
+    )
+    trainer.add_callback(_Begin(trainer, lambda: (clear(), utils.write_json(note_path, note))))
     before = frozen_hashes(model) if config.verify_frozen else None
     if checkpoint:
         say(f"  going on from {checkpoint}")
@@ -380,8 +400,9 @@ def run(config: TrainConfig) -> dict:
             if config.save_opt_states
             else "nothing was kept, as --save_opt_states was not given"
         )
-        say(f"  stopped by SIGTERM after step {trainer.state.global_step}: {goes_on}")
-        raise SystemExit(143)
+        number = signal.Signals(trainer.signalled or signal.SIGTERM)
+        say(f"  stopped by {number.name} after step {trainer.state.global_step}: {goes_on}")
+        raise SystemExit(128 + number)
     if before is not None:
         after = frozen_hashes(model)
         changed = [name for name in before if before[name] != after.get(name)]
@@ -422,14 +443,14 @@ def _conclusion(config: TrainConfig, results: dict) -> str:
     return f"{results['steps']} steps{loss}; {kind} in {config.output_dir}: eval_multigpu.py {flag}={config.output_dir}"
 
 
-class _Note(TrainerCallback):
-    """Writes run.json when training begins: what is refused until then leaves nothing behind."""
+class _Begin(TrainerCallback):
+    """Clears the folder and writes run.json when training begins: what is refused until then changes nothing."""
 
-    def __init__(self, trainer: ESFTTrainer, path: Path, note: dict):
-        self.trainer, self.path, self.note = trainer, path, note
+    def __init__(self, trainer: ESFTTrainer, function):
+        self.trainer, self.function = trainer, function
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.write_on_first(lambda: utils.write_json(self.path, self.note))
+        self.trainer.write_on_first(self.function)
 
 
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:
@@ -456,6 +477,7 @@ def main(argv: list[str] | None = None, defaults: dict | None = None, descriptio
     add("--save_opt_states", action="store_true", help="keep optimizer states in checkpoints, for exact resume")
     add("--verify_frozen", action="store_true", help="prove by hash that every other tensor kept its bits")
     add("overrides", nargs="*", metavar="key=value", help="any key, e.g. method=lora learning_rate=1e-4 max_steps=100")
+    argv = [_without_dashes(word, parser) for word in (sys.argv[1:] if argv is None else argv)]
     flags = vars(parser.parse_intermixed_args(argv))
     path, overrides = flags.pop("train_config"), flags.pop("overrides")
     given = {key: value for key, value in flags.items() if value not in (None, False)}
@@ -487,6 +509,14 @@ def main(argv: list[str] | None = None, defaults: dict | None = None, descriptio
     if dist.is_initialized():
         dist.destroy_process_group()
     return results
+
+
+def _without_dashes(word: str, parser: utils.Parser) -> str:
+    """`--max_steps=5`, as transformers' own scripts have it, is `max_steps=5`."""
+    key = word.partition("=")[0].removeprefix("--")
+    known = {f.name for cls in (TrainConfig, TrainingArguments) for f in dataclasses.fields(cls)} | ALIASES.keys()
+    is_key = word.startswith("--") and "=" in word and key in known and not parser.has_flag(f"--{key}")
+    return word.removeprefix("--") if is_key else word
 
 
 if __name__ == "__main__":

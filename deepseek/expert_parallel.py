@@ -27,17 +27,17 @@ Legend: T tokens, D hidden, K top-k, N = T*K routed rows, R rows a rank holds af
 group.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -196,7 +196,7 @@ def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Te
     if ranks.ep_size == 1:
         return dict(tensors) if ranks.rank == 0 else {}
     notes = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
-    notes_P = [json.loads(text) for text in ranks.gather(json.dumps(notes if ranks.first_replica else []))]
+    notes_P = ranks.gather(notes if ranks.first_replica else [])
     gathered, known = dict(tensors) if ranks.rank == 0 else {}, {name for name, *_ in notes_P[0]}
     for source, listed in enumerate(notes_P[1:], 1):
         for name, shape, dtype in listed:
@@ -215,10 +215,13 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def shard_dense(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+def shard_dense(model: nn.Module, timeout: timedelta, device: torch.device) -> None:
     """Share out the frozen dense weights over the world by FSDP2, layer by layer; experts and all that is trained stay
-    as they are. In place; the model is on `device` afterwards. Before the first forward."""
-    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    as they are. In place; the model is on `device` afterwards. Before the first forward.
+
+    It has a group of its own: its gathers and the reductions of gradients come in an order that differs by rank.
+    """
+    mesh = DeviceMesh.from_group(dist.new_group(timeout=timeout), device.type)
     kept = {param for _, module in find_experts(model).values() for param in module.parameters()}
     kept |= {param for param in model.parameters() if param.requires_grad}
     model.to(device)

@@ -77,6 +77,11 @@ def fused_names(module: nn.Module) -> tuple[str, ...]:
     return (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if module.has_bias else ()))
 
 
+def row_order(module: nn.Module) -> nn.Module | None:
+    """What knows the order of the rows (`order_e`, `row_of_e`) where it is not that of the local experts' ids."""
+    return getattr(module, "trained", None) or getattr(module, "frozen", None)
+
+
 def split_projections(module: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Views of one expert's slice of the fused tensor `name`, by canonical projection.
 
@@ -95,14 +100,21 @@ def split_projections(module: nn.Module, name: str, tensor: Tensor) -> dict[str,
     return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
 
 
+def projection_names(module: nn.Module) -> list[str]:
+    """Names of an expert's projections, as in `expert_views`."""
+    slices = {name: torch.empty(getattr(module, name).shape[1:], device="meta") for name in fused_names(module)}
+    return [key for name, one in slices.items() for key in split_projections(module, name, one)]
+
+
 def expert_views(module: nn.Module, expert: int) -> dict[str, Tensor]:
     """One (local) expert's projections as views of the fused tensors: read them, or write them with `copy_`.
 
-    On a module with trained experts, call `module.trained.push()` before reading and `pull()` after writing.
+    On a module with trained experts, call `module.trained.push()` before reading and `pull()` after writing. Of frozen
+    experts (frozen.py), only those kept can be seen.
     """
     row = local_expert_ids(module).index(expert)
-    if hasattr(module, "trained"):
-        row = module.trained.row_of_e[row].item()
+    if (order := row_order(module)) is not None:
+        row = order.row_of_e[row].item()
     views: dict[str, Tensor] = {}
     for name in fused_names(module):
         views |= split_projections(module, name, getattr(module, name).data[row])
@@ -118,16 +130,19 @@ class TrainedExperts(nn.Module):
     def __init__(self, module: nn.Module, experts: Iterable[int]):
         super().__init__()
         chosen, self._local_ids = set(experts), local_expert_ids(module)
+        before = row_order(module)
+        known = range(len(self._local_ids)) if before is None else before.order_e.tolist()
         first = [index for index, expert in enumerate(self._local_ids) if expert in chosen]
-        rest = [index for index, expert in enumerate(self._local_ids) if expert not in chosen]
+        rest = [index for index in known if self._local_ids[index] not in chosen]
         self.num_trained = len(first)
         order_e = torch.tensor(first + rest, device=module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
         self._owner = [module]  # in a list: not a submodule, and a deep copy follows it to the copied owner
+        rows_e = order_e if before is None else before.row_of_e[order_e]
         for name in fused_names(module):
             fused = getattr(module, name)
-            fused.data.copy_(fused.data[order_e])
+            fused.data.copy_(fused.data[rows_e[: len(fused)]])
             self.register_parameter(name, nn.Parameter(fused.data[: self.num_trained].float()))
 
     @property
@@ -177,11 +192,14 @@ def train_experts(module: nn.Module, experts: Iterable[int]) -> None:
 
 
 def release_experts(module: nn.Module) -> None:
-    """Undo `train_experts`: expert order as in the base, no parameters of our own; the values stay as trained."""
+    """Undo `train_experts`: expert order as before, no parameters of our own; the values stay as trained."""
     module.trained.push()
+    rows_e = module.trained.row_of_e
+    if hasattr(module, "frozen"):
+        rows_e = rows_e[module.frozen.order_e]
     for name in fused_names(module):
         fused = getattr(module, name)
-        fused.data.copy_(fused.data[module.trained.row_of_e])
+        fused.data.copy_(fused.data[rows_e[: len(fused)]])
     for hook in module._trained_hooks:
         hook.remove()
     del module.trained, module._trained_hooks
@@ -240,7 +258,12 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def train_parameters(model: nn.Module, names: Iterable[str]) -> None:
     """Make ordinary parameters trainable, in fp32; the model goes on computing in the dtype it had."""
-    keys, dtype = list(model.state_dict()), next(model.parameters()).dtype
+    keys = [
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    ]
+    dtype = next(model.parameters()).dtype
     tied: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(param), []).append(name)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import fused_names
+from .experts import fused_names, local_expert_ids, row_order
 
 IMPLEMENTATION = "esft"
 REFERENCE = "esft_reference"
@@ -45,8 +45,8 @@ def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, t
     Returns:
         (T, D), in the dtype of `x_TD`.
     """
-    trained = getattr(module, "trained", None)
-    rows_TK = trained.row_of_e[topk_ids_TK] if trained else topk_ids_TK
+    order = row_order(module)
+    rows_TK = topk_ids_TK if order is None else order.row_of_e[topk_ids_TK]
     return grouped_experts(module, x_TD, rows_TK, topk_weights_TK)
 
 
@@ -61,14 +61,17 @@ def grouped_experts(module: nn.Module, x_TD: Tensor, rows_TK: Tensor, topk_weigh
 
 def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """`esft_experts_forward` as a loop over experts, slow and obvious, registered as "esft_reference"."""
-    trained = getattr(module, "trained", None)
+    trained, order = getattr(module, "trained", None), row_order(module)
     S = trained.num_trained if trained else 0
-    rows_TK = trained.row_of_e[topk_ids_TK] if trained else topk_ids_TK
+    rows_TK = topk_ids_TK if order is None else order.row_of_e[topk_ids_TK]
     up_name, down_name, *_ = fused_names(module)
 
     def linear(x: Tensor, name: str, row: int) -> Tensor:
         source, bias_name = (trained if row < S else module), f"{name}_bias"
-        weight = getattr(source, name)[row].to(x.dtype)
+        if row < len(getattr(module, name)):
+            weight = getattr(source, name)[row].to(x.dtype)
+        else:
+            weight = module.frozen.rows(name, row, row + 1, x.dtype)[0]
         y = x @ weight if module.is_transposed else x @ weight.T
         return y + getattr(source, bias_name)[row].to(x.dtype) if module.has_bias else y
 
@@ -91,20 +94,22 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, module, x_TD, topk_weights_TK, rows_TK, *trained):
-        fused = [getattr(module, name).data for name in fused_names(module)]
-        up, down = fused[:2]
-        up_bias, down_bias = fused[2:] or (None, None)
-        dtype, x_TD = x_TD.dtype, x_TD.to(up.dtype)
+        up_name, down_name, *_ = fused_names(module)
+        up_bias, down_bias = _biases(module)
+        dtype, x_TD = x_TD.dtype, x_TD.to(getattr(module, up_name).dtype)
         T, K = rows_TK.shape
         row_N, perm_N = torch.sort(rows_TK.reshape(-1), stable=True)
         inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
-        offs_E = torch.searchsorted(row_N, torch.arange(len(fused[0]), device=row_N.device), right=True).int()
+        every_E = torch.arange(len(local_expert_ids(module)), device=row_N.device)
+        offs_E = torch.searchsorted(row_N, every_E, right=True).int()
+        # with frozen experts in other storage, the host must know where each one's rows begin
+        ctx.bounds = [0, *offs_E.tolist()] if hasattr(module, "frozen") else None
 
-        h_N = _grouped_linear(x_TD.index_select(0, perm_N // K), up, offs_E, module.is_transposed)
+        h_N = _linear(module, up_name, x_TD.index_select(0, perm_N // K), offs_E, ctx.bounds)
         if module.has_bias:
             h_N += up_bias[row_N]
         a_NF = _activate(module, h_N)
-        y_ND = _grouped_linear(a_NF, down, offs_E, module.is_transposed)
+        y_ND = _linear(module, down_name, a_NF, offs_E, ctx.bounds)
         if module.has_bias:
             y_ND += down_bias[row_N]
         if module.has_post_expert_norm:
@@ -123,15 +128,15 @@ class _GroupedExperts(torch.autograd.Function):
         x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E = ctx.saved_tensors
         _, need_x, need_weights, _, *need_trained = ctx.needs_input_grad
         (T, K), transposed = topk_weights_TK.shape, module.is_transposed
-        fused = [getattr(module, name).data for name in fused_names(module)]
+        up_name, down_name, *_ = fused_names(module)
+        _, down_bias = _biases(module)
         # Rows of the trained prefix. On an accelerator reading n would stall the stream, and need not be done:
         # grouped_mm stops at the last offset.
         n = N = len(row_N)
         if S and row_N.device.type == "cpu":
             n = int(offs_E[S - 1])
         if not (need_x or need_weights):  # nothing trained below this layer: only the prefix matters
-            N, offs_E, fused = n, offs_E[:S], [w[:S] for w in fused]
-        up, down = fused[:2]
+            N, offs_E = n, offs_E[:S]
         token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
 
         g_ND = g_TD.to(x_TD.dtype).index_select(0, token_N)
@@ -140,20 +145,20 @@ class _GroupedExperts(torch.autograd.Function):
             a_NF = _activate(module, h_N)
         dweight_N = None
         if module.has_post_expert_norm:
-            y_ND = _grouped_linear(a_NF.detach(), down, offs_E, transposed)
+            y_ND = _linear(module, down_name, a_NF.detach(), offs_E, ctx.bounds)
             if module.has_bias:
-                y_ND += fused[3][row_N[:N]]
+                y_ND += down_bias[row_N[:N]]
             with torch.enable_grad():
                 y_ND.requires_grad_()
                 normed_ND = module.post_expert_norm(y_ND)
             dweight_N = (g_ND * normed_ND.detach()).sum(-1)
             g_ND = torch.autograd.grad(normed_ND, y_ND, (g_ND * weight_N1).to(normed_ND.dtype))[0]
             weight_N1 = torch.ones_like(weight_N1)
-        da_NF = _grouped_linear(g_ND, down, offs_E, not transposed)
+        da_NF = _linear(module, down_name, g_ND, offs_E, ctx.bounds, backward=True)
         if need_weights and dweight_N is None:
             dweight_N = (da_NF * a_NF.detach()).sum(-1)
             if module.has_bias:
-                dweight_N += (g_ND * fused[3][row_N[:N]]).sum(-1)
+                dweight_N += (g_ND * down_bias[row_N[:N]]).sum(-1)
         dh_N = torch.autograd.grad(a_NF, h_N, (da_NF * weight_N1).to(a_NF.dtype))[0]
 
         dtrained = []
@@ -173,11 +178,36 @@ class _GroupedExperts(torch.autograd.Function):
 
         dx_TD = dweight_TK = None
         if need_x:
-            dx_ND = _grouped_linear(dh_N, up, offs_E, not transposed)
+            dx_ND = _linear(module, up_name, dh_N, offs_E, ctx.bounds, backward=True)
             dx_TD = _sum_slots(dx_ND, inverse_N.view(T, K)).to(ctx.dtype)
         if need_weights:
             dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
         return None, dx_TD, dweight_TK, None, *(dtrained or [None] * len(need_trained))
+
+
+def _biases(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    names = fused_names(module)[2:]
+    return tuple(getattr(module, name).data for name in names) or (None, None)
+
+
+def _linear(
+    module: nn.Module, name: str, x_NI: Tensor, offs: Tensor, bounds: list[int] | None, backward: bool = False
+) -> Tensor:
+    """Rows of the first len(offs) experts times their matrices in the fused tensor `name`; backward, these transposed.
+
+    `bounds` are 0 and the offsets of all experts on the host, where some are frozen in other storage (frozen.py): those
+    matrices are made a few at a time, and only where there are rows for them.
+    """
+    weight, transposed = getattr(module, name).data, module.is_transposed != backward
+    if len(offs) <= len(weight):
+        return _grouped_linear(x_NI, weight[: len(offs)], offs, transposed)
+    y_NO = x_NI.new_empty(len(x_NI), weight.shape[2 if transposed else 1])
+    for start, stop in [(0, len(weight)), *module.frozen.chunks()]:
+        low, high = bounds[start], bounds[stop]
+        if low < high:
+            part = weight if start < len(weight) else module.frozen.rows(name, start, stop, weight.dtype)
+            y_NO[low:high] = _grouped_linear(x_NI[low:high], part, offs[start:stop] - low, transposed)
+    return y_NO
 
 
 def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, transposed: bool) -> Tensor:

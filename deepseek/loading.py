@@ -1,14 +1,19 @@
 """Open a model: on one device, spread over several GPUs by whole layers, some experts of it only, or no weights."""
 
+import contextlib
 import copy
+import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate import infer_auto_device_map
 from safetensors import safe_open
 from torch import nn
+from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -16,12 +21,24 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
     PreTrainedConfig,
 )
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils import logging
 
 from . import modeling  # noqa: F401 (registers model type "deepseek")
-from .experts import find_experts, fused_names
+from .experts import find_experts, fused_names, local_expert_ids
+from .frozen import BLOCKS, Storage, forbid_state_dict, freeze_experts, weight_names
+from .grouped_gemm import IMPLEMENTATION
 
 
 def load_tokenizer(path: str | Path):
@@ -35,6 +52,7 @@ def load_base_model(
     dtype: str | torch.dtype = "auto",
     device=None,
     experts: Mapping[int, Iterable[int]] | None = None,
+    frozen: Storage | None = None,
 ):
     """(model, tokenizer) of a folder or a hub id, through the Auto classes, in evaluation mode and without remote code.
 
@@ -43,22 +61,30 @@ def load_base_model(
         device: one device, or a list of GPUs over which the layers are spread by free memory; None is the CPU.
         experts: for expert parallelism, the ids of the experts to read and hold, by layer (all layers); None is all.
             `model.read_bytes` then counts what was read.
+        frozen: how to store all experts but those it keeps, layer by layer while they are read; None is the model's
+            dtype, and for a checkpoint in block-scaled fp8 its own bytes and scales.
 
     Raises:
         ValueError, FileNotFoundError: no such model, one that transformers cannot load, a checkpoint that lacks tensors
             or holds them in another shape (transformers would draw them at random), or too large for its GPUs.
     """
     tokenizer = load_tokenizer(path)
+    config = _load(AutoConfig.from_pretrained, path)
+    quantized = _quantization(config, path)
+    if quantized == "fp8" and frozen is None:
+        frozen = Storage("fp8")
     devices = device if isinstance(device, list) else [device or "cpu"]
     place: dict = {"device_map": devices[0]} if str(devices[0]) != "cpu" else {}
     gpus = [torch.device(one).index for one in devices]
     if len(devices) > 1:
         free = {gpu: int(0.8 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}  # the rest: activations and cache
-        place = {"device_map": "auto", "max_memory": free}
+        place = {"device_map": _spread(path, free) if frozen else "auto", "max_memory": free}
+    if quantized:
+        place["quantization_config"] = UNQUANTIZED[quantized](dequantize=True)
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    from_pretrained = auto_class(_load(AutoConfig.from_pretrained, path)).from_pretrained
-    if experts is not None:
-        from_pretrained = _class_that_reads(type(empty_model(path)), experts).from_pretrained
+    from_pretrained = auto_class(config).from_pretrained
+    if experts is not None or frozen is not None:
+        from_pretrained = _class_that_reads(type(empty_model(path)), experts, frozen).from_pretrained
     model, found = _load(from_pretrained, path, dtype=dtype, **place, **report)
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise ValueError(
@@ -67,11 +93,40 @@ def load_base_model(
         )
     if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
         raise ValueError(f"model {str(path)!r} does not fit on {', '.join(map(str, devices))}: give it more GPUs")
+    if frozen is not None:
+        model.set_experts_implementation(IMPLEMENTATION)
+        forbid_state_dict(model)
     return model.eval(), tokenizer
 
 
-def _class_that_reads(cls: type[nn.Module], experts: Mapping[int, Iterable[int]]) -> type[nn.Module]:
-    """A subclass of a transformers model whose `from_pretrained` reads and holds the experts `experts` only.
+UNQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}  # formats that transformers can undo while it reads
+
+
+def _quantization(config: PreTrainedConfig, path: str | Path) -> str | None:
+    """The format that a checkpoint is quantized in. Raises ValueError where it cannot be undone."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = str(found["quant_method"] if isinstance(found, dict) else found.quant_method.value)
+    if method not in UNQUANTIZED:
+        raise ValueError(f"model {str(path)!r} is quantized as {method}, which cannot be trained on: give the "
+                         f"unquantized one (or {' or '.join(UNQUANTIZED)})")  # fmt: skip
+    return method
+
+
+def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
+    """Layers -> GPUs of `free` bytes for a model whose experts take a byte per parameter."""
+    empty = empty_model(path)
+    layers = find_experts(empty).values()
+    a_byte = {f"{name}.{key}": torch.int8 for name, module in layers for key in fused_names(module)}
+    return infer_auto_device_map(empty, free, empty._no_split_modules, dtype=empty.config.dtype, special_dtypes=a_byte)
+
+
+def _class_that_reads(
+    cls: type[nn.Module], experts: Mapping[int, Iterable[int]] | None, frozen: Storage | None
+) -> type[nn.Module]:
+    """A subclass of a transformers model whose `from_pretrained` reads and holds the experts `experts` only, and stores
+    them as `frozen` says, a layer at a time.
 
     from_pretrained builds the model on the meta device and hands it to `_load_pretrained_model` with the checkpoint's
     files, which is where the experts modules are cut to size, and tensors of other experts left out.
@@ -79,23 +134,76 @@ def _class_that_reads(cls: type[nn.Module], experts: Mapping[int, Iterable[int]]
 
     def load(model, state_dict, checkpoint_files, load_config, *args):
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            raise ValueError("expert parallelism reads *.safetensors only: convert the checkpoint")
-        layer_of = {}
-        for layer, (name, module) in find_experts(model).items():
-            module.local_ids = sorted(experts[layer])
+            raise ValueError("expert parallelism and frozen_dtype read *.safetensors only: convert the checkpoint")
+        layers, layer_of = find_experts(model), {}
+        for layer, (name, module) in layers.items():
+            if experts is not None:
+                module.local_ids = sorted(experts[layer])
             for tensor in fused_names(module):
-                layer_of[f"{name}.{tensor}"] = layer
                 full = getattr(module, tensor)
-                setattr(module, tensor, nn.Parameter(full.new_empty(len(module.local_ids), *full.shape[1:])))
+                setattr(module, tensor, nn.Parameter(full.new_empty(len(local_expert_ids(module)), *full.shape[1:])))
+            if frozen is not None and frozen.dtype == "fp8" and load_config.hf_quantizer is not None:
+                _expect_fp8(module, load_config.hf_quantizer.quantization_config)
+            layer_of |= {f"{name}.{tensor}": layer for tensor, _ in module.named_parameters(recurse=False)}
+        mapping = get_model_conversion_mapping(model, None, load_config.hf_quantizer)
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         files = [safe_open(file, "pt") for file in checkpoint_files]
         slices = {key: _Slice(file.get_slice(key)) for file in files for key in file.keys()}  # noqa: SIM118
-        kept = _local_slices(model, slices, layer_of, load_config.weight_mapping or [])
-        loaded = cls._load_pretrained_model(model, kept, None, load_config, *args)
-        model.read_bytes = sum(one.read_bytes for one in kept.values())
+        kept_L = _local_slices(model, slices, layer_of, mapping)
+        if frozen is None:
+            kept = {key: one for part in kept_L.values() for key, one in part.items()}
+            loaded = cls._load_pretrained_model(model, kept, None, load_config, *args)
+        else:
+            loaded = _load_and_freeze(model, kept_L, load_config, frozen)
+        model.read_bytes = sum(one.read_bytes for part in kept_L.values() for one in part.values())
         model.__class__ = cls
         return loaded
 
     return type(cls.__name__, (cls,), {"_load_pretrained_model": staticmethod(load)})
+
+
+def _load_and_freeze(model: nn.Module, kept_L: Mapping[int | None, dict], load_config, frozen: Storage) -> tuple:
+    """What transformers' `_load_pretrained_model` does, MoE layer by layer, each stored before the next is read."""
+    layers = find_experts(model)
+    info, offloaded = convert_and_load_state_dict_in_model(model, kept_L[None], load_config, None)
+    with _no_bars():
+        for layer in tqdm(layers, desc=f"experts as {frozen.dtype or 'they are'}", unit="layer"):
+            one, _ = convert_and_load_state_dict_in_model(model, kept_L[layer], load_config, None)
+            info.missing_keys &= one.missing_keys
+            info.mismatched_keys |= one.mismatched_keys
+            info.unexpected_keys |= one.unexpected_keys
+            info.conversion_errors |= one.conversion_errors
+            info.error_msgs += one.error_msgs
+            if not one.mismatched_keys and not one.conversion_errors:
+                freeze_experts(layers[layer][1], frozen.keep.get(layer, ()), frozen.dtype, frozen.offload, model.dtype)
+    return info, offloaded
+
+
+def _expect_fp8(module: nn.Module, quantization) -> None:
+    """Let transformers read the experts of a checkpoint in fp8 as they are, with their scales beside them, where the
+    blocks of single matrices stay blocks of the fused ones."""
+    F = module.down_proj.shape[2]
+    if F % BLOCKS["fp8"][0] or tuple(quantization.weight_block_size or ()) != BLOCKS["fp8"] or module.is_transposed:
+        return
+    for name in weight_names(module):
+        weight = getattr(module, name)
+        scales = [math.ceil(size / block) for size, block in zip(weight.shape[1:], BLOCKS["fp8"])]
+        setattr(module, name, nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False))
+        module.register_parameter(
+            f"{name}_scale_inv", nn.Parameter(weight.new_empty(len(weight), *scales, dtype=torch.float32), False)
+        )
+
+
+@contextlib.contextmanager
+def _no_bars():
+    """Without transformers' bars of weights read, a new one for every layer."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 class _Slice:
@@ -122,8 +230,9 @@ class _Slice:
 
 def _local_slices(
     model: nn.Module, slices: dict[str, _Slice], layer_of: dict[str, int], mapping: list
-) -> dict[str, _Slice]:
-    """Of a checkpoint's tensors, those that a model of local experts needs.
+) -> dict[int | None, dict[str, _Slice]]:
+    """Of a checkpoint's tensors, those that a model of local experts needs, by the layer whose experts they are of, or
+    None.
 
     Which tensors become a fused one is transformers' knowledge (`mapping`): either one tensor per expert, in the order
     of their numbers, or one for all of them, expert dimension first.
@@ -131,20 +240,21 @@ def _local_slices(
     mapping = copy.deepcopy(mapping)  # it notes which of its patterns matched
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    known, kept = model.state_dict(), {}
+    known, kept = model.state_dict(), {None: {}, **{layer: {} for layer in layer_of.values()}}
     sources: dict[tuple, list[str]] = defaultdict(list)
     for key in sorted(slices, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
         if name in layer_of:
             sources[name, pattern].append(key)
         else:
-            kept[key] = slices[key]
+            kept[None][key] = slices[key]
+    modules = dict(find_experts(model).values())
     for (name, _), keys in sources.items():
-        module = dict(find_experts(model).values())[name.rpartition(".")[0]]
+        module, here = modules[name.rpartition(".")[0]], kept[layer_of[name]]
         if len(keys) == module.num_experts:
-            kept |= {keys[expert]: slices[keys[expert]] for expert in module.local_ids}
+            here |= {keys[expert]: slices[keys[expert]] for expert in local_expert_ids(module)}
         elif len(keys) == 1 and slices[keys[0]].get_shape()[0] == module.num_experts:
-            kept[keys[0]] = _Slice(slices[keys[0]].source, module.local_ids)
+            here[keys[0]] = _Slice(slices[keys[0]].source, getattr(module, "local_ids", None))
         else:
             raise ValueError(f"{name} has {len(keys)} tensors in the checkpoint for {module.num_experts} experts")
     return kept

@@ -832,8 +832,11 @@ WAYS = {
     "one sample a pack": {"base_model_path": "gpt_oss"},
     "groups of experts": {"base_model_path": "deepseek_v3"},
     "no gate": {"base_model_path": "nemotron_h", "expert_config": "nemotron.json"},
+    "frozen in fp8": {"frozen_dtype": "fp8"},
+    "frozen in int8, elsewhere": {"frozen_dtype": "int8", "offload_frozen": True, "base_model_path": "gpt_oss"},
+    "frozen in nf4, bf16": {"frozen_dtype": "nf4", "dtype": "bfloat16", "shard_dense": True},
 }
-QUICK = ("full", "dense weights shared out", "dense weights shared out, bf16", "one sample a pack")
+QUICK = ("full", "dense weights shared out", "dense weights shared out, bf16", "one sample a pack", "frozen in fp8")
 
 
 @pytest.mark.filterwarnings("ignore:in a .* the documents of a pack would see each other")
@@ -842,6 +845,8 @@ QUICK = ("full", "dense weights shared out", "dense weights shared out, bf16", "
 )
 def test_every_way_of_training_has_the_losses_of_one_process(files, bases, tmp_path, names):
     pytest.importorskip("peft")
+    if any("nf4" in name for name in names):
+        pytest.importorskip("bitsandbytes")
     alone, runs = {}, []
     for name in names:
         keys = {**RUN, "max_steps": 4, "ep_size": 2, **WAYS[name]}
@@ -856,6 +861,22 @@ def test_every_way_of_training_has_the_losses_of_one_process(files, bases, tmp_p
         assert [result["steps"] for result in ended] == [4] * len(names)
     for name in names:
         assert_same_run(tmp_path / name / "ranks", tmp_path / name / "one", 5e-3 if "bf16" in name else 1e-6)
+
+
+def small_buckets(patch, _rank):
+    patch.setattr("deepseek.gradients.BUCKET_BYTES", 1)
+
+
+def test_gathers_of_dense_weights_and_sums_of_gradients_may_cross(files, bases, tmp_path):
+    """Ranks whose trained experts lie in different layers do them in different orders."""
+    base, config = bases(num_hidden_layers=6), files / "apart.json"
+    utils.write_json(config, {"experts": {"2": [7], "4": [0, 1]}, "shared_experts": True})
+    keys = {**RUN, "base_model_path": base, "expert_config": config, "max_steps": 2, "placement": "contiguous"}
+    keys |= {"validation_fraction": 0, "eval_steps": None, "ddp_timeout": 30}
+    train.run(config_of(files, tmp_path / "one", **keys, accumulation_steps=4))
+    runs = [(tmp_path / "ranks", {**keys, "ep_size": 2, "shard_dense": True}, small_buckets)]
+    run_ranks(4, train_runs, files, runs)
+    assert_same_run(tmp_path / "ranks", tmp_path / "one")
 
 
 def no_room(patch, _rank):
