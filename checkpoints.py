@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import esft
 from deepseek.experts import find_experts
-from utils import check_output, resolve_dataset, sha256, write_json
+from utils import check_output, resolve_dataset, set_modes, sha256, write_json
 
 MANIFEST = "manifest.json"
 STATES = "states"
@@ -44,6 +44,14 @@ LAYOUT = (  # how a run lies on processes: it may change when the run goes on
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "ddp_timeout",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "disable_tqdm",
+    "logging_steps",
+    "report_to",
+    "output_dir",  # a folder that was moved is still that run
 )
 
 
@@ -58,6 +66,7 @@ def found(folder: Path) -> list[Path]:
 
 def seal(checkpoint: Path) -> None:
     """Write the manifest of a checkpoint whose files are all there."""
+    set_modes(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     write_json(checkpoint / MANIFEST, {str(path.relative_to(checkpoint)): sha256(path) for path in files})
 
@@ -181,6 +190,11 @@ def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
     if before.get("results"):
         return None, before["results"]
     if not config.save_opt_states:
+        if (kept := found(folder)) and not started_again:
+            raise ValueError(
+                f"--output_dir {folder} holds a run broken off, whose {kept[-1].name} is a loadable adapter, but "
+                "without --save_opt_states nothing to go on from: give a fresh --output_dir, or overwrite=true"
+            )
         warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
         return None, None
     for checkpoint in reversed(found(folder)):
@@ -208,6 +222,9 @@ def _flat(note: dict) -> dict:
     """The keys of a run that must not change when it goes on: not how it lies on processes."""
     contents = {f"the content of {key}": digest for key, digest in note.get("inputs", {}).items()}
     keys = {**note["config"], **note["config"]["training"], "training": None, **contents}
+    keys |= dict.fromkeys(note.get("inputs", {}))  # whatever the path to them
+    if os.path.isdir(keys["base_model_path"]):
+        keys["base_model_path"] = os.path.realpath(keys["base_model_path"])
     return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
 
 

@@ -7,7 +7,7 @@ label. The batches of a step are the same for any number of processes: with P of
 p + P, ... of the epoch's order, and an empty one where they end. Gradients are reduced by deepseek/gradients.py, never
 by DDP.
 The last stop before an optimizer step is `_get_grad_norm`: there all processes agree to stop at a loss that is not
-finite, or after SIGTERM. A checkpoint (checkpoints.py) is written in a staging folder and renamed when it is whole:
+finite, or after SIGTERM or Ctrl-C. A checkpoint (checkpoints.py) is written in a staging folder and renamed when whole:
 
     <output_dir>/.staging/checkpoint-20/   every rank's part; the manifest last
               -> checkpoint-20/            a run killed at any moment leaves this, or the one before
@@ -20,6 +20,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ class ESFTTrainer(Trainer):
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._loss_shifts_labels = True
-        self.signalled = self.stopping = False  # SIGTERM came; all processes agreed to stop
+        self.signalled, self.stopping = 0, False  # the signal that came; all processes agreed to stop
         self.evaluated: tuple[int, float] | None = None  # step, loss
         self.step_seconds: list[float] = []
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset
@@ -117,19 +118,26 @@ class ESFTTrainer(Trainer):
         self.add_callback(self.progress)
 
     def train(self, *args, **kwargs):
-        """As Trainer's, but SIGTERM ends it after the step at work (`stopping`), with a checkpoint."""
-        try:
-            before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))
-        except ValueError:  # not in the main thread: the signal is someone else's
-            before = None
+        """As Trainer's, but SIGTERM or Ctrl-C ends it after the step at work (`stopping`), with a checkpoint; Ctrl-C
+        again ends it at once."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # else the signals are someone else's
+            before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self._reducer = GradientReducer(self.model, self.ranks, lambda: self.accelerator.sync_gradients)
         try:
             return super().train(*args, **kwargs)
         finally:
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             if bar := getattr(self.progress, "bar", None):
                 bar.close()
+
+    def _on_signal(self, number, _frame):
+        if number == signal.SIGINT and self.signalled:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.args.should_save:
+            tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        self.signalled = number
 
     # ---- the loss: one sum over the batch
 
@@ -177,10 +185,29 @@ class ESFTTrainer(Trainer):
     def create_optimizer(self, model=None):
         return self.ranks.together(functools.partial(super().create_optimizer, model))
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        def create():
+            try:
+                return super(ESFTTrainer, self).create_scheduler(num_training_steps, optimizer)
+            except TypeError as error:
+                kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+                raise ValueError(f"lr_scheduler_kwargs do not fit lr_scheduler_type={kind}: {error}") from error
+
+        return self.ranks.together(create)
+
     def get_train_dataloader(self):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._batches = Batches(len(self.train_dataset), self.args.train_batch_size, self.ranks, seed)
-        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def _run_epoch(self, **kwargs):
         self._batches.epoch = kwargs["epoch"]
@@ -211,7 +238,7 @@ class ESFTTrainer(Trainer):
         norm = self._clip_grad_norm(model, float("inf")) if grad_norm is None else grad_norm
         losses = torch.stack([loss for loss, _ in self._micro_batches])
         finite = losses.isfinite().all() & torch.as_tensor(norm, device=losses.device).isfinite()
-        flags = torch.stack([~finite, torch.tensor(self.signalled, device=losses.device)])
+        flags = torch.stack([~finite, torch.tensor(self.signalled > 0, device=losses.device)])
         broken, self.stopping = (self.accelerator.reduce(flags.float(), "sum") > 0).tolist()
         if broken:
             found = [(bool(loss.isfinite()), rows) for loss, rows in self._micro_batches]
@@ -311,6 +338,7 @@ class ESFTTrainer(Trainer):
         elif self.args.should_save:
             with _no_bars():
                 self._writing(lambda: super(ESFTTrainer, self).save_model(output_dir, _internal_call))
+            utils.set_modes(Path(output_dir))
         if self._staging is None:
             self._agree(Path(output_dir))
 

@@ -105,6 +105,9 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"--?[a-zA-Z][\w-]*", flag) and flag not in self._option_string_actions:
                 self.error(f"unrecognized flag {flag}{suggest(flag, self._option_string_actions)}")
 
+    def has_flag(self, flag: str) -> bool:
+        return flag in self._option_string_actions
+
     def error(self, message: str):
         self.exit(2, f"error: {message}; --help explains the flags\n")
 
@@ -134,7 +137,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
         temporary = Path(folder, path.name)
         yield temporary
+        set_modes(temporary)
         os.replace(temporary, path)
+
+
+def set_modes(path: Path) -> None:
+    """Give a file, or those in a folder, the permissions that the umask asks for, where safetensors gave fewer."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
+            file.chmod(0o666 & ~umask)
 
 
 def write_text(path: str | Path, text: str) -> None:

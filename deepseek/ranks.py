@@ -59,7 +59,7 @@ class Ranks:
 
     def agree(self, error: BaseException | str | None) -> None:
         """Raise on all ranks where any has an `error`, which is told with the rank it comes from."""
-        for rank, found in enumerate(self.gather(error and str(error))):
+        for rank, found in enumerate(self.gather(error and (str(error) or repr(error)))):
             if found:
                 raise SharedError(f"rank {rank}: {found}" if self.world_size > 1 else found)
 
@@ -72,15 +72,15 @@ class Ranks:
             try:
                 answer[0] = function()
             except (ValueError, OSError) as error:
-                answer[1] = str(error)
+                answer[1] = str(error) or repr(error)
         dist.broadcast_object_list(answer, 0, group=self.host)
         if answer[1]:
             raise SharedError(answer[1])
         return answer[0]
 
     def together(self, function: Callable[[], Any]) -> Any:
-        """What `function()` returns here; an error of any rank that a user can mend is raised on all. It calls no
-        collective, so that a rank that fails keeps none waiting."""
+        """What `function()` returns here; an error of any rank that a user can mend is raised on all. `function` must
+        call no collective, so that a rank that fails keeps none waiting."""
         result = error = None
         try:
             result = function()

@@ -21,5 +21,9 @@ source scripts/environment.sh eval,plot
 NPROC=${NPROC:-$("$python" -c "import torch; print(max(1, torch.cuda.device_count() // $GPUS_PER_RANK))")}
 command=("$python" eval_multigpu.py --base_model_path="$MODEL" --eval_dataset="$DATA" --output_path="$OUTPUT"
     --max_new_tokens="$MAX_NEW_TOKENS" --world_size="$NPROC" --gpus_per_rank="$GPUS_PER_RANK")
+if [ -n "$ADAPTER" ] && [ ! -d "$ADAPTER" ]; then
+    echo "error: no adapter folder $ADAPTER: give ADAPTER=<the output folder of training>, or ADAPTER= for the base alone" >&2
+    exit 2
+fi
 [ -z "$ADAPTER" ] || command+=(--adapter_dir="$ADAPTER")
 exec "${command[@]}" "$@"

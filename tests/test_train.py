@@ -289,7 +289,7 @@ def test_errors_are_one_sentence_and_leave_nothing_behind(files, tmp_path, capsy
         ({"experts": {"9": [1]}}, "names layer 9"),
         ({"experts": {"1": [8]}}, "names expert 8 of layer 1"),
         ({"eval_steps": 2, "validation_fraction": 0}, "needs a validation set"),
-        ({"load_best_model_at_end": True, "save_steps": 3}, "training arguments do not fit"),
+        ({"load_best_model_at_end": True, "save_steps": 3}, "no multiple of eval_steps=2"),
         ({"report_to": "nonsense"}, "report_to=nonsense is not installed"),
         ({"max_steps": "[1"}, "not valid YAML"),
     ]
@@ -512,22 +512,96 @@ def test_without_optimizer_states_a_run_starts_over(start, whole, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_step(patch, 5, kill)
         start()
-    (start.folder / "out" / "checkpoint-5").mkdir()
-    with pytest.warns(UserWarning, match="starts over"):
+    kept = start.folder / "out" / "checkpoint-4" / "adapter.safetensors"
+    with pytest.raises(ValueError, match="broken off, whose checkpoint-4 is a loadable adapter"):
         start()
+    assert kept.is_file()
+    (start.folder / "out" / "checkpoint-5").mkdir()
+    start(overwrite=True)
     assert same(whole, start.folder / "out")
     assert {path.name for path in (start.folder / "out").glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 4, 6)}
 
 
-def test_sigterm_saves_and_exits_143(start, whole, monkeypatch, capsys):
+def test_a_run_broken_off_before_its_first_checkpoint_starts_over(start, whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 1, kill)
+        start()
+    with pytest.warns(UserWarning, match="starts over"):
+        start()
+    assert same(whole, start.folder / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(start, whole, monkeypatch, capsys, number):
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        at_step(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 3, lambda _: os.kill(os.getpid(), number))
         start(save_opt_states=True, save_steps=4)
-    assert stop.value.code == 143 and "after step 3" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert stop.value.code == 128 + number and f"{number.name} after step 3" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
     assert [path.name for path in (start.folder / "out").glob("checkpoint-*")] == ["checkpoint-3"]
     start(save_opt_states=True, save_steps=4)
     assert same(whole, start.folder / "out")
+
+
+def test_ctrl_c_twice_stops_at_once(start, monkeypatch):
+    def twice(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_step(patch, 3, twice)
+        start(save_opt_states=True, save_steps=4)
+    assert not list((start.folder / "out").glob("checkpoint-*"))
+
+
+def test_a_run_that_moved_is_still_that_run(files, start, whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(save_opt_states=True)
+    (start.folder / "out").rename(start.folder / "moved")
+    same_model = f"{files}/m32/../m32"
+    start("moved", save_opt_states=True, logging_steps=3, base_model_path=same_model)
+    left, right = weights(whole), weights(start.folder / "moved")
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adam_beta1": 2.0},
+        {"lr_scheduler_kwargs": {"bogus": 1}},
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        {"save_steps": 3, "load_best_model_at_end": True},
+        {"frozen_dtype": "fp9"},
+        {"method": "full", "frozen_dtype": "fp8"},
+        {"ignore_data_skip": True},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+)
+def test_what_is_refused_late_removes_nothing(files, start, whole, capsys, changes):
+    shutil.copytree(whole, start.folder / "out")
+    before = {path: path.stat().st_mtime_ns for path in (start.folder / "out").rglob("*")}
+    assert len(fails(arguments(files, start.folder / "out", overwrite=True, **changes), capsys)) > 20
+    assert before == {path: path.stat().st_mtime_ns for path in (start.folder / "out").rglob("*")}
+
+
+def test_saved_files_can_be_read_by_others(start):
+    umask = os.umask(0o022)
+    try:
+        start(max_steps=2, save_opt_states=True, save_steps=2)
+        start("full", method="full", max_steps=1)
+    finally:
+        os.umask(umask)
+    for path in [*start.folder.rglob("*.safetensors"), *start.folder.rglob("*.json")]:
+        assert path.stat().st_mode & 0o777 == 0o644, path
+
+
+def test_a_key_may_have_dashes(files, start):
+    out = start.folder / "out"
+    argv = [f"--{a}" if "=" in a and not a.startswith("--") else a for a in arguments(files, out, max_steps=2)]
+    assert any(a.startswith("--max_steps=") for a in argv)
+    assert train.main(argv)["steps"] == 2
 
 
 def test_a_seed_is_a_run(start):
