@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 import esft
 from deepseek.experts import TrainedExperts, find_experts, fused_names, local_expert_ids
-from deepseek.frozen import FrozenExperts
+from deepseek.frozen import FrozenExperts, weight_names
 
 
 def chosen_experts(config, model: nn.Module) -> esft.ExpertConfig | None:
@@ -79,7 +79,7 @@ def _add_lora(model: nn.Module, config) -> nn.Module:
 
 def count_trained(model: nn.Module) -> dict:
     """Parameters of the whole model, those trained, and the bytes of their gradients and AdamW states, on all ranks of
-    an expert-parallel replica together."""
+    an expert-parallel replica together; and the bytes of frozen experts here."""
     trained = [param for param in model.parameters() if param.requires_grad]
     # the trained rows of fused experts are parameters of their own and would count twice; LoRA's come on top
     extra = (".trained.", "lora_")
@@ -87,8 +87,10 @@ def count_trained(model: nn.Module) -> dict:
     parameters = sum(param.numel() for param in model.parameters()) - added
     count = sum(param.numel() for param in trained)
     nbytes = sum(param.numel() * param.element_size() for param in trained)
+    frozen_bytes = 0
     if state := getattr(model, "_esft", None):
         for layer, (_, module) in find_experts(model).items():
+            frozen_bytes += frozen_experts_bytes(module)
             each = sum(getattr(module, name).shape[1:].numel() for name in fused_names(module))
             here = set(local_expert_ids(module))
             elsewhere = len(set(state.config.experts.get(layer, ())) - here) * each
@@ -101,7 +103,15 @@ def count_trained(model: nn.Module) -> dict:
         "trained_parameters": count,
         "gradient_bytes": nbytes,
         "optimizer_bytes": 2 * nbytes,
+        "frozen_expert_bytes": frozen_bytes,
     }
+
+
+def frozen_experts_bytes(module: nn.Module) -> int:
+    """Of the matrices of an experts module that are not trained, in whatever form they are stored."""
+    first = module.trained.num_trained if hasattr(module, "trained") else 0
+    rows = sum(getattr(module, name).data[first:].nbytes for name in weight_names(module))
+    return rows + (module.frozen.nbytes() if hasattr(module, "frozen") else 0)
 
 
 def trained_table(model: nn.Module, config) -> str:
@@ -115,7 +125,7 @@ def trained_table(model: nn.Module, config) -> str:
     stored = [m.frozen for _, m in find_experts(model).values() if hasattr(m, "frozen")] if state else []
     if stored:
         where = ", in host memory" if stored[0].offload else ""
-        size = sum(frozen.nbytes() for frozen in stored) / 2**20
+        size = counts["frozen_expert_bytes"] / 2**20
         lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {size:,.1f} MiB")
     share = counts["trained_parameters"] / counts["parameters"]
     lines.append(f"  trained parameters {counts['trained_parameters']:,} of {counts['parameters']:,} ({share:.2%})")
