@@ -102,8 +102,8 @@ class _GroupedExperts(torch.autograd.Function):
         inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
         every_E = torch.arange(len(local_expert_ids(module)), device=row_N.device)
         offs_E = torch.searchsorted(row_N, every_E, right=True).int()
-        # with frozen experts in other storage, the host must know where each one's rows begin
-        ctx.bounds = [0, *offs_E.tolist()] if hasattr(module, "frozen") else None
+        # the host must know where each expert's rows begin where it makes matrices (frozen.py) or products one by one
+        ctx.bounds = [0, *offs_E.tolist()] if hasattr(module, "frozen") or not has_kernel(x_TD) else None
 
         h_N = _linear(module, up_name, x_TD.index_select(0, perm_N // K), offs_E, ctx.bounds)
         if module.has_bias:
@@ -133,7 +133,9 @@ class _GroupedExperts(torch.autograd.Function):
         # Rows of the trained prefix. On an accelerator reading n would stall the stream, and need not be done:
         # grouped_mm stops at the last offset.
         n = N = len(row_N)
-        if S and row_N.device.type == "cpu":
+        if ctx.bounds:
+            n = ctx.bounds[S]
+        elif S and row_N.device.type == "cpu":
             n = int(offs_E[S - 1])
         if not (need_x or need_weights):  # nothing trained below this layer: only the prefix matters
             N, offs_E = n, offs_E[:S]
@@ -166,8 +168,8 @@ class _GroupedExperts(torch.autograd.Function):
             # the routing weight is applied to whichever factor is at hand with F columns, not D
             wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)
             dtrained = [
-                _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], transposed),
-                _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], transposed),
+                _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], ctx.bounds, transposed),
+                _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], ctx.bounds, transposed),
             ]
             if module.has_bias:
                 dtrained += [
@@ -195,29 +197,55 @@ def _linear(
 ) -> Tensor:
     """Rows of the first len(offs) experts times their matrices in the fused tensor `name`; backward, these transposed.
 
-    `bounds` are 0 and the offsets of all experts on the host, where some are frozen in other storage (frozen.py): those
-    matrices are made a few at a time, and only where there are rows for them.
+    `bounds` are 0 and the offsets of all experts, on the host. Matrices of experts that are frozen in other storage
+    (frozen.py) are made a few at a time, and only where there are rows for them.
     """
     weight, transposed = getattr(module, name).data, module.is_transposed != backward
     if len(offs) <= len(weight):
-        return _grouped_linear(x_NI, weight[: len(offs)], offs, transposed)
+        return _grouped_linear(x_NI, weight[: len(offs)], offs, bounds, transposed)
     y_NO = x_NI.new_empty(len(x_NI), weight.shape[2 if transposed else 1])
     for start, stop in [(0, len(weight)), *module.frozen.chunks()]:
         low, high = bounds[start], bounds[stop]
         if low < high:
             part = weight if start < len(weight) else module.frozen.rows(name, start, stop, weight.dtype)
-            y_NO[low:high] = _grouped_linear(x_NI[low:high], part, offs[start:stop] - low, transposed)
+            here = [bound - low for bound in bounds[start : stop + 1]]
+            y_NO[low:high] = _grouped_linear(x_NI[low:high], part, offs[start:stop] - low, here, transposed)
     return y_NO
 
 
-def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, transposed: bool) -> Tensor:
+def has_kernel(x: Tensor) -> bool:
+    """Whether torch's grouped_mm is one kernel here: on the CPU, and in bf16 on GPUs of compute capability 9 or 10.
+
+    Elsewhere (A100, RTX; fp32) it is a loop that reads the offsets from the device at every call, where ours reads them
+    once per layer; not run on such a GPU.
+    """
+    if x.device.type != "cuda":
+        return True
+    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, bounds: list[int] | None, transposed: bool) -> Tensor:
     """Rows of group e times weight[e]: weight is (groups, I, O) if `transposed` else (groups, O, I); returns (N, O)."""
-    return grouped_mm(x_NI, weight if transposed else weight.transpose(-2, -1), offs=offs)
+    weight = weight if transposed else weight.transpose(-2, -1)
+    if bounds is None or has_kernel(x_NI):
+        return grouped_mm(x_NI, weight, offs=offs)
+    y_NO = x_NI.new_empty(len(x_NI), weight.shape[2])
+    for group in range(len(offs)):
+        rows = slice(bounds[group], bounds[group + 1])
+        torch.mm(x_NI[rows], weight[group], out=y_NO[rows])
+    return y_NO
 
 
-def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, transposed: bool) -> Tensor:
+def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, bounds: list[int] | None, transposed: bool) -> Tensor:
     """Weight gradient of `_grouped_linear` for the first len(offs) groups; rows past the last offset are not read."""
-    return grouped_mm(x_nI.T, dy_nO, offs=offs) if transposed else grouped_mm(dy_nO.T, x_nI, offs=offs)
+    left, right = (x_nI, dy_nO) if transposed else (dy_nO, x_nI)
+    if bounds is None or has_kernel(dy_nO):
+        return grouped_mm(left.T, right, offs=offs)
+    out = left.new_empty(len(offs), left.shape[1], right.shape[1])
+    for group in range(len(offs)):
+        rows = slice(bounds[group], bounds[group + 1])
+        torch.mm(left[rows].T, right[rows], out=out[group])
+    return out
 
 
 def _sum_slots(rows_ND: Tensor, slots_TK: Tensor) -> Tensor:

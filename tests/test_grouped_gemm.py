@@ -23,6 +23,14 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(params=[True, False], ids=["one kernel", "one by one"], autouse=True)
+def kernel(request, monkeypatch):
+    """As on a GPU for which torch has no grouped kernel, too."""
+    if not request.param:
+        monkeypatch.setattr("deepseek.grouped_gemm.has_kernel", lambda x: False)
+    return request.param
+
+
 def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
     """A random fused experts module of one layout, with `trained` experts in front."""
     flags = LAYOUTS[layout]
