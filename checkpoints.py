@@ -34,6 +34,8 @@ from utils import check_output, resolve_dataset, set_modes, sha256, write_json
 MANIFEST = "manifest.json"
 STATES = "states"
 GROUPS = "optimizer.json"
+BLOCK = 256  # entries that share a scale in the 8-bit optimizers of bitsandbytes
+BLOCKWISE, TABLES = ("absmax1", "absmax2"), ("qmap1", "qmap2")  # their states that are not of the parameter's shape
 LAYOUT = (  # how a run lies on processes: it may change when the run goes on
     "ep_size",
     "placement",
@@ -44,6 +46,7 @@ LAYOUT = (  # how a run lies on processes: it may change when the run goes on
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "ddp_timeout",
+    "activation_checkpointing",
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
@@ -113,15 +116,11 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         if model.dtype != torch.float32:
             states["master"] = param.detach()
         for key, state in states.items():
-            if state.ndim and len(state) != len(param):
-                raise ValueError(
-                    f"the optimizer's {key} cannot be told apart by expert: take optim=adamw_torch_fused, or leave out "
-                    "--save_opt_states"
-                )
             if rows is None:
                 tensors[f"{name}.{key}"] = state
             else:
-                tensors |= {f"{row}.{key}": state[i] if state.ndim else state for i, row in enumerate(rows)}
+                by_row = _by_row(key, state, param)
+                tensors |= {f"{row}.{key}": by_row[i] for i, row in enumerate(rows)}
     save_file(
         {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
         folder / f"rank-{rank}.safetensors",
@@ -130,6 +129,20 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         plain = (int, float, bool, str, list, tuple, type(None))
         groups = [{k: v for k, v in g.items() if isinstance(v, plain)} for g in optimizer.param_groups]
         write_json(folder / GROUPS, [{k: v for k, v in group.items() if k != "params"} for group in groups])
+
+
+def _by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor]:
+    """The part of an optimizer's state that belongs to each row (expert) of a parameter."""
+    if not state.ndim or key in TABLES:  # the same for all
+        return [state] * len(param)
+    if state.shape == param.shape:
+        return state
+    if key in BLOCKWISE and param[0].numel() % BLOCK == 0:
+        return state.view(len(param), -1)
+    raise ValueError(
+        f"the optimizer's {key} cannot be told apart by expert: take optim=adamw_torch_fused, or leave out "
+        "--save_opt_states"
+    )
 
 
 @torch.no_grad()
@@ -146,8 +159,16 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
     for param, name, rows in _trained(model):
         state = {}
         for kind in kinds[rows[0] if rows else name]:
+            if any(kind not in kinds[row] for row in rows or ()):
+                raise ValueError(f"{folder}: experts of {name} have states in 8 and in 32 bits; go on with the ep_size "
+                                 "of before")  # fmt: skip
             parts = [where[f"{row}.{kind}"].get_tensor(f"{row}.{kind}") for row in rows or [name]]
-            state[kind] = torch.stack(parts) if rows and parts[0].ndim else parts[0]
+            if not rows or not parts[0].ndim or kind in TABLES:
+                state[kind] = parts[0]
+            else:
+                state[kind] = torch.cat(parts) if kind in BLOCKWISE else torch.stack(parts)
+            if not state[kind].ndim and not state[kind].is_floating_point():
+                state[kind] = state[kind].item()  # the step, which bitsandbytes keeps as a number
         if "master" in state:
             param.copy_(state.pop("master"))
         states[number_of[id(param)]] = state

@@ -56,6 +56,7 @@ ALIASES = {
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
+    "gradient_checkpointing": "activation_checkpointing",
 }
 DEFAULTS = {
     "report_to": "none",
@@ -117,6 +118,7 @@ class TrainConfig:
     shard_dense: bool = False
     frozen_dtype: str | None = None
     offload_frozen: bool = False
+    activation_checkpointing: bool | str | None = "auto"
     save_opt_states: bool = False
     verify_frozen: bool = False
     overwrite: bool = False
@@ -148,6 +150,8 @@ class TrainConfig:
             raise ValueError(f"num_train_epochs={epochs}: expected a number above 0")
         if not 0 <= (smoothing := values.get("label_smoothing_factor", 0)) <= 1:
             raise ValueError(f"label_smoothing_factor={smoothing}: expected a number from 0 to 1")
+        if self.activation_checkpointing not in (True, False, None, "auto"):
+            raise ValueError(f"activation_checkpointing={self.activation_checkpointing}: it is true, false or auto")
         if self.ep_size != "auto" and (isinstance(self.ep_size, str) or self.ep_size < 1):
             raise ValueError(f"ep_size={self.ep_size}: expected a whole number above 0, or auto")
         if self.global_batch_size is not None and "gradient_accumulation_steps" in self.training:
@@ -352,7 +356,8 @@ def run(config: TrainConfig) -> dict:
     train_packs, eval_packs = ranks.on_first(lambda: load_data(config, tokenizer))
     if args.eval_strategy != "no" and not eval_packs:
         raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
-    model, apart, ranks = load_model(config, ranks, timeout, args.device, say)
+    model, apart, ranks, plan = load_model(config, args, train_packs, ranks, timeout, say)
+    args.activation_checkpointing = plan.activation_checkpointing
     if not apart:
         warnings.warn(
             f"in a {model.config.model_type} the documents of a pack would see each other, so every sample becomes a "
@@ -393,7 +398,13 @@ def run(config: TrainConfig) -> dict:
     before = frozen_hashes(model) if config.verify_frozen else None
     if checkpoint:
         say(f"  going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU's memory ran out after step {trainer.state.global_step} ({str(error).splitlines()[0]}); what "
+            f"saves some, the least costly first: {plan.saving or 'activation_checkpointing=true'}"
+        ) from error
     if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
         goes_on = (
             "the same command goes on from here"
@@ -427,6 +438,7 @@ def run(config: TrainConfig) -> dict:
         "world_size": ranks.world_size,
         "ep_size": ranks.ep_size,
         "peak_memory_bytes": max(ranks.gather(peak_memory_bytes())),
+        "estimated_peak_bytes": plan.memory and plan.memory.peak,
         "read_bytes": max(ranks.gather(getattr(model, "read_bytes", None) or 0)) or None,
         "saved_bytes": sum(path.stat().st_size for path in Path(config.output_dir).glob("*.safetensors")),
         "frozen_verified": before is not None,

@@ -70,7 +70,10 @@ def load_base_model(
     """
     tokenizer = load_tokenizer(path)
     config = _load(AutoConfig.from_pretrained, path)
-    quantized = _quantization(config, path)
+    quantized = quantization(config)
+    if quantized and quantized not in UNQUANTIZED:
+        raise ValueError(f"model {str(path)!r} is quantized as {quantized}, which cannot be trained on: give the "
+                         f"unquantized one (or {' or '.join(UNQUANTIZED)})")  # fmt: skip
     if quantized == "fp8" and frozen is None:
         frozen = Storage("fp8")
     devices = device if isinstance(device, list) else [device or "cpu"]
@@ -102,16 +105,12 @@ def load_base_model(
 UNQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}  # formats that transformers can undo while it reads
 
 
-def _quantization(config: PreTrainedConfig, path: str | Path) -> str | None:
-    """The format that a checkpoint is quantized in. Raises ValueError where it cannot be undone."""
+def quantization(config: PreTrainedConfig) -> str | None:
+    """The format that a checkpoint is quantized in, as its config has it."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    method = str(found["quant_method"] if isinstance(found, dict) else found.quant_method.value)
-    if method not in UNQUANTIZED:
-        raise ValueError(f"model {str(path)!r} is quantized as {method}, which cannot be trained on: give the "
-                         f"unquantized one (or {' or '.join(UNQUANTIZED)})")  # fmt: skip
-    return method
+    return str(found["quant_method"] if isinstance(found, dict) else found.quant_method.value)
 
 
 def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:

@@ -13,7 +13,6 @@ Legend: E experts, P ranks of the group, L MoE layers.
 import itertools
 from collections.abc import Collection, Mapping
 
-MEMORY_SHARE = 0.6  # the rest is for activations, logits and what the allocator cannot use
 Placement = tuple[tuple[int, ...], ...]  # [rank of the group] -> ids of its experts, ascending
 
 
@@ -81,30 +80,6 @@ def place_layers(
         else:
             placements[layer] = place_by_score(load_E, set(trained_L.get(layer, ())), ranks, held)
     return placements
-
-
-def choose_ep_size(
-    world_size: int, max_ep_size: int, dense_bytes: int, expert_bytes: int, state_bytes: int, memory_bytes: int
-) -> tuple[int, str]:
-    """(the smallest ep_size with which a rank's weights and states take at most `MEMORY_SHARE` of its memory, why).
-
-    Whole replicas need no exchange of tokens, so they are kept where they fit; nothing fits where `why` says so.
-
-    Args:
-        max_ep_size: experts of the layer that has the fewest.
-        dense_bytes: of all weights but the routed experts, on every rank.
-        expert_bytes, state_bytes: of the routed experts, and of masters, gradients and optimizer states; shared out.
-        memory_bytes: of the device of one rank.
-    """
-    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0 and size <= max_ep_size]
-    needs = {size: dense_bytes + (expert_bytes + state_bytes) / size for size in sizes}
-    chosen = next((size for size in sizes if needs[size] <= MEMORY_SHARE * memory_bytes), sizes[-1])
-    shown = ", ".join(f"{needs[size] / 2**30:,.1f} with {size}" for size in sizes if size <= chosen)
-    fits = "the smallest that fits" if needs[chosen] <= MEMORY_SHARE * memory_bytes else "the largest, and may not fit"
-    return chosen, (
-        f"ep_size {chosen} is {fits}: weights and states take {shown} (GiB per rank), and may take "
-        f"{MEMORY_SHARE:.0%} of {memory_bytes / 2**30:,.1f}"
-    )
 
 
 def imbalance(

@@ -28,7 +28,7 @@ from torch import Tensor
 import esft
 import train
 import utils
-from deepseek import expert_parallel, placement
+from deepseek import expert_parallel
 from deepseek.expert_parallel import connect_experts, expert_parallel_forward, gather_to_first
 from deepseek.experts import find_experts, fused_names, local_expert_ids
 from deepseek.gradients import GradientReducer
@@ -598,7 +598,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_for_some_experts_too(bases, t
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     torch.save(make_model().state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"reads \*\.safetensors only"):
+    with pytest.raises(ValueError, match=r"read \*\.safetensors only"):
         load_base_model(folder, experts=local)
 
 
@@ -880,7 +880,7 @@ def test_gathers_of_dense_weights_and_sums_of_gradients_may_cross(files, bases, 
 
 
 def no_room(patch, _rank):
-    patch.setattr(placement, "MEMORY_SHARE", 1e-9)
+    patch.setattr("sharding.memory_of_a_process", lambda device: 1)
 
 
 def test_auto_keeps_whole_replicas_where_they_fit(files, tmp_path):
@@ -900,10 +900,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("how", ["fp32", "bf16, all else trained"])
-def test_a_run_broken_off_goes_on_in_any_layout(files, tmp_path, how):
+@pytest.mark.parametrize("how", ["fp32", "bf16, all else trained", "8 bits"])
+def test_a_run_broken_off_goes_on_in_any_layout(files, bases, tmp_path, how):
     keys, layouts = {**RUN, "ep_size": 2, "expert_scores_dir": files / "scores"}, list(LAYOUTS)
-    if how != "fp32":
+    if how == "8 bits":
+        pytest.importorskip("bitsandbytes")
+        keys |= {"optim": "adamw_bnb_8bit", "base_model_path": bases(moe_intermediate_size=128), "learning_rate": 1e-3}
+    elif how != "fp32":
         keys |= {"dtype": "bfloat16", "expert_config": files / "all.json"}
         layouts.remove("placed otherwise")
     alone = {**keys, "ep_size": 1, "accumulation_steps": 2}

@@ -477,7 +477,7 @@ def broken(files, tmp_path_factory):
         ("config", r"config' cannot be loaded"),
         ("tokenizer", r"tokenizer' cannot be loaded"),
         ("argument", r"the training arguments do not fit"),
-        ("batch", r"global_batch_size=3 cannot be split"),
+        ("batch", r"global_batch_size=3 cannot be shared out"),
         ("optimizer", r"lomo"),
     ],
 )

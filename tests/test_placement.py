@@ -6,8 +6,6 @@ import pytest
 
 import esft
 from deepseek.placement import (
-    MEMORY_SHARE,
-    choose_ep_size,
     imbalance,
     place_by_score,
     place_contiguous,
@@ -127,28 +125,3 @@ def test_released_scores(official):
     )
     assert scored["load"] <= scored["load_worst"] <= 1.03 and scored["trained"] <= 1.04
     assert blocks["load"] >= 1.39 and blocks["load_worst"] > 1.5 and blocks["trained"] > 1.2
-
-
-# ---- ep_size=auto ----------------------------------------------------------------------------------------------------
-
-GIB = 2**30
-
-
-def test_ep_size_is_the_smallest_that_fits():
-    dense, experts, states = 10 * GIB, 40 * GIB, 20 * GIB
-    for ranks in (1, 2, 4, 8):
-        needed = (dense + (experts + states) / ranks) / MEMORY_SHARE
-        chosen, why = choose_ep_size(8, 64, dense, experts, states, int(needed) + 1)
-        assert chosen == ranks and f"ep_size {ranks} is the smallest that fits" in why
-        chosen, why = choose_ep_size(8, 64, dense, experts, states, int(needed) - 1)
-        assert chosen == min(2 * ranks, 8)
-        assert ("the largest, and may not fit" in why) == (ranks == 8)
-    _, why = choose_ep_size(8, 64, dense, experts, states, 60 * GIB)
-    assert "70.0 with 1, 40.0 with 2, 25.0 with 4 (GiB per rank)" in why and "60% of 60.0" in why
-
-
-def test_ep_size_divides_the_world_and_leaves_no_rank_without_experts():
-    assert choose_ep_size(6, 64, 0, 100, 0, 40)[0] == 6  # 100 / 3 is more than 60 % of 40
-    assert choose_ep_size(6, 64, 0, 100, 0, 60)[0] == 3
-    assert choose_ep_size(8, 7, 0, 100, 0, 1)[0] == 4
-    assert choose_ep_size(1, 64, 0, 100, 0, 1)[0] == 1

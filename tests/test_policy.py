@@ -22,13 +22,13 @@ MAY_IMPORT = {
     "esft": {"deepseek", "utils"},
     "benchmarks": {"deepseek", "utils"},
     "methods": {"esft", "deepseek"},
-    "sharding": {"methods", "esft", "deepseek"},
+    "sharding": {"methods", "esft", "deepseek", "utils"},
     "checkpoints": {"esft", "deepseek", "utils"},
     "trainer": {"checkpoints", "esft", "deepseek", "utils"},
     "train": {"trainer", "sharding", "methods", "checkpoints", "esft", "deepseek", "utils"},
     "train_ep": {"train", "utils"},
     "eval_multigpu": {"esft", "benchmarks", "deepseek", "utils"},
-    "scripts": {"scripts", "train", "methods", "esft", "benchmarks", "deepseek", "utils"},
+    "scripts": {"scripts", "train", "sharding", "methods", "esft", "benchmarks", "deepseek", "utils"},
 }
 
 
