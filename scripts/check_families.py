@@ -511,6 +511,20 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def by_layout(results: list[Result]) -> str:
+    """Markdown: a line per layout with the families that pass, and one per family that does not."""
+    passing: dict[str, list[str]] = {}
+    for r in results:
+        if r.result == "passes":
+            passing.setdefault(r.layout, []).append(r.family)
+    lines = ["| experts | families that pass |", "|---|---|"]
+    lines += [
+        f"| {layout} | {', '.join(names)} |" for layout, names in sorted(passing.items(), key=lambda p: -len(p[1]))
+    ]
+    lines += [f"| {r.family}: | {r.result} |" for r in results if r.result != "passes"]
+    return "\n".join(lines)
+
+
 def report(results: list[Result], known: int, command: str) -> str:
     """The Markdown page."""
     facts = environment()
@@ -519,6 +533,7 @@ def report(results: list[Result], known: int, command: str) -> str:
         "A tiny random model of each, taken through the life of an adapter in fp32 on the CPU: scores, selection, "
         "training, adapter, merged checkpoint (`scripts/check_families.py` says what has to hold). Layout is that of "
         "the experts' tensors; layers are those of the tiny model.",
+        by_layout(results),
         table(results),
         f"{len(results)} of {known} families: {', '.join(f'{n} {kind}' for kind, n in kinds(results).items())}.",
         f"`{command}`, {facts['date'][:10]}, transformers {facts['transformers']}, torch {facts['torch']}, "

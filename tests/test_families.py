@@ -21,6 +21,9 @@ CHOSEN = [
     "muse_spark",
     "qwen3_vl_moe",
     "jamba",
+    "granitemoeshared",
+    "deepseek_v4",
+    "zaya",
 ]
 
 

@@ -117,6 +117,12 @@ def test_the_tree_of_the_readme_is_true():
     assert not missing, f"not in the README's tree: {missing}"
 
 
+def test_the_table_of_families_is_that_of_the_command():
+    page = (ROOT / "results" / "tables" / "families.md").read_text(encoding="utf-8")
+    lines = page[page.index("| experts | families that pass |") : page.index("| family | model class")].strip()
+    assert lines in README and lines.count("\n") > 5
+
+
 def imports(path: Path) -> set[str]:
     """Top-level modules of the project that a file imports."""
     found = set()
