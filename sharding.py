@@ -169,7 +169,7 @@ def load_model(config, args, packs: list, ranks: Ranks, timeout: timedelta, say)
         placements = ranks.on_first(lambda: place_experts(config, empty, experts, ranks.ep_size, say))
     local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
     on = args.device if args.device.type == "cuda" else None
-    place = {"dtype": config.dtype, "device": on, "experts": local}
+    place = {"dtype": config.dtype, "device": on, "experts": local, "attention": config.attn_implementation}
     if experts and (config.frozen_dtype or config.offload_frozen):
         place["frozen"] = Storage(config.frozen_dtype, config.offload_frozen, experts.experts)
     base, _ = ranks.together(lambda: esft.load_base_model(config.base_model_path, **place))

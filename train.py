@@ -119,6 +119,7 @@ class TrainConfig:
     frozen_dtype: str | None = None
     offload_frozen: bool = False
     activation_checkpointing: bool | str | None = "auto"
+    attn_implementation: str | None = None
     save_opt_states: bool = False
     verify_frozen: bool = False
     overwrite: bool = False

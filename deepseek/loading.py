@@ -53,6 +53,7 @@ def load_base_model(
     device=None,
     experts: Mapping[int, Iterable[int]] | None = None,
     frozen: Storage | None = None,
+    attention: str | None = None,
 ):
     """(model, tokenizer) of a folder or a hub id, through the Auto classes, in evaluation mode and without remote code.
 
@@ -63,6 +64,7 @@ def load_base_model(
             `model.read_bytes` then counts what was read.
         frozen: how to store all experts but those it keeps, layer by layer while they are read; None is the model's
             dtype, and for a checkpoint in block-scaled fp8 its own bytes and scales.
+        attention: as from_pretrained's attn_implementation takes it, e.g. "flash_attention_2"; None is its choice.
 
     Raises:
         ValueError, FileNotFoundError: no such model, one that transformers cannot load, a checkpoint that lacks tensors
@@ -84,6 +86,8 @@ def load_base_model(
         place = {"device_map": _spread(path, free) if frozen else "auto", "max_memory": free}
     if quantized:
         place["quantization_config"] = UNQUANTIZED[quantized](dequantize=True)
+    if attention is not None:
+        place["attn_implementation"] = attention
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     from_pretrained = auto_class(config).from_pretrained
     if experts is not None or frozen is not None:

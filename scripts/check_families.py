@@ -572,6 +572,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     outputs = [Path(f"{stem}{suffix}") for suffix in SUFFIXES] if stem else []
     for output in outputs:
         check_output(output)
+    torch.set_num_threads(1)  # bits that are compared may differ by the number of threads
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = []

@@ -413,6 +413,14 @@ def test_a_batch_without_labels_adds_nothing(files, start, monkeypatch):
     assert loss.item() == 0
 
 
+def test_attention_is_what_was_asked_for(files, start, capsys):
+    for name, used in ((None, "sdpa"), ("eager", "eager")):
+        config = config_of(files, start.folder / "out", attn_implementation=name)
+        with pytest.MonkeyPatch.context() as patch:
+            assert trainer_of(config, patch).model.config._attn_implementation == used
+    assert "cannot be loaded" in fails(arguments(files, start.folder / "x", attn_implementation="flesh"), capsys)
+
+
 def test_label_smoothing_is_for_training_only(start):
     plain, smooth = start("a", max_steps=2), start("b", max_steps=2, label_smoothing_factor=0.2, learning_rate=0)
     still = start("c", max_steps=2, learning_rate=0)
