@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from deepseek.experts import (
     DTYPE_OF_BASE,
+    expert_shapes,
     expert_views,
     find_experts,
     local_expert_ids,
-    projection_names,
     release_experts,
     release_parameters,
     train_experts,
@@ -434,6 +434,12 @@ def to_esft(
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     for layer, (_, module) in find_experts(model).items():
         if hasattr(module, "frozen"):
+            stored = module.frozen
+            if (frozen_dtype or stored.dtype, offload_frozen or stored.offload) != (stored.dtype, stored.offload):
+                raise ValueError(
+                    f"this model's frozen experts are stored as {stored.dtype or 'they were'} already: give "
+                    "frozen_dtype and offload_frozen to load_base_model (frozen=...)"
+                )
             thaw_experts(module, config.experts.get(layer, ()))
         elif frozen_dtype or offload_frozen:
             freeze_experts(module, config.experts.get(layer, ()), frozen_dtype, offload_frozen)
@@ -618,17 +624,19 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})
         if state.training and config != state.config:
             raise ValueError("it holds other experts than this model trains; unload(model) first")
-        for layer, (_, module) in find_experts(model).items():
-            thaw_experts(module, config.experts.get(layer, ()))
-        views = adapter_views(model, config)
-        loaded = read_adapter(folder, views, _remote_names(model, config))
-        taken = sorted(views.keys() & (state.displaced or {}).keys()) if not state.training else []
+        expected, remote = _expected(model, config)
+        loaded = read_adapter(folder, expected, remote)
+        taken = sorted(expected.keys() & (state.displaced or {}).keys()) if not state.training else []
         if taken:
             raise ValueError(
                 f"{taken[0]} is held by an adapter loaded before ({len(taken)} tensors are); unload(model) first"
             )
     except ValueError as error:
         raise ValueError(f"adapter {folder}: {error}") from error
+    if not state.training:
+        for layer, (_, module) in find_experts(model).items():
+            thaw_experts(module, config.experts.get(layer, ()))
+    views = adapter_views(model, config)
     if not state.training:
         state.displaced |= {name: view.to("cpu", copy=True) for name, view in views.items()}
         state.config = union(state.config, config)
@@ -639,13 +647,19 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _remote_names(model: nn.Module, config: ExpertConfig) -> set[str]:
-    """Names that an adapter of `config` has for experts on other ranks."""
-    names = set()
+def _expected(model: nn.Module, config: ExpertConfig) -> tuple[dict[str, Tensor], set[str]]:
+    """(tensors of the shapes that an adapter of `config` has here, by name; names of those of other ranks' experts)."""
+    here: dict[str, Tensor] = {}
+    remote: set[str] = set()
     for layer, (name, module) in find_experts(model).items():
-        remote = set(config.experts.get(layer, ())) - set(local_expert_ids(module))
-        names |= {f"{name}.{expert}.{projection}" for expert in remote for projection in projection_names(module)}
-    return names
+        local, shapes = set(local_expert_ids(module)), expert_shapes(module)
+        for expert in config.experts.get(layer, ()):
+            names = {f"{name}.{expert}.{projection}": shape for projection, shape in shapes.items()}
+            if expert in local:
+                here |= names
+            else:
+                remote |= names.keys()
+    return here | {name: trained_parameter(model, name) for name in _ordinary_parameters(model, config)}, remote
 
 
 def read_adapter(

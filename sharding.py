@@ -21,7 +21,7 @@ from deepseek.frozen import Storage
 from deepseek.loading import empty_model, keeps_documents_apart, quantization
 from deepseek.memory import Estimator, Memory, Settings, full
 from deepseek.placement import Placement, imbalance, place_layers
-from deepseek.ranks import Ranks
+from deepseek.ranks import Ranks, SharedError
 from methods import chosen_experts, prepare_model
 from utils import IGNORE
 
@@ -85,13 +85,22 @@ def memory_of_a_process(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     every = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+        every = min(every, int(text))
     return int(0.8 * every) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def stored_dtype(config, empty: nn.Module) -> str | None:
+    """What frozen experts are stored as: what was asked for, else what a checkpoint in fp8 has them in."""
+    if config.method not in ("esft", "random"):
+        return None
+    return config.frozen_dtype or ("fp8" if quantization(empty.config) == "fp8" else None)
 
 
 def settings_of(config, args, empty: nn.Module, packs: list, ranks: Ranks) -> Settings:
     """What the memory of a run depends on, with the longest pack and the largest share of labels in `packs`."""
     dtype = config.dtype if config.dtype != "auto" else str(empty.config.dtype or torch.float32).removeprefix("torch.")
-    fp8 = quantization(empty.config) == "fp8" and config.method in ("esft", "random")
     return Settings(
         seq_length=max(map(len, packs)),
         batch_size=args.per_device_train_batch_size,
@@ -101,7 +110,7 @@ def settings_of(config, args, empty: nn.Module, packs: list, ranks: Ranks) -> Se
         dtype=dtype,
         world_size=ranks.world_size,
         shard_dense=config.shard_dense,
-        frozen_dtype=config.frozen_dtype or ("fp8" if fp8 else None),
+        frozen_dtype=stored_dtype(config, empty),
         offload_frozen=config.offload_frozen,
         optim=str(getattr(args.optim, "value", args.optim)),
         device=args.device.type,
@@ -161,6 +170,11 @@ def load_model(config, args, packs: list, ranks: Ranks, timeout: timedelta, say)
     Under expert parallelism a rank reads its own experts only.
     """
     empty = ranks.together(lambda: empty_model(config.base_model_path))
+    if quantization(empty.config) == "fp8" and config.method in ("full", "lora"):
+        raise SharedError(
+            f"model {config.base_model_path} is stored in fp8, which method {config.method} cannot train: give its "
+            "bfloat16 form, or method=esft"
+        )
     experts = ranks.together(lambda: chosen_experts(config, empty))  # before a large model is loaded in vain
     plan = plan_run(config, args, empty, experts, packs, ranks, say)
     ranks = ranks.with_experts(plan.ep_size, timeout)
@@ -170,8 +184,8 @@ def load_model(config, args, packs: list, ranks: Ranks, timeout: timedelta, say)
     local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
     on = args.device if args.device.type == "cuda" else None
     place = {"dtype": config.dtype, "device": on, "experts": local, "attention": config.attn_implementation}
-    if experts and (config.frozen_dtype or config.offload_frozen):
-        place["frozen"] = Storage(config.frozen_dtype, config.offload_frozen, experts.experts)
+    if experts and (stored_dtype(config, empty) or config.offload_frozen):
+        place["frozen"] = Storage(stored_dtype(config, empty), config.offload_frozen, experts.experts)
     base, _ = ranks.together(lambda: esft.load_base_model(config.base_model_path, **place))
     model = ranks.together(lambda: prepare_model(base, config, experts))
     if placements:

@@ -100,10 +100,10 @@ def split_projections(module: nn.Module, name: str, tensor: Tensor) -> dict[str,
     return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
 
 
-def projection_names(module: nn.Module) -> list[str]:
-    """Names of an expert's projections, as in `expert_views`."""
+def expert_shapes(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors without storage of the shapes that `expert_views` gives for any expert."""
     slices = {name: torch.empty(getattr(module, name).shape[1:], device="meta") for name in fused_names(module)}
-    return [key for name, one in slices.items() for key in split_projections(module, name, one)]
+    return {key: view for name, one in slices.items() for key, view in split_projections(module, name, one).items()}
 
 
 def expert_views(module: nn.Module, expert: int) -> dict[str, Tensor]:

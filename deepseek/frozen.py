@@ -236,7 +236,7 @@ def thaw_experts(module: nn.Module, ids: Iterable[int]) -> None:
     frozen, local = getattr(module, "frozen", None), local_expert_ids(module)
     if frozen is None:
         return
-    assert not hasattr(module, "trained"), "thaw before anything is trained"
+    assert not hasattr(module, "trained"), "the order of rows is the trained experts' now"
     order = frozen.order_e.tolist()
     wanted = {local.index(expert) for expert in ids if expert in local}
     new = [row for row in range(frozen.kept, len(order)) if order[row] in wanted]

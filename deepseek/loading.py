@@ -114,7 +114,8 @@ def quantization(config: PreTrainedConfig) -> str | None:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    return str(found["quant_method"] if isinstance(found, dict) else found.quant_method.value)
+    method = found["quant_method"] if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
 
 
 def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
@@ -139,19 +140,28 @@ def _class_that_reads(
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError("expert parallelism and frozen_dtype read *.safetensors only: convert the checkpoint")
         layers, layer_of = find_experts(model), {}
-        for layer, (name, module) in layers.items():
+        for layer, (_, module) in layers.items():
             if experts is not None:
                 module.local_ids = sorted(experts[layer])
             for tensor in fused_names(module):
                 full = getattr(module, tensor)
                 setattr(module, tensor, nn.Parameter(full.new_empty(len(local_expert_ids(module)), *full.shape[1:])))
-            if frozen is not None and frozen.dtype == "fp8" and load_config.hf_quantizer is not None:
-                _expect_fp8(module, load_config.hf_quantizer.quantization_config)
+        files = [safe_open(file, "pt") for file in checkpoint_files]
+        slices = {key: _Slice(file.get_slice(key)) for file in files for key in file.keys()}  # noqa: SIM118
+        if quantization(model.config) == "fp8":
+            block = tuple(load_config.hf_quantizer.quantization_config.weight_block_size or ())
+            scales = [key for key in slices if key.endswith("_scale_inv")]
+            as_they_are = set()
+            if frozen is not None and frozen.dtype == "fp8" and block == BLOCKS["fp8"]:
+                in_fp8 = {_layer_of(key) for key in scales if ".experts." in key}
+                as_they_are = {layer for layer in in_fp8 & layers.keys() if _expect_fp8(layers[layer][1])}
+            for key in scales:
+                if not (".experts." in key and _layer_of(key) in as_they_are):
+                    _spell_out(slices, key, block)
+        for layer, (name, module) in layers.items():
             layer_of |= {f"{name}.{tensor}": layer for tensor, _ in module.named_parameters(recurse=False)}
         mapping = get_model_conversion_mapping(model, None, load_config.hf_quantizer)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
-        files = [safe_open(file, "pt") for file in checkpoint_files]
-        slices = {key: _Slice(file.get_slice(key)) for file in files for key in file.keys()}  # noqa: SIM118
         kept_L = _local_slices(model, slices, layer_of, mapping)
         if frozen is None:
             kept = {key: one for part in kept_L.values() for key, one in part.items()}
@@ -182,12 +192,15 @@ def _load_and_freeze(model: nn.Module, kept_L: Mapping[int | None, dict], load_c
     return info, offloaded
 
 
-def _expect_fp8(module: nn.Module, quantization) -> None:
+def _layer_of(key: str) -> int | None:
+    return next((int(part) for part in key.split(".") if part.isdecimal()), None)
+
+
+def _expect_fp8(module: nn.Module) -> bool:
     """Let transformers read the experts of a checkpoint in fp8 as they are, with their scales beside them, where the
-    blocks of single matrices stay blocks of the fused ones."""
-    F = module.down_proj.shape[2]
-    if F % BLOCKS["fp8"][0] or tuple(quantization.weight_block_size or ()) != BLOCKS["fp8"] or module.is_transposed:
-        return
+    blocks of single matrices stay blocks of the fused ones; whether they do."""
+    if module.is_transposed or module.down_proj.shape[2] % BLOCKS["fp8"][0]:
+        return False
     for name in weight_names(module):
         weight = getattr(module, name)
         scales = [math.ceil(size / block) for size, block in zip(weight.shape[1:], BLOCKS["fp8"])]
@@ -195,6 +208,7 @@ def _expect_fp8(module: nn.Module, quantization) -> None:
         module.register_parameter(
             f"{name}_scale_inv", nn.Parameter(weight.new_empty(len(weight), *scales, dtype=torch.float32), False)
         )
+    return True
 
 
 @contextlib.contextmanager
@@ -229,6 +243,41 @@ class _Slice:
 
     def get_dtype(self) -> str:
         return self.source.get_dtype()
+
+
+def _spell_out(slices: dict[str, "_Slice"], key: str, block: tuple[int, ...]) -> None:
+    """Give a matrix that does not consist of whole blocks a scale for every row or column.
+
+    transformers takes the size of the matrix, divided by the number of scales, for that of a block; in DeepSeek-V3,
+    kv_a_proj_with_mqa has 576 rows and 5 scales for them.
+    """
+    weight = slices.get(key.removesuffix("_scale_inv"))
+    if weight is None or len(block) != 2 or len(slices[key].get_shape()) != 2:
+        return
+    partial = [size if size % edge else None for size, edge in zip(weight.get_shape(), block)]
+    if any(partial):
+        slices[key] = _Scales(slices[key].source, partial, block)
+
+
+class _Scales(_Slice):
+    """Scales of blocks, in some dimensions spelled out: one for each of so many rows or columns."""
+
+    def __init__(self, source, sizes: list[int | None], block: tuple[int, ...]):
+        super().__init__(source)
+        self.sizes, self.block = sizes, block
+
+    def __getitem__(self, index) -> torch.Tensor:
+        scale = self.source[:]
+        dtype, self.read_bytes = scale.dtype, self.read_bytes + scale.nbytes
+        if scale.element_size() == 1:  # exponents alone, which torch cannot repeat as such
+            scale = scale.view(torch.uint8)
+        for dim, (size, block) in enumerate(zip(self.sizes, self.block)):
+            if size is not None:
+                scale = scale.repeat_interleave(block, dim).narrow(dim, 0, size)
+        return scale.contiguous().view(dtype)[index]
+
+    def get_shape(self) -> list[int]:
+        return [size or n for size, n in zip(self.sizes, self.source.get_shape())]
 
 
 def _local_slices(

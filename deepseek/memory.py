@@ -219,7 +219,7 @@ class Estimator:
             stored = held.frozen_rows - int(held.frozen_entries * (size - each))
             # a few experts' matrices of one projection; from 8 bits they go through fp32, twice for a moment
             moving["transient"] += entries * (size + 8 * (s.frozen_dtype in BLOCKS))
-            if s.offload_frozen:
+            if s.offload_frozen and s.device == "cuda":
                 host = int(held.frozen_entries * each)
                 stored -= host
                 moving["transient"] += int(entries * each)
@@ -257,7 +257,7 @@ class Estimator:
             found += [("frozen_dtype", k) for k in ("fp8", "nf4") if worth[k] > worth[settings.frozen_dtype]]
         if OPTIMIZERS[settings.optim](4) > 4:
             found.append(("optim", "adamw_bnb_8bit"))
-        if self.experts is not None:
+        if self.experts is not None and settings.device == "cuda":
             found.append(("offload_frozen", True))
         lengths = (settings.seq_length >> by for by in range(1, settings.seq_length.bit_length()))
         found += [("seq_length", length) for length in lengths if length >= SHORTEST]

@@ -158,7 +158,7 @@ def merge_adapter(
             note = {"base_model_path": str(base), "adapter_dir": list(names_of), "environment": environment()}
             write_json(folder / NOTE, note)
         if ours:
-            shutil.rmtree(output)
+            output.rename(folder.with_name("before"))  # which goes when the new one is in its place
     return len(changed)
 
 

@@ -28,7 +28,8 @@ from scripts.adapter_info import describe, numbers
 from utils import ROOT, Parser, run_cli, write_json, write_text
 
 PUSHED = (CONFIG_NAME, "*.safetensors", "run.json", "README.md")
-SECRET = re.compile(r"(token|secret|password|api_?key)$", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)(_|$)", re.IGNORECASE)
+PATH = re.compile(r"(?:file://|(?<![\w.:/]))(?:~|\.\.)?(?:/[\w.@+-]+)+/([\w.@+-]+)")  # in a text, at least two deep
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -45,7 +46,7 @@ def public(value):
         return windows.name
     if value.startswith(("/", "~", "..")):
         return PurePosixPath(value).name
-    return value.replace(str(Path.home()), "~")
+    return PATH.sub(r"\1", value.replace(str(Path.home()), "~"))
 
 
 def hub_id(name: str | None) -> str | None:

@@ -3,6 +3,7 @@ while a checkpoint is read, and block-scaled fp8 checkpoints as they are."""
 
 import copy
 import json
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -143,6 +144,30 @@ def test_casts_and_copies_leave_the_bytes(kind):
     assert 0 < (cast(IDS).logits - logits).abs().mean() < 0.1 * logits.abs().mean()
 
 
+def test_an_adapter_that_is_refused_leaves_the_storage_as_it_is(tmp_path):
+    model, donor = make_model(), make_model()
+    esft.to_esft(donor, esft.ExpertConfig({1: (7, 0)}), keep_base=False)
+    esft.save_adapter(donor, tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    tensors.popitem()
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    for module in experts_of(model).values():
+        freeze_experts(module, (), "int8")
+    with pytest.raises(ValueError, match="is missing"):
+        esft.add_adapter(model, tmp_path)
+    assert [module.frozen.kept for module in experts_of(model).values()] == [0, 0]
+
+
+def test_what_is_stored_is_not_stored_otherwise():
+    model = make_model()
+    for module in experts_of(model).values():
+        freeze_experts(module, (), "int8")
+    for asked in ({"frozen_dtype": "fp8"}, {"offload_frozen": True}):
+        with pytest.raises(ValueError, match="are stored as int8 already"):
+            esft.to_esft(model, some_experts(model), **asked)
+    esft.to_esft(model, some_experts(model), frozen_dtype="int8")
+
+
 def test_the_adapter_is_saved_and_nothing_else_can_be(tmp_path):
     model = make_model()
     config = some_experts(model)
@@ -260,51 +285,72 @@ BLOCKY = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size":
 BLOCKY |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 
 
-def in_fp8(folder, target, slack: float = 1.3):
-    """A checkpoint as DeepSeek-V3's: matrices of whole blocks in e4m3 with an inverse scale per block, which need not
-    be the smallest (`slack`)."""
+def per_entry(scale, shape, block):
+    """(blocks down, blocks across) -> (rows, columns)"""
+    scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return scale[: shape[0], : shape[1]]
+
+
+def in_fp8(folder, target, block=(128, 128), but=()):
+    """A checkpoint as DeepSeek-V3's: matrices in e4m3 (but those of layers `but`) with an inverse scale for every
+    block, which is not the smallest. Returns its tensors, and those it stands for, in bf16."""
     shutil.copytree(folder, target)
-    tensors, skipped = {}, ["lm_head"]
+    tensors, stands_for, skipped = {}, {}, ["lm_head", *(f"model.layers.{layer}.mlp.experts" for layer in but)]
     for key, value in load_file(folder / "model.safetensors").items():
-        if not key.endswith("_proj.weight") or value.shape[0] % 128 or value.shape[1] % 128:
+        stands_for[key] = value
+        if not re.search(r"(_proj|_proj_with_mqa)\.weight$", key) or any(one in key for one in skipped):
             tensors[key] = value
-            skipped += [key.removesuffix(".weight")] * key.endswith("proj.weight")
             continue
-        blocks = value.float().view(value.shape[0] // 128, 128, value.shape[1] // 128, 128)
-        scale = blocks.abs().amax((1, 3)) / 448 * slack
-        tensors[key] = (blocks / scale[:, None, :, None]).reshape(value.shape).to(torch.float8_e4m3fn)
-        tensors[f"{key}_scale_inv"] = scale
+        down, across = (-(-size // edge) for size, edge in zip(value.shape, block))
+        padded = torch.nn.functional.pad(
+            value.float(), (0, across * block[1] - value.shape[1], 0, down * block[0] - len(value))
+        )
+        scale = padded.view(down, block[0], across, block[1]).abs().amax((1, 3)) / 448 * 1.3
+        whole = per_entry(scale, value.shape, block)
+        tensors[key], tensors[f"{key}_scale_inv"] = (value.float() / whole).to(torch.float8_e4m3fn), scale
+        stands_for[key] = (tensors[key].float() * whole).bfloat16()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block,
                                      "activation_scheme": "dynamic", "modules_to_not_convert": skipped}  # fmt: skip
     (target / "config.json").write_text(json.dumps(config))
-    return tensors
+    return tensors, stands_for
 
 
-@pytest.fixture(params=[128, 64], ids=["whole blocks", "blocks that do not fit"])
+LAYOUTS = {
+    "whole blocks": {},
+    "one layer in bf16": {"but": (2,)},
+    "other blocks than ours": {"block": (64, 128)},
+    "experts of partial blocks": {"moe_intermediate_size": 192},
+}
+
+
+@pytest.fixture(params=LAYOUTS)
 def fp8(tmp_path, tiny_tokenizer, request):
-    """(folder, its tensors, the model that transformers makes of it in bf16)"""
-    make_model("deepseek_v3", torch.bfloat16, **BLOCKY).save_pretrained(tmp_path / "bf16")
+    """(folder, its tensors, the model that it stands for, in bf16, whether its experts' bytes can be taken over)
+
+    In each, kv_a_proj_with_mqa has 136 rows, a block of 128 and a part of one, of which transformers makes nonsense.
+    """
+    layout = dict(LAYOUTS[request.param])
+    width = layout.pop("moe_intermediate_size", 128)
+    make_model("deepseek_v3", torch.bfloat16, **{**BLOCKY, "moe_intermediate_size": width}).save_pretrained(
+        tmp_path / "bf16"
+    )
     tiny_tokenizer.save_pretrained(tmp_path / "bf16")
-    tensors = in_fp8(tmp_path / "bf16", tmp_path / "fp8")
-    if request.param == 64:  # other blocks than those that are stored here
-        config = json.loads((tmp_path / "fp8" / "config.json").read_text())
-        config["quantization_config"]["weight_block_size"] = [64, 128]
-        (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
-        for key in [key for key in tensors if key.endswith("_scale_inv")]:
-            tensors[key] = tensors[key].repeat_interleave(2, 0)
-        save_file(tensors, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8").eval()
+    tensors, stands_for = in_fp8(tmp_path / "bf16", tmp_path / "fp8", **layout)
+    shutil.copytree(tmp_path / "bf16", tmp_path / "plain")
+    save_file(stands_for, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     plain.set_experts_implementation("grouped_mm")
-    return tmp_path / "fp8", tensors, plain
+    return tmp_path / "fp8", tensors, plain, request.param == "whole blocks"
 
 
 def test_an_fp8_checkpoint_is_held_as_it_is(fp8):
-    folder, tensors, plain = fp8
-    whole = tensors["model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"].shape == (1, 1)
+    folder, tensors, plain, whole = fp8
     model, _ = load_base_model(folder)
     assert model.dtype == torch.bfloat16 and not getattr(model.config, "quantization_config", None)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters()):
+        assert ".experts." in name or torch.equal(ours, theirs), name
     module = experts_of(model)[1]
     values, scale = module.frozen.stored["gate_up_proj"]
     if whole:
@@ -319,8 +365,7 @@ def test_an_fp8_checkpoint_is_held_as_it_is(fp8):
 
 
 def test_experts_of_an_fp8_checkpoint_are_trained(fp8, tmp_path):
-    folder, tensors, plain = fp8
-    whole = tensors["model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"].shape == (1, 1)
+    folder, _, plain, whole = fp8
     config = esft.ExpertConfig({1: (3, 0), 2: (1,)})
     model, _ = load_base_model(folder, frozen=Storage("fp8", keep=config.experts))
     assert torch.equal(experts_of(model)[1].down_proj[1], experts_of(plain)[1].down_proj[3])

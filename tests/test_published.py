@@ -450,3 +450,18 @@ def test_without_a_network_one_sentence_and_no_half_file(tmp_path):
     assert done.returncode == 0 and files == {"train/law.jsonl", "eval/law.jsonl"}
     again = shell("download_datasets.sh", "law", path=fails, DATASETS=str(tmp_path / "data"))
     assert again.returncode == 0 and "train/law.jsonl is there" in again.stdout
+
+
+@pytest.mark.parametrize(
+    "told, public",
+    [
+        ("--data=/mnt/private/x.jsonl", "--data=x.jsonl"),
+        ("file:///mnt/private/x.json", "x.json"),
+        ("from /data/a/b.json, and ~/c/d.txt", "from b.json, and d.txt"),
+        ("see https://example.org/a/b/c", "see https://example.org/a/b/c"),
+        ("you/adapter at 1/2/3", "you/adapter at 1/2/3"),
+        ({"HF_TOKEN_VALUE": "x", "n_sample_tokens": 2, "tokenizer": "t"}, {"n_sample_tokens": 2, "tokenizer": "t"}),
+    ],
+)
+def test_what_is_private_is_cut(told, public):
+    assert push_adapter.public(told) == public

@@ -594,6 +594,29 @@ def test_what_is_refused_late_removes_nothing(files, start, whole, capsys, chang
     assert before == {path: path.stat().st_mtime_ns for path in (start.folder / "out").rglob("*")}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_runs_on_stored_experts_resume_and_bring_the_best_back(start, monkeypatch, dtype):
+    keys = {"frozen_dtype": "int8", "save_opt_states": True, "load_best_model_at_end": True, "verify_frozen": True}
+    keys["dtype"] = dtype
+    whole = start("whole", **keys)
+    assert whole["frozen_verified"] and whole["best_step"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(**keys)
+    start(**keys)
+    assert same(start.folder / "whole", start.folder / "out")
+
+
+def test_only_esft_trains_a_checkpoint_in_fp8(files, start, capsys):
+    folder = start.folder / "fp8"
+    shutil.copytree(files / "m32", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    utils.write_json(folder / "config.json", config)
+    message = fails(arguments(files, start.folder / "out", method="full", base_model_path=folder), capsys)
+    assert "is stored in fp8, which method full cannot train" in message
+
+
 def test_saved_files_can_be_read_by_others(start):
     umask = os.umask(0o022)
     try:
