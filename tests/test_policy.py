@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "trainer": {"checkpoints", "esft", "deepseek", "utils"},
     "train": {"trainer", "sharding", "methods", "checkpoints", "esft", "deepseek", "utils"},
     "train_ep": {"train", "utils"},
+    "harness": {"benchmarks", "utils"},
+    "suites": {"harness", "esft", "deepseek", "utils"},
     "eval_multigpu": {"esft", "benchmarks", "deepseek", "utils"},
     "scripts": {"scripts", "train", "sharding", "methods", "esft", "benchmarks", "deepseek", "utils"},
 }
