@@ -1,34 +1,24 @@
-"""Answers and their scores: batched greedy generation, the metrics of each task, and the summary with its interval.
+"""Answers and their scores: the evaluator of each task, batched greedy generation, and the summary with its interval.
 
     rows -> evaluate(model, tokenizer, rows, EVALUATORS["intent"]) -> results -> summarize(results)
 
-An evaluator has `.metrics(prediction, answers)`, which returns every metric of the task in percent (0..100), and
+An evaluator has `.metrics(prediction, answers, row)`, which returns every metric of the task in percent (0..100), and
 `.primary`, the name of the one that counts. With several gold answers a metric is its best over them. A metric that
-cannot be computed (a gold answer that is empty, or not of the form the metric needs) is None: it is left out of every
-mean and counted in the summary, never taken for a 0. A prediction, whatever its text, always gets its metrics.
-
-intent   Exact match: prediction and answer, stripped of white space and of one final full stop ("。" or "."), are the
-         same JSON value, so the order of keys does not matter and that of lists does; an answer that is not JSON is
-         compared as text. This rule gives the scores published with the paper. Slot F1: harmonic mean of precision
-         and recall over (slot, value) pairs; a list is one pair per item.
-rouge_l  F measure of the longest common subsequence (rouge-score) of lower-cased words; Chinese characters and kana
-         are words of their own.
-chrf     chrF2 of sacrebleu per sample; the mean over samples differs a little from a corpus chrF.
+cannot be computed is None: it is left out of every mean and counted in the summary, never taken for a 0. The metrics
+themselves are in metrics.py, the judge's in judge.py.
 
 Generation sorts the prompts by length and cuts the sorted list into batches. In which batch a prompt is answered can
 change the last bits of its logits, and so the answer: `make_batches` comes before any dealing out, and a sample meets
 the same neighbours, and the same padding, however many processes there are.
 """
 
-import json
 import os
 import random
 import re
-from collections import Counter
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -36,107 +26,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+import code_runner
+from metrics import bleu, chrf, exact_match, json_exact_match, number_match, rouge_l, slot_f1
 from utils import SHAPES, encode_prompt, read_rows, suggest
 
-# ------------------------------------------------------------------------------------------------ metrics
-
-
-_NOT_JSON = object()
-
-
-def _json_value(text: str) -> object:
-    """The JSON value that `text` spells, white space and one final full stop aside; _NOT_JSON where it spells none."""
-    text = text.strip()
-    try:
-        return json.loads(text[:-1] if text.endswith(("。", ".")) else text)
-    except (ValueError, RecursionError):
-        return _NOT_JSON
-
-
-def json_exact_match(prediction: str, answer: str) -> float:
-    """100 or 0. See the module's docstring for the rule."""
-    gold = _json_value(answer)
-    if gold is _NOT_JSON:
-        return exact_match(prediction, answer)
-    try:  # compared as spelled, since Python's True equals 1
-        found, wanted = (json.dumps(value, sort_keys=True) for value in (_json_value(prediction), gold))
-    except (TypeError, RecursionError):  # the prediction is not JSON, or has no end
-        return 0.0
-    return 100.0 * (found == wanted)
-
-
-def _slots(value: object) -> Counter | None:
-    """The (slot, value) pairs of {"intent": .., "slots": {..}} as a multiset; None where `value` has another form."""
-    slots = value.get("slots", {}) if isinstance(value, dict) else None
-    if not isinstance(slots, dict):
-        return None
-    pairs = ((name, item) for name, items in slots.items() for item in (items if isinstance(items, list) else [items]))
-    try:
-        return Counter((name, json.dumps(item, sort_keys=True)) for name, item in pairs)
-    except RecursionError:
-        return None
-
-
-def slot_f1(prediction: str, answer: str) -> float | None:
-    """F1 over slots, 0..100. None wanted, none given: 100. Unreadable prediction: 0. Unreadable gold: None."""
-    gold, found = _slots(_json_value(answer)), _slots(_json_value(prediction))
-    if gold is None:
-        return None
-    if found is None:
-        return 0.0
-    total = gold.total() + found.total()
-    return 200.0 * (gold & found).total() / total if total else 100.0
-
-
-def exact_match(prediction: str, answer: str) -> float:
-    """100 where the two texts are equal but for white space around them, else 0."""
-    return 100.0 * (prediction.strip() == answer.strip())
-
-
-class _Words:
-    """Tokenizer for rouge-score, whose own drops everything that is not a-z or a digit."""
-
-    _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-    _PATTERN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
-
-    def tokenize(self, text: str) -> list[str]:
-        return self._PATTERN.findall(text.lower())
-
-
-def _missing(library: str) -> ValueError:
-    return ValueError(f"this metric needs {library}, which is not installed: pip install -e '.[eval]'")
-
-
-@cache
-def _rouge():
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise _missing("rouge-score") from None
-    return RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-@cache
-def _chrf():
-    try:
-        from sacrebleu.metrics import CHRF
-    except ImportError:
-        raise _missing("sacrebleu") from None
-    return CHRF()
-
-
-def rouge_l(prediction: str, answer: str) -> float | None:
-    """ROUGE-L F measure, 0..100; None where the gold answer holds no word."""
-    scorer = _rouge()
-    if not _Words().tokenize(answer):
-        return None
-    return 100.0 * scorer.score(answer, prediction)["rougeL"].fmeasure
-
-
-def chrf(prediction: str, answer: str) -> float | None:
-    """Sentence chrF2, 0..100; None where the gold answer is blank."""
-    scorer = _chrf()
-    return scorer.sentence_score(prediction, [answer]).score if answer.strip() else None
+# ------------------------------------------------------------------------------------------------ evaluators
 
 
 @dataclass(frozen=True)
@@ -146,33 +40,105 @@ class Evaluator:
     primary: str
     functions: dict[str, Callable[[str, str], float | None]]
 
-    def metrics(self, prediction: str, answers: list[str]) -> dict[str, float | None]:
+    def metrics(self, prediction: str, answers: list[str], row: dict | None = None) -> dict[str, float | None]:
         """Every metric by its name: the best over `answers`, 0..100, or None where none of them allows it."""
         values = {name: [function(prediction, gold) for gold in answers] for name, function in self.functions.items()}
         return {name: max((v for v in found if v is not None), default=None) for name, found in values.items()}
 
 
+class CodeEvaluator:
+    """HumanEval style: does the program pass the row's `test`, a `check(candidate)`, with its `entry_point`?
+
+    It runs what the model wrote (code_runner.py says behind which fence).
+    """
+
+    primary = "pass@1"
+    _STOPS = re.compile(r"\n(?=class |def |@|#|if |print|assert )")  # where a continuation of the prompt has ended
+    _FENCE = re.compile(r"```[ \t]*(?:python|py)?[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+    def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float | None]:
+        passed = code_runner.run(self.programs(prediction, row)).passed
+        return {self.primary: 100.0 * passed}
+
+    def programs(self, prediction: str, row: dict) -> list[str]:
+        """What `prediction` may mean, likeliest first, each with the test; the first that is Python is to be run.
+
+        It is the function, after the prompt's own lines (imports, helpers) where the prompt is code, or its body,
+        whose first indent may have been lost at the end of the prompt.
+        """
+        prompt, entry = row["prompt"], row["entry_point"]
+        blocks = self._FENCE.findall(prediction)
+        defined = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
+        code = next((block for block in blocks if defined.search(block)), blocks[0] if blocks else prediction)
+        if defined.search(code):
+            candidates = [f"{prompt}\n\n{code}", code]
+        else:
+            body = self._STOPS.split(code, maxsplit=1)[0]
+            whole = textwrap.indent(textwrap.dedent(code), "    ")
+            candidates = [prompt + body, f"{prompt}    {body.lstrip()}", prompt + whole]
+        return [f"{candidate}\n\n{row['test']}\n\ncheck({entry})\n" for candidate in candidates]
+
+
+@dataclass(frozen=True)
+class ByRow:
+    """Each row's own evaluator, by the row's "evaluator" or else `usual`; `score` is the primary metric of each."""
+
+    usual: Evaluator | CodeEvaluator
+    primary: str = "score"
+
+    def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float | None]:
+        own = EVALUATORS[row["evaluator"]] if row.get("evaluator") is not None else self.usual
+        metrics = own.metrics(prediction, answers, row)
+        return {self.primary: metrics[own.primary], **metrics}
+
+
 EVALUATORS = {
     "intent": Evaluator("exact_match", {"exact_match": json_exact_match, "slot_f1": slot_f1}),
-    "summary": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf}),
-    "law": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf}),
-    "translation": Evaluator("chrf", {"chrf": chrf, "rouge_l": rouge_l}),
+    "summary": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf, "bleu": bleu}),
+    "law": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf, "bleu": bleu}),
+    "translation": Evaluator("chrf", {"chrf": chrf, "bleu": bleu, "rouge_l": rouge_l}),
     "general": Evaluator("exact_match", {"exact_match": exact_match}),
+    "math": Evaluator("final_number", {"final_number": number_match, "exact_match": exact_match}),
+    "code": CodeEvaluator(),
 }
+_KNOWN_DATASETS = {"gsm8k": "math", "humaneval": "code"}
 
 
-def get_evaluator(dataset_name: str, evaluator_name: str | None = None) -> Evaluator:
-    """The evaluator asked for, else the one of the dataset's name, else ROUGE-L and chrF, which fit any text.
+def get_evaluator(
+    dataset_name: str, evaluator_name: str | None = None, rows: list[dict] = (), allow_code: bool = False
+) -> Evaluator | CodeEvaluator | ByRow:
+    """The evaluator asked for, else the one that the rows ask for in "evaluator" (each its own, where they differ),
+    else the one of the dataset's name, else ROUGE-L, chrF and BLEU, which fit any text.
 
-    Raises ValueError for an unknown `evaluator_name`, and where a library that the metrics need is not installed.
+    Raises ValueError for an unknown name, where a library that the metrics need is not installed, for a row that lacks
+    what its evaluator needs, and for an evaluator that runs generated code without `allow_code`.
     """
-    if evaluator_name is not None and evaluator_name not in EVALUATORS:
-        raise ValueError(
-            f"--evaluator {evaluator_name} is none of {', '.join(EVALUATORS)}{suggest(evaluator_name, EVALUATORS)}"
-        )
-    evaluator = EVALUATORS.get(evaluator_name or dataset_name, EVALUATORS["summary"])
-    evaluator.metrics("a", ["a"])  # a library that is missing shows here, before a model is loaded
-    return evaluator
+    usual = evaluator_name or _KNOWN_DATASETS.get(dataset_name, dataset_name)
+    asked = [None if evaluator_name else row.get("evaluator") for row in rows] or [None]
+    for name, where in [
+        (evaluator_name, "--evaluator"),
+        *((name, f"{dataset_name}: a row's evaluator") for name in asked),
+    ]:
+        if name is not None and (not isinstance(name, str) or name not in EVALUATORS):
+            raise ValueError(f"{where} {name} is none of {', '.join(EVALUATORS)}{suggest(name, EVALUATORS)}")
+    names = [name or usual if (name or usual) in EVALUATORS else "summary" for name in asked]
+    for name in set(names) - {"code"}:
+        EVALUATORS[name].metrics("a", ["a"])  # a library that is missing shows here, before a model is loaded
+    if "code" in names:
+        if not allow_code:
+            raise ValueError(
+                f"{dataset_name} is scored by running what the model writes: give --allow_code_execution to do so (in "
+                "a process with limits, behind a fence that is no sandbox: code_runner.py), or another --evaluator"
+            )
+        for row in (row for row, name in zip(rows, names) if name == "code"):
+            if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("test", "entry_point")):
+                raise ValueError(
+                    f'{dataset_name}: a row scored as code needs "test" (Python that defines check(candidate)) and '
+                    f'"entry_point" (the name of the function), this one lacks them: {row["prompt"][:60]!r}'
+                )
+    return (
+        EVALUATORS[names[0]] if len(set(names)) == 1 else ByRow(EVALUATORS[usual if usual in EVALUATORS else "summary"])
+    )
 
 
 # ------------------------------------------------------------------------------------------------ eval files
@@ -182,11 +148,14 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
     """The rows {"prompt", "raw_answers", ...} of an eval dataset, in the order of its file.
 
     `n_samples` draws that many without replacement (seeded) and keeps the order. `answers` stands in where
-    `raw_answers` is missing. Raises ValueError naming file and line for a row that lacks them.
+    `raw_answers` is missing, and in a row with a "test" its `canonical_solution`. Raises ValueError naming file and
+    line for a row that lacks them.
     """
     rows = []
     for where, row in read_rows(dataset, "eval"):
         answers = row.get("raw_answers", row.get("answers"))
+        if answers is None and isinstance(row.get("test"), str):
+            answers = [row.get("canonical_solution", "")]
         wrong = None
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             wrong = "prompt"
@@ -329,7 +298,7 @@ def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict
     metrics: dict[str, float | None] = {}
     if not error:
         try:
-            metrics = evaluator.metrics(text, row["raw_answers"])
+            metrics = evaluator.metrics(text, row["raw_answers"], row)
         except Exception as raised:
             error = sentence(raised)
     primary = metrics[evaluator.primary] if metrics else None
@@ -386,14 +355,40 @@ def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> d
     def mean(groups: dict[str, np.ndarray]) -> float | None:
         return round(float(np.mean([values.mean() for values in groups.values()])), 4) if groups else None
 
-    names = list(scored[0]["metrics"]) if scored else []
+    names = list(dict.fromkeys(name for result in scored for name in result["metrics"]))  # rows may differ in theirs
     scores = by_skill(lambda result: None if result["score"] is None else 100 * result["score"])
     return {
         "n": len(results),
         "failed": len(results) - len(scored),
         "mean": mean(scores),
         "ci95": _bootstrap(list(scores.values()), resamples, seed) if scores else None,
-        "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"][name])) for name in names},
-        "missing": {name: sum(result["metrics"][name] is None for result in scored) for name in names},
+        "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"].get(name))) for name in names},
+        "missing": {name: sum(result["metrics"].get(name, 0) is None for result in scored) for name in names},
         "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
+    }
+
+
+def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
+    """What an adapter changed, in percent, over the samples that have a score from both (lists in one order).
+
+    {"n", "base", "adapter", "difference": means, "ci95": paired bootstrap interval of the difference, "certain": does
+    it exclude 0}. Samples are drawn as pairs, within their skill where rows carry one; skills count the same.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for one, other in zip(base, adapted, strict=True):
+        if one["score"] is not None and other["score"] is not None:
+            groups.setdefault(one.get("skill", ""), []).append((100 * one["score"], 100 * other["score"]))
+    if not groups:
+        return {"n": 0, "base": None, "adapter": None, "difference": None, "ci95": None, "certain": False}
+    pairs = [np.array(values) for values in groups.values()]
+    means = np.mean([values.mean(axis=0) for values in pairs], axis=0)
+    low, high = _bootstrap([values[:, 1] - values[:, 0] for values in pairs], resamples, seed)
+    return {
+        "n": sum(len(values) for values in pairs),
+        **{
+            name: round(float(v), 4)
+            for name, v in zip(("base", "adapter", "difference"), (*means, means[1] - means[0]))
+        },
+        "ci95": [low, high],
+        "certain": low > 0 or high < 0,
     }

@@ -665,11 +665,19 @@ def _expected(model: nn.Module, config: ExpertConfig) -> tuple[dict[str, Tensor]
 def read_adapter(
     folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The tensors that `find_adapter_tensors` finds, by the names in `expected`. Raises as it does."""
+    """The tensors that `find_adapter_tensors` finds, by the names in `expected`.
+
+    Raises:
+        ValueError, FileNotFoundError: as it does, and for NaN or infinite values.
+    """
     found, loaded = find_adapter_tensors(folder, expected, skipped), {}
     for path in sorted({path for path, _ in found.values()}):
         with _open(path) as file:
             loaded |= {name: file.get_tensor(key) for name, (where, key) in found.items() if where == path}
+    if broken := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{broken[0]} has values that are no finite numbers ({len(broken)} tensors have); train it anew"
+        )
     return loaded
 
 

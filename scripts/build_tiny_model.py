@@ -246,13 +246,16 @@ def batches(
 # ---- model and training ---------------------------------------------------------------------------------------------
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> DeepseekV2ForCausalLM:
-    """DeepSeek-V2-Lite in small: a dense layer, then four with 2 shared and 64 routed experts, 6 of them per token."""
+def build_model(tokenizer: PreTrainedTokenizerFast, experts: int = 64) -> DeepseekV2ForCausalLM:
+    """DeepSeek-V2-Lite in small: a dense layer, then four with 2 shared and 64 routed experts, 6 of them per token.
+
+    Fewer `experts` are wider, so that the routed ones have the same size together, and about as much of them is used.
+    """
     config = DeepseekV2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=512,
-        moe_intermediate_size=48,
+        moe_intermediate_size=48 * 64 // experts,
         num_hidden_layers=5,
         first_k_dense_replace=1,
         num_attention_heads=4,
@@ -261,9 +264,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> DeepseekV2ForCausalLM:
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
         v_head_dim=32,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
+        n_routed_experts=experts,
+        n_shared_experts=max(1, 2 * experts // 64),
+        num_experts_per_tok=math.ceil(6 * experts / 64),
         n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
@@ -336,6 +339,8 @@ def main() -> None:
         "model for the same seed (this or --minutes is required)")  # fmt: skip
     budget.add_argument("--minutes", type=float, metavar="MINUTES", help="budget in minutes of training")
     add("--output_dir", type=Path, default=Path("results/models/tiny"), metavar="DIR", help="(default: %(default)s)")
+    add("--experts", type=int, default=64, choices=(8, 16, 32, 64), help="routed experts of a layer, of the same size "
+        "together (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=2407, metavar="N", help="of weights, text and data sets (default: %(default)s)")
     add("--lr", type=float, default=1.5e-3, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
     add("--warmup_steps", type=int, default=100, metavar="N", help="(default: %(default)s)")
@@ -351,7 +356,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     stream = mixture(random.Random(f"{args.seed}:tokenizer"), 0.5, set())
     tokenizer = train_tokenizer([next(stream) for _ in range(20_000)])
-    model = build_model(tokenizer).to(args.device)
+    model = build_model(tokenizer, args.experts).to(args.device)
     model.set_experts_implementation("grouped_mm")
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary"

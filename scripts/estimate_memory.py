@@ -196,7 +196,8 @@ def report(settings: Settings, memory: Memory, found: list[tuple[Settings, Memor
     fits = memory.peak <= gpu_gb * 2**30
     lines = [memory.table()]
     verdict = "fits" if fits else "does not fit"
-    lines.append(f"{verdict}: {memory.peak / 2**30:,.1f} of {gpu_gb:g} GiB on each of {settings.world_size} GPUs")
+    how = f"with ep_size={settings.ep_size} activation_checkpointing={str(settings.activation_checkpointing).lower()}"
+    lines.append(f"{verdict}: {memory.peak / 2**30:,.1f} of {gpu_gb:g} GiB on each of {settings.world_size} GPUs {how}")
     if not fits and found:
         lines.append("what fits:" if len(found) > 1 else "what fits is:")
         for other, needed in found:

@@ -149,7 +149,10 @@ def merge_adapter(
         changed_files = {files[key] for key in changed}
         for name in sorted(set(files.values())):
             copy_file(base / name, folder / name, hard_links and name not in changed_files)
-        write_tensors(folder, files, places, sources, folder / REPLACED if keep_replaced else None)
+        kept = folder / REPLACED if keep_replaced else None
+        write_tensors(
+            folder, files, places, sources, kept, finite=write_note
+        )  # an unmerge gives back whatever was there
         if keep_replaced:
             load_routers(model, folder, files)  # what was replaced is for the model that is written here
             note = base_note(model, router_fingerprint(model))
@@ -541,6 +544,7 @@ def write_tensors(
     places: dict[str, list[Place]],
     sources: dict[str, tuple[Path, str]],
     replaced: Path | None,
+    finite: bool,
 ) -> None:
     """Overwrite in the copies of the base's files in `folder` what the adapters hold, in the base's dtype; what was
     there before goes to the folder `replaced`, by its name in an adapter. One tensor of an expert is in memory at once.
@@ -561,6 +565,8 @@ def write_tensors(
         for name in tqdm(sorted(places, key=lambda name: places[name][0].key), desc="merging", unit="tensor"):
             path, key = sources[name]
             value = adapters[path].read(key)
+            if finite and not value.isfinite().all():
+                raise ValueError(f"{path}: {key} has values that are no finite numbers; train the adapter anew")
             for place in places[name]:
                 shard = shards[files[place.key]]
                 stored = shard.read(place.key, place.row)

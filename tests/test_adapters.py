@@ -285,6 +285,7 @@ SPOILED = {
         lambda f: rewrite(f, lambda t: t.update({DOWN: t[DOWN].T.contiguous()})),
         rf"{DOWN} has shape \(16, 32\).*\(32, 16\)",
     ),
+    "not a number": (lambda f: rewrite(f, lambda t: t[DOWN].view(-1)[3:4].fill_(torch.nan)), f"{DOWN} has values that"),
     "truncated": (truncate, r"adapter\.safetensors is damaged or truncated"),
     "empty file": (lambda f: (f / "adapter.safetensors").write_bytes(b""), r"adapter\.safetensors is damaged"),
     "a tensor twice": (twice, r"again\.safetensors: .* twice"),

@@ -3,13 +3,17 @@
 import json
 import random
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import EVALUATORS, Completion, get_evaluator, json_exact_match, load_rows, score, slot_f1, summarize
+import code_runner
+import metrics
+from benchmarks import EVALUATORS, Completion, compare, get_evaluator, load_rows, score, summarize
+from metrics import bleu, final_number, json_exact_match, number_match, slot_f1
 
 GOLD = '{"intent": "Alarm-Update", "slots": {"date": "周一", "notes": ["跑步", "吃饭"]}}'
 
@@ -92,7 +96,65 @@ def test_text_metrics_read_chinese_and_order():
     translation = EVALUATORS["translation"].metrics
     assert translation("a small house", ["a small house"])["chrf"] == pytest.approx(100)
     assert 0 < translation("a small mouse", ["a small house"])["chrf"] < 100
-    assert translation("", ["a small house"]) == {"chrf": 0, "rouge_l": 0}
+    assert translation("", ["a small house"]) == {"chrf": 0, "bleu": 0, "rouge_l": 0}
+
+
+def test_bleu_counts_the_n_grams_that_there_are_and_reads_chinese():
+    assert bleu("a small house", "a small house") == pytest.approx(100)  # no four-gram in it, and none missed
+    words = bleu("the cat sat on the red mat", "the cat sat on the mat")
+    assert words == pytest.approx(100 * (6 / 7 * 4 / 6 * 3 / 5 * 2 / 4) ** 0.25)
+    assert bleu("判处有期徒刑三年", "判处有期徒刑三年") == pytest.approx(100)
+    assert 50 < bleu("判处有期徒刑五年", "判处有期徒刑三年") < 100  # one word to a tokenizer of spaces: 0
+    assert bleu("これはペンです", "これはペンだ") > 50 and bleu("", "这是") == 0 and bleu("x", " ") is None
+    assert list(EVALUATORS["law"].metrics("a", ["a"])) == ["rouge_l", "chrf", "bleu"]
+    primaries = {"intent": "exact_match", "summary": "rouge_l", "law": "rouge_l", "translation": "chrf"}
+    assert {name: EVALUATORS[name].primary for name in primaries} == primaries
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 + 4 = 7, so\n#### 7", "7"), ("#### 1,234,567.50 dollars", "1234567.5"), ("first 5, then 6.", "6"),
+        ("#### 7\n\nThat took 3 steps.", "7"), ("#### ", None), ("7 apples ####", "7"), ("it costs $18", "18"),
+        ("-5", "-5"), ("-$5", "-5"), ("−3 °C", "-3"), ("10-5", "5"), ("- 5 apples", "5"), ("50%", "50"),
+        ("€2.50", "2.5"), ("3/4 cup", "3/4"), ("1 1/2", "3/2"), ("1½ hours", "3/2"), ("½", "1/2"), ("12 m²", "12"),
+        (r"\boxed{\frac{3}{4}} in 2 steps", "3/4"), (r"\boxed{12}", "12"), (r"1{,}000", "1000"), ("**8**.", "8"),
+        ("１２元", "12"), ("答案是42。", "42"), (".5", "1/2"), ("1e3", "1000"), ("007", "7"), ("12,34", "34"),
+        ("none", None), ("", None), ("1/0", None), ("9" * 5000, None),
+    ],
+)  # fmt: skip
+def test_the_final_number(text, number):
+    assert final_number(text) == (None if number is None else Fraction(number))
+
+
+def test_math_compares_numbers_and_not_texts():
+    assert (
+        number_match("So she has 0.5 of it", "half\n#### 1/2") == 100 and number_match("18 eggs", "#### 18.00") == 100
+    )
+    assert number_match("17", "#### 18") == 0 and number_match("no idea", "#### 18") == 0
+    assert number_match("18", "eighteen") is None
+    for hostile in ("1,000" + ",000" * 9999, "1e" * 99999, "1 " * 99999, "\\frac{" * 9999, "#### " * 9999, "-" * 99999):
+        assert number_match(hostile, "#### 18") == 0
+
+
+def test_a_row_may_ask_for_its_evaluator():
+    number, text = ({"prompt": "q", "raw_answers": [gold]} for gold in ("#### 4", "blue"))
+    assert get_evaluator("gsm8k") is get_evaluator("x", "math") is EVALUATORS["math"]
+    same = [{**number, "evaluator": "math"}] * 2
+    assert get_evaluator("general", None, same) is EVALUATORS["math"]
+    assert get_evaluator("general", "intent", same) is EVALUATORS["intent"]
+    mixed = [same[0], text]
+    evaluator = get_evaluator("general", None, mixed)
+    lines = [score(row, Completion(a, 1, False), evaluator) for row, a in zip([*mixed, text], ["so 4", "blue", "red"])]
+    assert [line["score"] for line in lines] == [1, 1, 0] and evaluator.primary == "score"
+    assert lines[0]["metrics"] == {"score": 100, "final_number": 100, "exact_match": 0}
+    assert lines[1]["metrics"] == {"score": 100, "exact_match": 100}
+    summary = summarize(lines)
+    assert summary["metrics"]["final_number"] == 100 and summary["missing"]["final_number"] == 0
+    assert summary["mean"] == summary["metrics"]["score"] == pytest.approx(200 / 3, abs=1e-3)
+    for wrong in ("maths", "", 3, ["math"]):
+        with pytest.raises(ValueError, match=r"general: a row's evaluator .* is none of"):
+            get_evaluator("general", None, [text, {**text, "evaluator": wrong}])
 
 
 def predictions() -> list[str]:
@@ -135,15 +197,22 @@ def predictions() -> list[str]:
     return texts
 
 
+TEST = {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
+
+
 @pytest.mark.parametrize("name", EVALUATORS)
-def test_no_prediction_crashes_an_evaluator(name):
-    evaluator = EVALUATORS[name]
-    for prediction in predictions():
+def test_no_prediction_crashes_an_evaluator(name, monkeypatch):
+    evaluator, texts = EVALUATORS[name], predictions()
+    if name == "code":  # some are run, the others only made into programs
+        for text in (texts[0], *texts[-16:-4]):
+            assert evaluator.metrics(text, [""], TEST) in ({"pass@1": 0}, {"pass@1": 100}), text[:100]
+        monkeypatch.setattr(code_runner, "run", lambda programs: code_runner.Outcome(all(programs), "", []))
+    for prediction in texts:
         for answers in ([GOLD], ["plain text"], ["", "[1, 2]"]):
-            metrics = evaluator.metrics(prediction, answers)
-            assert metrics.keys() == evaluator.functions.keys()
-            assert all(v is None or 0 <= v <= 100.001 for v in metrics.values()), (prediction, answers)
-    assert all(v is None for v in evaluator.metrics("x", []).values())
+            found = evaluator.metrics(prediction, answers, TEST)
+            assert found.keys() == evaluator.metrics("x", ["y"], TEST).keys() and evaluator.primary in found
+            assert all(v is None or 0 <= v <= 100.001 for v in found.values()), (prediction, answers)
+    assert name == "code" or all(v is None for v in evaluator.metrics("x", []).values())
 
 
 def test_what_cannot_be_computed_is_counted_and_left_out_of_the_means():
@@ -199,7 +268,7 @@ def test_evaluator_is_that_of_the_name_or_the_one_asked_for():
 )
 def test_a_missing_library_is_one_sentence(monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
-    for scorer in (benchmarks._rouge, benchmarks._chrf):
+    for scorer in (metrics._rouge, metrics._chrf, metrics._bleu):
         scorer.cache_clear()
     get_evaluator("intent")
     with pytest.raises(ValueError, match=rf"{name}.*pip install"):
@@ -237,3 +306,34 @@ def test_json_is_compared_as_json_and_not_as_python():
     assert json_exact_match('{"a": 1}', '{"a": true}') == 0
     assert json_exact_match('{"b": 2, "a": [1]}', '{"a": [1], "b": 2}。') == 100
     assert json_exact_match("no JSON", '{"a": true}') == 0
+
+
+def paired(base, adapted, skills=None) -> dict:
+    return compare(lines(base, skills=skills), lines(adapted, skills=skills))
+
+
+def test_a_comparison_is_of_pairs():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 80, 200)
+    better = paired(base, base + 5 + rng.normal(0, 5, 200))  # far less than the spread between samples
+    assert better["difference"] == pytest.approx(5, abs=1) and better["certain"]
+    low, high = better["ci95"]
+    assert 0.5 < high - low < 2 * 1.96 * 5 / 200**0.5 * 1.2 and low < better["difference"] < high
+    assert better["adapter"] - better["base"] == pytest.approx(better["difference"], abs=1e-3)
+    worse = paired(base + 5 + rng.normal(0, 5, 200), base)
+    assert worse["certain"] and worse["ci95"][1] < 0
+    assert not paired(base, base + rng.normal(0, 5, 200) - 0.1)["certain"]
+    shuffled = paired(base, rng.permutation(base) + 1)  # as many points, but no pairs
+    assert shuffled["ci95"][1] - shuffled["ci95"][0] > 5 and not shuffled["certain"]
+    assert paired(base, base)["ci95"] == [0, 0] and not paired(base, base)["certain"]
+
+
+def test_a_comparison_leaves_out_what_one_of_them_lacks_and_counts_skills_the_same():
+    some = paired([10, None, 30, 50], [20, 40, None, 60])
+    assert (some["n"], some["base"], some["adapter"], some["difference"]) == (2, 30, 40, 10)
+    skills = ["a"] * 9 + ["b"]
+    even = paired([0] * 10, [10] * 9 + [50], skills)
+    assert (even["difference"], even["ci95"]) == (30, [30, 30])
+    assert paired([None], [1])["difference"] is None and not paired([None], [1])["certain"]
+    with pytest.raises(ValueError):
+        paired([1, 2], [1])

@@ -14,10 +14,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import test_judge
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+import benchmarks
+import code_runner
 import esft
 import eval_multigpu
 from benchmarks import complete, generate, make_batches
@@ -196,7 +199,7 @@ class Watched:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def metrics(self, prediction: str, answers: list[str]) -> dict[str, float]:
+    def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float]:
         with open(self.folder / "log", "a") as log:
             log.write(f"{os.getpid()} {answers[0]}\n")
         if answers == ["raise"]:
@@ -458,6 +461,13 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--eval_dataset=a/x.jsonl,b/x.jsonl"], "different names"),
         (0, ["--eval_dataset=,"], "different names"),
         (0, ["--output_path=out.json"], r"must end in \.jsonl"),
+        (0, ["--with_base"], "give --adapter_dir"),
+        (0, ["--evaluator=code"], "--allow_code_execution"),
+        (0, ["--evaluator=code", "--allow_code_execution"], '"test"'),
+        (0, ["--judge_base_url=http://h"], "needs --judge_model"),
+        (0, ["--judge_model=m", "--judge_base_url=h"], "--judge_base_url must be an address"),
+        (0, ["--judge_model=m", "--judge_key_env=sk-abc"], "NAME of an environment variable"),
+        (0, ["--judge_model=m", "--judge_cache=README.md"], "cannot be written"),
         (0, ["--output_path=README.md/out.jsonl"], "cannot be written"),
     ],
 )
@@ -519,4 +529,222 @@ def test_help_names_every_flag_with_its_default(capsys):
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--\w+)", text, flags=re.MULTILINE)
     optional = set(flags) - {"--eval_dataset", "--base_model_path", "--output_path"}
-    assert len(optional) == 11 and text.count("(default:") == len(optional) and text.count("(required)") == 3
+    assert len(optional) == 18 and text.count("(default:") == len(optional) and text.count("(required)") == 3
+
+
+# ------------------------------------------------------------------------------------------------ base and adapter
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(model_dir, tmp_path_factory) -> str:
+    """An adapter that changes every answer."""
+    model = DeepseekV2ForCausalLM.from_pretrained(model_dir, dtype="float32")
+    esft.to_esft(model, esft.ExpertConfig({1: tuple(range(8))}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(-20)
+    folder = tmp_path_factory.mktemp("adapter")
+    esft.save_adapter(model, folder)
+    return str(folder)
+
+
+def score_by_length(monkeypatch) -> None:
+    """Scores that differ between samples and models, which no tiny model gets otherwise."""
+    lengths = benchmarks.Evaluator("letters", {"letters": lambda text, gold: float(sum(map(ord, text)) % 101)})
+    monkeypatch.setattr(eval_multigpu, "get_evaluator", lambda *_: lengths)
+
+
+def contents(folder: Path, pattern: str) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.glob(pattern)) if "summary" not in path.name}
+
+
+def test_base_and_adapter_in_one_call_give_what_two_calls_give(
+    model_dir, adapter_dir, eval_file, tmp_path, monkeypatch, capsys
+):
+    score_by_length(monkeypatch)
+    other = write_rows(tmp_path / "other.jsonl", ["x"] * 3)
+    files, adapter = f"{eval_file},{other}", f"--adapter_dir={adapter_dir}"
+    (tmp_path / "two").mkdir()
+    bases = run(model_dir, files, tmp_path / "two" / "b.jsonl")
+    alone = run(model_dir, files, tmp_path / "two" / "a.jsonl", adapter)
+    capsys.readouterr()
+    loads, load = [], esft.load_base_model
+    with monkeypatch.context() as patch:
+        patch.setattr(esft, "load_base_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+        both = run(model_dir, files, tmp_path / "one" / "a.jsonl", adapter, "--with_base")
+    assert len(loads) == 1
+    printed = capsys.readouterr().out
+    separate = contents(tmp_path / "two", "*.jsonl")
+    assert separate["a.mine.jsonl"] != separate["b.mine.jsonl"]
+    joint = contents(tmp_path / "one", "*.jsonl")
+    assert joint == {
+        "a.mine.jsonl": separate["a.mine.jsonl"],
+        "a.mine.base.jsonl": separate["b.mine.jsonl"],
+        "a.other.jsonl": separate["a.other.jsonl"],
+        "a.other.base.jsonl": separate["b.other.jsonl"],
+    }
+    for base, one, summary in zip(bases, alone, both):
+        compared = summary.pop("against_base")
+        assert untimed(summary) == untimed(one)
+        assert (compared["base"], compared["adapter"], compared["n"]) == (base["mean"], one["mean"], base["n"])
+        name = f"a.{one['dataset']}"
+        assert json.loads((tmp_path / "one" / f"{name}.summary.json").read_text())["against_base"] == compared
+        saved = json.loads((tmp_path / "one" / f"{name}.base.summary.json").read_text())
+        assert untimed(saved) == untimed(base)
+        row = rf"{one['dataset']} +{base['n']} +letters +{base['mean']:.1f} +{one['mean']:.1f} +[+-]"
+        (line,) = re.findall(rf"^{row}.*$", printed, flags=re.MULTILINE)
+        assert line.endswith(" *") == compared["certain"]
+        assert compared["certain"] == (not compared["ci95"][0] <= 0 <= compared["ci95"][1])
+    assert printed.count("dataset") == 1 and ("excludes 0" in printed) == (" *\n" in printed)
+
+
+def test_base_and_adapter_on_ranks_and_after_an_interruption(
+    model_dir, adapter_dir, eval_file, tmp_path, monkeypatch, capsys
+):
+    flags = (f"--adapter_dir={adapter_dir}", "--with_base")
+    run(model_dir, eval_file, tmp_path / "unbroken" / "a.jsonl", *flags)
+    wanted = contents(tmp_path / "unbroken", "*")
+    assert wanted.keys() == {"a.jsonl", "a.base.jsonl"} and wanted["a.jsonl"] != wanted["a.base.jsonl"]
+    for batches, world_size in ((1, 2), (4, 1)):  # while the base answers, and while the adapter does
+        folder = tmp_path / str(batches)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, batches)
+            run(model_dir, eval_file, folder / "a.jsonl", *flags)
+        capsys.readouterr()
+        run(model_dir, eval_file, folder / "a.jsonl", *flags, f"--world_size={world_size}")
+        assert f"{2 * batches} of 12 answers are there" in capsys.readouterr().err
+        assert contents(folder, "*") == wanted and not list(folder.glob(".*"))
+
+
+def test_an_adapter_of_another_base_is_refused_before_the_base_answers(
+    model_dir, adapter_dir, eval_file, tmp_path, monkeypatch
+):
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    model = DeepseekV2ForCausalLM.from_pretrained(other, dtype="float32")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp.gate." in name:
+                parameter.add_(1)
+    model.save_pretrained(other)
+    monkeypatch.setattr(eval_multigpu, "evaluate", lambda *a, **k: pytest.fail("the base answered"))
+    with pytest.raises(ValueError, match="router"):
+        run(str(other), eval_file, tmp_path / "out.jsonl", f"--adapter_dir={adapter_dir}", "--with_base")
+    assert not list(tmp_path.glob("*out*"))
+
+
+# ------------------------------------------------------------------------------------------------ judge, and code
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A server that grades (test_judge.py), the flags to reach it, and rows of law and of another task."""
+    server = test_judge.Server()
+    monkeypatch.setenv("MY_KEY", test_judge.KEY)
+    write_rows(tmp_path / "law.jsonl", [f"gold {i}" for i in range(6)])
+    write_rows(tmp_path / "general.jsonl", ["a", "b"], PROMPTS[:2])
+    flags = ["--judge_model=grader", f"--judge_base_url={server.url}", "--judge_key_env=MY_KEY"]
+    yield server, [*flags, f"--judge_cache={tmp_path / 'cache'}"]
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_a_judge_grades_its_tasks_and_no_other(model_dir, tmp_path, judged, capfd):
+    server, flags = judged
+    server.answer = lambda number, prompt: test_judge.reply("Hm." if "gold 3" in prompt else "Score: 7")
+    files = f"{tmp_path / 'law.jsonl'},{tmp_path / 'general.jsonl'}"
+    law, general = run(model_dir, files, tmp_path / "out.jsonl", *flags)
+    assert (law["primary"], law["mean"], law["missing"]["judge"]) == ("judge", 70, 1)
+    assert law["metrics"].keys() == {"judge", "rouge_l", "chrf", "bleu"} and law["missing"]["rouge_l"] == 0
+    assert law["judge"] == {"model": "grader", "base_url": server.url, "failed": {test_judge.NO_SCORE: 1}}
+    assert general["primary"] == "exact_match" and "judge" not in general
+    lines = [json.loads(line) for line in (tmp_path / "out.law.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == [0.7, 0.7, 0.7, None, 0.7, 0.7]
+    assert len(server.requests) == 7  # one of them to see whether it is there
+    run(model_dir, files, tmp_path / "again.jsonl", *flags)
+    assert (tmp_path / "again.law.jsonl").read_text() == (tmp_path / "out.law.jsonl").read_text()
+    assert len(server.requests) == 7
+    printed = capfd.readouterr()
+    assert "so general keeps its metrics" in printed.err and f"1 not graded: {test_judge.NO_SCORE}" in printed.out
+    texts = [*printed, *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())]
+    assert not any(test_judge.KEY in text for text in texts)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_the_judge_failed_on_is_asked_again_without_new_answers(model_dir, tmp_path, judged, monkeypatch):
+    server, flags = judged
+    command = (model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags)
+    server.answer = lambda number, prompt: (400, {}, b"no") if "gold 2" in prompt else test_judge.reply("Score: 4")
+    (summary,) = run(*command)
+    assert summary["missing"]["judge"] == 1 and summary["judge"]["failed"] == {"HTTP 400 Bad Request: no": 1}
+    server.answer = lambda number, prompt: test_judge.reply("Score: 10")
+    before = len(server.requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(esft, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
+        (summary,) = run(*command)
+    assert len(server.requests) == before + 1 and summary["missing"]["judge"] == 0 and summary["mean"] == 50
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_judge_with_base_compares_its_grades(model_dir, adapter_dir, tmp_path, judged):
+    server, flags = judged
+    grades = iter(range(100))
+    server.answer = lambda number, prompt: test_judge.reply(f"Score: {2 if next(grades) < 7 else 9}")
+    flags = [*flags, "--judge_parallel=1", f"--adapter_dir={adapter_dir}", "--with_base"]
+    (summary,) = run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags)
+    compared = summary["against_base"]
+    assert (compared["base"], compared["adapter"], compared["certain"]) == (20, 90, True)
+
+
+def test_without_a_key_the_offline_metric_stands_in(model_dir, tmp_path, judged, monkeypatch, capsys):
+    server, flags = judged
+    for value in (None, " "):
+        monkeypatch.delenv("MY_KEY") if value is None else monkeypatch.setenv("MY_KEY", value)
+        (summary,) = run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags)
+        error = capsys.readouterr().err
+        assert summary["primary"] == "rouge_l" and "judge" not in summary and not server.requests
+        assert "note: MY_KEY is not set in the environment, so there is no judge; in its place: rouge_l on law" in error
+
+
+def test_a_judge_that_refuses_is_one_sentence_before_the_model(model_dir, tmp_path, judged, monkeypatch, capsys):
+    server, flags = judged
+    server.answer = lambda number, prompt: (401, {}, f"bad key {test_judge.KEY}".encode())
+    monkeypatch.setattr(esft, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "HTTP 401" in error and test_judge.KEY not in error
+
+
+def test_math_and_code_from_rows(model_dir, tmp_path, monkeypatch, capsys):
+    answers = {"right": "    return 4", "loops": "    while True: pass", "sum": "2 + 2 is 4", "word": "blue"}
+    rows = [
+        {
+            "prompt": f"def {name}():\n",
+            "test": "def check(f): assert f() == 4",
+            "entry_point": name,
+            "evaluator": "code",
+        }
+        for name in ("right", "loops")
+    ]
+    rows += [{"prompt": "sum", "answers": ["#### 4"], "evaluator": "math"}, {"prompt": "word", "answers": ["blue"]}]
+    path = tmp_path / "general.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    by_prompt = {
+        row["prompt"]: benchmarks.Completion(answers[row.get("entry_point", row["prompt"])], 1, False) for row in rows
+    }
+    monkeypatch.setattr(benchmarks, "complete", lambda model, tokenizer, prompts, **_: [by_prompt[p] for p in prompts])
+    monkeypatch.setattr(code_runner.run, "__defaults__", (code_runner.Limits(wall=2, cpu=1),))
+    with pytest.raises(ValueError, match="--allow_code_execution"):
+        run(model_dir, str(path), tmp_path / "out.jsonl")
+    (summary,) = run(model_dir, str(path), tmp_path / "out.jsonl", "--allow_code_execution")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == [1, 0, 1, 1]
+    assert (summary["primary"], summary["mean"], summary["metrics"]["pass@1"], summary["failed"]) == (
+        "score",
+        75,
+        50,
+        0,
+    )
+    assert re.search(r"programs that the model writes are run, .* audit hook", capsys.readouterr().err)

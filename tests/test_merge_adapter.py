@@ -385,7 +385,7 @@ def test_an_unmerge_undoes_the_last_merge_also_where_that_trained_the_routers(pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_bit_counts(dtype, parts):
-    """NaNs of whatever payload and sign, infinities, -0 and subnormals, in the base and in the adapter."""
+    """NaNs of whatever payload and sign, infinities, -0 and subnormals in the base; the latter two in the adapter."""
     base, adapter, out = parts
     word = script.WORDS[dtype.itemsize]
     for number, path in enumerate([*sorted(base.glob("*.safetensors")), adapter / "adapter.safetensors"]):
@@ -394,15 +394,29 @@ def test_every_bit_counts(dtype, parts):
         for name in [name for name in tensors if ".experts." in name]:
             limits = torch.iinfo(word)
             bits = torch.randint(limits.min, limits.max, tensors[name].shape, generator=generator, dtype=word)
-            bits[::2] |= torch.tensor(0x7F800000 if word == torch.int32 else 0x7F80, dtype=word)  # infinite or NaN
+            exponent = torch.tensor(0x7F800000 if word == torch.int32 else 0x7F80, dtype=word)
+            if path.parent == base:
+                bits[::2] |= exponent  # infinite or NaN
+            else:
+                bits[(bits & exponent) == exponent] &= ~exponent  # subnormal
             tensors[name] = bits.view(dtype)
         save_file(tensors, path, {"format": "pt"})
     merge_parts(parts)
     found, wanted = tensors_of(out), tensors_of(adapter)
-    assert wanted[UP].isnan().any() and len(wanted[UP][wanted[UP].isnan()].view(word).unique()) > 50
+    before = tensors_of(base)[UP]
+    assert before.isnan().any() and len(before[before.isnan()].view(word).unique()) > 50
     assert all(torch.equal(found[name].view(word), tensor.view(word)) for name, tensor in wanted.items())
     script.unmerge(out, out.with_name("again"))
     assert hashes(out.with_name("again")) == hashes(base)
+
+
+def test_an_adapter_that_is_no_number_is_refused(parts):
+    tensors = load_file(parts[1] / "adapter.safetensors")
+    tensors[UP].view(-1)[5] = torch.inf
+    save_file(tensors, parts[1] / "adapter.safetensors")
+    with pytest.raises(ValueError, match=f"{UP} has values that are no finite numbers"):
+        merge_parts(parts)
+    assert not parts[2].exists()
 
 
 def test_a_base_in_bf16_comes_back_from_an_adapter_in_fp32(parts):

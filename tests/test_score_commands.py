@@ -11,6 +11,7 @@ from conftest import make_model
 from test_scores import refused
 
 from esft import ExpertScores
+from insight import PackCounts
 from scripts.expert import get_expert_scores, plot_expert_scores
 from utils import Encoded, Pack, encode
 
@@ -60,6 +61,11 @@ def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, t
         del text["meta"]["environment"]["date"]
     assert texts[0] == texts[1] and one.by_function == two.by_function
     assert ExpertScores.load(tmp_path / "two").by_function == two.by_function
+    packs = [PackCounts.load(tmp_path / name) for name in ("one", "two")]
+    assert len(packs[0]) == one.meta["packs"] > 2 and torch.equal(packs[0].tokens_P, packs[1].tokens_P)
+    assert packs[0].sums.keys() == {"slots", "gates", "probs"}
+    assert all(torch.equal(sums, packs[1].sums[kind]) for kind, sums in packs[0].sums.items())
+    assert not torch.equal(packs[0].sums["slots"][0], packs[0].sums["slots"][1])
     other = score(data, tiny_model_dir, tmp_path / "other", *flags[:-1], 4)
     assert other.by_function != one.by_function
 
@@ -72,6 +78,7 @@ def test_scores_do_not_depend_on_the_packs(data, tiny_tokenizer, tmp_path):
     long, short = (score(data, tmp_path / "model", tmp_path / str(n), *flags, n) for n in (512, 128))
     assert long.meta["packs"] < short.meta["packs"]
     assert long.by_function["token"] == short.by_function["token"]
+    assert len(PackCounts.load(tmp_path / "512")) == long.meta["packs"] < long.meta["documents"]
 
 
 def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, tmp_path, capsys):

@@ -7,7 +7,8 @@ Whole documents of the training data, in a seeded order, are packed until they h
 through the model alone (no gradient, no lm_head), while hooks count where the routers send its tokens. The result,
 <output_dir>/summary.json, is the same for any world_size: a pack's numbers do not depend on other packs, the counts of
 the ranks are integers and add exactly, and on the CPU each rank computes with one thread (the order in which threads
-share out a sum changes its last bits, and with them a near tie between two experts).
+share out a sum changes its last bits, and with them a near tie between two experts). The counts of each pack lie beside
+it, in packs.safetensors: compare_scores.py tells from them how certain a selection is.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from deepseek.routing import RouterCounts
 from esft import ExpertScores, RouterCapture, load_base_model, load_tokenizer, select_experts
+from insight import PACKS_NAME, PackCounts
 from scripts.expert.generate_expert_config import TOP_P
 from utils import (
     Encoded,
@@ -52,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "datasets/train, a path (.jsonl, .json, .parquet) or a hub id; as in the paper, experts are scored on training "
         "data")  # fmt: skip
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
-    add("--output_dir", required=True, metavar="DIR", help="folder that gets summary.json")
+    add("--output_dir", required=True, metavar="DIR", help="folder that gets summary.json and packs.safetensors")
     add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to sample, rounded up to whole "
         "documents; less where the data has less (default: 131072, the paper's)")  # fmt: skip
     add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens; at most the model's "
@@ -80,10 +83,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ what is counted
 
 
-def sample_packs(args: argparse.Namespace, tokenizer, seq_length: int) -> tuple[list[Pack], list[list[bool]]]:
+def sample_packs(
+    args: argparse.Namespace, tokenizer, seq_length: int, samples: list[dict] | None = None
+) -> tuple[list[Pack], list[list[bool]]]:
     """Packs of whole documents with at least n_sample_tokens tokens (all documents, if they have fewer), and for each
-    pack which of its tokens to count."""
-    samples = load_samples(args.eval_dataset)
+    pack which of its tokens to count. `samples` are those of the training data, by default."""
+    samples = load_samples(args.eval_dataset) if samples is None else samples
     order = list(range(len(samples)))
     random.Random(args.seed).shuffle(order)
     encoded: list[Encoded] = []
@@ -150,32 +155,38 @@ def _text_and_spans(document: Encoded, tokenizer) -> tuple[str, list[tuple[int, 
 # ----------------------------------------------------------------------------------------------------- counting
 
 
+@dataclass
+class Counted:
+    """What was counted in a pack, or in a document of one: the pack's number, tokens that the model read, counts."""
+
+    pack: int
+    length: int
+    counts: RouterCounts
+
+
 @torch.no_grad()
 def count_routing(
-    model: nn.Module, packs: list[Pack], masks: list[list[bool]], prob: bool = False
-) -> Iterator[int | RouterCounts]:
-    """Forward each pack alone. Yields 0, then each pack's number of tokens when it is done, then the counts of all."""
+    model: nn.Module, packs: list[Pack], masks: list[list[bool]], numbers: list[int], prob: bool = False
+) -> Iterator[Counted | None]:
+    """Forward each pack alone. Yields None, then what was counted in each pack when it is done."""
     decoder = model.base_model  # without lm_head
     device = model.get_input_embeddings().weight.device
-    yield 0
-    with RouterCapture(decoder, prob) as capture:
-        for one, mask in zip(packs, masks):
-            batch = collate([one], pad_token_id=0)  # nothing is padded
+    yield None
+    for one, mask, number in zip(packs, masks, numbers):
+        batch = collate([one], pad_token_id=0)  # nothing is padded
+        with RouterCapture(decoder, prob) as capture:
             capture.token_mask = torch.tensor([mask])
             decoder(
                 input_ids=batch["input_ids"].to(device),
                 position_ids=batch["position_ids"].to(device),
                 use_cache=False,
             )
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # or the progress bar would show what is queued
-            yield len(one)
-    yield capture.counts()
+        yield Counted(number, len(one), capture.counts())
 
 
 def run_rank(
     rank: int, args: argparse.Namespace, devices: list[list[str]], packs: list[Pack], masks: list[list[bool]]
-) -> Iterator[int | RouterCounts]:
+) -> Iterator[Counted | None]:
     """Load the model and yield from `count_routing` of the packs rank::world_size."""
     threads = torch.get_num_threads()
     if devices[rank] == ["cpu"]:
@@ -183,19 +194,24 @@ def run_rank(
     try:
         device = devices[rank] if len(devices[rank]) > 1 else devices[rank][0]
         model, _ = load_base_model(args.base_model_path, dtype=args.dtype, device=device)
+        numbers = list(range(len(packs)))[rank :: len(devices)]
         packs, masks = packs[rank :: len(devices)], masks[rank :: len(devices)]
         if not keeps_documents_apart(model):
-            masks = [mask[at : at + len(one)] for p, mask in zip(packs, masks) for at, one in _places(p)]
-            packs = [one for p in packs for one in p.documents()]
-        yield from count_routing(model, packs, masks, args.prob)
+            packs, masks, numbers = one_by_one(packs, masks, numbers)
+        yield from count_routing(model, packs, masks, numbers, args.prob)
     finally:
         torch.set_num_threads(threads)
 
 
-def _places(one: Pack) -> list[tuple[int, Pack]]:
-    """(where it begins, document) of each document of a pack."""
-    documents = one.documents()
-    return list(zip(accumulate(map(len, documents), initial=0), documents))
+def one_by_one(packs: list[Pack], masks: list[list[bool]], numbers: list[int]) -> tuple[list, list, list]:
+    """(documents as packs of their own, their masks, the numbers of the packs they are of)."""
+    documents, kept, of = [], [], []
+    for one, mask, number in zip(packs, masks, numbers):
+        ends = list(accumulate(map(len, one.documents())))
+        documents += one.documents()
+        kept += [mask[end - len(document) : end] for document, end in zip(one.documents(), ends)]
+        of += [number] * len(ends)
+    return documents, kept, of
 
 
 def _spawned(rank: int, args: argparse.Namespace, devices: list, packs: list, masks: list, queue) -> None:
@@ -212,7 +228,7 @@ def _spawned(rank: int, args: argparse.Namespace, devices: list, packs: list, ma
 
 def run_ranks(
     args: argparse.Namespace, devices: list[list[str]], packs: list[Pack], masks: list[list[bool]]
-) -> Iterator[int | RouterCounts]:
+) -> Iterator[Counted | None]:
     """`run_rank` of every rank, each in a process of its own. Raises what a rank raised, as one sentence."""
     queue = multiprocessing.get_context("spawn").SimpleQueue()
     ranks = multiprocessing.spawn(
@@ -239,17 +255,17 @@ def run_ranks(
             process.terminate()
 
 
-def collect(messages: Iterable[int | RouterCounts], total: int) -> RouterCounts:
-    """The sum of the counts, under a progress bar over `total` tokens that starts when a model is loaded."""
-    bar = counts = None
+def collect(messages: Iterable[Counted | None], total: int) -> PackCounts:
+    """The counts of each pack, under a progress bar over `total` tokens that starts when a model is loaded."""
+    bar, counts_P = None, {}
     for message in messages:
         bar = bar or tqdm(total=total, unit="tok", unit_scale=True, desc="scoring")
-        if isinstance(message, RouterCounts):
-            counts = counts + message if counts else message
-        else:
-            bar.update(message)
+        if message is not None:
+            before = counts_P.get(message.pack)
+            counts_P[message.pack] = before + message.counts if before else message.counts
+            bar.update(message.length)
     bar.close()
-    return counts
+    return PackCounts.of([counts_P[number] for number in sorted(counts_P)])
 
 
 # ------------------------------------------------------------------------------------------------------- command
@@ -306,9 +322,10 @@ def main(argv: list[str] | None = None) -> ExpertScores:
         devices = devices[: len(packs)]
 
     run = run_ranks(args, devices, packs, masks) if len(devices) > 1 else run_rank(0, args, devices, packs, masks)
-    counts = collect(run, sum(map(len, packs)))
-    documents = sum(len(p.samples) for p in packs)
+    counted = collect(run, sum(map(len, packs)))
+    documents, counts = sum(len(p.samples) for p in packs), counted.total()
     scores = ExpertScores.from_counts(counts, **meta, documents=documents, packs=len(packs), environment=environment())
+    counted.save(output_path.with_name(PACKS_NAME))
     scores.save(output_path)
     print(table(scores))
     print(f"written to {output_path}")

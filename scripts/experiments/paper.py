@@ -1,0 +1,393 @@
+"""The paper in miniature: its comparisons and ablations on results/models/tiny, with several seeds, as tables.
+
+    python scripts/experiments/paper.py --parts=a,b,c,e,f --output=results/tables/paper
+
+    a  base, full, LoRA, ESFT-Token, ESFT-Gate and random experts on four tasks and the general skills (table 1)
+    b  what is trained: relevant experts, + shared experts, shared only, + all else (the ablation of section 6)
+    c  how many: top_p, and n_sample_tokens to select by
+    d  how fine: bases with 16, 32 and 64 experts of equal size together (pretrained first, 20 minutes each)
+    e  time, memory and storage of a's methods
+    f  which tasks use the same experts
+
+A run is training and evaluation of one method on one task with one seed, which draws the order of the data (and random
+experts). Each has a file in --work_dir when it is done; after an interruption the same command goes on, and gives the
+same tables. Brackets are 95 % t intervals of the mean over seeds. Learning rates are those of lowest validation loss in
+the sweep of LOG.md, one per method, for all tasks.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from esft import ExpertConfig, ExpertScores, select_experts
+from utils import (
+    ROOT,
+    Parser,
+    check_output,
+    environment,
+    positive,
+    read_jsonl,
+    run_cli,
+    suggest,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+TINY = "results/models/tiny"
+TASKS = ("intent", "summary", "law", "translation")
+PARTS = "abcdef"
+RATES = {"esft": "2.5e-3", "random": "2.5e-3", "lora": "1e-3", "full": "1e-3"}
+ALL_ELSE_RATE = "1e-3"  # where all that full fine-tuning trains beside experts is trained, too
+TOP_P = {"token": 0.2, "gate": 0.1}
+T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation; `method` base is no training."""
+
+    task: str
+    method: str = "esft"
+    seed: int = 0
+    base: str = TINY
+    score: str = "token"
+    top_p: float | None = None  # default: the paper's for the score
+    n_sample_tokens: int = 16384
+    experts: bool = True
+    shared: bool = False
+    all_else: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [Path(self.base).name, self.task, self.method]
+        if self.method in ("esft", "random"):
+            parts += [self.score, f"p{self.top_p or TOP_P[self.score]:g}", f"n{self.n_sample_tokens}"]
+            parts += [
+                word
+                for word, on in (("none", not self.experts), ("shared", self.shared), ("else", self.all_else))
+                if on
+            ]
+        return "-".join([*parts, str(self.seed)])
+
+
+class Lab:
+    """Runs commands below a folder, each result once."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.folder = args, Path(args.work_dir).resolve()
+
+    def command(self, *words: object) -> None:
+        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+        ended = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
+        if ended.returncode:
+            said = [line for line in ended.stderr.splitlines() if line.strip()] or ["nothing was said"]
+            raise ChildProcessError(f"{' '.join(map(str, words))} ended with {ended.returncode}: {said[-1]}")
+
+    def base(self, experts: int) -> str:
+        """The folder of a base with so many experts per layer, pretrained where it is not there yet."""
+        if experts == 64:
+            return TINY
+        folder = self.folder / f"tiny{experts}"
+        if not (folder / "config.json").is_file():
+            self.command("scripts/build_tiny_model.py", f"--tokens={self.args.pretrain_tokens}", f"--experts={experts}",
+                         "--threads=1", f"--output_dir={folder}.part")  # fmt: skip
+            Path(f"{folder}.part").rename(folder)
+        return str(folder)
+
+    def scores(self, base: str, task: str, n_sample_tokens: int = 16384) -> Path:
+        folder = self.folder / "scores" / f"{Path(base).name}-{task}-n{n_sample_tokens}"
+        if not (folder / "summary.json").is_file():
+            what = f"--base_model_path={base}", f"--eval_dataset={self.samples(task)}", f"--output_dir={folder}"
+            size = f"--n_sample_tokens={n_sample_tokens}", "--seq_length=256"
+            self.command("scripts/expert/get_expert_scores.py", *what, *size)
+        return folder
+
+    def samples(self, task: str) -> str:
+        """A data set of whole samples: the task's training data; of the general skills, which nothing here trains on,
+        the questions with their answers."""
+        if task != "general":
+            return task
+        path = self.folder / "general.jsonl"
+        rows = read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")
+        turns = [(("user", row["prompt"]), ("assistant", row["answers"][0])) for row in rows]
+        write_jsonl(path, ({"messages": [{"role": r, "content": c} for r, c in pair]} for pair in turns))
+        return str(path)
+
+    def experts(self, run: Run) -> Path:
+        """The expert config of a run."""
+        chosen = ExpertConfig({})
+        if run.experts:
+            scores = ExpertScores.load(self.scores(run.base, run.task, run.n_sample_tokens))
+            top_p = run.top_p or TOP_P[run.score]
+            chosen = select_experts(scores, score_function=run.score, top_p=top_p)
+        path = self.folder / "configs" / f"{run.name}.json"
+        chosen = dataclasses.replace(chosen, shared_experts=run.shared, non_expert_modules=run.all_else)
+        write_json(path, chosen.to_dict())
+        return path
+
+    def result(self, run: Run) -> dict:
+        """Scores in percent by data set, and what training took; from its file where it was run before."""
+        steps = "" if run.method == "base" else f"-{self.args.steps}"
+        path = self.folder / "results" / f"{run.name}{steps}.json"
+        if not path.is_file():
+            write_json(path, self._run(run))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _run(self, run: Run) -> dict:
+        out, answers = self.folder / "runs" / run.name, self.folder / "answers" / f"{run.name}.jsonl"
+        evaluation = ["eval_multigpu.py", f"--eval_dataset={run.task},general", "--max_new_tokens=64",
+                      "--eval_batch_size=64", f"--output_path={answers}"]  # fmt: skip
+        for old in answers.parent.glob(f"{run.name}.*"):  # of a try that was broken off
+            old.unlink()
+        trained: dict = {}
+        if run.method == "base":
+            self.command(*evaluation, f"--base_model_path={run.base}")
+        else:
+            keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
+                    f"method={run.method}", f"seed={run.seed}", f"max_steps={self.args.steps}", "overwrite=true",
+                    f"learning_rate={ALL_ELSE_RATE if run.all_else else RATES[run.method]}", "save_strategy=no",
+                    "load_best_model_at_end=false", "disable_tqdm=true", "device=cpu"]  # fmt: skip
+            if run.method in ("esft", "random"):
+                keys.append(f"--expert_config={self.experts(run)}")
+            self.command("train.py", f"--base_model_path={run.base}", *keys)
+            trained = json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+            if run.method == "full":
+                self.command(*evaluation, f"--base_model_path={out}")
+            else:
+                self.command(*evaluation, f"--base_model_path={run.base}", f"--adapter_dir={out}")
+            shutil.rmtree(out)
+        scores = {}
+        for name in (run.task, "general"):
+            summary = answers.with_name(f"{answers.stem}.{name}.summary.json")
+            scores[name] = json.loads(summary.read_text(encoding="utf-8"))["mean"]
+        return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
+
+
+# ---- the parts: what is run, and the tables of it --------------------------------------------------------------------
+
+
+def methods_of(task: str, seed: int) -> dict[str, Run]:
+    return {
+        "base": Run(task, "base"),
+        "full": Run(task, "full", seed),
+        "lora": Run(task, "lora", seed),
+        "esft-token": Run(task, "esft", seed),
+        "esft-gate": Run(task, "esft", seed, score="gate"),
+        "random, as many as token": Run(task, "random", seed),
+        "random, as many as gate": Run(task, "random", seed, score="gate"),
+    }
+
+
+def variants_of(task: str, seed: int) -> dict[str, Run]:
+    one = Run(task, "esft", seed)
+    return {
+        "experts": one,
+        "experts, shared": dataclasses.replace(one, shared=True),
+        "shared": dataclasses.replace(one, experts=False, shared=True),
+        "shared, all else": dataclasses.replace(one, experts=False, shared=True, all_else=True),
+        "experts, shared, all else": dataclasses.replace(one, shared=True, all_else=True),
+    }
+
+
+def amounts_of(task: str, seed: int) -> dict[str, Run]:
+    one = Run(task, "esft", seed)
+    by_p = {f"top_p {p:g}": dataclasses.replace(one, top_p=p) for p in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)}
+    by_n = {f"n_sample_tokens {n:,}": dataclasses.replace(one, n_sample_tokens=n) for n in (512, 2048, 16384)}
+    return by_p | by_n
+
+
+def interval(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = T95[min(len(values), len(T95)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Iterable[str], seeds: list[int]) -> tuple:
+    """(runs, their table): a line per name, with the score on each task, the mean over tasks and general skills.
+
+    The mean over tasks, and general skills, are taken per seed first.
+    """
+    tasks = list(tasks)
+    runs = {(name, task, seed): run for task in tasks for seed in seeds for name, run in named(task, seed).items()}
+
+    def table() -> tuple[str, list[dict]]:
+        lines, rows = [], []
+        for name in dict.fromkeys(name for name, *_ in runs):
+            own = [0] if runs[name, tasks[0], seeds[0]].method == "base" else seeds
+            found = {(task, seed): lab.result(runs[name, task, seed]) for task in tasks for seed in own}
+            by_task = {task: [found[task, seed]["scores"][task] for seed in own] for task in tasks}
+            average = [statistics.fmean(by_task[task][i] for task in tasks) for i in range(len(own))]
+            general = [statistics.fmean(found[task, seed]["scores"]["general"] for task in tasks) for seed in own]
+            trained = [r["trained"] for r in found.values() if r["trained"]]
+            share = [r["trained_parameters"] / r["parameters"] for r in trained]
+            shown = f"{statistics.fmean(share):.1%}" if share else "-"
+            lines.append(
+                [name, *(interval(by_task[task]) for task in tasks), interval(average), interval(general), shown]
+            )
+            rows.append({"name": name, "tasks": by_task, "average": average, "general": general, "share": share})
+        return markdown(["trained", *tasks, "average", "general", "share"], lines), rows
+
+    return list(runs.values()), table
+
+
+def part_a(lab: Lab):
+    return comparison(lab, methods_of, TASKS, lab.args.seeds)
+
+
+def part_b(lab: Lab):
+    return comparison(lab, variants_of, lab.args.ablation_tasks, lab.args.seeds)
+
+
+def part_c(lab: Lab):
+    return comparison(lab, amounts_of, lab.args.ablation_tasks, lab.args.seeds)
+
+
+def part_d(lab: Lab):
+    def named(task: str, seed: int) -> dict[str, Run]:
+        found = {}
+        for experts in (16, 32, 64):
+            for name, run in methods_of(task, seed).items():
+                if name in ("base", "full", "esft-token"):
+                    found[f"{experts} experts: {name}"] = dataclasses.replace(run, base=lab.base(experts))
+        return found
+
+    return comparison(lab, named, lab.args.ablation_tasks, lab.args.seeds)
+
+
+def part_e(lab: Lab):
+    runs = {(name, task, seed): run for task in TASKS for seed in lab.args.seeds
+            for name, run in methods_of(task, seed).items() if name != "base"}  # fmt: skip
+
+    def table() -> tuple[str, list[dict]]:
+        lines, rows = [], []
+        for name in dict.fromkeys(name for name, *_ in runs):
+            found = [lab.result(run)["trained"] for (other, *_), run in runs.items() if other == name]
+            step = statistics.median(r["step_seconds"] for r in found)
+            peak, saved = (
+                statistics.fmean(r[key] for r in found) / 2**20 for key in ("peak_memory_bytes", "saved_bytes")
+            )
+            rows.append({"name": name, "step_seconds": step, "peak_mib": peak, "saved_mib": saved})
+            lines.append([name, f"{step:.2f}", f"{peak:,.0f} MiB", f"{saved:,.2f} MiB"])
+        return markdown(["trained", "step (s)", "peak memory", "saved"], lines), rows
+
+    return list(runs.values()), table
+
+
+def part_f(lab: Lab):
+    names = (*TASKS, "general")
+
+    def table() -> tuple[str, list[dict]]:
+        chosen = {name: select_experts(ExpertScores.load(lab.scores(TINY, name))).experts for name in names}
+
+        def share(a: str, b: str) -> float:
+            """Jaccard index of the experts of both, mean over layers."""
+            return statistics.fmean(
+                len({*ids} & {*chosen[b][layer]}) / len({*ids} | {*chosen[b][layer]})
+                for layer, ids in chosen[a].items()
+            )
+
+        rows = [{"name": a, **{b: share(a, b) for b in names}} for a in names]
+        lines = [[row["name"], *(f"{row[b]:.2f}" for b in names)] for row in rows]
+        return markdown(["Jaccard index", *names], lines), rows
+
+    return [], table
+
+
+TITLES = {
+    "a": "Methods on the tasks, and what is left of the general skills",
+    "b": "What is trained",
+    "c": "How much of it, and how many tokens select it",
+    "d": "Granularity: experts of equal size together",
+    "e": "Time, memory and storage (two runs at a time, so that steps are slower than alone)",
+    "f": "Experts that tasks share (token score, top_p 0.2)",
+}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--parts", default="a,b,c,e,f", metavar="LIST", help="of a to f, by commas (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="runs of everything (default: 0 1 2)")
+    add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run (default: %(default)s)")
+    add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="of b, c and d (default: law "
+        "summary)")  # fmt: skip
+    add("--pretrain_tokens", type=positive, default=5_500_000, metavar="N", help="of d's bases (default: %(default)s)")
+    add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, of one thread each (default: 2)")
+    add("--work_dir", default="results/runs/paper", metavar="DIR", help="of what is done (default: %(default)s)")
+    add("--output", metavar="STEM", help="writes STEM_a.md, STEM_a.json, ... (default: prints only)")
+    args = parser.parse_args(argv)
+    args.parts = args.parts.split(",")
+    for part in args.parts:
+        if part not in PARTS or len(part) != 1:
+            raise ValueError(f"--parts: {part!r} is none of {', '.join(PARTS)}")
+    for task in args.ablation_tasks:
+        if task not in TASKS:
+            raise ValueError(f"--ablation_tasks: no task {task!r}{suggest(task, TASKS)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, str]:
+    """Returns the table of each part."""
+    args = parse_args(argv)
+    if args.output:
+        check_output(f"{args.output}_a.md")
+    lab = Lab(args)
+    if "d" in args.parts:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lab.base, (16, 32)))
+    parts = {part: globals()[f"part_{part}"](lab) for part in args.parts}
+    runs = dict.fromkeys(itertools.chain(*(runs for runs, _ in parts.values())))
+    for base, task in dict.fromkeys((run.base, run.task) for run in runs):
+        lab.scores(base, task)  # before runs that need them at the same time
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", desc="paper") as bar:
+        waiting = [pool.submit(lab.result, run) for run in runs]
+        try:
+            for done in as_completed(waiting):
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    tables = {}
+    for part, (_, table) in parts.items():
+        text, rows = table()
+        tables[part] = text
+        print(f"\n{TITLES[part]}\n\n{text}")
+        if args.output:
+            facts = environment()
+            note = (
+                f"`python scripts/experiments/paper.py --parts={part}`, seeds {' '.join(map(str, args.seeds))}, "
+                f"{args.steps} steps, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, transformers "
+                f"{facts['transformers']}; brackets: 95 % t interval of the mean over seeds"
+            )
+            write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{text}\n\n{note}\n")
+            write_json(f"{args.output}_{part}.json", {"rows": rows, "arguments": vars(args), "environment": facts})
+    return tables
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,258 @@
+r"""What would a selection cost? For each score and --top_p: experts, parameters, adapter, memory and time of a step.
+
+    python scripts/expert/preview_config.py --expert_scores_dir=results/expert_scores/law \
+        --base_model_path=results/models/tiny --top_p 0.05 0.1 0.2 0.5 --budget_gb=24
+
+From the scores and the model's config alone, no weights are read. Memory is that of scripts/estimate_memory.py: the
+real step on tensors without storage. With --budget_gb the largest top_p of each score (in steps of 0.01) whose peak
+fits is looked for, and the command printed that selects it.
+
+The time is relative to a step of full fine-tuning and counts nothing but the FLOPs of matrix products with weights, 2
+per weight and token each: the forward, the gradient with respect to the inputs (ESFT has none below the first layer
+with a trained expert), and the gradient of the weights, which full fine-tuning has for all, and ESFT for the routed
+rows of its experts only. So ESFT begins at about 2/3 (3/4 with checkpointing, where both run the forward twice). Left
+out are attention's scores, which cost both the same and bring the ratio nearer to 1 in long documents, and what moves
+memory, the optimizer's step above all, which favours ESFT. It says what arithmetic is saved, and is no measurement.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deepseek.experts import expert_views, find_experts, fused_names
+from deepseek.memory import FROZEN_BYTES, OPTIMIZERS, Settings
+from esft import ExpertConfig, ExpertScores, select_experts
+from insight import meta_top_k, name_of
+from scripts.estimate_memory import open_model
+from scripts.expert.generate_expert_config import check_scores
+from sharding import make_estimator
+from utils import Parser, positive, run_cli
+
+SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+STEP = 0.01  # of top_p, in the search for what fits
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
+    add("--base_model_path", "--model", required=True, metavar="MODEL", help="a folder with config.json, a hub id, or "
+        "a name of configs/published.json")  # fmt: skip
+    add("--top_p", type=float, nargs="+", default=list(SWEEP), metavar="P", help="the sums of scores to look at, each "
+        f"above 0 and up to 1 (default: {' '.join(map(str, SWEEP))})")  # fmt: skip
+    add("--budget_gb", type=float, metavar="GB", help="memory of a GPU, GiB: look for the largest top_p that fits")
+    add("--seq_length", type=positive, default=4096, metavar="T", help="tokens of a pack (default: 4096)")
+    add("--per_device_train_batch_size", "--batch_size", type=positive, default=1, metavar="N", help="packs of a micro "
+        "batch (default: 1)")  # fmt: skip
+    add("--one_micro_batch", action="store_true", help="a step is one micro batch (default: several, between which "
+        "gradients are kept)")  # fmt: skip
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
+    add("--activation_checkpointing", action="store_true", help="recompute activations (default: save them)")
+    add("--ep_size", type=positive, default=1, metavar="N", help="GPUs that share the experts (default: 1)")
+    add("--frozen_dtype", choices=tuple(FROZEN_BYTES), help="of frozen experts (default: that of the weights)")
+    add("--offload_frozen", action="store_true", help="frozen experts in host memory")
+    add("--optim", choices=tuple(OPTIMIZERS), default="adamw_torch_fused", metavar="NAME", help="transformers' name "
+        "(default: adamw_torch_fused)")  # fmt: skip
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="whose code paths and overhead (default: cuda)")
+    add("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if wrong := [p for p in args.top_p if not 0 < p <= 1]:
+        raise ValueError(f"--top_p {wrong[0]}: expected numbers above 0 and up to 1")
+    if args.budget_gb is not None and not args.budget_gb > 0:
+        raise ValueError(f"--budget_gb {args.budget_gb}: expected a number above 0")
+    return args
+
+
+def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, checkpointing: bool) -> float | None:
+    """FLOPs of a step of ESFT / of full fine-tuning, as above; None where nothing tells the experts per token."""
+    top_k = meta_top_k(scores) or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    if "token" not in scores.by_function or not top_k:
+        return None
+    layers = find_experts(model)
+    fused = tuple(f"{name}." for name, _ in layers.values())
+    first = min(layer for layer, ids in config.experts.items() if ids)
+    looked_up = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    weights = {
+        name: param.numel()
+        for name, param in model.named_parameters()
+        if param.ndim == 2 and not name.startswith(fused) and param is not looked_up
+    }
+    forward, below, trained = float(sum(weights.values())), 0.0, 0.0
+    if head is not None and head.weight is looked_up:
+        forward += looked_up.numel()
+    for name, size in weights.items():
+        number = re.search(r"\.(\d+)\.", name)
+        below += size if number and int(number[1]) < first else 0
+    for layer, (_, module) in layers.items():
+        active = top_k * sum(getattr(module, name)[0].numel() for name in fused_names(module))
+        rows = sum(scores["token"][layer][e] for e in config.experts.get(layer, ()))  # share of the routed rows
+        forward += active
+        below += active if layer < first else 0
+        trained += active * rows
+    again = forward if checkpointing else 0
+    return (forward + (forward - below) + trained + again) / (3 * forward + again)
+
+
+class Preview:
+    """Rows of the table, for one model and its scores."""
+
+    def __init__(self, model: nn.Module, scores: ExpertScores, args: argparse.Namespace):
+        self.model, self.scores, self.args = model, scores, args
+        self.settings = Settings(
+            seq_length=args.seq_length,
+            batch_size=args.per_device_train_batch_size,
+            accumulation=not args.one_micro_batch,
+            dtype=args.dtype,
+            world_size=args.ep_size,
+            ep_size=args.ep_size,
+            frozen_dtype=args.frozen_dtype,
+            offload_frozen=args.offload_frozen,
+            optim=args.optim,
+            activation_checkpointing=args.activation_checkpointing,
+            device=args.device,
+        )
+        self.total = sum(param.numel() for param in model.parameters())
+        modules = {layer: module for layer, (_, module) in find_experts(model).items()}
+        self.each_L = {
+            layer: sum(view.numel() for view in expert_views(module, 0).values()) for layer, module in modules.items()
+        }
+        self._kept: dict = {}
+
+    def row(self, function: str, top_p: float) -> dict:
+        """What `top_p` of a score selects, and what training it costs. Bytes, but for `top_p` and shares."""
+        config = select_experts(self.scores, score_function=function, top_p=top_p)
+        key = tuple(config.experts.items())
+        if key not in self._kept:
+            counts = [len(ids) for ids in config.experts.values()]
+            trained = sum(len(ids) * self.each_L[layer] for layer, ids in config.experts.items())
+            memory = make_estimator(self.model, "esft", config).estimate(self.settings)
+            self._kept[key] = {
+                "experts": sum(counts),
+                "experts_min": min(counts),
+                "experts_max": max(counts),
+                "trained_parameters": trained,
+                "share": trained / self.total,
+                "adapter_bytes": 2 * trained,
+                "gradient_bytes": memory.gradients,
+                "optimizer_bytes": memory.optimizer,
+                "peak_bytes": memory.peak,
+                "relative_step_time": relative_time(
+                    self.model, self.scores, config, self.settings.activation_checkpointing
+                ),
+            }
+        return {"score_function": function, "top_p": top_p, **self._kept[key]}
+
+    def full_peak(self) -> int:
+        """Bytes of full fine-tuning on one GPU, frozen and shared out nothing."""
+        alone = dataclasses.replace(self.settings, world_size=1, ep_size=1, frozen_dtype=None, offload_frozen=False)
+        return make_estimator(self.model, "full", None).estimate(alone).peak
+
+    def largest(self, function: str, budget: int) -> dict | None:
+        """The row of the largest top_p, in steps of `STEP`, whose peak is within `budget` bytes; None where none is."""
+        low, high = 0, round(1 / STEP)  # what fits (or nothing), what may
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.row(function, round(middle * STEP, 4))["peak_bytes"] <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.row(function, round(low * STEP, 4)) if low else None
+
+
+def table(rows: list[dict]) -> str:
+    """A line per row, memory in GiB, or in MiB where all is small."""
+    small = max(row["peak_bytes"] for row in rows) < 2**30
+    unit, name = (2**20, "MiB") if small else (2**30, "GiB")
+    heads = ("experts", "per layer", "parameters", "share", "adapter", "gradients", "optimizer", "peak", "step time")
+    lines = [
+        f"{'':>11}{'':>9}{'':>11}{'':>16}{'':>8}{f'memory in {name}':>40}{'of full':>11}",
+        f"{'score':<6}{'p':>5}" + "".join(f"{head:>{w}}" for head, w in zip(heads, (9, 11, 16, 8, 10, 10, 10, 10, 11))),
+    ]
+    for row in rows:
+        sizes = [row[key] / unit for key in ("adapter_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")]
+        time = row["relative_step_time"]
+        lines.append(
+            f"{row['score_function']:<6}{row['top_p']:>5g}{row['experts']:>9}"
+            f"{row['experts_min']:>6} to{row['experts_max']:>3}{row['trained_parameters']:>15,}{row['share']:>8.1%}"
+            + "".join(f"{size:>10,.2f}" for size in sizes)
+            + (f"{time:>11.2f}" if time else f"{'-':>11}")
+        )
+    return "\n".join(lines)
+
+
+def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
+    """The command that writes the config of a row."""
+    name = Path(dataset).stem if dataset else name_of(args.expert_scores_dir)
+    flags = {
+        "expert_scores_dir": args.expert_scores_dir,
+        "score_function": row["score_function"],
+        "top_p": f"{row['top_p']:g}",
+        "output_path": f"results/expert_configs/{name}_{row['score_function']}.json",
+    }
+    if Path(args.base_model_path).exists():
+        flags["base_model_path"] = args.base_model_path
+    words = [
+        "python",
+        "scripts/expert/generate_expert_config.py",
+        *(f"--{key}={value}" for key, value in flags.items()),
+    ]
+    return shlex.join(words)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    scores = ExpertScores.load(args.expert_scores_dir)
+    model = open_model(args.base_model_path)
+    for function in scores.by_function:
+        check_scores(scores, model, args.expert_scores_dir, function)
+    preview = Preview(model, scores, args)
+    rows = [preview.row(function, p) for function in scores.by_function for p in sorted(set(args.top_p))]
+    result: dict = {"model": args.base_model_path, "expert_scores": args.expert_scores_dir, "rows": rows}
+    result |= {"parameters": preview.total, "settings": vars(preview.settings), "full_peak_bytes": preview.full_peak()}
+    result["budget"] = None
+    if args.budget_gb:
+        budget = int(args.budget_gb * 2**30)
+        found = {function: preview.largest(function, budget) for function in scores.by_function}
+        commands = {name: command(row, args, scores.meta.get("dataset")) for name, row in found.items() if row}
+        result["budget"] = {"bytes": budget, "largest": found, "commands": commands}
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    if args.budget_gb and not any(result["budget"]["largest"].values()):
+        raise ValueError(
+            f"with {args.budget_gb:g} GiB no top_p fits: try --activation_checkpointing, --frozen_dtype=nf4 or a "
+            "shorter --seq_length (scripts/estimate_memory.py looks for what does)"
+        )
+    return result
+
+
+def show(result: dict) -> None:
+    """The tables, for people."""
+    settings = result["settings"]
+    how = f"{settings['dtype']}, {settings['seq_length']} tokens a pack, {settings['optim']}, {settings['device']}"
+    print(f"{result['model']}, {result['parameters']:,} parameters; {how}")
+    print(table(result["rows"]))
+    full = result["full_peak_bytes"]
+    print(f"full fine-tuning, on one device: a peak of {full / 2**30:,.2f} GiB in the same dtype")
+    print("step time: FLOPs of matrix products, full fine-tuning is 1; saved are weight gradients (--help says more)")
+    if not result["budget"]:
+        return
+    print(f"\nlargest top_p within {result['budget']['bytes'] / 2**30:g} GiB:")
+    if rows := [row for row in result["budget"]["largest"].values() if row]:
+        print(table(rows))
+    for function, row in result["budget"]["largest"].items():
+        print(f"  {result['budget']['commands'][function]}" if row else f"{function}: none fits")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_cli(main)
