@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.output:
         facts = environment()
         note = (
-            f"`python scripts/experiments/frozen.py`, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, "
-            f"{args.train_dataset}, {args.steps} steps, seeds {' '.join(map(str, args.seeds))}; loss on "
+            f"`python scripts/experiments/frozen.py --steps={args.steps}`, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, "
+            f"{args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss on "
             "results/models/tiny (means, and the range of the ratio), memory and time on 317M random parameters in fp32"
         )
         write_text(f"{args.output}.md", f"{text}\n\n{note}\n")
