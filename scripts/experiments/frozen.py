@@ -109,9 +109,9 @@ def main(argv: list[str] | None = None) -> dict:
     if args.output:
         facts = environment()
         note = (
-            f"`python scripts/experiments/frozen.py --steps={args.steps}`, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, "
-            f"{args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss on "
-            "results/models/tiny (means, and the range of the ratio), memory and time on 317M random parameters in fp32"
+            f"`python scripts/experiments/frozen.py --steps={args.steps}`, {facts['date'][:10]}, {facts['device']}, torch "
+            f"{facts['torch']}, {args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss on results/models/tiny "
+            "(means, and the range of the ratio), memory and time on 317M random parameters in fp32"
         )
         write_text(f"{args.output}.md", f"{text}\n\n{note}\n")
         rows = {"losses": found, "memory": held}
