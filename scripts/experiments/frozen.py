@@ -108,10 +108,11 @@ def main(argv: list[str] | None = None) -> dict:
     print(text)
     if args.output:
         facts = environment()
+        command = f"python scripts/experiments/frozen.py --steps={args.steps}"
         note = (
-            f"`python scripts/experiments/frozen.py --steps={args.steps}`, {facts['date'][:10]}, {facts['device']}, torch "
-            f"{facts['torch']}, {args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss on results/models/tiny "
-            "(means, and the range of the ratio), memory and time on 317M random parameters in fp32"
+            f"`{command}`, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, {args.train_dataset}, "
+            f"seeds {' '.join(map(str, args.seeds))}; loss on results/models/tiny (means, and the range of the ratio), "
+            "memory and time on 317M random parameters in fp32"
         )
         write_text(f"{args.output}.md", f"{text}\n\n{note}\n")
         rows = {"losses": found, "memory": held}
