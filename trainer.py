@@ -13,7 +13,6 @@ finite, or after SIGTERM or Ctrl-C. A checkpoint (checkpoints.py) is written in 
               -> checkpoint-20/            a run killed at any moment leaves this, or the one before
 """
 
-import contextlib
 import functools
 import json
 import random
@@ -33,13 +32,13 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging
 
 import checkpoints
 import esft
 import utils
 from deepseek.expert_parallel import gather_to_first
 from deepseek.gradients import GradientReducer
+from deepseek.loading import no_bars
 from deepseek.ranks import Ranks, SharedError, lost_contact
 
 SCHEDULER = "scheduler.json"
@@ -336,7 +335,7 @@ class ESFTTrainer(Trainer):
             if self.args.should_save:
                 self._writing(lambda: esft.save_adapter(self.model, output_dir, tensors))
         elif self.args.should_save:
-            with _no_bars():
+            with no_bars():
                 self._writing(lambda: super(ESFTTrainer, self).save_model(output_dir, _internal_call))
             utils.set_modes(Path(output_dir))
         if self._staging is None:
@@ -370,7 +369,7 @@ class ESFTTrainer(Trainer):
         if self.lora:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.adapter:  # Trainer's own way leaves the experts out: their names on disk are not those in memory
-            with _no_bars():
+            with no_bars():
                 saved, _ = esft.load_base_model(resume_from_checkpoint, dtype=self.model.dtype)
             self.model.load_state_dict(saved.state_dict())
             return None
@@ -379,18 +378,6 @@ class ESFTTrainer(Trainer):
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         self.evaluated = None
-
-
-@contextlib.contextmanager
-def _no_bars():
-    """Without transformers' bars of shards read and written, which would tear ours."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _batches(items: list, size: int):

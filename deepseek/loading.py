@@ -179,7 +179,7 @@ def _load_and_freeze(model: nn.Module, kept_L: Mapping[int | None, dict], load_c
     """What transformers' `_load_pretrained_model` does, MoE layer by layer, each stored before the next is read."""
     layers = find_experts(model)
     info, offloaded = convert_and_load_state_dict_in_model(model, kept_L[None], load_config, None)
-    with _no_bars():
+    with no_bars():
         for layer in tqdm(layers, desc=f"experts as {frozen.dtype or 'they are'}", unit="layer"):
             one, _ = convert_and_load_state_dict_in_model(model, kept_L[layer], load_config, None)
             info.missing_keys &= one.missing_keys
@@ -212,8 +212,8 @@ def _expect_fp8(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _no_bars():
-    """Without transformers' bars of weights read, a new one for every layer."""
+def no_bars():
+    """Without transformers' bars of weights read and written, which would tear ours."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
