@@ -54,7 +54,7 @@ TASKS = ("intent", "summary", "law", "translation")
 PARTS = "abcdef"
 RATES = {"esft": "2.5e-3", "random": "2.5e-3", "lora": "1e-3", "full": "1e-3"}
 ALL_ELSE_RATE = "1e-3"  # where all that full fine-tuning trains beside experts is trained, too
-TOP_P = {"token": 0.2, "gate": 0.1}
+GATE = {"score": "gate", "top_p": 0.1}  # the paper's pair, as token and 0.2 are
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
 
 
@@ -67,7 +67,7 @@ class Run:
     seed: int = 0
     base: str = TINY
     score: str = "token"
-    top_p: float | None = None  # default: the paper's for the score
+    top_p: float = 0.2
     n_sample_tokens: int = 16384
     experts: bool = True
     shared: bool = False
@@ -77,7 +77,7 @@ class Run:
     def name(self) -> str:
         parts = [Path(self.base).name, self.task, self.method]
         if self.method in ("esft", "random"):
-            parts += [self.score, f"p{self.top_p or TOP_P[self.score]:g}", f"n{self.n_sample_tokens}"]
+            parts += [self.score, f"p{self.top_p:g}", f"n{self.n_sample_tokens}"]
             parts += [
                 word
                 for word, on in (("none", not self.experts), ("shared", self.shared), ("else", self.all_else))
@@ -134,8 +134,7 @@ class Lab:
         chosen = ExpertConfig({})
         if run.experts:
             scores = ExpertScores.load(self.scores(run.base, run.task, run.n_sample_tokens))
-            top_p = run.top_p or TOP_P[run.score]
-            chosen = select_experts(scores, score_function=run.score, top_p=top_p)
+            chosen = select_experts(scores, score_function=run.score, top_p=run.top_p)
         path = self.folder / "configs" / f"{run.name}.json"
         chosen = dataclasses.replace(chosen, shared_experts=run.shared, non_expert_modules=run.all_else)
         write_json(path, chosen.to_dict())
@@ -188,9 +187,9 @@ def methods_of(task: str, seed: int) -> dict[str, Run]:
         "full": Run(task, "full", seed),
         "lora": Run(task, "lora", seed),
         "esft-token": Run(task, "esft", seed),
-        "esft-gate": Run(task, "esft", seed, score="gate"),
+        "esft-gate": Run(task, "esft", seed, **GATE),
         "random, as many as token": Run(task, "random", seed),
-        "random, as many as gate": Run(task, "random", seed, score="gate"),
+        "random, as many as gate": Run(task, "random", seed, **GATE),
     }
 
 
@@ -361,8 +360,8 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
             list(pool.map(lab.base, (16, 32)))
     parts = {part: globals()[f"part_{part}"](lab) for part in args.parts}
     runs = dict.fromkeys(itertools.chain(*(runs for runs, _ in parts.values())))
-    for base, task in dict.fromkeys((run.base, run.task) for run in runs):
-        lab.scores(base, task)  # before runs that need them at the same time
+    for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
+        lab.scores(base, task, tokens)  # before runs that need them at the same time
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", desc="paper") as bar:
         waiting = [pool.submit(lab.result, run) for run in runs]
         try:
