@@ -1,6 +1,6 @@
-"""Answers and their scores: the evaluator of each task, batched greedy generation, and the summary with its interval.
+"""Answers and their scores: the evaluator of each task, and batched greedy generation.
 
-    rows -> evaluate(model, tokenizer, rows, EVALUATORS["intent"]) -> results -> summarize(results)
+    rows -> evaluate(model, tokenizer, rows, EVALUATORS["intent"]) -> results -> summaries.summarize(results)
 
 An evaluator has `.metrics(prediction, answers, row)`, which returns every metric of the task in percent (0..100), and
 `.primary`, the name of the one that counts. With several gold answers a metric is its best over them. A metric that
@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -320,75 +319,3 @@ def evaluate(model, tokenizer, rows: list[dict], evaluator: Evaluator, **options
     """
     completions = _complete_each(model, tokenizer, [row["prompt"] for row in rows], **options)
     return [score(row, completion, evaluator) for row, completion in zip(rows, completions)]
-
-
-def _bootstrap(groups: list[np.ndarray], resamples: int, seed: int) -> list[float]:
-    """95 % percentile interval of the mean of the groups' means; samples are drawn again within each group."""
-    rng = np.random.default_rng(seed)
-    means_R = np.zeros(resamples)
-    for values in groups:
-        step = max(1, 10_000_000 // len(values))  # draws held in memory at once
-        for start in range(0, resamples, step):
-            part = means_R[start : start + step]
-            part += values[rng.integers(len(values), size=(len(part), len(values)))].mean(axis=1) / len(groups)
-    return [round(float(bound), 4) for bound in np.percentile(means_R, [2.5, 97.5])]
-
-
-def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
-    """Means in percent over the lines that `evaluate` returns.
-
-    {"n", "failed": count of lines with an error, "mean", "ci95": [low, high], "metrics": {name: mean},
-     "missing": {name: count of None}, "groups": {skill: {"n", "mean"}}}
-
-    `mean` is that of the scores. Where rows carry a "skill", means are macro averages, each skill counting the same.
-    What failed or could not be computed is left out; with nothing left a mean is None.
-    """
-    scored = [result for result in results if "error" not in result]
-
-    def by_skill(value: Callable[[dict], float | None]) -> dict[str, np.ndarray]:
-        found: dict[str, list[float]] = {}
-        for result in scored:
-            if value(result) is not None:
-                found.setdefault(result.get("skill", ""), []).append(value(result))
-        return {skill: np.array(values) for skill, values in found.items()}
-
-    def mean(groups: dict[str, np.ndarray]) -> float | None:
-        return round(float(np.mean([values.mean() for values in groups.values()])), 4) if groups else None
-
-    names = list(dict.fromkeys(name for result in scored for name in result["metrics"]))  # rows may differ in theirs
-    scores = by_skill(lambda result: None if result["score"] is None else 100 * result["score"])
-    return {
-        "n": len(results),
-        "failed": len(results) - len(scored),
-        "mean": mean(scores),
-        "ci95": _bootstrap(list(scores.values()), resamples, seed) if scores else None,
-        "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"].get(name))) for name in names},
-        "missing": {name: sum(result["metrics"].get(name, 0) is None for result in scored) for name in names},
-        "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
-    }
-
-
-def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
-    """What an adapter changed, in percent, over the samples that have a score from both (lists in one order).
-
-    {"n", "base", "adapter", "difference": means, "ci95": paired bootstrap interval of the difference, "certain": does
-    it exclude 0}. Samples are drawn as pairs, within their skill where rows carry one; skills count the same.
-    """
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for one, other in zip(base, adapted, strict=True):
-        if one["score"] is not None and other["score"] is not None:
-            groups.setdefault(one.get("skill", ""), []).append((100 * one["score"], 100 * other["score"]))
-    if not groups:
-        return {"n": 0, "base": None, "adapter": None, "difference": None, "ci95": None, "certain": False}
-    pairs = [np.array(values) for values in groups.values()]
-    means = np.mean([values.mean(axis=0) for values in pairs], axis=0)
-    low, high = _bootstrap([values[:, 1] - values[:, 0] for values in pairs], resamples, seed)
-    return {
-        "n": sum(len(values) for values in pairs),
-        **{
-            name: round(float(v), 4)
-            for name, v in zip(("base", "adapter", "difference"), (*means, means[1] - means[0]))
-        },
-        "ci95": [low, high],
-        "certain": low > 0 or high < 0,
-    }

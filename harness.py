@@ -1,6 +1,6 @@
 """lm-eval, EleutherAI's harness, on a model that is in memory: suites by name, their data, and the answers to them.
 
-    load_suites(["mmlu", "mine.yaml"]) -> suites;  ask(model, tokenizer, suite, Settings()) -> answers
+    load_suites(["mmlu", "mine.yaml"]) -> suites by name;  ask(model, tokenizer, suite, Settings()) -> answers
 
 All that touches lm-eval's ways is here; `suites.py` makes figures and files of the answers. Log-likelihoods are summed
 in float32 whatever the dtype of the weights: in bf16, lm-eval's default, close choices tie.
@@ -58,8 +58,8 @@ class Suite:
 
 def load_suites(
     names: list[str], *, task_dir: str | Path | None = None, allow_code_execution: bool = False
-) -> list[Suite]:
-    """The suites of `names`, with their data. A tag, or a group without a mean, stands for what it is made of.
+) -> dict[str, list[Suite]]:
+    """The suites of each name, with their data. A tag, or a group without a mean, stands for what it is made of.
 
     Raises ValueError, in one sentence: lm-eval is not installed; a name is unknown or doubled; a suite runs generated
     code and that is not allowed; its data cannot be fetched.
@@ -87,9 +87,9 @@ def load_suites(
             raise ValueError(f"--suite {name}: {missing}{suggest(name, [*KNOWN, *manager.all_tasks])}")
         if not allow_code_execution and any(leaf.get("unsafe_code", False) is not False for leaf in found):
             raise _refused(name)
-    suites = [suite for name in names for suite in _load(manager, name, leaves[name], allow_code_execution)]
-    doubled = [name for name, n in Counter(task for suite in suites for task in suite.tasks).items() if n > 1]
-    if doubled:
+    suites = {name: _load(manager, name, leaves[name], allow_code_execution) for name in names}
+    tasks = [task for name in names for suite in suites[name] for task in suite.tasks]
+    if doubled := [task for task, n in Counter(tasks).items() if n > 1]:
         raise ValueError(f"--suite {','.join(names)}: the task {doubled[0]} is in it twice, name it once")
     return suites
 

@@ -1,6 +1,6 @@
 """The big suites (MMLU, GSM8K, HellaSwag, ...) through lm-eval, EleutherAI's harness, on a model that is in memory.
 
-    python suites.py --base_model_path=M --adapter_dir=A --with_base --suite=mmlu,gsm8k --output_path=out.jsonl
+    python eval_multigpu.py --suite=mmlu,gsm8k --base_model_path=M --adapter_dir=A --with_base
 
 A suite is any task, group or tag that lm-eval knows by name, the path of a task's YAML file, or a name found in
 `--task_dir`, a folder of such files. The prompts, the few-shot examples and the metrics are lm-eval's. Its data come
@@ -22,7 +22,6 @@ intervals over samples within each task.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,8 @@ from pathlib import Path
 import numpy as np
 
 import esft
-from deepseek.loading import empty_model, plan_devices
-from harness import KNOWN, Answers, Settings, Suite, ask, load_suites
-from utils import Parser, check_output, environment, positive, run_cli, suggest_path, write_json, write_jsonl
+from harness import Answers, Settings, Suite, ask, load_suites
+from utils import environment, note, write_json, write_jsonl
 
 PRIMARY = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "arc_easy": "acc_norm"}
 
@@ -96,7 +94,7 @@ def _unit(suite: Suite, key: str, models: list[Answers]) -> float:
 
 
 def summarize(suite: Suite, answers: Answers, base: Answers | None = None, *, resamples=2000, seed=0) -> dict:
-    """As benchmarks.summarize; with `base`, the answers of the base, also as benchmarks.compare, in "against_base".
+    """As summaries.summarize; with `base`, the answers of the base, also as summaries.compare, in "against_base".
 
     {"dataset", "primary", "unit": "percent" or "as in lm-eval", "higher_is_better", "n", "failed": 0, "mean", "ci95",
      "metrics": {name: mean}, "missing": {name: samples without it}, "groups": {task: {"n", "mean"}},
@@ -224,68 +222,65 @@ def _texts(sample: dict) -> tuple[str | None, list[str]]:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def run(
-    model,
-    tokenizer,
-    names: list[str],
-    *,
-    output_path: str | Path,
-    adapter_dir: str | Path | None = None,
-    with_base: bool = False,
-    n_samples: int | None = None,
-    batch_size: int = 16,
-    num_fewshot: int | None = None,
-    max_new_tokens: int | None = None,
-    apply_chat_template: bool = False,
-    allow_code_execution: bool = False,
-    task_dir: str | Path | None = None,
-    seed: int = 0,
-) -> list[dict]:
-    """Evaluate a model on suites, write the results, return the summaries (see `summarize`), one per suite.
+def load(args: argparse.Namespace, names: list[str]) -> dict[str, list[Suite]]:
+    """`load_suites` by the flags of eval_multigpu.py."""
+    return load_suites(names, task_dir=args.task_dir, allow_code_execution=args.allow_code_execution)
 
-    Without `adapter_dir` the model is taken as it is. With it, the adapter is put on the model (and stays there), after
-    the base was evaluated where `with_base` asks for both. A suite's files are written as soon as it is done.
 
-    Raises ValueError as `load_suites`, `ask` and `esft.add_adapter` do.
-    """
-    path = _checked_path(output_path)
-    suites = load_suites(names, task_dir=task_dir, allow_code_execution=allow_code_execution)
+def output_paths(args: argparse.Namespace, suites: list[Suite]) -> list[Path]:
+    """Where the answers go: --output_path, with the name of the suite where there is more than one suite."""
+    path = Path(args.output_path)
+    if len(suites) == 1 and "," not in args.suite and not args.eval_dataset:
+        return [path]
+    return [path.with_suffix(f".{suite.name.replace('/', '_')}.jsonl") for suite in suites]
+
+
+def run_rank(
+    args: argparse.Namespace, loaded: dict[str, list[Suite]] | None, names: list[str], devices: list[str]
+) -> Iterator[dict]:
+    """One process's share of the suites, by name, from the model on: yields their summaries. `loaded`: the suites,
+    where they are at hand."""
+    found = loaded or load(args, names)
+    chosen = [suite for name in names for suite in found[name]]
+    device = devices if len(devices) > 1 else devices[0]
+    model, tokenizer = esft.load_base_model(args.base_model_path, dtype=args.dtype, device=device)
     settings = Settings(
-        n_samples, batch_size, num_fewshot, max_new_tokens, apply_chat_template, allow_code_execution, seed
-    )
-    return run_suites(model, tokenizer, suites, settings, path, adapter_dir, with_base)
+        args.n_samples, args.eval_batch_size, args.num_fewshot, args.suite_max_new_tokens, args.apply_chat_template,
+        args.allow_code_execution, args.seed,
+    )  # fmt: skip
+    paths = output_paths(args, chosen)
+    yield from run(model, tokenizer, chosen, settings, paths, args.adapter_dir, args.with_base)
 
 
-def run_suites(
+def run(
     model,
     tokenizer,
     suites: list[Suite],
     settings: Settings,
-    output_path: Path,
+    paths: list[Path],
     adapter_dir: str | Path | None = None,
     with_base: bool = False,
-) -> list[dict]:
-    """As `run`, of suites that are loaded."""
-    both = with_base and adapter_dir is not None
-    paths = {suite.name: output_path for suite in suites}
-    if len(suites) > 1:
-        paths = {name: output_path.with_suffix(f".{name.replace('/', '_')}.jsonl") for name in paths}
-    for path in paths.values():
-        check_output(path)
+) -> Iterator[dict]:
+    """Evaluate a model on suites, write the results of each to its path (.jsonl), yield the summaries (see
+    `summarize`).
+
+    Without `adapter_dir` the model is taken as it is. With it, the adapter is put on the model (and stays there), after
+    the base was evaluated where `with_base` asks for both. A suite's files are written as soon as it is done.
+
+    Raises ValueError as `ask` and `esft.add_adapter` do.
+    """
     base: dict[str, Answers] = {}
-    if both:
+    if with_base and adapter_dir is not None:
         if not esft.is_lora(adapter_dir):
             esft.check_base(model, adapter_dir)  # a wrong one is refused before the base has answered for hours
-        for suite in suites:
+        for suite, path in zip(suites, paths):
             base[suite.name] = ask(model, tokenizer, suite, settings)
-            _write(suite, base[suite.name], None, settings, paths[suite.name].with_suffix(".base.jsonl"))
+            _write(suite, base[suite.name], None, settings, path.with_suffix(".base.jsonl"))
     if adapter_dir is not None:
         model = esft.add_adapter(model, adapter_dir)
-    summaries = []
-    for suite in suites:
+    for suite, path in zip(suites, paths):
         answers = ask(model, tokenizer, suite, settings)
-        summaries.append(_write(suite, answers, base.get(suite.name), settings, paths[suite.name]))
-    return summaries
+        yield _write(suite, answers, base.get(suite.name), settings, path)
 
 
 def _write(suite: Suite, answers: Answers, base: Answers | None, settings: Settings, path: Path) -> dict:
@@ -303,110 +298,6 @@ def _write(suite: Suite, answers: Answers, base: Answers | None, settings: Setti
     write_jsonl(path, lines(suite, answers, summary))
     write_json(path.with_suffix(".lm_eval.json"), json.loads(json.dumps(own, default=handle_non_serializable)))
     write_json(path.with_suffix(".summary.json"), summary)
-    for note in answers.notes:
-        print(f"note: {suite.name}: {note}", file=sys.stderr)
+    for text in answers.notes:
+        note(f"{suite.name}: {text}")
     return summary
-
-
-def table(summaries: list[dict]) -> str:
-    """One line per suite, with its 95 % interval; with a base both means, and the interval of what the adapter changed,
-    marked where it excludes 0."""
-
-    def number(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{value:{sign}.1f}"
-
-    def interval(bounds: list[float] | None, sign: str = "") -> str:
-        return f"[{', '.join(number(bound, sign) for bound in bounds)}]" if bounds else "-"
-
-    paired = any("against_base" in s for s in summaries)
-    head = f"{'suite':<22}{'n':>7}  {'metric':<30}"
-    means = f"{'base':>7}{'adapter':>9}{'difference':>12}{'95 % interval':>18}" if paired else f"{'mean':>7}"
-    rows = [head + (means if paired else means + f"{'95 % interval':>17}")]
-    for s in summaries:
-        row = f"{s['dataset']:<22}{s['n']:>7}  {s['primary']:<30}"
-        if c := s.get("against_base"):
-            row += f"{number(c['base']):>7}{number(c['adapter']):>9}{number(c['difference'], '+'):>12}"
-            row += f"{interval(c['ci95'], '+'):>18}{' *' if c['certain'] else ''}"
-        else:
-            row += f"{number(s['mean']):>7}{interval(s['ci95']):>17}"
-        rows.append(row + ("" if s["unit"] == "percent" else "  (in lm-eval's unit)"))
-        rows += [f"  {count} without {name}, left out" for name, count in s["missing"].items() if count]
-    if any(s.get("against_base", {}).get("certain") for s in summaries):
-        rows.append("* the interval (paired bootstrap over samples) excludes 0")
-    return "\n".join(rows)
-
-
-def _checked_path(output_path: str | Path) -> Path:
-    if Path(output_path).suffix != ".jsonl":
-        raise ValueError(f"--output_path {output_path} must end in .jsonl")
-    return Path(output_path)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    count = {"type": positive, "metavar": "N"}
-    suite_help = f"names that lm-eval knows ({', '.join(KNOWN)}, ...) or task files (.yaml), separated by commas"
-    code_help = "run what the model writes, for the suites that need it: no sandbox holds it (default: refuse them)"
-    samples_help = "of each task of a suite, drawn with --seed (default: all)"
-    chat_help = "ask through the tokenizer's chat template (default: plain text, as lm-eval does)"
-    tokens_help = "longest answer, in tokens (default: the task's own)"
-    shots_help = "few-shot examples, for tasks that do not fix none (default: the task's own number)"
-    add("--suite", required=True, metavar="NAME[,NAME]", help=suite_help)
-    add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
-    add("--adapter_dir", metavar="DIR", help="folder of an adapter to put on it (default: none, the base alone)")
-    add(
-        "--with_base",
-        action="store_true",
-        help="evaluate the base, too, and say the difference that --adapter_dir makes",
-    )
-    add("--output_path", required=True, metavar="FILE", help="the answers (.jsonl); summaries go beside them")
-    add("--task_dir", metavar="DIR", help="folder of task files of your own, looked at first (default: none)")
-    add("--n_samples", **count, help=samples_help)
-    add("--num_fewshot", type=int, metavar="N", help=shots_help)
-    add("--max_new_tokens", **count, help=tokens_help)
-    add("--eval_batch_size", **count, default=16, help="samples per batch (default: 16)")
-    add("--apply_chat_template", action="store_true", help=chat_help)
-    add("--allow_code_execution", action="store_true", help=code_help)
-    add("--gpus", **count, default=1, help="GPUs over which the model is spread (default: 1)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="of the weights (default: auto)",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws and of the intervals (default: 0)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Returns the summaries, one per suite. What can be checked without the model is checked before it is loaded."""
-    args = parse_args(argv)
-    path = _checked_path(args.output_path)
-    check_output(path)
-    if args.with_base and not args.adapter_dir:
-        raise ValueError("--with_base compares an adapter with its base: give --adapter_dir, or leave it out")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise ValueError(f"--num_fewshot {args.num_fewshot} must be at least 0")
-    if args.adapter_dir:
-        if not Path(args.adapter_dir).is_dir():
-            raise ValueError(f"--adapter_dir {args.adapter_dir}: no such folder{suggest_path(args.adapter_dir)}")
-        if not esft.is_lora(args.adapter_dir):
-            esft.ExpertConfig.load(args.adapter_dir).check(empty_model(args.base_model_path))
-    (devices,) = plan_devices(args.device, 1, args.gpus)
-    names = [name.strip() for name in args.suite.split(",") if name.strip()]
-    suites = load_suites(names, task_dir=args.task_dir, allow_code_execution=args.allow_code_execution)
-    device = devices if len(devices) > 1 else devices[0]
-    model, tokenizer = esft.load_base_model(args.base_model_path, dtype=args.dtype, device=device)
-    settings = Settings(
-        args.n_samples, args.eval_batch_size, args.num_fewshot, args.max_new_tokens, args.apply_chat_template,
-        args.allow_code_execution, args.seed,
-    )  # fmt: skip
-    summaries = run_suites(model, tokenizer, suites, settings, path, args.adapter_dir, args.with_base)
-    print(table(summaries))
-    return summaries
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -195,6 +195,11 @@ def suggest_path(path: str | Path) -> str:
     return suggest(missing.name, (beside.name for beside in missing.parent.iterdir()))
 
 
+def note(text: str) -> None:
+    """Say something that is no error, beside what a command prints."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def positive(text: str) -> int:
     """A type for argparse: a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:

@@ -1,4 +1,4 @@
-"""Metrics and summaries: the published scores are met, no prediction crashes, what cannot be computed is no zero."""
+"""Metrics: the published scores are met, no prediction crashes, what cannot be computed is no zero."""
 
 import json
 import random
@@ -6,29 +6,20 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import benchmarks
 import code_runner
 import metrics
-from benchmarks import EVALUATORS, Completion, compare, get_evaluator, load_rows, score, summarize
+from benchmarks import EVALUATORS, Completion, get_evaluator, load_rows, score
 from metrics import bleu, final_number, json_exact_match, number_match, slot_f1
+from summaries import summarize
 
 GOLD = '{"intent": "Alarm-Update", "slots": {"date": "周一", "notes": ["跑步", "吃饭"]}}'
 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def lines(values, metric="exact_match", skills=None) -> list[dict]:
-    """Result lines with these scores in percent."""
-    skills = skills or [None] * len(values)
-    return [
-        {"score": None if v is None else v / 100, "metrics": {metric: v}} | ({"skill": s} if s else {})
-        for v, s in zip(values, skills)
-    ]
 
 
 def test_intent_gives_the_published_score_of_every_released_answer(official):
@@ -219,12 +210,9 @@ def test_what_cannot_be_computed_is_counted_and_left_out_of_the_means():
     row = {"prompt": "q", "raw_answers": ["!"]}
     result = score(row, Completion("an answer", 2, False), EVALUATORS["summary"])
     assert result["score"] is None and result["metrics"]["rouge_l"] is None and result["metrics"]["chrf"] is not None
-    summary = summarize([*lines([100, 50], "rouge_l"), *lines([None], "rouge_l")])
-    assert (summary["n"], summary["mean"], summary["metrics"], summary["missing"]) == (
-        3, 75, {"rouge_l": 75}, {"rouge_l": 1},
-    )  # fmt: skip
-    nothing = summarize(lines([None, None]))
-    assert nothing["mean"] is None and nothing["ci95"] is None and nothing["missing"] == {"exact_match": 2}
+    summary = summarize([result, {**result, "score": 0.5, "metrics": {**result["metrics"], "rouge_l": 50}}])
+    found = summary["n"], summary["mean"], summary["metrics"]["rouge_l"], summary["missing"]["rouge_l"]
+    assert found == (2, 50, 50, 1)
 
 
 def test_what_failed_has_no_score_and_is_counted():
@@ -238,21 +226,6 @@ def test_what_failed_has_no_score_and_is_counted():
     summary = summarize([none, bug, good])
     assert (summary["n"], summary["failed"], summary["mean"], summary["missing"]) == (3, 2, 100, {"ratio": 0})
     assert summary["groups"] == {"copy": {"n": 1, "mean": 100}}
-
-
-def test_interval_is_seeded_and_as_wide_as_theory_says():
-    values = [100.0 * (i % 4 == 0) for i in range(400)]  # mean 25, standard error 2.165
-    summary = summarize(lines(values), seed=1)
-    low, high = summary["ci95"]
-    assert summary["mean"] == 25 and summary == summarize(lines(values), seed=1)
-    assert np.allclose([low, high], [25 - 1.96 * 2.165, 25 + 1.96 * 2.165], atol=0.6)
-    assert summarize(lines([40.0]))["ci95"] == [40, 40]
-
-
-def test_skills_count_the_same_whatever_their_size():
-    summary = summarize(lines([100.0] * 30 + [0.0] * 10, skills=["add"] * 30 + ["copy"] * 10))
-    assert summary["mean"] == summary["metrics"]["exact_match"] == 50 and summary["ci95"] == [50, 50]
-    assert summary["groups"] == {"add": {"n": 30, "mean": 100}, "copy": {"n": 10, "mean": 0}}
 
 
 def test_evaluator_is_that_of_the_name_or_the_one_asked_for():
@@ -306,34 +279,3 @@ def test_json_is_compared_as_json_and_not_as_python():
     assert json_exact_match('{"a": 1}', '{"a": true}') == 0
     assert json_exact_match('{"b": 2, "a": [1]}', '{"a": [1], "b": 2}。') == 100
     assert json_exact_match("no JSON", '{"a": true}') == 0
-
-
-def paired(base, adapted, skills=None) -> dict:
-    return compare(lines(base, skills=skills), lines(adapted, skills=skills))
-
-
-def test_a_comparison_is_of_pairs():
-    rng = np.random.default_rng(0)
-    base = rng.uniform(0, 80, 200)
-    better = paired(base, base + 5 + rng.normal(0, 5, 200))  # far less than the spread between samples
-    assert better["difference"] == pytest.approx(5, abs=1) and better["certain"]
-    low, high = better["ci95"]
-    assert 0.5 < high - low < 2 * 1.96 * 5 / 200**0.5 * 1.2 and low < better["difference"] < high
-    assert better["adapter"] - better["base"] == pytest.approx(better["difference"], abs=1e-3)
-    worse = paired(base + 5 + rng.normal(0, 5, 200), base)
-    assert worse["certain"] and worse["ci95"][1] < 0
-    assert not paired(base, base + rng.normal(0, 5, 200) - 0.1)["certain"]
-    shuffled = paired(base, rng.permutation(base) + 1)  # as many points, but no pairs
-    assert shuffled["ci95"][1] - shuffled["ci95"][0] > 5 and not shuffled["certain"]
-    assert paired(base, base)["ci95"] == [0, 0] and not paired(base, base)["certain"]
-
-
-def test_a_comparison_leaves_out_what_one_of_them_lacks_and_counts_skills_the_same():
-    some = paired([10, None, 30, 50], [20, 40, None, 60])
-    assert (some["n"], some["base"], some["adapter"], some["difference"]) == (2, 30, 40, 10)
-    skills = ["a"] * 9 + ["b"]
-    even = paired([0] * 10, [10] * 9 + [50], skills)
-    assert (even["difference"], even["ci95"]) == (30, [30, 30])
-    assert paired([None], [1])["difference"] is None and not paired([None], [1])["certain"]
-    with pytest.raises(ValueError):
-        paired([1, 2], [1])

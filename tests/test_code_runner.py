@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import code_runner
-from benchmarks import EVALUATORS, Completion, get_evaluator, load_rows, score, summarize
+from benchmarks import EVALUATORS, Completion, get_evaluator, load_rows, score
 from code_runner import Limits, run
+from summaries import summarize
 
 LIMITS = Limits(wall=3, cpu=1, memory_mb=256)
 SOURCE = Path(code_runner.__file__)

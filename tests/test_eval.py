@@ -23,6 +23,7 @@ import benchmarks
 import code_runner
 import esft
 import eval_multigpu
+import eval_ranks
 from benchmarks import complete, generate, make_batches
 from utils import encode_prompt, run_cli
 
@@ -167,9 +168,9 @@ def test_any_number_of_processes_writes_the_same(model_dir, eval_file, tmp_path,
 
 
 def test_threads_do_not_depend_on_the_machine(model_dir, eval_file, tmp_path, monkeypatch):
-    threads, evaluate = [], eval_multigpu.evaluate
+    threads, evaluate = [], eval_ranks.evaluate
     monkeypatch.setattr(
-        eval_multigpu, "evaluate", lambda *a, **k: threads.append(torch.get_num_threads()) or evaluate(*a, **k)
+        eval_ranks, "evaluate", lambda *a, **k: threads.append(torch.get_num_threads()) or evaluate(*a, **k)
     )
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -232,7 +233,7 @@ def write_rows(path: Path, answers: list[str], prompts: list[str] = PROMPTS) -> 
 
 def stop_after(monkeypatch, batches: int) -> None:
     """Ctrl-C before the batch after that many."""
-    evaluate, calls = eval_multigpu.evaluate, []
+    evaluate, calls = eval_ranks.evaluate, []
 
     def stopping(*args, **options):
         calls.append(1)
@@ -240,7 +241,7 @@ def stop_after(monkeypatch, batches: int) -> None:
             raise KeyboardInterrupt
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(eval_multigpu, "evaluate", stopping)
+    monkeypatch.setattr(eval_ranks, "evaluate", stopping)
 
 
 def gone(pid: int) -> bool:
@@ -360,7 +361,7 @@ def test_finished_datasets_are_not_answered_again(model_dir, tmp_path, watched, 
 
 
 def test_two_evaluations_cannot_share_an_output(model_dir, eval_file, tmp_path):
-    with eval_multigpu.Partial(tmp_path / ".out.jsonl.partial", {}), pytest.raises(ValueError, match="another evalua"):
+    with eval_ranks.Partial(tmp_path / ".out.jsonl.partial", {}), pytest.raises(ValueError, match="another evalua"):
         run(model_dir, eval_file, tmp_path / "out.jsonl")
 
 
@@ -459,7 +460,10 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--eval_dataset=datasets/train/law.jsonl"], "training data"),
         (0, ["--eval_dataset=nothing_known"], "nothing_known"),
         (0, ["--eval_dataset=a/x.jsonl,b/x.jsonl"], "different names"),
-        (0, ["--eval_dataset=,"], "different names"),
+        (0, ["--eval_dataset=,"], "nothing to evaluate on"),
+        (0, ["--num_fewshot=2"], "--num_fewshot is of the suites"),
+        (0, ["--suite=gone.yaml"], "--suite gone.yaml: no such file"),
+        (0, ["--suite=x.yaml", "--num_fewshot=-1"], "--num_fewshot -1 must be at least 0"),
         (0, ["--output_path=out.json"], r"must end in \.jsonl"),
         (0, ["--with_base"], "give --adapter_dir"),
         (0, ["--evaluator=code"], "--allow_code_execution"),
@@ -528,8 +532,8 @@ def test_help_names_every_flag_with_its_default(capsys):
         eval_multigpu.parse_args(["--help"])
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--\w+)", text, flags=re.MULTILINE)
-    optional = set(flags) - {"--eval_dataset", "--base_model_path", "--output_path"}
-    assert len(optional) == 18 and text.count("(default:") == len(optional) and text.count("(required)") == 3
+    optional = set(flags) - {"--base_model_path"}
+    assert len(optional) == 25 and text.count("(default:") == len(optional) and text.count("(required)") == 1
 
 
 # ------------------------------------------------------------------------------------------------ base and adapter
@@ -628,7 +632,7 @@ def test_an_adapter_of_another_base_is_refused_before_the_base_answers(
             if "mlp.gate." in name:
                 parameter.add_(1)
     model.save_pretrained(other)
-    monkeypatch.setattr(eval_multigpu, "evaluate", lambda *a, **k: pytest.fail("the base answered"))
+    monkeypatch.setattr(eval_ranks, "evaluate", lambda *a, **k: pytest.fail("the base answered"))
     with pytest.raises(ValueError, match="router"):
         run(str(other), eval_file, tmp_path / "out.jsonl", f"--adapter_dir={adapter_dir}", "--with_base")
     assert not list(tmp_path.glob("*out*"))
@@ -702,9 +706,10 @@ def test_without_a_key_the_offline_metric_stands_in(model_dir, tmp_path, judged,
     for value in (None, " "):
         monkeypatch.delenv("MY_KEY") if value is None else monkeypatch.setenv("MY_KEY", value)
         (summary,) = run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags)
-        error = capsys.readouterr().err
+        printed = capsys.readouterr()
         assert summary["primary"] == "rouge_l" and "judge" not in summary and not server.requests
-        assert "note: MY_KEY is not set in the environment, so there is no judge; in its place: rouge_l on law" in error
+        said = "no judge graded (MY_KEY is not set in the environment); in its place: rouge_l on law"
+        assert f"note: {said}" in printed.err and printed.out.endswith(f"\n{said}\n")
 
 
 def test_a_judge_that_refuses_is_one_sentence_before_the_model(model_dir, tmp_path, judged, monkeypatch, capsys):

@@ -31,9 +31,12 @@ MAY_IMPORT = {
     "train": {"trainer", "sharding", "methods", "checkpoints", "esft", "deepseek", "utils"},
     "train_ep": {"train", "utils"},
     "insight": {"esft", "deepseek", "utils"},
+    "summaries": set(),
     "harness": {"benchmarks", "utils"},
-    "suites": {"harness", "esft", "deepseek", "utils"},
-    "eval_multigpu": {"esft", "benchmarks", "judge", "metrics", "code_runner", "deepseek", "utils"},
+    "suites": {"harness", "esft", "utils"},
+    "eval_ranks": {"benchmarks", "metrics", "code_runner", "esft", "utils"},
+    "eval_multigpu": {"eval_ranks", "suites", "harness", "judge", "summaries", "benchmarks", "code_runner"}
+    | {"esft", "deepseek", "utils"},
     "scripts": {"scripts", "train", "sharding", "insight", "methods", "esft", "benchmarks", "deepseek", "utils"},
 }
 

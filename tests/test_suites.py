@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import esft
+import eval_multigpu
 import harness
 import suites
 from utils import read_jsonl, run_cli
@@ -108,9 +109,16 @@ def greedy(model, tokenizer, prompt: str, steps: int) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0]
 
 
-def run(model, tokenizer, tasks, name: str, path: Path, **options) -> dict:
-    (summary,) = suites.run(model, tokenizer, [name], task_dir=tasks, output_path=path, **options)
+def run(model, tokenizer, tasks, name: str, path: Path, adapter_dir=None, with_base=False, **settings) -> dict:
+    allow = settings.get("allow_code_execution", False)
+    found = harness.load_suites([name], task_dir=tasks, allow_code_execution=allow)[name]
+    (summary,) = suites.run(model, tokenizer, found, harness.Settings(**settings), [path], adapter_dir, with_base)
     return summary
+
+
+def load(name: str, tasks: Path) -> harness.Suite:
+    (suite,) = harness.load_suites([name], task_dir=tasks)[name]
+    return suite
 
 
 def lm_eval_results(path: Path) -> dict:
@@ -186,13 +194,10 @@ def test_a_pair_is_two_single_runs_and_its_difference(base, adapter, tasks, tmp_
     assert found["difference"] == pytest.approx(100 * (b - a).mean(), abs=1e-3)
     assert found["ci95"] == pytest.approx(np.percentile(100 * (b - a)[draws].mean(axis=1), [2.5, 97.5]), abs=1e-3)
     assert found["ci95"][1] < 0 and found["certain"]
-    shown = suites.table([summary])
-    assert f"{found['difference']:+.1f} [" in " ".join(shown.split()) and "] *\n" in shown
-    assert "*" not in suites.table([{**summary, "against_base": {**found, "certain": False}}])
 
 
 def test_an_interval_is_that_of_pairs(tasks):
-    (suite,) = harness.load_suites(["mine_choices"], task_dir=tasks)
+    suite = load("mine_choices", tasks)
     rng = np.random.default_rng(1)
     before = rng.random(300) < 0.5
     after = before ^ (rng.random(300) < 0.05)  # nearly the same samples are right
@@ -211,7 +216,7 @@ def test_an_interval_is_that_of_pairs(tasks):
 
 
 def test_models_that_were_asked_other_prompts_are_not_compared(base, tasks):
-    (suite,) = harness.load_suites(["mine_choices"], task_dir=tasks)
+    suite = load("mine_choices", tasks)
     one, other = (harness.ask(*base, suite, harness.Settings(n_samples=2, seed=seed)) for seed in (0, 1))
     same = suites.summarize(suite, one, one)["against_base"]
     assert (same["difference"], same["ci95"], same["certain"]) == (0.0, [0.0, 0.0], False)
@@ -237,7 +242,7 @@ def test_the_mean_of_a_group_is_lm_eval_s(base, tasks, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["mine_tag", "mine_bundle"])
 def test_a_tag_or_a_group_without_a_mean_is_what_it_is_made_of(tasks, name):
-    found = harness.load_suites([name], task_dir=tasks)
+    found = harness.load_suites([name], task_dir=tasks)[name]
     assert sorted(suite.name for suite in found) == ["mine_few", "mine_many"]
     with pytest.raises(ValueError, match="the task mine_few is in it twice"):
         harness.load_suites([name, "mine_few"], task_dir=tasks)
@@ -274,20 +279,20 @@ def test_what_a_task_does_not_follow_is_told(base, tasks, tmp_path, capsys):
     config = yaml.safe_load((tasks / "mine_written.yaml").read_text())
     fixed = tmp_path / "fixed.yaml"
     fixed.write_text(yaml.safe_dump({**config, "task": "fixed", "num_fewshot": 0}))
-    (summary,) = suites.run(model, tokenizer, [str(fixed)], output_path=tmp_path / "a.jsonl", num_fewshot=2)
+    summary = run(model, tokenizer, None, str(fixed), tmp_path / "a.jsonl", num_fewshot=2)
     assert "num_fewshot=2 is left aside" in capsys.readouterr().err and len(summary["notes"]) == 1
     long = tmp_path / "long.yaml"
     long.write_text(yaml.safe_dump({**config, "task": "long", "doc_to_text": "word " * 3000 + "{{q}}"}))
-    (summary,) = suites.run(model, tokenizer, [str(long)], output_path=tmp_path / "b.jsonl", n_samples=1)
+    summary = run(model, tokenizer, None, str(long), tmp_path / "b.jsonl", n_samples=1)
     assert "Left truncation applied" in summary["notes"][0]
     with pytest.raises(ValueError, match=r"cannot be asked .*requested max tokens to generate \(4000\)"):
-        suites.run(model, tokenizer, [str(fixed)], output_path=tmp_path / "c.jsonl", max_new_tokens=4000)
+        run(model, tokenizer, None, str(fixed), tmp_path / "c.jsonl", max_new_tokens=4000)
     few = tmp_path / "few.yaml"
     few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
     with pytest.raises(ValueError, match=r"--suite few cannot be asked .*Sample larger than population"):
-        suites.run(model, tokenizer, [str(few)], output_path=tmp_path / "c.jsonl", num_fewshot=50)
+        run(model, tokenizer, None, str(few), tmp_path / "c.jsonl", num_fewshot=50)
     assert not list(tmp_path.glob("c.*"))
-    (summary,) = suites.run(model, tokenizer, [str(fixed)], output_path=tmp_path / "d.jsonl", n_samples=1)
+    summary = run(model, tokenizer, None, str(fixed), tmp_path / "d.jsonl", n_samples=1)
     assert summary["notes"] == []
 
 
@@ -302,12 +307,12 @@ def test_generated_code_runs_only_where_that_is_allowed(base, tasks, tmp_path, m
     text = text.replace("metric: exact_match", "metric: !function runs.metric")
     (tmp_path / "mine_code.yaml").write_text(text + "unsafe_code: true\n")
     (tmp_path / "mine_group.yaml").write_text(yaml.safe_dump({"group": "mine_group", "task": [{"task": "mine_code"}]}))
-    options = {"task_dir": tmp_path, "n_samples": 1, "output_path": tmp_path / "out.jsonl"}
+    options = {"n_samples": 1, "path": tmp_path / "out.jsonl"}
     for name in ("mine_code", "mine_group", str(tmp_path / "mine_code.yaml")):
         with pytest.raises(ValueError, match=r"runs the code that the model writes.*--allow_code_execution"):
-            suites.run(*base, [name], **options)
+            run(*base, tmp_path, name, **options)
     assert not (tmp_path / "loaded").exists() and not (tmp_path / "out.jsonl").exists()
-    (summary,) = suites.run(*base, ["mine_code"], allow_code_execution=True, **options)
+    summary = run(*base, tmp_path, "mine_code", allow_code_execution=True, **options)
     assert (tmp_path / "ran").read_text() == "1" and summary["primary"] == "passed,bare"
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
@@ -360,43 +365,60 @@ def test_without_lm_eval_the_sentence_says_what_to_install(monkeypatch):
         harness.load_suites(["mmlu"])
 
 
-def test_the_command(adapter, tasks, tmp_path, capsys):
+def command(tasks: Path, path: Path, *more: str) -> list[dict]:
+    flags = [f"--base_model_path={TINY}", f"--task_dir={tasks}", "--dtype=float32", f"--output_path={path}"]
+    return eval_multigpu.main([*flags, "--n_samples=4", "--max_new_tokens=8", "--device=cpu", *more])
+
+
+def test_data_sets_and_suites_in_one_table(adapter, tasks, tmp_path, capsys):
     path = tmp_path / "new" / "out.jsonl"
-    flags = [f"--base_model_path={TINY}", f"--task_dir={tasks}", "--dtype=float32", "--n_samples=4"]
-    flags += [f"--adapter_dir={adapter}", "--with_base", f"--output_path={path}"]
-    summaries = suites.main([*flags, "--suite=mine_choices,mine_written", "--apply_chat_template"])
-    assert [s["dataset"] for s in summaries] == ["mine_choices", "mine_written"]
+    flags = [f"--adapter_dir={adapter}", "--with_base", "--suite=mine_choices,mine_written", "--apply_chat_template"]
+    found = command(tasks, path, *flags, "--eval_dataset=intent")
+    assert [s["dataset"] for s in found] == ["intent", "mine_choices", "mine_written"]
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in shown] == ["suite", "mine_choices", "mine_written", "*"][: len(shown)]
-    names = {f"out.mine_{task}{of}{end}" for task in ("choices", "written") for of in ("", ".base")
-             for end in (".jsonl", ".summary.json", ".lm_eval.json")}  # fmt: skip
+    assert [line.split()[0] for line in shown[:4]] == ["dataset", "intent", "mine_choices", "mine_written"]
+    for line, summary in zip(shown[1:], found):
+        assert f"{summary['against_base']['difference']:+.1f}" in line
+    suffixes = (".jsonl", ".summary.json", ".lm_eval.json")
+    names = {f"out.mine_{task}{of}{end}" for task in ("choices", "written") for of in ("", ".base") for end in suffixes}
+    names |= {f"out.intent{of}{end}" for of in ("", ".base") for end in suffixes[:2]}
     assert {file.name for file in path.parent.iterdir()} == names
-    assert json.loads((path.parent / "out.mine_written.summary.json").read_text()) == summaries[1]
+    assert json.loads((path.parent / "out.mine_written.summary.json").read_text()) == found[2]
+
+
+def test_any_number_of_processes_gives_the_same(adapter, tasks, tmp_path):
+    flags = [f"--adapter_dir={adapter}", "--suite=mine_tag,mine_choices,mine_written"]
+    for world_size in (1, 2):
+        (tmp_path / str(world_size)).mkdir()
+        found = command(tasks, tmp_path / str(world_size) / "out.jsonl", *flags, f"--world_size={world_size}")
+        assert {s["dataset"] for s in found} == {"mine_few", "mine_many", "mine_choices", "mine_written"}
+    one, two = ({p.name: p.read_text() for p in tmp_path.glob(f"{n}/*.jsonl")} for n in (1, 2))
+    assert one == two and len(one) == 4
+
+
+def test_one_suite_alone_has_the_name_that_was_given(tasks, tmp_path):
+    (summary,) = command(tasks, tmp_path / "out.jsonl", f"--suite={tasks}/mine_choices.yaml")
+    assert (summary["dataset"], summary["n"]) == ("mine_choices", 4) and (tmp_path / "out.jsonl").is_file()
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--with_base"], "--with_base compares an adapter with its base"),
-        (["--adapter_dir=gone"], "--adapter_dir gone: no such folder"),
-        (["--num_fewshot=-1"], "--num_fewshot -1 must be at least 0"),
-        (["--output_path=out.json"], "must end in .jsonl"),
+        (["--suite=mine_choices,mine_by_size,mine_few"], "the task mine_few is in it twice"),
+        (["--suite=mine_few", "--eval_dataset=TASKS/mine_few.jsonl"], "two of them would be written to"),
+        (["--suite=gone"], "--suite gone: lm-eval knows no such task"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence_before_a_model_is_loaded(flags, sentence, tasks, tmp_path, monkeypatch):
+def test_a_wrong_suite_is_one_sentence_before_a_model_is_loaded(flags, sentence, tasks, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(esft, "load_base_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    known = ["--base_model_path=M", f"--output_path={tmp_path}/o.jsonl", f"--suite={tasks}/mine_choices.yaml"]
-    with pytest.raises(ValueError, match=sentence):
-        suites.main([*known, *flags])
-
-
-def test_an_error_is_one_line_and_exit_code_2(tmp_path, capsys):
-    argv = [f"--base_model_path={TINY}", "--suite=gone.yaml", f"--output_path={tmp_path / 'o.jsonl'}"]
+    rows = [{"prompt": "a", "answers": ["b"]}]
+    (tmp_path / "mine_few.jsonl").write_text("".join(json.dumps(row) for row in rows))
+    flags = [flag.replace("TASKS", str(tmp_path)) for flag in flags]
     with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: suites.main(argv))
+        run_cli(lambda: command(tasks, tmp_path / "new" / "out.jsonl", *flags))
     said = capsys.readouterr()
-    assert stop.value.code == 2 and not said.out and not list(tmp_path.iterdir())
-    assert said.err == "error: --suite gone.yaml: no such file\n"
+    assert stop.value.code == 2 and said.err.count("\n") == 1 and sentence in said.err
+    assert not said.out and not (tmp_path / "new").exists()
 
 
 LETTERS = {"question": "Which one is even?", "choices": ["1", "2", "3", "5"], "answer": 1}
@@ -427,8 +449,8 @@ def test_the_real_tasks_are_asked_as_lm_eval_defines_them(base, tmp_path, path):
     source = {"data_files": splits, "cache_dir": str(tmp_path / "cache")}
     own = {"include": str(file), "task": name, "dataset_path": "json", "dataset_kwargs": source}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    options = {"num_fewshot": 2, "max_new_tokens": 4, "output_path": tmp_path / "out.jsonl"}
-    (summary,) = suites.run(*base, [str(tmp_path / "own.yaml")], **options)
+    options = {"num_fewshot": 2, "max_new_tokens": 4}
+    summary = run(*base, None, str(tmp_path / "own.yaml"), tmp_path / "out.jsonl", **options)
     assert (summary["dataset"], summary["n"], summary["notes"]) == (name, 5, [])
     primary = {"gsm8k": "exact_match,strict-match", "triviaqa": "exact_match,remove_whitespace"}
     letters = "acc" if "mmlu" in name or "ceval" in name else "acc_norm"

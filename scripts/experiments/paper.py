@@ -21,10 +21,10 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -145,22 +145,23 @@ class Lab:
         steps = "" if run.method == "base" else f"-{self.args.steps}"
         path = self.folder / "results" / f"{run.name}{steps}.json"
         if not path.is_file():
-            write_json(path, self._run(run))
+            tries = self.folder / "runs"
+            tries.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=tries, prefix=f"{run.name}-") as one_try:
+                write_json(path, self._run(run, Path(one_try)))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def _run(self, run: Run) -> dict:
-        out, answers = self.folder / "runs" / run.name, self.folder / "answers" / f"{run.name}.jsonl"
+    def _run(self, run: Run, folder: Path) -> dict:
+        out, answers = folder / "trained", folder / "answers.jsonl"
         evaluation = ["eval_multigpu.py", f"--eval_dataset={run.task},general", "--max_new_tokens=64",
                       "--eval_batch_size=64", f"--output_path={answers}"]  # fmt: skip
-        for old in answers.parent.glob(f"{run.name}.*"):  # of a try that was broken off
-            old.unlink()
         trained: dict = {}
         if run.method == "base":
             self.command(*evaluation, f"--base_model_path={run.base}")
         else:
             keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
-                    f"method={run.method}", f"seed={run.seed}", f"max_steps={self.args.steps}", "overwrite=true",
-                    f"learning_rate={ALL_ELSE_RATE if run.all_else else RATES[run.method]}", "save_strategy=no",
+                    f"method={run.method}", f"seed={run.seed}", f"max_steps={self.args.steps}", "save_strategy=no",
+                    f"learning_rate={ALL_ELSE_RATE if run.all_else else RATES[run.method]}",
                     "load_best_model_at_end=false", "disable_tqdm=true", "device=cpu"]  # fmt: skip
             if run.method in ("esft", "random"):
                 keys.append(f"--expert_config={self.experts(run)}")
@@ -170,7 +171,6 @@ class Lab:
                 self.command(*evaluation, f"--base_model_path={out}")
             else:
                 self.command(*evaluation, f"--base_model_path={run.base}", f"--adapter_dir={out}")
-            shutil.rmtree(out)
         scores = {}
         for name in (run.task, "general"):
             summary = answers.with_name(f"{answers.stem}.{name}.summary.json")
