@@ -22,7 +22,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from esft import CONFIG_NAME, ExpertConfig, is_lora
-from scripts.merge_adapter import by_layer, checkpoint_files, load_routers, meta_model, read_adapter_names
+from scripts.merge_adapter import by_layer, read_adapter_names
+from scripts.stored_checkpoint import open_base
 from utils import Parser, run_cli, suggest_path
 
 
@@ -215,9 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     infos = [describe(adapter) for adapter in args.adapters]
     if args.base_model_path:
-        files = checkpoint_files(args.base_model_path)
-        model = meta_model(args.base_model_path, files)
-        load_routers(model, args.base_model_path, files)
+        model, _ = open_base(args.base_model_path)
         for adapter, info in zip(args.adapters, infos, strict=True):
             info |= fits(adapter, model)
             info["share"] = info["parameters"] / info["base_parameters"]

@@ -11,10 +11,10 @@ from conftest import FAMILIES, make_model, run_ranks
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepseek import expert_parallel, memory
+from deepseek import dry_run, expert_parallel, memory
 from deepseek.experts import find_experts, fused_names, train_experts
 from deepseek.frozen import freeze_experts, quantize
-from deepseek.memory import FROZEN_BYTES, Estimator, Settings, full
+from deepseek.memory import BATCH, FROZEN_BYTES, Estimator, Settings, full
 from deepseek.placement import place_layers
 from deepseek.ranks import join
 from esft import to_esft
@@ -51,15 +51,15 @@ def noted(model: nn.Module, settings: Settings) -> int:
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_attention", lambda _: nn.functional.scaled_dot_product_attention)
-        patch.setattr(memory._Tracker, "_answer", lambda _, tensor: tensor.item())
-        patch.setattr(memory, "_grouped_mm", torch.ops.aten._grouped_mm.default)
-        patch.setattr(memory, "_even_route", expert_parallel._make_route)
-        patch.setattr(memory, "_exchange", expert_parallel._exchange)
+        patch.setattr(dry_run, "_attention", lambda _: nn.functional.scaled_dot_product_attention)
+        patch.setattr(dry_run._Tracker, "_answer", lambda _, tensor: tensor.item())
+        patch.setattr(dry_run, "_grouped_mm", torch.ops.aten._grouped_mm.default)
+        patch.setattr(dry_run, "_even_route", expert_parallel._make_route)
+        patch.setattr(dry_run, "_exchange", expert_parallel._exchange)
         tokens = torch.randint(FAMILIES["deepseek_v2"]["vocab_size"], (settings.batch_size, settings.seq_length))
         empty = torch.empty
         patch.setattr(torch, "empty", lambda *a, **k: tokens if a[:1] == (tokens.shape,) else empty(*a, **k).zero_())
-        return memory._step(model.train(), settings).total()
+        return dry_run.step(model.train(), **{key: getattr(settings, key) for key in BATCH}).total()
 
 
 def real_step(family: str, settings: Settings, ids) -> int:

@@ -1,25 +1,26 @@
-"""scripts/merge_adapter.py against merging in memory, for the ways in which checkpoints spell their experts; what was
-merged taken out again; several adapters at once; and how little memory it takes."""
+"""scripts/merge_adapter.py: only what the adapters hold changes; what was merged taken out again; several adapters at
+once; and how little memory it takes."""
 
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from conftest import make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM
 
-from deepseek.experts import find_experts
-from deepseek.loading import empty_model
 from esft import ExpertConfig, adapter_views, add_adapter, merge, save_adapter, to_esft, unload
-from scripts import check_families
 from scripts import merge_adapter as script
+from scripts import stored_checkpoint
+from scripts.stored_checkpoint import INDEX, Shard
 from utils import ROOT, sha256
 
 BOTH = {"shared_experts": True, "non_expert_modules": True}
@@ -75,34 +76,6 @@ def parts(tmp_path, tiny_tokenizer):
     return tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
 
 
-@pytest.mark.parametrize("flags", [{}, BOTH], ids=["experts", "all"])
-@pytest.mark.parametrize("original", [True, False], ids=["split", "fused"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_merging_in_memory(family, original, flags, tmp_path):
-    """Every tensor bit for bit; same shards as the base; the result is a model with the trained model's logits; and
-    unmerged, every file of weights has the bytes of the base's."""
-    save = {"max_shard_size": SHARD, "save_original_format": original}
-    dtype = torch.bfloat16 if flags else torch.float32
-    make_model(family, dtype, tie_word_embeddings=bool(flags)).save_pretrained(tmp_path / "raw")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "raw").save_pretrained(tmp_path / "base", **save)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    first, *_, last = find_experts(model)
-    noisy_adapter(model, ExpertConfig({first: (5, 2), last: (0,)}, **flags), tmp_path / "adapter")
-    merge(model).save_pretrained(tmp_path / "wanted", **save)
-    script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    found, base = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "base")
-    assert_same_tensors(found, tensors_of(tmp_path / "wanted"))
-    with pytest.raises(AssertionError):
-        assert_same_tensors(found, base)
-    assert len(files_of(tmp_path / "base")) > 2 and files_of(tmp_path / "out") == files_of(tmp_path / "base")
-    assert script.unmerge(tmp_path / "out", tmp_path / "again") > 0
-    assert hashes(tmp_path / "again") == hashes(tmp_path / "base") != hashes(tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.arange(3, 12)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
 def test_one_file_and_what_lies_beside_it(parts, tiny_tokenizer):
     """A checkpoint of one file; tokenizer and metadata are copied, other weights and the card are not."""
     base, adapter, out = parts
@@ -155,25 +128,6 @@ def test_the_bases_dtype_decides(parts):
     assert torch.equal(found[name], fp32[name].bfloat16())
 
 
-def test_a_tied_tensor_stored_twice_is_written_twice(tmp_path):
-    model = make_model(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "model.safetensors"
-    tensors = load_file(path)
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
-    noisy_adapter(model, ExpertConfig({}, non_expert_modules=True), tmp_path / "adapter")
-    script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    found = tensors_of(tmp_path / "out")
-    assert torch.equal(found["lm_head.weight"], model.lm_head.weight)
-    assert torch.equal(found["model.embed_tokens.weight"], model.lm_head.weight)
-    script.unmerge(tmp_path / "out", tmp_path / "again")
-    assert hashes(tmp_path / "again") == hashes(tmp_path / "base")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"one parameter, with different values"):
-        script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
 def other_base(**changes):
     def spoil(base, adapter, out):
         shutil.rmtree(base)
@@ -187,15 +141,15 @@ def drop(name):
 
 
 def without_a_tensor(base, adapter, out):
-    index = json.loads((base / script.INDEX).read_text())
+    index = json.loads((base / INDEX).read_text())
     index["weight_map"].pop("model.layers.1.mlp.experts.5.up_proj.weight")
-    (base / script.INDEX).write_text(json.dumps(index))
+    (base / INDEX).write_text(json.dumps(index))
 
 
 def with_a_tensor_too_many(base, adapter, out):
-    index = json.loads((base / script.INDEX).read_text())
+    index = json.loads((base / INDEX).read_text())
     index["weight_map"]["model.extra"] = next(iter(index["weight_map"].values()))
-    (base / script.INDEX).write_text(json.dumps(index))
+    (base / INDEX).write_text(json.dumps(index))
 
 
 def fewer_experts_than_its_config_says(base, adapter, out):
@@ -262,7 +216,7 @@ REFUSED = {
     "no such base": (lambda base, adapter, out: shutil.rmtree(base), r"base: no config\.json"),
     "no such adapter": (lambda base, adapter, out: shutil.rmtree(adapter), "adapter .*: no such folder"),
     "no config": (drop("config.json"), r"no config\.json"),
-    "no weights": (drop(script.INDEX), "neither model.safetensors nor"),
+    "no weights": (drop(INDEX), "neither model.safetensors nor"),
     "a shard is missing": (drop("*-00002-of-*"), "model-00002-of-.*missing"),
     "a shard is cut": (cut("base", "*2-of-*.safetensors"), "2-of.*damaged"),
     "the adapter is cut": (cut("adapter", "*.safetensors"), "adapter.safetensors is damaged"),
@@ -300,7 +254,7 @@ def test_refuses_and_writes_nothing(how, parts):
 
 
 def test_a_failure_half_way_leaves_nothing(parts, monkeypatch):
-    written, write = [], script.Shard.write
+    written, write = [], Shard.write
 
     def fail(self, *args):
         written.append(self.path)
@@ -308,7 +262,7 @@ def test_a_failure_half_way_leaves_nothing(parts, monkeypatch):
             raise OSError("disk full")
         write(self, *args)
 
-    monkeypatch.setattr(script.Shard, "write", fail)
+    monkeypatch.setattr(Shard, "write", fail)
     before = everything_in(parts[0])
     with pytest.raises(OSError, match="disk full"):
         merge_parts(parts)
@@ -530,12 +484,12 @@ def test_a_file_whose_tensors_are_not_aligned(parts):
         content = path.read_bytes()
         size = int.from_bytes(content[:8], "little")
         path.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
-        with script.Shard(path) as shard:
+        with Shard(path) as shard:
             assert all((shard.start + entry["data_offsets"][0]) % 4 for entry in shard.header.values())
     merge_parts(parts)
     found = {}
     for path in out.glob("*.safetensors"):
-        with script.Shard(path) as shard:
+        with Shard(path) as shard:
             found |= {key: shard.read(key) for key in shard.header}
     assert_same_tensors(found, wanted)
     script.unmerge(out, out.with_name("again"))
@@ -573,12 +527,30 @@ def test_only_the_bytes_of_the_adapter_differ(parts):
     for path in base.glob("*.safetensors"):
         a, b = bytearray(path.read_bytes()), bytearray((out / path.name).read_bytes())
         assert len(a) == len(b)
-        with script.Shard(path) as shard:
+        with Shard(path) as shard:
             for key in keys & shard.header.keys():
                 begin, end = (shard.start + offset for offset in shard.header[key]["data_offsets"])
                 assert a[begin:end] != b[begin:end]
                 a[begin:end] = b[begin:end] = bytes(end - begin)
         assert a == b
+
+
+def test_few_files_are_open_at_once(parts, tmp_path):
+    """However many tensors an adapter has: here 48 and their files, under a limit of 40 more than are open already."""
+    base, _adapter, out = parts
+    every = tuple(range(8))
+    noisy_adapter(AutoModelForCausalLM.from_pretrained(base), ExpertConfig({1: every, 2: every}), tmp_path / "all")
+    assert len(tensors_of(tmp_path / "all")) == 48
+    used = len(list(Path("/dev/fd").iterdir()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
+    try:
+        script.merge_adapter(base, [tmp_path / "all"], out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert_same_tensors(
+        {key: tensors_of(out)[key] for key in tensors_of(tmp_path / "all")}, tensors_of(tmp_path / "all")
+    )
 
 
 MEASURE = r"""
@@ -617,84 +589,8 @@ def test_peak_memory_is_a_fraction_of_a_shard(parts, tmp_path):
     assert held - peak > 0.6 * max(sizes)
 
 
-# ------------------------------------------------------------------------------------------------------- other families
-
-
-def assert_merge_is_the_trained_model(base, model, auto, folder):
-    """Merge an adapter of all switches, of `model`, which `auto` loaded from `base`; returns what is written."""
-    first, *_, last = find_experts(model)
-    noisy_adapter(model, ExpertConfig({first: (1, 0), last: (3,)}, **BOTH), folder / "adapter")
-    wanted = check_families.logits(model)
-    script.merge_adapter(base, [folder / "adapter"], folder / "out")
-    assert torch.equal(check_families.logits(auto.from_pretrained(folder / "out")), wanted)
-    script.unmerge(folder / "out", folder / "again")
-    assert hashes(folder / "again") == hashes(base) != hashes(folder / "out")
-
-
-def can_be_merged():
-    """Families that the life of an adapter was checked for and that load as a language model."""
-    rows = json.loads((ROOT / "results" / "tables" / "families.json").read_text())["families"]
-    return [name for name, row in rows.items() if row["result"] == "passes" and name != "openai_privacy_filter"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", can_be_merged())
-def test_every_family(family, tmp_path):
-    _, model = check_families.make_model(family)
-    model.save_pretrained(tmp_path / "base")
-    layers = list(find_experts(model))
-    noisy_adapter(model, ExpertConfig({layers[0]: (1, 0), layers[-1]: (3,)}), tmp_path / "adapter")
-    merge(model).save_pretrained(tmp_path / "wanted")
-    script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
-    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "wanted"))
-    script.unmerge(tmp_path / "out", tmp_path / "again")
-    assert hashes(tmp_path / "again") == hashes(tmp_path / "base") != hashes(tmp_path / "out")
-
-
-@pytest.mark.parametrize("layout", ["as the model's", "transposed"])
-def test_fused_tensors_that_are_stored_either_way(layout, tmp_path):
-    """Qwen3-VL-MoE: published transposed, saved by transformers as the model has them; the shapes tell which."""
-    auto, model = check_families.make_model("qwen3_vl_moe", text_config={"moe_intermediate_size": 8})
-    model.save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "model.safetensors"
-    if layout == "transposed":
-        tensors = load_file(path)
-        turned = {
-            key: t.transpose(1, 2).contiguous() for key, t in tensors.items() if key.endswith("_proj") and t.ndim == 3
-        }
-        assert len(turned) == 8
-        save_file(tensors | turned, path, {"format": "pt"})
-    wanted = check_families.logits(model)
-    model = auto.from_pretrained(tmp_path / "base").eval()
-    assert torch.equal(check_families.logits(model), wanted)
-    assert_merge_is_the_trained_model(tmp_path / "base", model, auto, tmp_path)
-
-
-def test_gate_and_up_that_are_interleaved_on_disk_only(tmp_path):
-    """Inkling 2."""
-    auto, model = check_families.make_model("inkling2")
-    model.save_pretrained(tmp_path / "base")
-    model = auto.from_pretrained(tmp_path / "base").eval()
-    assert_merge_is_the_trained_model(tmp_path / "base", model, auto, tmp_path)
-
-
-@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen4_exp"])
-def test_the_language_model_of_a_model_of_images_and_text(family, tmp_path):
-    """AutoModelForCausalLM takes the text part of such a checkpoint; a merge goes into that, and leaves the images'."""
-    cls = check_families.CONFIG_MAPPING[family]
-    config = check_families.small_config(cls, {"text_config": check_families.EXCEPTIONS.get(family, {})})
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    assert type(model) is type(empty_model(tmp_path / "base"))
-    assert_merge_is_the_trained_model(tmp_path / "base", model, AutoModelForCausalLM, tmp_path)
-    found, base = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "base")
-    visual = [name for name in base if ".visual." in name]
-    assert visual and all(torch.equal(found[name], base[name]) for name in visual)
-
-
 def test_a_layout_that_is_none_of_the_known_is_refused_by_name(parts, monkeypatch):
-    monkeypatch.setattr(script, "SELECTS", ())
+    monkeypatch.setattr(stored_checkpoint, "SELECTS", ())
     with pytest.raises(ValueError, match=r"stores down_proj.weight of model.layers.1.mlp.experts in a layout"):
         merge_parts(parts)
     assert not parts[2].exists()

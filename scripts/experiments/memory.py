@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import find_experts
-from deepseek.memory import Estimator, Settings, full
+from deepseek.memory import Estimator, Memory, Settings, full
 from esft import ExpertConfig
 from methods import prepare_model
 from scripts.benchmark import LIKE_V2_LITE, shape_config
@@ -56,12 +56,10 @@ WIDE = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
 }
+SMALL = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
 OTHERS = {
     "qwen3_moe": {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
+        **SMALL,
         "num_key_value_heads": 2,
         "head_dim": 64,
         "moe_intermediate_size": 256,
@@ -69,20 +67,14 @@ OTHERS = {
         "num_experts_per_tok": 4,
     },
     "mixtral": {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
+        **SMALL,
         "num_key_value_heads": 4,
         "intermediate_size": 1024,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
     "gpt_oss": {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
+        **SMALL,
         "num_key_value_heads": 2,
         "head_dim": 64,
         "intermediate_size": 512,
@@ -91,8 +83,14 @@ OTHERS = {
         "layer_types": ["full_attention"] * 4,
     },
 }
-TOKENS = {"tiny": (8, 256), "36m": (8, 256), "wide": (1, 2048), "qwen3_moe": (2, 1024), "mixtral": (2, 1024)}
-TOKENS["gpt_oss"] = (2, 512)
+TOKENS = {  # packs of a micro batch, and their length
+    "tiny": (8, 256),
+    "36m": (8, 256),
+    "wide": (1, 2048),
+    "qwen3_moe": (2, 1024),
+    "mixtral": (2, 1024),
+    "gpt_oss": (2, 512),
+}
 SHAPES = tuple(TOKENS)
 
 
@@ -114,8 +112,8 @@ def trained_experts(config: PreTrainedConfig) -> dict[int, list[int]]:
 def case_settings(case: dict) -> Settings:
     batch_size, seq_length = TOKENS[case["shape"]]
     return Settings(
-        seq_length=case.get("seq_length") or seq_length,
-        batch_size=case.get("batch_size") or batch_size,
+        seq_length=seq_length,
+        batch_size=batch_size,
         accumulation=case["accumulation"],
         activation_checkpointing=case["checkpointing"],
         dtype=case["dtype"],
@@ -123,19 +121,15 @@ def case_settings(case: dict) -> Settings:
     )
 
 
-def estimate(case: dict):
+def estimate(case: dict) -> Memory:
     """Memory of a case, as estimated."""
     config = case_config(case["shape"])
-    how = {
-        "esft": lambda: {"experts": trained_experts(config)},
-        "full": lambda: {"prepare": full},
-        "lora": lambda: {"prepare": functools.partial(prepare_model, config=_lora(), experts=None)},
-    }[case["method"]]()
-    return Estimator(config, **how).estimate(case_settings(case))
-
-
-def _lora() -> TrainConfig:
-    return TrainConfig("", "", "", method="lora")
+    if case["method"] == "esft":
+        estimator = Estimator(config, trained_experts(config))
+    else:
+        lora = functools.partial(prepare_model, config=TrainConfig("", "", "", method="lora"), experts=None)
+        estimator = Estimator(config, prepare=full if case["method"] == "full" else lora)
+    return estimator.estimate(case_settings(case))
 
 
 # --------------------------------------------------------------------------------------------------------------------

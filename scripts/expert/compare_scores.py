@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
 from insight import SURE, PackCounts, correlation, name_of, overlap, stability
-from scripts.expert.generate_expert_config import TOP_P
-from utils import Parser, atomic_path, check_output, positive, run_cli
+from scripts.expert.generate_expert_config import top_p_of
+from scripts.expert.plot_expert_scores import new_figure, save_figure
+from utils import Parser, check_output, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -251,29 +252,7 @@ def draw_overlap(found: dict):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# both
-
-
-def new_figure(width: float, height: float, **options):
-    """(figure, two axes side by side); sizes in inches. Raises ValueError where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: python -m pip install -c constraints.txt matplotlib") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, 2, **options)
-
-
-def save_figure(figure, path: str | Path) -> None:
-    """Write a picture, atomically."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-
-
-def top_p_of(args: argparse.Namespace) -> float:
-    return TOP_P[args.score_function] if args.top_p is None else args.top_p
+# the command
 
 
 def main(argv: list[str] | None = None) -> dict:

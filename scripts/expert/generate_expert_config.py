@@ -97,9 +97,20 @@ def split_list(text: str) -> list[str]:
     return [text] if Path(text).exists() else [part for part in text.split(",") if part]
 
 
+def top_p_of(args: argparse.Namespace) -> float:
+    """--top_p, or the paper's."""
+    return TOP_P[args.score_function] if args.top_p is None else args.top_p
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """What was given of the strategies' flags, and the paper's top_p where the strategy takes one."""
+    options = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    return {"top_p": top_p_of(args), **options} if args.strategy in CUMULATIVE else options
+
+
 def select(every: list[ExpertScores], args: argparse.Namespace) -> ExpertConfig:
     """The config that the flags ask for. Raises ValueError where a flag is missing, out of range or without effect."""
-    options = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    options = options_of(args)
     for name in options:
         if args.strategy not in FLAGS[name]:
             raise ValueError(
@@ -109,8 +120,6 @@ def select(every: list[ExpertScores], args: argparse.Namespace) -> ExpertConfig:
     for name, strategy in (("fraction", "fraction"), ("top_k", "topk")):
         if args.strategy == strategy and name not in options:
             raise ValueError(f"--strategy {strategy} needs --{name}")
-    if args.strategy in FLAGS["top_p"]:
-        options.setdefault("top_p", TOP_P[args.score_function])
     seed = options.pop("seed", 0)
     strategy = "cumulative" if args.strategy in CUMULATIVE else args.strategy
     each = [
@@ -133,14 +142,10 @@ def meta(every: list[ExpertScores], args: argparse.Namespace) -> dict:
     """Of what a union was made; nothing of a single task's config, which keeps the released form."""
     if len(every) == 1:
         return {}
-    names = (
-        (args.eval_dataset or "").split(",") if args.eval_dataset else [scores.meta.get("dataset") for scores in every]
-    )
-    options = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    if args.strategy in CUMULATIVE:
-        options.setdefault("top_p", TOP_P[args.score_function])
+    names = args.eval_dataset.split(",") if args.eval_dataset else [scores.meta.get("dataset") for scores in every]
     tasks = [{"dataset": name, "expert_scores": path} for name, path in zip(names, split_list(args.expert_scores_dir))]
-    return {"meta": {"union_of": tasks, "score_function": args.score_function, "strategy": args.strategy, **options}}
+    how = {"score_function": args.score_function, "strategy": args.strategy, **options_of(args)}
+    return {"meta": {"union_of": tasks, **how}}
 
 
 def notes(every: list[ExpertScores], config: ExpertConfig, args: argparse.Namespace) -> list[str]:
@@ -151,8 +156,8 @@ def notes(every: list[ExpertScores], config: ExpertConfig, args: argparse.Namesp
         dataset = scores.meta.get("dataset")
         if dataset and Path(dataset).stem != Path(name).stem:
             found.append(f"these scores were computed on {dataset!r}, not on {name!r}")
-    if args.strategy in FLAGS["top_p"]:
-        top_p = args.top_p or TOP_P[args.score_function]
+    if args.strategy in CUMULATIVE:
+        top_p = top_p_of(args)
         for scores in every:
             sums = {layer: sum(score_E.values()) for layer, score_E in scores[args.score_function].items()}
             low = [layer for layer in sums if sums[layer] < top_p and len(config.experts[layer]) > 1]
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> ExpertConfig:
     args = parse_args(argv)
     every = load_scores(args)
     config = select(every, args)
-    trained = ""
+    share = ""
     if args.base_model_path:
         model = empty_model(args.base_model_path)
         config.check(model)
@@ -195,9 +200,9 @@ def main(argv: list[str] | None = None) -> ExpertConfig:
             check_scores(scores, model, path, args.score_function)
         trained = sum(view.numel() for view in adapter_views(model, config).values())
         total = sum(param.numel() for param in model.parameters())
-        trained = f"\n{trained:,} of {total:,} parameters ({trained / total:.1%})"
+        share = f"\n{trained:,} of {total:,} parameters ({trained / total:.1%})"
     write_text(args.output_path, json.dumps({**config.to_dict(), **meta(every, args)}) + "\n")
-    print(table(every, config, args) + trained)
+    print(table(every, config, args) + share)
     for note in notes(every, config, args):
         print(f"note: {note}", file=sys.stderr)
     print(f"written to {args.output_path}")

@@ -56,6 +56,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "data")  # fmt: skip
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--output_dir", required=True, metavar="DIR", help="folder that gets summary.json and packs.safetensors")
+    add("--prob", action="store_true", help="score the mean router probability over all experts, too (default: token "
+        "and gate scores only)")  # fmt: skip
+    add("--world_size", type=positive, default=1, metavar="N", help="processes, each with a whole model; on the CPU "
+        "each computes with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
+    add_shared_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_shared_flags(parser: Parser) -> None:
+    """What is sampled of a data set (see `sample_packs`), and where the model runs that reads it."""
+    add = parser.add_argument
     add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to sample, rounded up to whole "
         "documents; less where the data has less (default: 131072, the paper's)")  # fmt: skip
     add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens; at most the model's "
@@ -66,10 +77,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "chat template, or the one of the released checkpoints (default: chat)")  # fmt: skip
     add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents; the "
         "template's are read by the model all the same (default: count all)")  # fmt: skip
-    add("--prob", action="store_true", help="score the mean router probability over all experts, too (default: token "
-        "and gate scores only)")  # fmt: skip
-    add("--world_size", type=positive, default=1, metavar="N", help="processes, each with a whole model; on the CPU "
-        "each computes with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
     add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs over which each process spreads its model "
         "(default: 1)")  # fmt: skip
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
@@ -77,7 +84,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto, the GPUs "
         "if there are any)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the documents' order (default: 0)")
-    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------ what is counted

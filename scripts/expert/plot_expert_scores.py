@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
-from scripts.expert.generate_expert_config import TOP_P
+from scripts.expert.generate_expert_config import top_p_of
 from utils import Parser, atomic_path, run_cli
 
 UNITS = {
@@ -40,16 +40,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def draw(scores: ExpertScores, config: ExpertConfig | None, score_function: str, top_p: float, title: str):
-    """-> the matplotlib figure. Raises ValueError where matplotlib is missing or the config is of another model."""
+def new_figure(width: float, height: float, **options):
+    """(figure, two axes side by side); sizes in inches. Raises ValueError where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.collections import PatchCollection
         from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
     except ImportError as error:
         raise ValueError("pictures need matplotlib: python -m pip install -c constraints.txt matplotlib") from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, 2, **options)
 
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a picture, atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def draw(scores: ExpertScores, config: ExpertConfig | None, score_function: str, top_p: float, title: str):
+    """-> the matplotlib figure. Raises ValueError where matplotlib is missing or the config is of another model."""
     score_LE = scores[score_function]
     layers = sorted(score_LE)
     cut = select_experts(scores, score_function=score_function, top_p=top_p).experts
@@ -65,9 +75,10 @@ def draw(scores: ExpertScores, config: ExpertConfig | None, score_function: str,
     L, E = len(layers), max(map(len, score_LE.values()))
     width = min(7.0, max(3.6, 0.16 * E))  # of a panel, inches
     cell = min(0.5, max(0.2, 5.2 / L))  # height of a layer, inches
-    figure = Figure(figsize=(2 * width + 1.4, cell * L + 1.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = new_figure(2 * width + 1.4, cell * L + 1.6, sharey=True)
+    from matplotlib.collections import PatchCollection  # not before new_figure, which tells what to install
+    from matplotlib.patches import Rectangle
+
     top = 100 * max(max(score_E.values()) for score_E in score_LE.values())
     for axes, column_LE in ((left, by_id), (right, by_score)):
         percent = [[100 * score_LE[layer][e] for e in column_LE[layer]] for layer in layers]
@@ -113,11 +124,8 @@ def main(argv: list[str] | None = None) -> Path:
     output_path = Path(args.output_path or folder / f"{args.score_function}_scores.png")
     if output_path.suffix != ".png":
         raise ValueError(f"--output_path {output_path} must end in .png")
-    top_p = TOP_P[args.score_function] if args.top_p is None else args.top_p
     title = args.title or f"Expert scores ({args.score_function}) on {Path(scores.meta.get('dataset') or folder).stem}"
-    figure = draw(scores, config, args.score_function, top_p, title)
-    with atomic_path(output_path) as temporary:
-        figure.savefig(temporary)
+    save_figure(draw(scores, config, args.score_function, top_p_of(args), title), output_path)
     print(f"written to {output_path}")
     return output_path
 

@@ -107,7 +107,7 @@ class Preview:
     """Rows of the table, for one model and its scores."""
 
     def __init__(self, model: nn.Module, scores: ExpertScores, args: argparse.Namespace):
-        self.model, self.scores, self.args = model, scores, args
+        self.model, self.scores = model, scores
         self.settings = Settings(
             seq_length=args.seq_length,
             batch_size=args.per_device_train_batch_size,
@@ -122,9 +122,9 @@ class Preview:
             device=args.device,
         )
         self.total = sum(param.numel() for param in model.parameters())
-        modules = {layer: module for layer, (_, module) in find_experts(model).items()}
-        self.each_L = {
-            layer: sum(view.numel() for view in expert_views(module, 0).values()) for layer, module in modules.items()
+        self.each_L = {  # parameters of an expert
+            layer: sum(view.numel() for view in expert_views(module, 0).values())
+            for layer, (_, module) in find_experts(model).items()
         }
         self._kept: dict = {}
 
@@ -199,12 +199,8 @@ def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
     }
     if Path(args.base_model_path).exists():
         flags["base_model_path"] = args.base_model_path
-    words = [
-        "python",
-        "scripts/expert/generate_expert_config.py",
-        *(f"--{key}={value}" for key, value in flags.items()),
-    ]
-    return shlex.join(words)
+    script = "scripts/expert/generate_expert_config.py"
+    return shlex.join(["python", script, *(f"--{key}={value}" for key, value in flags.items())])
 
 
 def main(argv: list[str] | None = None) -> dict:

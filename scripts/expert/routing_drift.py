@@ -29,8 +29,8 @@ from deepseek.experts import find_experts
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
 from insight import Drift, name_of, routed, routed_ids
-from scripts.expert.compare_scores import new_figure, save_figure
-from scripts.expert.get_expert_scores import one_by_one, sample_packs
+from scripts.expert.get_expert_scores import add_shared_flags, one_by_one, sample_packs
+from scripts.expert.plot_expert_scores import new_figure, save_figure
 from utils import (
     Pack,
     Parser,
@@ -38,7 +38,6 @@ from utils import (
     collate,
     environment,
     load_samples,
-    positive,
     read_rows,
     run_cli,
     write_json,
@@ -55,22 +54,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", choices=("train", "eval"), default="train", help="shape of its rows: training data, or prompt and "
         "answers (default: train)")  # fmt: skip
     add("--output_dir", required=True, metavar="DIR", help="folder that gets drift.json and drift.png")
-    add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to route, rounded up to whole "
-        "documents; less where the data has less (default: 131072)")  # fmt: skip
-    add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens; at most the model's "
-        "context (default: 4096)")  # fmt: skip
-    add("--overlong", choices=("error", "truncate"), default="error", help="a document longer than seq_length is an "
-        "error, or keeps its head (default: error)")  # fmt: skip
-    add("--template", choices=("chat", "released"), default="chat", help="how messages become tokens (default: chat)")
-    add("--skip_template_tokens", action="store_true", help="look only at the tokens of the messages' contents "
-        "(default: all)")  # fmt: skip
-    add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs over which the model is spread "
-        "(default: 1)")  # fmt: skip
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
-        "(default: auto, as stored)")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")
-    add("--seed", type=int, default=0, metavar="N", help="of the documents' order (default: 0)")
+    add_shared_flags(parser)
     return parser.parse_args(argv)
+
+
+def experts_by_layer(model: nn.Module) -> dict[int, int]:
+    """Number of experts of every MoE layer."""
+    return {layer: module.num_experts for layer, (_, module) in find_experts(model).items()}
 
 
 def eval_samples(dataset: str) -> list[dict]:
@@ -93,16 +83,14 @@ def routing(model: nn.Module, packs: list[Pack], masks: list[list[bool]]) -> Ite
     layers, decoder, seen = find_experts(model), model.base_model, {}
     device = model.get_input_embeddings().weight.device
 
-    def note(layer: int, num_experts: int):
-        def hook(_module, args) -> None:
+    def note(layer: int):
+        def hook(module, args) -> None:
             _, ids_TK, weights_TK, *_ = args
-            seen[layer] = routed_ids(ids_TK, weights_TK, num_experts)
+            seen[layer] = routed_ids(ids_TK, weights_TK, module.num_experts)
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(note(layer, module.num_experts)) for layer, (_, module) in layers.items()
-    ]
+    handles = [module.register_forward_pre_hook(note(layer)) for layer, (_, module) in layers.items()]
     try:
         for one, mask in zip(packs, masks):
             seen.clear()
@@ -129,7 +117,7 @@ def measure(base: nn.Module, change, packs: list[Pack], masks: list[list[bool]])
         for one, ids_L in zip(packs, routing(base, packs, masks)):
             before.append(ids_L)
             bar.update(len(one))
-        num_experts_L = {layer: module.num_experts for layer, (_, module) in find_experts(base).items()}
+        num_experts_L = experts_by_layer(base)
         changed, drift_L = change(base), {layer: Drift() for layer in num_experts_L}
         for one, old_L, new_L in zip(packs, before, routing(changed, packs, masks)):
             for layer, drift in drift_L.items():
@@ -200,9 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
     empty, tokenizer = empty_model(args.base_model_path), load_tokenizer(args.base_model_path)
     if config:
         config.check(empty)
-    if whole and {i: m.num_experts for i, (_, m) in find_experts(empty_model(adapter)).items()} != {
-        i: m.num_experts for i, (_, m) in find_experts(empty).items()
-    }:
+    if whole and experts_by_layer(empty_model(adapter)) != experts_by_layer(empty):
         raise ValueError(f"{adapter} is a model with other layers or experts than {args.base_model_path}")
     context = getattr(empty.config.get_text_config(), "max_position_embeddings", None) or args.seq_length
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else load_samples(args.eval_dataset)
