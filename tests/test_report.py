@@ -1,4 +1,4 @@
-"""scripts/report.py: its figures are those of the files, text stays text, nothing is fetched, and parts may miss."""
+"""scripts/report.py: text stays text, nothing is fetched, parts may miss, and a page shows several runs."""
 
 import html
 import json
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import train
-from scripts import report
+from scripts import report, report_charts, report_evaluation
 from utils import run_cli
 
 EVIL = "<script>alert(1)</script><img src=http://x.test/a onerror=alert(2)>\"'&\x1b[31m\ud800"
@@ -164,57 +164,6 @@ def page(*folders, **options) -> Page:
     return Page(report.page(folders, **options))
 
 
-def test_the_figures_are_those_of_the_files(run):
-    figures = page(run).figures
-    for method in ("esft-token", "full"):
-        results = json.loads((run / "checkpoints" / method / "run.json").read_text())["results"]
-        told = {key: figures[f"{method}/{key}"][0] for key in results if key not in ("frozen_verified",)}
-        assert told == {key: value for key, value in results.items() if key in told}
-        assert figures[f"{method}/share"][0] == results["trained_parameters"] / results["parameters"]
-        assert figures[f"{method}/eval_loss@6"][0] == 0.125 and figures[f"{method}/train_runtime"][0] == 75.5
-    for row in json.loads((run / "table.json").read_text())["rows"]:
-        for dataset, s in row["scores"].items():
-            key = f"{row['method']}/{dataset}"
-            assert [figures[f"{key}/{what}"][0] for what in ("mean", "low", "high", "n")] == [s["mean"], *s["ci95"], 12]
-            assert figures[f"{key}/mean"][1] == f"{s['mean']:.1f}"
-    for layer, ids in EXPERTS.items():
-        for e in ids:
-            assert figures[f"esft-token/score/{layer}/{e}"][0] == score(int(layer), e)
-    assert figures["esft-token/trained_parameters"][1] == "442,368" and figures["esft-token/share"][1] == "7.59%"
-    assert (
-        figures["esft-token/peak_memory_bytes"][1] == "582 MiB"
-        and figures["full/estimated_peak_bytes"][1] == "75.25 MiB"
-    )
-
-
-def test_another_figure_in_a_file_is_another_on_the_page(run):
-    before = page(run).figures
-    path = run / "checkpoints" / "full" / "run.json"
-    path.write_text(path.read_text().replace("0.1939645759994164", "0.5"))
-    path = run / "completions" / "base.law.summary.json"
-    path.write_text(path.read_text().replace("10.1234", "11.5"))
-    after = page(run)
-    assert {k for k in before if before[k] != after.figures[k]} == {"full/step_seconds", "base/law/mean"}
-    assert "table.json has 10.1234 for base on law" in after.text  # which was written before
-    assert "table.json has" not in page(write_run(run.parent / "other")).text
-
-
-def test_changes_questions_and_intervals_are_counted(run):
-    for method, right in (("base", {0, 1, 2}), ("full", {2, 3, 4, 5, 6})):
-        path = run / "completions" / f"{method}.general.jsonl"
-        lines = [
-            json.loads(line) | {"score": float(i in right)} for i, line in enumerate(path.read_text().splitlines())
-        ]
-        write(path, lines)
-    path = run / "completions" / "esft-token.general.summary.json"
-    write(path, json.loads(path.read_text()) | {"mean": 89.0, "ci95": [87.0, 91.0]})
-    cells = [cell for cell in re.split(r"<[^>]+>", page(run).source) if cell]
-    rows = {name: cells[cells.index(name) + 1 :][:4] for name in ("full, law", "full, general", "esft-token, general")}
-    assert rows["full, general"] == ["\u221240.0", "forgotten", "4", "2"]
-    assert rows["full, law"][:2] == ["+80.0", "gained"]
-    assert rows["esft-token, general"][:2] == ["\u22121.6", "intervals overlap"]
-
-
 def poison(run: Path) -> None:
     """EVIL wherever a file of the run may hold text."""
     for path in sorted(run.glob("completions/*.jsonl")):
@@ -249,7 +198,7 @@ def test_text_stays_text(run):
     assert not [key for _, attrs in evil.tags for key in attrs if key.startswith("on")]
     assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff]", evil.source)
     evil.source.encode("utf-8")
-    assert report.esc("a\r\nb\tc\x00<&\"'") == "a\nb\tc\ufffd&lt;&amp;&quot;&#x27;"
+    assert report_charts.esc("a\r\nb\tc\x00<&\"'") == "a\nb\tc\ufffd&lt;&amp;&quot;&#x27;"
 
 
 def test_the_page_asks_the_network_for_nothing(run):
@@ -277,31 +226,6 @@ def test_it_can_be_read_without_eyes(run):
     assert len(found.of("th")) == len([a for a in found.of("th") if a.get("scope") in ("row", "col")]) > 40
     scrolls = [a for a in found.of("div") if a.get("class") == "scroll"]
     assert len(scrolls) >= len(found.of("table")) > 6 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolls)
-
-
-def contrast(a: str, b: str) -> float:
-    """Of two colours, by WCAG 2."""
-
-    def light(colour: str) -> float:
-        channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
-
-    low, high = sorted((light(a), light(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("name", report.THEMES)
-def test_text_and_curves_stand_out(name):
-    theme = report.THEMES[name]
-    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
-    for ground in (theme["bg"], theme["card"]):
-        for kind in ("ink", "soft", "accent", "good", "bad", "warn"):
-            assert contrast(theme[kind], ground) >= 4.5, (kind, ground)
-        for colour in (*theme["c"], theme["base"], theme["chosen"]):
-            assert contrast(colour, ground) >= 3, colour
-    steps = [contrast(shade, theme["card"]) for shade in theme["q"]]
-    assert steps == sorted(steps), "a higher score stands out more"
 
 
 @pytest.mark.parametrize(
@@ -394,124 +318,11 @@ def test_several_runs_share_charts_and_keep_their_names(run, tmp_path):
     assert len(charts) == 2, "losses on different data are not compared"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# charts
-
-
-def points(chart: str, kind: str = "curve") -> list[list[tuple[float, float]]]:
-    found = re.findall(rf'<path class="{kind}"[^>]* d="M([^"]*)"', chart)
-    return [[tuple(map(float, point.split())) for point in d.split("L")] for d in found]
-
-
-@pytest.mark.parametrize("losses", [(2.0, 1.0, 0.5, 0.001), (2.0, 1.9, 1.8, 1.7), (0.5, 0.0, -0.25, -1.0)])
-def test_a_curve_falls_where_the_loss_does(losses):
-    curve = list(zip((1, 10, 20, 30), losses))
-    chart = report.loss_chart("loss", {"a": curve, "b": [(1, losses[0])]}, {"a": 0, "b": 1}, True)
-    (xy, _) = points(chart)
-    assert [x for x, _ in xy] == sorted(x for x, _ in xy) and len(xy) == 4
-    assert all(below > above for (_, above), (_, below) in pairwise(xy)), "y grows downwards"
-    assert ("log scale" in chart) == (losses[-1] == 0.001)
-    steps = [y / x for (x, y) in zip([a - b for a, b in pairwise(losses)], [b[1] - a[1] for a, b in pairwise(xy)])]
-    assert (max(steps) - min(steps) < 1) == ("log scale" not in chart)  # pixels per nat are equal where it is linear
-
-
-@pytest.mark.parametrize(
-    "curve", [[(5, 1.0)], [(5, 0.0)], [(1, 2.0), (2, 2.0)], [(0, 0.0), (1, 1e-9)], [(1, 1.0), (2, 5.5)]]
-)
-@pytest.mark.parametrize("dots", [True, False])
-def test_curves_that_have_no_range_are_drawn_too(curve, dots):
-    chart = report.loss_chart("loss", {"a": curve}, {"a": 0}, dots)
-    assert "nan" not in chart and "inf" not in chart and points(chart)[0]
-    assert len(re.findall(r'class="tick">[\d.]', chart)) >= 2
-
-
-def test_a_long_curve_is_thinned_and_ends_where_it_ends():
-    curve = [(float(step), 1 + 1 / (step + 1)) for step in range(100_000)]
-    chart = report.loss_chart("loss", {"a": curve}, {"a": 0}, False)
-    thick, raw = points(chart)[0], points(chart, "curve raw")[0]
-    assert len(thick) <= report.POINTS + 1 and len(raw) <= report.POINTS + 1 and len(chart) < 30_000
-    assert thick[-1][0] == raw[-1][0] == pytest.approx(max(x for x, _ in raw))
-
-
-@pytest.mark.parametrize(
-    "low, high, log", [(0, 100, False), (0, 7, False), (-3, 0.2, False), (1e-4, 3, True), (0.2, 1.5, True)]
-)
-def test_ticks_are_few_round_and_inside(low, high, log):
-    found = report.ticks(low, high, log)
-    assert 2 <= len(found) <= 8 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
-    assert all(len(f"{tick:.6g}".strip("-0.").replace(".", "").strip("0")) <= 2 for tick in found)
-
-
-def test_labels_are_moved_apart_in_their_order():
-    places = [50.0, 52.0, 10.0, 51.0, 199.0]
-    moved = report.spread(places, 14, 0, 200)
-    order = sorted(range(5), key=places.__getitem__)
-    assert all(moved[b] - moved[a] >= 14 for a, b in pairwise(order)) and max(moved) <= 200
-    assert report.spread([10.0, 90.0], 14, 0, 100) == [10.0, 90.0]
-
-
-def test_a_heat_map_has_every_expert_once_and_marks_the_trained():
-    score_LE = {la: {e: (e + 1) / 36 for e in range(8)} for la in (1, 2, 5)}
-    by_id = {la: list(range(8)) for la in score_LE}
-    chart = report.heat_map("scores", score_LE, by_id, {1: {7, 0}, 5: {3}}, {1: 2, 2: 0, 5: 1}, "id")
-    assert chart.count("M") - 1 == 3 * 8  # and one of the cut
-    assert re.findall(r"<title>(layer \d, expert \d)", chart) == [
-        "layer 1, expert 0",
-        "layer 1, expert 7",
-        "layer 5, expert 3",
-    ]
-    assert report.scale_end(score_LE) == 8 / 36 and report.scale_end({1: {e: float(e) for e in range(200)}}) == 197
-    darkest = re.search(r'fill="var\(--q8\)" d="([^"]*)"', chart)[1]
-    assert darkest.count("M") == 3 and 'fill="var(--q9)"' not in chart
-
-
-def test_the_line_in_a_map_is_drawn_at_the_top_p_of_the_run(run):
-    assert "running sum reaches 0.2<" in page(run).source
-    table = json.loads((run / "table.json").read_text())
-    write(run / "table.json", {**table, "arguments": {**table["arguments"], "top_p_token": 0.5}})
-    assert "running sum reaches 0.5<" in page(run).source
-
-
 def test_experts_of_another_model_are_refused(run):
     config = {"experts": {"1": [99]}, "shared_experts": False, "non_expert_modules": False}
     write(run / "checkpoints" / "esft-token" / "expert_cfg.json", config)
     with pytest.raises(ValueError, match="scores are of another model"):
         page(run)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# answers
-
-
-def answers(*scores) -> list[dict]:
-    return [{"example": {"prompt": str(i)}, "score": s} for i, s in enumerate(scores)]
-
-
-def test_the_best_the_worst_and_some_random_questions_are_picked():
-    by_label = {"base": answers(*[0.5] * 50), "a": answers(*(i / 50 for i in range(50)))}
-    picked = report.pick(by_label, "base", 2, seed=0)
-    assert [i for i, why in picked.items() if why == "most gained"] == [49, 48]
-    assert [i for i, why in picked.items() if why == "least gained, or lost"] == [0, 1]
-    drawn = [i for i, why in picked.items() if why == "drawn at random"]
-    assert len(picked) == 6 and len(drawn) == 2
-    assert report.pick(by_label, "base", 2, seed=0) == picked
-    assert any(report.pick(by_label, "base", 2, seed=seed) != picked for seed in (1, 2, 3))
-    assert set(report.pick({"a": answers(0.0, 1.0, None)}, "base", 5, 0)) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    "line, told",
-    [
-        ({"score": 1.0}, "correct"),
-        ({"score": 0.0}, "incorrect"),
-        ({"score": 0.934}, "scores 93 of 100"),
-        ({"score": None}, "not scored"),
-        ({"score": None, "error": "too long"}, "failed"),
-        ({"score": 0.0, "truncated": True}, "incorrect, cut off"),
-    ],
-)
-def test_the_verdict_on_an_answer(line, told):
-    assert f">{told}<" in report.chip(line)
 
 
 def test_answers_stand_side_by_side_and_long_ones_are_cut(run):
@@ -523,7 +334,7 @@ def test_answers_stand_side_by_side_and_long_ones_are_cut(run):
     assert page(run, count=1).source == found.source
     path = run / "completions" / "full.law.jsonl"
     path.write_text(path.read_text().replace("full says", "x" * 10_000))
-    assert "characters more)" in page(run).text and "x" * (report.SHOWN + 1) not in page(run).text
+    assert "characters more)" in page(run).text and "x" * (report_evaluation.SHOWN + 1) not in page(run).text
 
 
 def test_answers_to_other_questions_are_left_out(run):
@@ -533,10 +344,6 @@ def test_answers_to_other_questions_are_left_out(run):
     assert "full: left out, since they answer other questions." in found.text and "full says" in found.text
     law = found.source[found.source.index(">law</h3>", found.source.index('id="answers"')) :].split(">general</h3>")[0]
     assert "esft-token says" in law and "full says" not in law
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the command
 
 
 def test_the_command_writes_one_small_file(run, tmp_path, capsys):
