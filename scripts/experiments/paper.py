@@ -6,7 +6,7 @@
     b  what is trained: relevant experts, + shared experts, shared only, + all else (the ablation of section 6)
     c  how many: top_p, and n_sample_tokens to select by
     d  how fine: bases with 16, 32 and 64 experts of equal size together (pretrained first, 20 minutes each)
-    e  time, memory and storage of a's methods
+    e  memory and storage of a's methods, and the time of a step, measured in turns
     f  which tasks use the same experts
 
 A run is training and evaluation of one method on one task with one seed, which draws the order of the data (and random
@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -35,6 +34,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import ExpertConfig, ExpertScores, select_experts
+from scripts.experiments import paper_results
+from scripts.experiments.paper_results import interval, markdown
 from utils import (
     ROOT,
     Parser,
@@ -53,9 +54,9 @@ TINY = "results/models/tiny"
 TASKS = ("intent", "summary", "law", "translation")
 PARTS = "abcdef"
 RATES = {"esft": "2.5e-3", "random": "2.5e-3", "lora": "1e-3", "full": "1e-3"}
+ROUNDS, TIMED_STEPS = 5, 40  # of part e
 ALL_ELSE_RATE = "1e-3"  # where all that full fine-tuning trains beside experts is trained, too
 GATE = {"score": "gate", "top_p": 0.1}  # the paper's pair, as token and 0.2 are
-T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Lab:
         """The folder of a base with so many experts per layer, pretrained where it is not there yet."""
         if experts == 64:
             return TINY
-        folder = self.folder / f"tiny{experts}"
+        folder = self.folder / f"tiny{experts}-{self.args.pretrain_tokens}"
         if not (folder / "config.json").is_file():
             self.command("scripts/build_tiny_model.py", f"--tokens={self.args.pretrain_tokens}", f"--experts={experts}",
                          "--threads=1", f"--output_dir={folder}.part")  # fmt: skip
@@ -159,14 +160,7 @@ class Lab:
         if run.method == "base":
             self.command(*evaluation, f"--base_model_path={run.base}")
         else:
-            keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
-                    f"method={run.method}", f"seed={run.seed}", f"max_steps={self.args.steps}", "save_strategy=no",
-                    f"learning_rate={ALL_ELSE_RATE if run.all_else else RATES[run.method]}",
-                    "load_best_model_at_end=false", "disable_tqdm=true", "device=cpu"]  # fmt: skip
-            if run.method in ("esft", "random"):
-                keys.append(f"--expert_config={self.experts(run)}")
-            self.command("train.py", f"--base_model_path={run.base}", *keys)
-            trained = json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+            trained = self.train(run, out, self.args.steps)
             if run.method == "full":
                 self.command(*evaluation, f"--base_model_path={out}")
             else:
@@ -176,6 +170,26 @@ class Lab:
             summary = answers.with_name(f"{answers.stem}.{name}.summary.json")
             scores[name] = json.loads(summary.read_text(encoding="utf-8"))["mean"]
         return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
+
+    def train(self, run: Run, out: Path, steps: int) -> dict:
+        """What a training says of itself: seconds of a step, bytes, parameters."""
+        keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
+                f"method={run.method}", f"seed={run.seed}", f"max_steps={steps}", "save_strategy=no",
+                f"learning_rate={ALL_ELSE_RATE if run.all_else else RATES[run.method]}",
+                "load_best_model_at_end=false", "disable_tqdm=true", "device=cpu"]  # fmt: skip
+        if run.method in ("esft", "random"):
+            keys.append(f"--expert_config={self.experts(run)}")
+        self.command("train.py", f"--base_model_path={run.base}", *keys)
+        return json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+
+    def timed(self, run: Run, number: int) -> dict:
+        """As `train` for a few steps, once for each number."""
+        path = self.folder / "timed" / f"{run.name}-{number}.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                write_json(path, self.train(run, Path(folder) / "trained", TIMED_STEPS))
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- the parts: what is run, and the tables of it --------------------------------------------------------------------
@@ -209,20 +223,6 @@ def amounts_of(task: str, seed: int) -> dict[str, Run]:
     by_p = {f"top_p {p:g}": dataclasses.replace(one, top_p=p) for p in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)}
     by_n = {f"n_sample_tokens {n:,}": dataclasses.replace(one, n_sample_tokens=n) for n in (512, 2048, 16384)}
     return by_p | by_n
-
-
-def interval(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = T95[min(len(values), len(T95)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Iterable[str], seeds: list[int]) -> tuple:
@@ -278,22 +278,22 @@ def part_d(lab: Lab):
 
 
 def part_e(lab: Lab):
-    runs = {(name, task, seed): run for task in TASKS for seed in lab.args.seeds
-            for name, run in methods_of(task, seed).items() if name != "base"}  # fmt: skip
+    named = {name: run for name, run in methods_of("law", 0).items() if name != "base"}
 
     def table() -> tuple[str, list[dict]]:
+        """Rounds in which every method takes its turn, alone on the machine; a ratio is of one round."""
+        rounds = [{name: lab.timed(run, number) for name, run in named.items()} for number in range(ROUNDS)]
         lines, rows = [], []
-        for name in dict.fromkeys(name for name, *_ in runs):
-            found = [lab.result(run)["trained"] for (other, *_), run in runs.items() if other == name]
-            step = statistics.median(r["step_seconds"] for r in found)
-            peak, saved = (
-                statistics.fmean(r[key] for r in found) / 2**20 for key in ("peak_memory_bytes", "saved_bytes")
-            )
-            rows.append({"name": name, "step_seconds": step, "peak_mib": peak, "saved_mib": saved})
-            lines.append([name, f"{step:.2f}", f"{peak:,.0f} MiB", f"{saved:,.2f} MiB"])
-        return markdown(["trained", "step (s)", "peak memory", "saved"], lines), rows
+        for name in named:
+            ratios = [one[name]["step_seconds"] / one["full"]["step_seconds"] for one in rounds]
+            peak, saved = rounds[0][name]["peak_memory_bytes"] / 2**20, rounds[0][name]["saved_bytes"] / 2**20
+            row = {"name": name, "step_to_full": ratios, "peak_mib": peak, "saved_mib": saved}
+            step = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+            lines.append([name, step, f"{peak:,.0f} MiB", f"{saved:,.2f} MiB"])
+            rows.append(row)
+        return markdown(["trained", "time of a step / full's", "peak memory", "saved"], lines), rows
 
-    return list(runs.values()), table
+    return [], table
 
 
 def part_f(lab: Lab):
@@ -321,7 +321,7 @@ TITLES = {
     "b": "What is trained",
     "c": "How much of it, and how many tokens select it",
     "d": "Granularity: experts of equal size together",
-    "e": "Time, memory and storage (two runs at a time, so that steps are slower than alone)",
+    "e": "Time, memory and storage, in rounds side by side",
     "f": "Experts that tasks share (token score, top_p 0.2)",
 }
 
@@ -337,7 +337,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--pretrain_tokens", type=positive, default=5_500_000, metavar="N", help="of d's bases (default: %(default)s)")
     add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, of one thread each (default: 2)")
     add("--work_dir", default="results/runs/paper", metavar="DIR", help="of what is done (default: %(default)s)")
-    add("--output", metavar="STEM", help="writes STEM_a.md, STEM_a.json, ... (default: prints only)")
+    add("--output", metavar="STEM", help="writes STEM_a.md, STEM_a.json, ..., and of all parts that are there "
+        "STEM_claims.md and pictures (default: prints only)")  # fmt: skip
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     for part in args.parts:
@@ -385,6 +386,8 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
             )
             write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{text}\n\n{note}\n")
             write_json(f"{args.output}_{part}.json", {"rows": rows, "arguments": vars(args), "environment": facts})
+    if args.output:
+        print(f"\n{paper_results.conclude(args.output)}")
     return tables
 
 

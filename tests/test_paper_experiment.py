@@ -1,0 +1,199 @@
+"""The paper in miniature: intervals, verdicts, pictures, and equal tables however often the runner was broken off."""
+
+import hashlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.experiments import paper, paper_results
+from scripts.experiments.paper_results import Claim, half_width, interval, verdict
+from utils import read_jsonl, run_cli, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_an_interval_is_student_s():
+    values = [1.0, 2.0, 4.0]  # standard error 0.8819, quantile 4.3027
+    assert half_width(values) == pytest.approx(3.794, abs=2e-3)
+    assert interval(values) == "2.3 [-1.5, 6.1]" and interval([2.0]) == "2.0"
+    assert half_width([3.0, 3.0]) == 0 and half_width(values * 4) < half_width(values) / 3
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "said"),
+    [
+        ([4.0, 5.0, 6.0], 1, "yes"),
+        ([4.0, 5.0, 6.0], -1, "no"),
+        ([-1.0, 5.0, 6.0], 1, "not decided"),
+        ([-4.0, -5.0, -6.0], -1, "yes"),
+        ([-4.0, -5.0, -6.0], 0, "no: certainly less"),
+        ([4.0, 5.0, 6.0], 0, "no: certainly more"),
+        ([-1.0, 0.0, 2.0], 0, "not refuted"),
+        ([9.0], 1, "one seed"),
+    ],
+)
+def test_a_claim_holds_where_the_interval_says_so(values, sign, said):
+    assert verdict(values, sign) == said
+
+
+def test_a_difference_is_of_the_same_seeds():
+    rows = [{"name": "one", "average": [50.0, 61.0, 70.0]}, {"name": "other", "average": [40.0, 50.0, 60.0]}]
+    claim = Claim("a", "", "one", "other", "average", "", 1)
+    assert paper_results.differences(rows, claim) == [10, 11, 10]  # far more certain than the rows' own intervals
+    assert verdict(paper_results.differences(rows, claim), 1) == "yes"
+
+
+def test_the_claims_are_of_rows_that_the_parts_have():
+    names = {"a": paper.methods_of("law", 0), "b": paper.variants_of("law", 0)}
+    for claim in paper_results.CLAIMS:
+        assert {claim.one, claim.other} <= names[claim.part].keys()
+        assert claim.sign == 0 or claim.sign * float(claim.paper) > 0
+
+
+def fake(words: list[str]) -> None:
+    """Write what train.py, eval_multigpu.py and get_expert_scores.py would, decided by what they are asked."""
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+
+    def number(*keys: str) -> float:
+        text = " ".join(str(flags[key]) for key in keys if key in flags)
+        return int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 2**24
+
+    if words[0] == "train.py":
+        assert not Path(flags["output_dir"]).exists()
+        chosen = Path(flags["expert_config"]).read_text() if "expert_config" in flags else ""
+        value = number("train_dataset", "method", "seed", "learning_rate") + len(chosen) % 7 / 7
+        sizes = {"step_seconds": value, "peak_memory_bytes": 2**28, "saved_bytes": 2**20}
+        done = {"trained_parameters": 1 + len(chosen), "parameters": 10_000, **sizes}
+        write_json(Path(flags["output_dir"]) / "run.json", {"results": done})
+    elif words[0] == "eval_multigpu.py":
+        model = Path(flags.get("adapter_dir", flags["base_model_path"])) / "run.json"
+        learned = json.loads(model.read_text())["results"]["step_seconds"] if model.is_file() else 0.0
+        for name in flags["eval_dataset"].split(","):
+            mean = 30 * learned + number("eval_dataset")
+            write_json(Path(flags["output_path"]).with_suffix(f".{name}.summary.json"), {"mean": mean})
+    else:
+        assert words[0] == "scripts/expert/get_expert_scores.py"
+        first = {str(e): 0.5 - 0.1 * e + 0.01 * number("eval_dataset", "n_sample_tokens") for e in range(4)}
+        scores = {"1": {e: score / sum(first.values()) for e, score in first.items()}}
+        write_json(Path(flags["output_dir"]) / "summary.json", {"token_scores": scores, "gate_scores": scores})
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """What the runner runs, done by `fake`."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(paper.Lab, "command", lambda self, *words: (seen.append(list(map(str, words))), fake(seen[-1])))
+    return seen
+
+
+def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
+    flags = ["--parts=a,b,c,e,f", "--seeds", "0", "1", "2"]
+    whole = paper.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/paper", "--jobs=1"])
+    asked = [" ".join(words).replace(str(tmp_path / "whole"), "") for words in commands]
+    trained = [words for words in commands if words[0] == "train.py"]
+    timed = 5 * 6  # rounds x methods
+    assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7) + timed
+    run, left = paper.Lab.command, 25
+
+    def breaks_off(self, *words):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        run(self, *words)
+
+    commands.clear()
+    tries = 0
+    while True:
+        tries, left = tries + 1, 25
+        try:
+            monkeypatch.setattr(paper.Lab, "command", breaks_off)
+            again = paper.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/paper", "--jobs=1"])
+        except KeyboardInterrupt:
+            continue
+        break
+    assert tries > 5 and again == whole
+    for name in ("paper_a.md", "paper_b.md", "paper_c.md", "paper_e.md", "paper_f.md", "paper_claims.md"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert len(asked) <= len(commands) <= len(asked) + tries  # a training whose evaluation was broken off comes again
+    assert not list((tmp_path / "broken" / "runs").iterdir())
+
+
+def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, commands):
+    stem = tmp_path / "tables" / "paper"
+    tables = paper.main(["--parts=a,f", f"--work_dir={tmp_path}/work", f"--output={stem}", "--steps=7"])
+    text = Path(f"{stem}_a.md").read_text()
+    assert tables["a"] in text and "--parts=a" in text and "seeds 0 1 2, 7 steps" in text
+    rows = {row["name"]: row for row in json.loads(Path(f"{stem}_a.json").read_text())["rows"]}
+    token = rows["esft-token"]
+    assert token["average"] == [
+        statistics.fmean(token["tasks"][task][seed] for task in paper.TASKS) for seed in range(3)
+    ]
+    assert f"| esft-token | {interval(token['tasks']['intent'])} | " in tables["a"]
+    claims = json.loads(Path(f"{stem}_claims.json").read_text())
+    assert {claim["part"] for claim in claims} == {"a"}
+    assert claims[0]["differences"] == [a - b for a, b in zip(token["average"], rows["full"]["average"])]
+    for part in "af":
+        assert Path(f"{stem}_{part}.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path(f"{stem}_b.png").exists()
+
+
+def test_equal_runs_of_two_parts_are_one(tmp_path):
+    chosen = [*paper.methods_of("law", 0).values(), *paper.variants_of("law", 0).values()]
+    chosen += paper.amounts_of("law", 0).values()
+    assert len({run.name for run in chosen}) == len(set(chosen)) == 7 + 4 + 7
+
+
+def test_general_skills_are_scored_on_whole_samples(tmp_path):
+    lab = paper.Lab(paper.parse_args([f"--work_dir={tmp_path}"]))
+    first = read_jsonl(lab.samples("general"))[0]["messages"]
+    assert [turn["role"] for turn in first] == ["user", "assistant"] and all(turn["content"] for turn in first)
+    assert lab.samples("law") == "law"
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--parts=a,g", "'g' is none of a, b, c, d, e, f"),
+        ("--ablation_tasks=lwa", "no task 'lwa' (did you mean 'law'?)"),
+        ("--steps=0", "not a whole number above 0"),
+        ("--output=README.md/x", "cannot be written"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flag, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: paper.main([flag]))
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_runner_ends_with_the_same_tables(tmp_path):
+    """Real trainings of two steps, and SIGKILL while they run."""
+
+    def start(folder: str) -> subprocess.Popen:
+        flags = ["--parts=b", "--seeds", "0", "1", "--steps=2", "--ablation_tasks", "law"]
+        flags += [f"--work_dir={tmp_path / folder}", f"--output={tmp_path / folder / 'tables'}"]
+        return subprocess.Popen(
+            [sys.executable, "scripts/experiments/paper.py", *flags], cwd=ROOT, start_new_session=True
+        )
+
+    whole = start("whole")
+    broken = start("broken")
+    results = tmp_path / "broken" / "results"
+    while not results.is_dir() or len(list(results.iterdir())) < 3:
+        assert broken.poll() is None
+        time.sleep(0.2)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    assert len(list(results.iterdir())) < 10
+    assert start("broken").wait() == 0 == whole.wait()
+    tables = [(tmp_path / folder / "tables_b.md").read_text() for folder in ("whole", "broken")]
+    assert tables[0] == tables[1]
