@@ -7,6 +7,7 @@ import random
 
 from scripts.report_charts import change, details, esc, figure, num, table, whiskers
 from scripts.report_runs import Run
+from summaries import compare
 
 SHOWN = 3000  # characters of a prompt or an answer
 
@@ -67,26 +68,25 @@ def gained_and_forgotten(evaluations: list[tuple[Run, str]], several: bool) -> s
         for label, s in by_label.items():
             if label == run.base or s["mean"] is None:
                 continue
-            verdict = "intervals overlap"
-            if s["ci95"][0] > base["ci95"][1]:
-                verdict = "gained"
-            elif s["ci95"][1] < base["ci95"][0]:
-                verdict = "forgotten"
             was, now = (run.answers.get(dataset, {}).get(name, []) for name in (run.base, label))
-            turned = ["-", "-"]
+            paired = ["-"] * 4
             if same_questions(was, now):
-                pairs = [(is_right(a), is_right(b)) for a, b in zip(was, now)]
-                turned = [str(pairs.count((False, True))), str(pairs.count((True, False)))]
-            rows.append([f"{esc(label)}, {esc(dataset)}", change(s["mean"] - base["mean"]), verdict, *turned])
+                c = compare(*([{"score": None, **line} for line in lines] for lines in (was, now)))
+                verdict = "uncertain" if not c["certain"] else "gained" if c["difference"] > 0 else "forgotten"
+                bounds = f"[{change(c['ci95'][0])}, {change(c['ci95'][1])}]" if c["ci95"] else "-"
+                turned = [(is_right(a), is_right(b)) for a, b in zip(was, now)]
+                paired = [bounds, verdict, str(turned.count((False, True))), str(turned.count((True, False)))]
+            rows.append([f"{esc(label)}, {esc(dataset)}", change(s["mean"] - base["mean"]), *paired])
         title = f"{esc(dataset)} by skill" + (f", {esc(run.name)}" if several else "")
         if skill_table := by_skill(by_label, run.base):
             skills.append(details(title, skill_table))
     if not rows:
         return "<p>No base was evaluated beside a trained model, so there is no change to show.</p>"
-    heads = ["", "change", "verdict", "newly right", "no longer right"]
+    heads = ["", "change", "95 % interval", "verdict", "newly right", "no longer right"]
     note = (
-        "Gained or forgotten where the two 95 % intervals do not touch. Right is an answer with the full score; the "
-        "last columns count questions that the base and the trained model answer differently."
+        "The interval is of the difference, drawn in pairs, question by question; gained or forgotten where it "
+        "excludes 0. Right is an answer with the full score; the last columns count questions that the base and the "
+        "trained model answer differently."
     )
     against_base = table("against the base", heads, rows)
     return f'<h3>Gained and forgotten</h3><p class="soft">{note}</p>{against_base}{"".join(skills)}'

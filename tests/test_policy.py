@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "eval_ranks": {"benchmarks", "metrics", "code_runner", "esft", "utils"},
     "eval_multigpu": {"eval_ranks", "suites", "harness", "judge", "summaries", "benchmarks", "code_runner"}
     | {"esft", "deepseek", "utils"},
-    "scripts": {"scripts", "train", "sharding", "insight", "methods", "esft", "benchmarks", "deepseek", "utils"},
+    "scripts": {"scripts", "train", "sharding", "insight", "methods", "esft", "benchmarks", "summaries"}
+    | {"deepseek", "utils"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from itertools import pairwise
 
 import pytest
@@ -112,20 +113,30 @@ def test_dots_and_intervals_stand_at_their_scores(run):
     assert re.findall(r'"end">([^<]*)<', chart) == ["10.1 [8.6, 11.6]", "50.1 [48.6, 51.6]", "90.1 [88.6, 91.6]"]
 
 
-def test_changes_questions_and_intervals_are_counted(run):
-    for method, right in (("base", {0, 1, 2}), ("full", {2, 3, 4, 5, 6})):
+def test_changes_are_of_pairs_and_questions_are_counted(run):
+    right = {"base": range(12), "full": (2, 12, 13, 14), "esft-token": range(1, 13)}
+    for method, indices in right.items():
         path = run / "completions" / f"{method}.general.jsonl"
-        lines = [
-            json.loads(line) | {"score": float(i in right)} for i, line in enumerate(path.read_text().splitlines())
-        ]
-        write(path, lines)
-    path = run / "completions" / "esft-token.general.summary.json"
-    write(path, json.loads(path.read_text()) | {"mean": 89.0, "ci95": [87.0, 91.0]})
+        (line, *_) = map(json.loads, path.read_text().splitlines())
+        example = line["example"]
+        write(path, [
+            line | {"score": float(i in indices), "skill": "", "example": example | {"prompt": f"question {i}"}}
+            for i in range(40)
+        ])  # fmt: skip
+    cells = [cell for cell in re.split(r"<[^>]+>", page(run).source) if cell.strip("[], ")]
+    rows = {name: cells[cells.index(name) + 1 :][:6] for name in ("full, general", "esft-token, general")}
+    change, low, high, *rest = (cell.replace("\u2212", "-") for cell in rows["full, general"])
+    assert change == "-40.0" and rest == ["forgotten", "3", "11"]
+    spread = 1.96 * 100 * statistics.pstdev([*[-1] * 11, *[1] * 3, *[0] * 26]) / 40**0.5
+    assert (float(low), float(high)) == pytest.approx((-20 - spread, -20 + spread), abs=2.6)  # of the answers' pairs
+    low, high = (float(cell.replace("\u2212", "-")) for cell in rows["esft-token, general"][1:3])
+    assert low < 0 < high and rows["esft-token, general"][3:] == ["uncertain", "1", "1"]
+
+
+def test_without_the_same_questions_there_is_no_verdict(run):
+    (run / "completions" / "full.law.jsonl").unlink()
     cells = [cell for cell in re.split(r"<[^>]+>", page(run).source) if cell]
-    rows = {name: cells[cells.index(name) + 1 :][:4] for name in ("full, law", "full, general", "esft-token, general")}
-    assert rows["full, general"] == ["\u221240.0", "forgotten", "4", "2"]
-    assert rows["full, law"][:2] == ["+80.0", "gained"]
-    assert rows["esft-token, general"][:2] == ["\u22121.6", "intervals overlap"]
+    assert cells[cells.index("full, law") + 1 :][:5] == ["+80.0", "-", "-", "-", "-"]
 
 
 def test_skills_are_compared_with_the_base(run):
