@@ -26,8 +26,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 import code_runner
+from data import SHAPES, encode_prompt, read_rows
 from metrics import bleu, chrf, exact_match, json_exact_match, number_match, rouge_l, slot_f1
-from utils import SHAPES, encode_prompt, read_rows, suggest
+from utils import suggest
 
 # ------------------------------------------------------------------------------------------------ evaluators
 

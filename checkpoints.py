@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import esft
+from data import resolve_dataset
 from deepseek.experts import find_experts
-from utils import check_output, resolve_dataset, set_modes, sha256, write_json
+from utils import check_output, set_modes, sha256, write_json
 
 MANIFEST = "manifest.json"
 STATES = "states"

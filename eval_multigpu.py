@@ -48,17 +48,7 @@ from eval_ranks import Job, Partial, answer, answer_keys, run_ranks
 from harness import KNOWN, Suite
 from judge import NO_SCORE, RUBRICS, Judge, check_url, grade
 from summaries import compare, summarize, table
-from utils import (
-    Parser,
-    check_output,
-    environment,
-    note,
-    positive,
-    run_cli,
-    suggest_path,
-    write_json,
-    write_jsonl,
-)
+from utils import Parser, check_output, environment, note, positive, run_cli, suggest_path, write_json, write_jsonl
 
 OPENAI = "https://api.openai.com/v1"
 

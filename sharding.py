@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import esft
+from data import IGNORE
 from deepseek.expert_parallel import connect_experts, shard_dense
 from deepseek.experts import find_experts
 from deepseek.frozen import Storage
@@ -23,7 +24,6 @@ from deepseek.memory import Estimator, Memory, Settings, full
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.ranks import Ranks, SharedError
 from methods import chosen_experts, prepare_model
-from utils import IGNORE
 
 
 def find_scores(config) -> Path | None:

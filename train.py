@@ -38,6 +38,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 import checkpoints
+import data
 import esft
 import utils
 from deepseek.frozen import DTYPES as FROZEN_DTYPES
@@ -301,16 +302,16 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 # a run
 
 
-def load_data(config: TrainConfig, tokenizer) -> tuple[list[utils.Pack], list[utils.Pack]]:
+def load_data(config: TrainConfig, tokenizer) -> tuple[list[data.Pack], list[data.Pack]]:
     """(training packs, validation packs); their `samples` are row numbers of the dataset, from 1."""
-    rows = list(enumerate(utils.load_samples(config.train_dataset), 1))
+    rows = list(enumerate(data.load_samples(config.train_dataset), 1))
     if config.n_train_samples is not None:
         rows = random.Random(config.seed).sample(rows, min(config.n_train_samples, len(rows)))
     both = []
-    for part in utils.split_samples(rows, config.validation_fraction, config.seed):
-        encoded = [utils.encode(sample["messages"], tokenizer, config.template) for _, sample in part]
+    for part in data.split_samples(rows, config.validation_fraction, config.seed):
+        encoded = [data.encode(sample["messages"], tokenizer, config.template) for _, sample in part]
         numbers = [number for number, _ in part]
-        both.append(utils.pack(encoded, config.seq_length, config.overlong, config.seed, numbers) if part else [])
+        both.append(data.pack(encoded, config.seq_length, config.overlong, config.seed, numbers) if part else [])
     if not both[0]:
         raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
     return both[0], both[1]

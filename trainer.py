@@ -34,6 +34,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 import checkpoints
+import data
 import esft
 import utils
 from deepseek.expert_parallel import gather_to_first
@@ -42,13 +43,13 @@ from deepseek.loading import no_bars
 from deepseek.ranks import Ranks, SharedError, lost_contact
 
 SCHEDULER = "scheduler.json"
-NOTHING = utils.Pack([0, 0], [utils.IGNORE] * 2, [0, 1])  # for a rank without a batch, which takes part all the same
+NOTHING = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without a batch, which takes part all the same
 
 
-def collate(packs: list[utils.Pack], pad_token_id: int) -> dict:
-    """`utils.collate` (of no packs, too), with the rows of the dataset in it, so that a bad step can name them."""
+def collate(packs: list[data.Pack], pad_token_id: int) -> dict:
+    """`data.collate` (of no packs, too), with the rows of the dataset in it, so that a bad step can name them."""
     rows = [row for pack in packs for row in pack.samples]
-    return {**utils.collate(packs or [NOTHING], pad_token_id), "rows": rows}
+    return {**data.collate(packs or [NOTHING], pad_token_id), "rows": rows}
 
 
 class Batches:
@@ -143,12 +144,12 @@ class ESFTTrainer(Trainer):
     def _loss_sum(self, model, inputs, smoothing: float = 0.0):
         """(sum of the cross entropy over label tokens, model outputs); `model` may be wrapped."""
         inputs = {key: value for key, value in inputs.items() if key != "rows"}
-        labels_BT = nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=utils.IGNORE)
-        columns = (labels_BT != utils.IGNORE).any(0).nonzero().squeeze(-1)
+        labels_BT = nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=data.IGNORE)
+        columns = (labels_BT != data.IGNORE).any(0).nonzero().squeeze(-1)
         outputs = model(**inputs, logits_to_keep=columns, use_cache=False)
         logits, kept = outputs.logits.flatten(0, 1).float(), labels_BT[:, columns].flatten()
         loss = nn.functional.cross_entropy(
-            logits, kept, ignore_index=utils.IGNORE, reduction="sum", label_smoothing=smoothing
+            logits, kept, ignore_index=data.IGNORE, reduction="sum", label_smoothing=smoothing
         )
         return loss, outputs
 
@@ -156,7 +157,7 @@ class ESFTTrainer(Trainer):
         """Sum of the cross entropy over label tokens / `num_items_in_batch` (default: those of this batch)."""
         loss, outputs = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
-            loss = loss / (inputs["labels"][:, 1:] != utils.IGNORE).sum()
+            loss = loss / (inputs["labels"][:, 1:] != data.IGNORE).sum()
         else:  # gradients, and the losses that are shown, are averaged over processes
             loss = loss / num_items_in_batch * self.ranks.world_size
         return (loss, outputs) if return_outputs else loss
@@ -171,7 +172,7 @@ class ESFTTrainer(Trainer):
             inputs = self._prepare_inputs(self.data_collator(batch))
             with torch.no_grad():
                 total[0] += self._loss_sum(self.model, inputs)[0]
-            total[1] += (inputs["labels"][:, 1:] != utils.IGNORE).sum()
+            total[1] += (inputs["labels"][:, 1:] != data.IGNORE).sum()
         total = self.accelerator.reduce(total, "sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         self.evaluated = (self.state.global_step, metrics[f"{metric_key_prefix}_loss"])

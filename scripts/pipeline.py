@@ -34,20 +34,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
+from data import load_samples, resolve_dataset
 from scripts.pipeline_results import against_full, completions_path, plot_losses, table, table_rows
-from utils import (
-    ROOT,
-    Parser,
-    check_output,
-    environment,
-    load_samples,
-    positive,
-    resolve_dataset,
-    run_cli,
-    suggest,
-    write_json,
-    write_text,
-)
+from utils import ROOT, Parser, check_output, environment, positive, run_cli, suggest, write_json, write_text
 
 TRAINING = {  # method -> (score function that selects, train.py's method)
     "esft-token": ("token", "esft"),

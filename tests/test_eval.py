@@ -25,7 +25,8 @@ import esft
 import eval_multigpu
 import eval_ranks
 from benchmarks import complete, generate, make_batches
-from utils import encode_prompt, run_cli
+from data import encode_prompt
+from utils import run_cli
 
 PROMPTS = [
     "add 1 and 2",

@@ -28,6 +28,7 @@ from torch import Tensor
 import esft
 import train
 import utils
+from data import IGNORE
 from deepseek import expert_parallel
 from deepseek.expert_parallel import connect_experts, expert_parallel_forward, gather_to_first
 from deepseek.experts import find_experts, fused_names, local_expert_ids
@@ -36,7 +37,6 @@ from deepseek.grouped_gemm import esft_experts_forward
 from deepseek.loading import empty_model, load_base_model
 from deepseek.placement import Placement, place_layers
 from deepseek.ranks import Ranks, SharedError, join
-from utils import IGNORE
 
 TIMEOUT = timedelta(seconds=60)
 DENSE = {"shared_experts": True, "non_expert_modules": True}

@@ -12,11 +12,11 @@ from test_train import files as files  # the fixture
 import esft
 import sharding
 import train
+from data import IGNORE, Pack
 from deepseek.loading import empty_model
 from deepseek.memory import Estimator
 from deepseek.ranks import Ranks
 from methods import chosen_experts
-from utils import IGNORE, Pack
 
 PACKS = [Pack([5] * 200, [IGNORE] * 100 + [5] * 100, [*range(120), *range(80)], [1, 2]), Pack([5], [5], [0], [3])]
 

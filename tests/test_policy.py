@@ -19,16 +19,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAY_IMPORT = {
     "deepseek": {"deepseek"},
     "utils": set(),
+    "data": {"utils"},
     "esft": {"deepseek", "utils"},
     "metrics": set(),
     "code_runner": set(),
     "judge": {"utils"},
-    "benchmarks": {"metrics", "code_runner", "deepseek", "utils"},
+    "benchmarks": {"metrics", "code_runner", "deepseek", "data", "utils"},
     "methods": {"esft", "deepseek"},
-    "sharding": {"methods", "esft", "deepseek", "utils"},
-    "checkpoints": {"esft", "deepseek", "utils"},
-    "trainer": {"checkpoints", "esft", "deepseek", "utils"},
-    "train": {"trainer", "sharding", "methods", "checkpoints", "esft", "deepseek", "utils"},
+    "sharding": {"methods", "esft", "deepseek", "data", "utils"},
+    "checkpoints": {"esft", "deepseek", "data", "utils"},
+    "trainer": {"checkpoints", "esft", "deepseek", "data", "utils"},
+    "train": {"trainer", "sharding", "methods", "checkpoints", "esft", "deepseek", "data", "utils"},
     "train_ep": {"train", "utils"},
     "insight": {"esft", "deepseek", "utils"},
     "summaries": set(),
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "eval_multigpu": {"eval_ranks", "suites", "harness", "judge", "summaries", "benchmarks", "code_runner"}
     | {"esft", "deepseek", "utils"},
     "scripts": {"scripts", "train", "sharding", "insight", "methods", "esft", "benchmarks", "summaries"}
-    | {"deepseek", "utils"},
+    | {"deepseek", "data", "utils"},
 }
 
 

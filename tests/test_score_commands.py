@@ -10,10 +10,10 @@ import torch
 from conftest import make_model
 from test_scores import refused
 
+from data import Encoded, Pack, encode
 from esft import ExpertScores
 from insight import PackCounts
 from scripts.expert import get_expert_scores, plot_expert_scores
-from utils import Encoded, Pack, encode
 
 WORDS = ["what", "is", "it", "yes", "no", "0", "12", "345"]
 

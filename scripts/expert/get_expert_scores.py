@@ -28,24 +28,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data import Encoded, Pack, collate, encode, load_samples, pack
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from deepseek.routing import RouterCounts
 from esft import ExpertScores, RouterCapture, load_base_model, load_tokenizer, select_experts
 from insight import PACKS_NAME, PackCounts
 from scripts.expert.generate_expert_config import TOP_P
-from utils import (
-    Encoded,
-    Pack,
-    Parser,
-    check_output,
-    collate,
-    encode,
-    environment,
-    load_samples,
-    pack,
-    positive,
-    run_cli,
-)
+from utils import Parser, check_output, environment, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,23 +25,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data import Pack, collate, load_samples, read_rows
 from deepseek.experts import find_experts
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
 from insight import Drift, name_of, routed, routed_ids
 from scripts.expert.get_expert_scores import add_shared_flags, one_by_one, sample_packs
 from scripts.expert.plot_expert_scores import new_figure, save_figure
-from utils import (
-    Pack,
-    Parser,
-    check_output,
-    collate,
-    environment,
-    load_samples,
-    read_rows,
-    run_cli,
-    write_json,
-)
+from utils import Parser, check_output, environment, run_cli, write_json
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
