@@ -1,7 +1,8 @@
 """The paper in miniature: its comparisons and ablations on results/models/tiny, with several seeds, as tables.
 
-    python scripts/experiments/paper.py --parts=a,b,c,e,f --output=results/tables/paper
+    python scripts/experiments/paper.py --parts=r,a,b,c,d,e,f --output=results/tables/paper
 
+    r  learning rates: each method's are tried on law with the first seed; those below have the lowest validation loss
     a  base, full, LoRA, ESFT-Token, ESFT-Gate and random experts on four tasks and the general skills (table 1)
     b  what is trained: relevant experts, + shared experts, shared only, + all else (the ablation of section 6)
     c  how many: top_p, and n_sample_tokens to select by
@@ -11,13 +12,12 @@
 
 A run is training and evaluation of one method on one task with one seed, which draws the order of the data (and random
 experts). Each has a file in --work_dir when it is done; after an interruption the same command goes on, and gives the
-same tables. Brackets are 95 % t intervals of the mean over seeds. Learning rates are those of lowest validation loss in
-the sweep of LOG.md, one per method, for all tasks.
+same tables. Brackets are 95 % t intervals of the mean over seeds. A method has one learning rate for all tasks, that of
+lowest validation loss in r; random experts have ESFT's.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import statistics
@@ -52,9 +52,10 @@ from utils import (
 
 TINY = "results/models/tiny"
 TASKS = ("intent", "summary", "law", "translation")
-PARTS = "abcdef"
+PARTS = "rabcdef"
 RATES = {"esft": "2.5e-3", "random": "2.5e-3", "lora": "1e-3", "full": "1e-3"}
 ROUNDS, TIMED_STEPS = 5, 40  # of part e
+TRIED = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 ALL_ELSE_RATE = "1e-3"  # where all that full fine-tuning trains beside experts is trained, too
 GATE = {"score": "gate", "top_p": 0.1}  # the paper's pair, as token and 0.2 are
 
@@ -70,9 +71,14 @@ class Run:
     score: str = "token"
     top_p: float = 0.2
     n_sample_tokens: int = 16384
+    learning_rate: str = ""  # default: the method's
     experts: bool = True
     shared: bool = False
     all_else: bool = False
+
+    @property
+    def rate(self) -> str:
+        return self.learning_rate or (ALL_ELSE_RATE if self.all_else else RATES[self.method])
 
     @property
     def name(self) -> str:
@@ -84,6 +90,8 @@ class Run:
                 for word, on in (("none", not self.experts), ("shared", self.shared), ("else", self.all_else))
                 if on
             ]
+        if self.method != "base":
+            parts.append(f"lr{self.rate}")
         return "-".join([*parts, str(self.seed)])
 
 
@@ -174,9 +182,9 @@ class Lab:
     def train(self, run: Run, out: Path, steps: int) -> dict:
         """What a training says of itself: seconds of a step, bytes, parameters."""
         keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
-                f"method={run.method}", f"seed={run.seed}", f"max_steps={steps}", "save_strategy=no",
-                f"learning_rate={ALL_ELSE_RATE if run.all_else else RATES[run.method]}",
-                "load_best_model_at_end=false", "disable_tqdm=true", "device=cpu"]  # fmt: skip
+                f"method={run.method}", f"seed={run.seed}", f"max_steps={steps}",
+                f"learning_rate={run.rate}", "save_strategy=no", "load_best_model_at_end=false",
+                "disable_tqdm=true", "device=cpu"]  # fmt: skip
         if run.method in ("esft", "random"):
             keys.append(f"--expert_config={self.experts(run)}")
         self.command("train.py", f"--base_model_path={run.base}", *keys)
@@ -253,6 +261,30 @@ def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Ite
     return list(runs.values()), table
 
 
+def part_r(lab: Lab):
+    named = {
+        name: run for name, run in methods_of("law", lab.args.seeds[0]).items() if run.method not in ("base", "random")
+    }
+    runs = {(name, rate): dataclasses.replace(run, learning_rate=rate) for name, run in named.items() for rate in TRIED}
+
+    def table() -> tuple[str, list[dict]]:
+        found = {key: lab.result(run) for key, run in runs.items()}
+        rows = [
+            {"name": name, "learning_rate": rate, "validation_loss": result["trained"]["eval_loss"],
+             "average": [result["scores"]["law"]], "general": [result["scores"]["general"]]}
+            for (name, rate), result in found.items()
+        ]  # fmt: skip
+        lines = []
+        for row in rows:
+            lowest = min(other["validation_loss"] for other in rows if other["name"] == row["name"])
+            loss = f"{row['validation_loss']:.4f}"
+            shown = f"**{loss}**" if row["validation_loss"] == lowest else loss
+            lines.append([row["name"], row["learning_rate"], shown, interval(row["average"]), interval(row["general"])])
+        return markdown(["trained", "learning rate", "validation loss", "law", "general"], lines), rows
+
+    return list(runs.values()), table
+
+
 def part_a(lab: Lab):
     return comparison(lab, methods_of, TASKS, lab.args.seeds)
 
@@ -317,6 +349,7 @@ def part_f(lab: Lab):
 
 
 TITLES = {
+    "r": "Learning rates on law, one seed",
     "a": "Methods on the tasks, and what is left of the general skills",
     "b": "What is trained",
     "c": "How much of it, and how many tokens select it",
@@ -329,7 +362,7 @@ TITLES = {
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--parts", default="a,b,c,e,f", metavar="LIST", help="of a to f, by commas (default: %(default)s)")
+    add("--parts", default="r,a,b,c,e,f", metavar="LIST", help="of r and a to f, by commas (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="runs of everything (default: 0 1 2)")
     add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run (default: %(default)s)")
     add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="of b, c and d (default: law "
@@ -360,7 +393,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lab.base, (16, 32)))
     parts = {part: globals()[f"part_{part}"](lab) for part in args.parts}
-    runs = dict.fromkeys(itertools.chain(*(runs for runs, _ in parts.values())))
+    runs = {run.name: run for runs, _ in parts.values() for run in runs}.values()
     for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
         lab.scores(base, task, tokens)  # before runs that need them at the same time
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", desc="paper") as bar:
