@@ -70,7 +70,7 @@ def fake(words: list[str]) -> None:
         chosen = Path(flags["expert_config"]).read_text() if "expert_config" in flags else ""
         value = number("train_dataset", "method", "seed", "learning_rate") + len(chosen) % 7 / 7
         sizes = {"step_seconds": value, "peak_memory_bytes": 2**28, "saved_bytes": 2**20}
-        done = {"trained_parameters": 1 + len(chosen), "parameters": 10_000, **sizes}
+        done = {"trained_parameters": 1 + len(chosen), "parameters": 10_000, "eval_loss": value / 9, **sizes}
         write_json(Path(flags["output_dir"]) / "run.json", {"results": done})
     elif words[0] == "eval_multigpu.py":
         model = Path(flags.get("adapter_dir", flags["base_model_path"])) / "run.json"
@@ -94,12 +94,13 @@ def commands(monkeypatch) -> list[list[str]]:
 
 
 def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
-    flags = ["--parts=a,b,c,e,f", "--seeds", "0", "1", "2"]
+    flags = ["--parts=r,a,b,c,e,f", "--seeds", "0", "1", "2"]
     whole = paper.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/paper", "--jobs=1"])
     asked = [" ".join(words).replace(str(tmp_path / "whole"), "") for words in commands]
     trained = [words for words in commands if words[0] == "train.py"]
     timed = 5 * 6  # rounds x methods
-    assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7) + timed
+    tried = sum(rate not in paper.RATES[m] for m in ("full", "lora", "esft", "esft") for rate in paper.TRIED)
+    assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7) + timed + tried
     run, left = paper.Lab.command, 25
 
     def breaks_off(self, *words):
@@ -120,7 +121,7 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
             continue
         break
     assert tries > 5 and again == whole
-    for name in ("paper_a.md", "paper_b.md", "paper_c.md", "paper_e.md", "paper_f.md", "paper_claims.md"):
+    for name in ("paper_r.md", "paper_a.md", "paper_b.md", "paper_c.md", "paper_e.md", "paper_f.md", "paper_claims.md"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     assert len(asked) <= len(commands) <= len(asked) + tries  # a training whose evaluation was broken off comes again
     assert not list((tmp_path / "broken" / "runs").iterdir())
@@ -128,9 +129,9 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
 
 def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, commands):
     stem = tmp_path / "tables" / "paper"
-    tables = paper.main(["--parts=a,f", f"--work_dir={tmp_path}/work", f"--output={stem}", "--steps=7"])
+    tables = paper.main(["--parts=r,a,f", f"--work_dir={tmp_path}/work", f"--output={stem}", "--steps=7"])
     text = Path(f"{stem}_a.md").read_text()
-    assert tables["a"] in text and "--parts=a" in text and "seeds 0 1 2, 7 steps" in text
+    assert tables["a"] in text and "--parts=a`" in text and "seeds 0 1 2, 7 steps" in text
     rows = {row["name"]: row for row in json.loads(Path(f"{stem}_a.json").read_text())["rows"]}
     token = rows["esft-token"]
     assert token["average"] == [
@@ -140,9 +141,21 @@ def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, c
     claims = json.loads(Path(f"{stem}_claims.json").read_text())
     assert {claim["part"] for claim in claims} == {"a"}
     assert claims[0]["differences"] == [a - b for a, b in zip(token["average"], rows["full"]["average"])]
-    for part in "af":
+    for part in "raf":
         assert Path(f"{stem}_{part}.png").read_bytes().startswith(b"\x89PNG")
     assert not Path(f"{stem}_b.png").exists()
+
+
+def test_each_method_s_lowest_validation_loss_is_marked_and_its_rate_is_the_one_taken(tmp_path, commands):
+    rows, text = [], paper.main(["--parts=r", f"--work_dir={tmp_path}"])["r"]
+    for line in text.splitlines()[2:]:
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    for name in ("full", "lora", "esft-token", "esft-gate"):
+        losses = [cells[2] for cells in rows if cells[0] == name]
+        assert len(losses) == len(paper.TRIED) and sum("**" in loss for loss in losses) == 1
+        assert min(losses, key=lambda loss: float(loss.strip("*"))).startswith("**")
+    asked = {flag for words in commands for flag in words if flag.startswith("learning_rate=")}
+    assert asked == {f"learning_rate={rate}" for rate in paper.TRIED}
 
 
 def test_equal_runs_of_two_parts_are_one(tmp_path):
@@ -161,7 +174,7 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--parts=a,g", "'g' is none of a, b, c, d, e, f"),
+        ("--parts=a,g", "'g' is none of r, a, b, c, d, e, f"),
         ("--ablation_tasks=lwa", "no task 'lwa' (did you mean 'law'?)"),
         ("--steps=0", "not a whole number above 0"),
         ("--output=README.md/x", "cannot be written"),

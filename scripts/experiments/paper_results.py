@@ -144,6 +144,23 @@ def gains_and_losses(rows: list[dict], title: str) -> Callable:
     return draw_on
 
 
+def frontier(rows: list[dict], title: str) -> Callable:
+    """Of methods at several learning rates: what is learned (up) against what is kept (right)."""
+
+    def draw_on(figure) -> None:
+        axes = figure.subplots()
+        for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+            points = [(row[GENERAL][0], row[TASKS][0], row["learning_rate"]) for row in rows if row["name"] == name]
+            axes.plot(*list(zip(*points))[:2], "osD^v"[number % 5] + "-", color=f"C{number}", label=name)
+            for x, y, rate in points:
+                axes.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, color=f"C{number}")
+        axes.set(xlabel="general skills (%)", ylabel="task (%)", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+    return draw_on
+
+
 def curves(series: dict[str, list[tuple[float, dict]]], title: str, xlabel: str) -> Callable:
     """Tasks and general skills over what is varied, {label: [(x, row)]}."""
 
@@ -183,6 +200,8 @@ def overlap(rows: list[dict], title: str) -> Callable:
 
 def pictures(stem: str, parts: dict[str, list[dict]]) -> None:
     """STEM_a.png, ..., of the parts that are better looked at."""
+    if "r" in parts:
+        draw(f"{stem}_r.png", (6.4, 4.8), frontier(parts["r"], "Law and general skills at each learning rate"))
     titles = {"a": "What methods learn, and what they keep", "b": "What is trained, on two tasks"}
     for part, title in titles.items():
         if part in parts:
@@ -205,7 +224,7 @@ def pictures(stem: str, parts: dict[str, list[dict]]) -> None:
 def conclude(stem: str) -> str:
     """Write STEM_claims.md, STEM_claims.json and the pictures, of all parts whose STEM_<part>.json is there; return
     the table of the claims."""
-    found = {part: Path(f"{stem}_{part}.json") for part in "abcdef"}
+    found = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
     parts = {
         part: json.loads(path.read_text(encoding="utf-8"))["rows"] for part, path in found.items() if path.is_file()
     }
