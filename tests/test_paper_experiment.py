@@ -146,16 +146,24 @@ def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, c
     assert not Path(f"{stem}_b.png").exists()
 
 
-def test_each_method_s_lowest_validation_loss_is_marked_and_its_rate_is_the_one_taken(tmp_path, commands):
-    rows, text = [], paper.main(["--parts=r", f"--work_dir={tmp_path}"])["r"]
-    for line in text.splitlines()[2:]:
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    for name in ("full", "lora", "esft-token", "esft-gate"):
-        losses = [cells[2] for cells in rows if cells[0] == name]
-        assert len(losses) == len(paper.TRIED) and sum("**" in loss for loss in losses) == 1
-        assert min(losses, key=lambda loss: float(loss.strip("*"))).startswith("**")
+def test_the_rate_taken_is_the_smallest_that_learns_as_well(tmp_path, commands, monkeypatch, capsys):
+    losses = {"5e-4": 0.15, "1e-3": 0.148, "2e-3": 0.12, "4e-3": 0.1, "8e-3": 0.14}
+    rows = [{"name": "full", "learning_rate": rate, "validation_loss": loss} for rate, loss in losses.items()]
+    assert (
+        paper_results.smallest_good_rate([*rows, {**rows[0], "name": "lora", "validation_loss": 0}], "full") == "1e-3"
+    )
+    rates = dict.fromkeys(paper.RATES, paper.TRIED[0])
+    monkeypatch.setattr(paper, "RATES", rates)
+    text = paper.main(["--parts=r", f"--work_dir={tmp_path}"])["r"]
+    assert text.count("**") == 8 and all(f"| {name} | **{paper.TRIED[0]}** |" in text for name in ("full", "lora"))
     asked = {flag for words in commands for flag in words if flag.startswith("learning_rate=")}
     assert asked == {f"learning_rate={rate}" for rate in paper.TRIED}
+    said = capsys.readouterr().err
+    table = [[cell.strip("* ") for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    found = [{"name": name, "learning_rate": rate, "validation_loss": float(loss)} for name, rate, loss, *_ in table]
+    for name in ("full", "lora", "esft-token", "esft-gate"):
+        rate = paper_results.smallest_good_rate(found, name)
+        assert (f"part r says {rate} for {name}" in said) == (rate != paper.TRIED[0])
 
 
 def test_equal_runs_of_two_parts_are_one(tmp_path):

@@ -40,6 +40,13 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
+def smallest_good_rate(rows: list[dict], name: str) -> str:
+    """Of a method's rates: the smallest whose validation perplexity is within 5 % of its lowest."""
+    own = [row for row in rows if row["name"] == name]
+    limit = min(row["validation_loss"] for row in own) + math.log(1.05)
+    return min((row["learning_rate"] for row in own if row["validation_loss"] <= limit), key=float)
+
+
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 
