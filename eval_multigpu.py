@@ -23,7 +23,7 @@ With --with_base the loaded model answers first as it is and then with the adapt
 and what was forgotten: base, adapter, and the difference with its interval. The base's answers go to out.base.jsonl.
 
 With --suite the tasks of lm-eval, EleutherAI's harness, are asked, too (suites.py): its prompts, few-shot examples and
-metrics. Each process answers whole suites, every world_size-th; an interrupted suite starts over.
+metrics. Each process answers whole suites, every world_size-th; after an interruption they start over.
 
 With --judge_model answers to summary, law and translation are graded by a language model behind an OpenAI-compatible
 endpoint (judge.py); the key is read from the environment. Its grade becomes the score, and the other metrics stay
@@ -33,6 +33,7 @@ beside it. Datasets whose answers are programs are run only with --allow_code_ex
 import argparse
 import contextlib
 import functools
+import json
 import os
 import re
 from collections import Counter
@@ -51,6 +52,8 @@ from summaries import compare, summarize, table
 from utils import Parser, check_output, environment, note, positive, run_cli, suggest_path, write_json, write_jsonl
 
 OPENAI = "https://api.openai.com/v1"
+OF_DATASETS = ("max_new_tokens", "template", "evaluator", "judge_model", "judge_base_url")  # flags that suites ignore
+OF_SUITES = ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,8 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     template_help = "how the prompt is rendered: the tokenizer's chat template or the published one (default: chat)"
     output_help = (
-        "the answers (.jsonl), the summary goes beside them (default: results/completions/NAME.jsonl, NAME being the "
-        "adapter's folder or the model's)"
+        "the answers (.jsonl), the summary goes beside them (default: results/completions/MODEL.DATASET.jsonl, MODEL "
+        "being the adapter's folder or the model's)"
     )
     samples_help = "this many samples of each dataset, and of each task of a suite, drawn with --seed (default: all)"
     suite_help = f"names that lm-eval knows ({', '.join(KNOWN)}, ...) or task files (.yaml), by commas (default: none)"
@@ -113,8 +116,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=devices, default="auto", help="where to run (default: auto, the GPUs if there are any)")
     add("--seed", type=int, default=0, metavar="N", help="of --n_samples and of the bootstrap interval (default: 0)")
     args = parser.parse_args(argv)
-    if not args.output_path:
-        args.output_path = f"results/completions/{Path(args.adapter_dir or args.base_model_path).resolve().name}.jsonl"
+    for flags, needed, what in ((OF_DATASETS, "eval_dataset", "data sets"), (OF_SUITES, "suite", "the suites")):
+        given = [flag for flag in flags if getattr(args, flag) != parser.get_default(flag)]
+        if given and not split(getattr(args, needed)):
+            raise ValueError(f"--{given[0]} is of {what}: give --{needed}, or leave it out")
     return args
 
 
@@ -126,12 +131,9 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, or that could not be used in the end."""
     if not split(args.eval_dataset) and not split(args.suite):
         raise ValueError("nothing to evaluate on: give --eval_dataset, --suite or both")
-    for name in ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template"):
-        if getattr(args, name) not in (None, False) and not args.suite:
-            raise ValueError(f"--{name} is of the suites: give --suite, or leave it out")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(f"--num_fewshot {args.num_fewshot} must be at least 0")
-    if Path(args.output_path).suffix != ".jsonl":
+    if args.output_path and Path(args.output_path).suffix != ".jsonl":
         raise ValueError(f"--output_path {args.output_path} must end in .jsonl")
     if args.with_base and not args.adapter_dir:
         raise ValueError("--with_base compares an adapter with its base: give --adapter_dir, too")
@@ -144,6 +146,22 @@ def check_flags(args: argparse.Namespace) -> None:
         check_output(args.judge_cache, folder=True)
 
 
+def output_path(args: argparse.Namespace, name: str, alone: bool) -> Path:
+    """Where the answers to a data set or suite go: --output_path, with the name before its suffix unless it is `alone`;
+    without it results/completions/<adapter or model>.<name>.jsonl, never over those of another one."""
+    if args.output_path:
+        path = Path(args.output_path)
+        return path if alone else path.with_suffix(f".{name}.jsonl")
+    model = Path(args.adapter_dir or args.base_model_path).resolve()
+    path = Path("results/completions", f"{model.name}.{name}.jsonl")
+    if (summary := path.with_suffix(".summary.json")).is_file():
+        was = json.loads(summary.read_text(encoding="utf-8"))["arguments"]
+        if Path(was["adapter_dir"] or was["base_model_path"]).resolve() != model:
+            other = was["adapter_dir"] or was["base_model_path"]
+            raise ValueError(f"{summary} is of {other}: give an --output_path, or move it away")
+    return path
+
+
 def plan_jobs(args: argparse.Namespace) -> list[Job]:
     """Read the datasets and name the outputs; with --with_base the base's jobs come first. Raises ValueError where a
     flag, a file or a metric's library is wrong."""
@@ -152,9 +170,7 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
     if len(set(names)) < len(names):
         raise ValueError(f"--eval_dataset {args.eval_dataset!r} must list datasets of different names")
     for name, dataset in zip(names, datasets):
-        path = Path(args.output_path)
-        if len(names) > 1 or args.suite:
-            path = path.with_suffix(f".{name}.jsonl")
+        path = output_path(args, name, alone=len(names) == 1 and not args.suite)
         rows = load_rows(dataset, args.n_samples, args.seed)
         evaluator = get_evaluator(name, args.evaluator, rows, args.allow_code_execution)
         tasks = [args.evaluator or row.get("evaluator") or name for row in rows]
@@ -163,19 +179,21 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
     return [*base, *jobs] if args.with_base else jobs
 
 
-def plan_suites(args: argparse.Namespace, jobs: list[Job]) -> dict[str, list[Suite]]:
-    """The suites of each name in --suite, with their data. Raises ValueError as `suites.load`, and where two outputs
-    would have one name."""
+def plan_suites(args: argparse.Namespace, jobs: list[Job]) -> tuple[dict[str, list[Suite]], dict[str, Path]]:
+    """The suites of each name in --suite, with their data, and where the answers to each suite go. Raises ValueError as
+    `suites.load`, and where two outputs would have one name."""
     found = suites.load(args, split(args.suite)) if args.suite else {}
-    paths = [job.output_path for job in jobs]
-    paths += suites.output_paths(args, [suite for loaded in found.values() for suite in loaded])
-    for path, n in Counter(paths).items():
+    plan = [suite for loaded in found.values() for suite in loaded]
+    suite_paths = {
+        suite.name: output_path(args, suite.name.replace("/", "_"), alone=len(plan) == 1 and not jobs) for suite in plan
+    }
+    for path, n in Counter([*(job.output_path for job in jobs), *suite_paths.values()]).items():
         if n > 1:
             raise ValueError(
                 f"--eval_dataset {args.eval_dataset!r}, --suite {args.suite!r}: two of them would be written to {path}"
             )
         check_output(path)
-    return found
+    return found, suite_paths
 
 
 def plan_judge(args: argparse.Namespace, jobs: list[Job]) -> Judge | None:
@@ -262,7 +280,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             config.check(empty_model(args.base_model_path))
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     jobs = plan_jobs(args)
-    loaded = plan_suites(args, jobs)
+    loaded, suite_paths = plan_suites(args, jobs)
     tokenizer = esft.load_tokenizer(args.base_model_path)
     batches = [  # a missing chat template, too, shows before the model is loaded
         (number, batch)
@@ -284,15 +302,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 summary, results = finish(args, job, partial, judge, answers.get(job.name))
                 (bases if job.base else summaries)[job.name] = summary
                 answers[job.name] = results
-        names = list(loaded)
-        shares = [names[rank :: args.world_size] for rank in range(min(args.world_size, len(names)))]
-        work = functools.partial(suites.run_rank, args, loaded if len(shares) == 1 else None)
-        for summary in run_ranks(work, shares, devices):
-            summaries[summary["dataset"]] = summary
-        alone = [base for name, base in bases.items() if name not in summaries]
-        print(table([*alone, *summaries.values()], bases))
-        if not judge and (instead := stand_ins(args, jobs)):
-            print(instead)
+        try:
+            names = list(loaded)
+            shares = [names[rank :: args.world_size] for rank in range(min(args.world_size, len(names)))]
+            work = functools.partial(suites.run_rank, args, suite_paths, loaded if len(shares) == 1 else None)
+            for summary in stack.enter_context(contextlib.closing(run_ranks(work, shares, devices))):
+                summaries[summary["dataset"]] = summary
+        finally:  # what is done is shown, also where a suite ends the rest
+            order = [*(job.name for job in jobs), *suite_paths]
+            summaries = {name: summaries[name] for name in order if name in summaries}
+            alone = [base for name, base in bases.items() if name not in summaries]
+            if shown := table([*alone, *summaries.values()], bases):
+                print(shown)
+            if not judge and (instead := stand_ins(args, jobs)):
+                print(instead)
         if failed:
             raise ValueError("; ".join(f"every sample of {name} failed, the first: {e}" for name, e in failed.items()))
     return list(summaries.values())

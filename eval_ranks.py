@@ -98,9 +98,9 @@ class Partial:
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        self.file.close()
         if (error_type is None and not self.keep) or not self.results:
             self.path.unlink()
+        self.file.close()  # and with it the lock
 
     @property
     def all_failed(self) -> bool:
@@ -188,6 +188,7 @@ def _one_thread(devices: list[str]) -> Iterator[None]:
 
 def _spawned(rank: int, sender: Connection, work: Callable, share: list, devices: list[str]) -> None:
     """A process of its own: sends what `work` yields, or a sentence that tells what is wrong."""
+    multiprocessing.set_start_method("fork", force=True)  # the system's own, for a metric that starts processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends this one
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # however the parent ends
@@ -208,17 +209,19 @@ def run_ranks(work: Callable[[list, list[str]], Iterator], shares: list[list], d
     """What `work(share, devices)` yields for each share, as it comes: of one share here, of several each in a process
     of its own, on the CPU with one thread.
 
-    Raises what a process raised as a ValueError, and ChildProcessError where one died; the others are ended with it.
+    Raises what a process raised as a ValueError, and ChildProcessError where one died; the others are ended with it,
+    and when the generator is closed. They are no daemons, which may have no children: some metrics have.
     """
     if len(shares) == 1:
         with _one_thread(devices[0]):
             yield from work(shares[0], devices[0])
+        torch.cuda.empty_cache()  # for a process that loads a model next; nothing without a GPU
         return
     context, processes, working = multiprocessing.get_context("spawn"), [], {}
     try:
         for rank, share in enumerate(shares):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_spawned, args=(rank, sender, work, share, devices[rank]), daemon=True)
+            process = context.Process(target=_spawned, args=(rank, sender, work, share, devices[rank]))
             processes.append(process)
             process.start()
             sender.close()  # so that the rank's own copy is the last one, and its end the pipe's
@@ -235,7 +238,7 @@ def run_ranks(work: Callable[[list, list[str]], Iterator], shares: list[list], d
                         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                         raise ChildProcessError(
                             f"rank {rank} died ({cause}), perhaps of too little memory: the same command goes on from "
-                            "the answers that are there, a lower --world_size takes less memory"
+                            "the answers to data sets that are there, a lower --world_size takes less memory"
                         ) from None
                     continue
                 if isinstance(message, str):
@@ -260,11 +263,12 @@ def answer(
     if done:
         note(f"{done} of {total} answers are there from an evaluation that was interrupted: going on")
     shares = [left[rank :: args.world_size] for rank in range(min(args.world_size, len(left)))]
-    parts = run_ranks(functools.partial(answer_batches, args, jobs), shares, devices)
     bar, seconds, tokens = None, 0.0, 0
-    try:
-        for part in parts:
-            bar = bar or tqdm(total=total, initial=done, unit="sample", desc="evaluating")  # once a model is loaded
+    with contextlib.ExitStack() as stack:
+        work = functools.partial(answer_batches, args, jobs)
+        for part in stack.enter_context(contextlib.closing(run_ranks(work, shares, devices))):
+            if bar is None:  # a model is loaded
+                bar = stack.enter_context(tqdm(total=total, initial=done, unit="sample", desc="evaluating"))
             if part is None:
                 continue
             number, record = part
@@ -274,6 +278,3 @@ def answer(
             tokens += sum(result["tokens"] for result in record["results"])
             bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
             bar.update(len(record["indices"]))
-    finally:
-        if bar:
-            bar.close()

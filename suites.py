@@ -30,6 +30,7 @@ import numpy as np
 
 import esft
 from harness import Answers, Settings, Suite, ask, load_suites
+from summaries import is_certain
 from utils import environment, note, write_json, write_jsonl
 
 PRIMARY = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "arc_easy": "acc_norm"}
@@ -154,15 +155,16 @@ def summarize(suite: Suite, answers: Answers, base: Answers | None = None, *, re
         if base is not None:
             low, high = interval(drawn[1] - drawn[0])
             means = [mean(strata, unit, model) for model in (0, 1)]
+            pairs = sum(len(s.columns[0]) for s in strata)
             summary["against_base"] = {
-                "n": sum(len(s.columns[0]) for s in strata),
+                "n": pairs,
                 **dict(zip(("base", "adapter", "difference"), (*means, rounded(means[1] - means[0])))),
                 "ci95": [low, high],
-                "certain": low > 0 or high < 0,
+                "certain": is_certain(low, high, pairs),
             }
     for name in suite.tasks if suite.group is not None else ():
         part = _strata(suite.part(name), primary, models)
-        groups = {"n": n[name], "mean": mean(part, unit)}
+        groups = {"n": sum(len(s.columns[0]) for s in part), "mean": mean(part, unit)}
         summary["groups"][name] = groups if base is None else {**groups, "base": mean(part, unit, 0)}
     return summary
 
@@ -227,19 +229,17 @@ def load(args: argparse.Namespace, names: list[str]) -> dict[str, list[Suite]]:
     return load_suites(names, task_dir=args.task_dir, allow_code_execution=args.allow_code_execution)
 
 
-def output_paths(args: argparse.Namespace, suites: list[Suite]) -> list[Path]:
-    """Where the answers go: --output_path, with the name of the suite where there is more than one suite."""
-    path = Path(args.output_path)
-    if len(suites) == 1 and "," not in args.suite and not args.eval_dataset:
-        return [path]
-    return [path.with_suffix(f".{suite.name.replace('/', '_')}.jsonl") for suite in suites]
-
-
 def run_rank(
-    args: argparse.Namespace, loaded: dict[str, list[Suite]] | None, names: list[str], devices: list[str]
+    args: argparse.Namespace,
+    paths: dict[str, Path],
+    loaded: dict[str, list[Suite]] | None,
+    names: list[str],
+    devices: list[str],
 ) -> Iterator[dict]:
-    """One process's share of the suites, by name, from the model on: yields their summaries. `loaded`: the suites,
-    where they are at hand."""
+    """One process's share of the suites, by the names that were asked for, from the model on: yields their summaries.
+
+    `paths`: where the answers to each suite go. `loaded`: the suites, where they are at hand.
+    """
     found = loaded or load(args, names)
     chosen = [suite for name in names for suite in found[name]]
     device = devices if len(devices) > 1 else devices[0]
@@ -248,8 +248,9 @@ def run_rank(
         args.n_samples, args.eval_batch_size, args.num_fewshot, args.suite_max_new_tokens, args.apply_chat_template,
         args.allow_code_execution, args.seed,
     )  # fmt: skip
-    paths = output_paths(args, chosen)
-    yield from run(model, tokenizer, chosen, settings, paths, args.adapter_dir, args.with_base)
+    yield from run(
+        model, tokenizer, chosen, settings, [paths[suite.name] for suite in chosen], args.adapter_dir, args.with_base
+    )
 
 
 def run(
@@ -270,29 +271,31 @@ def run(
     Raises ValueError as `ask` and `esft.add_adapter` do.
     """
     base: dict[str, Answers] = {}
+    adapter = None if adapter_dir is None else str(adapter_dir)
+    arguments = {"base_model_path": model.name_or_path, "adapter_dir": adapter, **vars(settings)}
     if with_base and adapter_dir is not None:
         if not esft.is_lora(adapter_dir):
             esft.check_base(model, adapter_dir)  # a wrong one is refused before the base has answered for hours
         for suite, path in zip(suites, paths):
             base[suite.name] = ask(model, tokenizer, suite, settings)
-            _write(suite, base[suite.name], None, settings, path.with_suffix(".base.jsonl"))
+            _write(suite, base[suite.name], None, arguments, path.with_suffix(".base.jsonl"))
     if adapter_dir is not None:
         model = esft.add_adapter(model, adapter_dir)
     for suite, path in zip(suites, paths):
         answers = ask(model, tokenizer, suite, settings)
-        yield _write(suite, answers, base.get(suite.name), settings, path)
+        yield _write(suite, answers, base.get(suite.name), arguments, path)
 
 
-def _write(suite: Suite, answers: Answers, base: Answers | None, settings: Settings, path: Path) -> dict:
+def _write(suite: Suite, answers: Answers, base: Answers | None, arguments: dict, path: Path) -> dict:
     from lm_eval.utils import handle_non_serializable
 
     own = {key: value for key, value in answers.results.items() if key != "samples"}
     summary = {
-        **summarize(suite, answers, base, seed=settings.seed),
+        **summarize(suite, answers, base, seed=arguments["seed"]),
         "seconds": round(answers.seconds, 2),
         "num_fewshot": {name: answers.results["n-shot"].get(name) for name in suite.tasks},
         "notes": answers.notes,
-        "arguments": dict(vars(settings)),
+        "arguments": arguments,
         "environment": {**environment(), "lm_eval": own.get("lm_eval_version")},
     }
     write_jsonl(path, lines(suite, answers, summary))

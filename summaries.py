@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+LEAST_PAIRS = 6  # of fewer, even all in one direction, a sign test cannot exclude chance at 5 %
+
 
 def _bootstrap(groups: list[np.ndarray], resamples: int, seed: int) -> list[float]:
     """95 % percentile interval of the mean of the groups' means; samples are drawn again within each group."""
@@ -61,7 +63,8 @@ def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, see
     """What an adapter changed, in percent, over the samples that have a score from both (lists in one order).
 
     {"n", "base", "adapter", "difference": means, "ci95": paired bootstrap interval of the difference, "certain": does
-    it exclude 0}. Samples are drawn as pairs, within their skill where rows carry one; skills count the same.
+    it exclude 0, with at least LEAST_PAIRS pairs}. Samples are drawn as pairs, within their skill where rows carry one;
+    skills count the same.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for one, other in zip(base, adapted, strict=True):
@@ -79,8 +82,13 @@ def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, see
             for name, v in zip(("base", "adapter", "difference"), (*means, means[1] - means[0]))
         },
         "ci95": [low, high],
-        "certain": low > 0 or high < 0,
+        "certain": is_certain(low, high, sum(len(values) for values in pairs)),
     }
+
+
+def is_certain(low: float, high: float, pairs: int) -> bool:
+    """Whether an interval of a difference excludes 0, and of enough pairs to say so."""
+    return pairs >= LEAST_PAIRS and (low > 0 or high < 0)
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -69,14 +69,10 @@ def gained_and_forgotten(evaluations: list[tuple[Run, str]], several: bool) -> s
             if label == run.base or s["mean"] is None:
                 continue
             was, now = (run.answers.get(dataset, {}).get(name, []) for name in (run.base, label))
-            paired = ["-"] * 4
+            cells = [change(s["mean"] - base["mean"]), *["-"] * 4]
             if same_questions(was, now):
-                c = compare(*([{"score": None, **line} for line in lines] for lines in (was, now)))
-                verdict = "uncertain" if not c["certain"] else "gained" if c["difference"] > 0 else "forgotten"
-                bounds = f"[{change(c['ci95'][0])}, {change(c['ci95'][1])}]" if c["ci95"] else "-"
-                turned = [(is_right(a), is_right(b)) for a, b in zip(was, now)]
-                paired = [bounds, verdict, str(turned.count((False, True))), str(turned.count((True, False)))]
-            rows.append([f"{esc(label)}, {esc(dataset)}", change(s["mean"] - base["mean"]), *paired])
+                cells = paired(was, now)
+            rows.append([f"{esc(label)}, {esc(dataset)}", *cells])
         title = f"{esc(dataset)} by skill" + (f", {esc(run.name)}" if several else "")
         if skill_table := by_skill(by_label, run.base):
             skills.append(details(title, skill_table))
@@ -84,12 +80,25 @@ def gained_and_forgotten(evaluations: list[tuple[Run, str]], several: bool) -> s
         return "<p>No base was evaluated beside a trained model, so there is no change to show.</p>"
     heads = ["", "change", "95 % interval", "verdict", "newly right", "no longer right"]
     note = (
-        "The interval is of the difference, drawn in pairs, question by question; gained or forgotten where it "
-        "excludes 0. Right is an answer with the full score; the last columns count questions that the base and the "
-        "trained model answer differently."
+        "Change and interval are of pairs, question by question, those that both answered; gained or forgotten where "
+        "the interval excludes 0. Right is an answer with the full score; the last columns count questions that the "
+        "base and the trained model answer differently."
     )
     against_base = table("against the base", heads, rows)
     return f'<h3>Gained and forgotten</h3><p class="soft">{note}</p>{against_base}{"".join(skills)}'
+
+
+def paired(was: list[dict], now: list[dict]) -> list[str]:
+    """Answers of base and trained model to the same questions: change, its interval, verdict, newly right, no longer
+    right."""
+    c = compare(*([{"score": None, **line} for line in lines] for lines in (was, now)))
+    if c["difference"] is None:
+        return ["-"] * 5
+    verdict = "uncertain" if not c["certain"] else "gained" if c["difference"] > 0 else "forgotten"
+    low, high = map(change, c["ci95"])
+    turned = [(is_right(a), is_right(b)) for a, b in zip(was, now)]
+    counts = str(turned.count((False, True))), str(turned.count((True, False)))
+    return [change(c["difference"]), f"[{low}, {high}]", verdict, *counts]
 
 
 def by_skill(by_label: dict[str, dict], base: str) -> str:

@@ -462,7 +462,8 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--eval_dataset=nothing_known"], "nothing_known"),
         (0, ["--eval_dataset=a/x.jsonl,b/x.jsonl"], "different names"),
         (0, ["--eval_dataset=,"], "nothing to evaluate on"),
-        (0, ["--num_fewshot=2"], "--num_fewshot is of the suites"),
+        (0, ["--num_fewshot=0"], "--num_fewshot is of the suites"),
+        (0, ["--eval_dataset=", "--suite=x", "--judge_model=m"], "is of data sets: give --eval_dataset"),
         (0, ["--suite=gone.yaml"], "--suite gone.yaml: no such file"),
         (0, ["--suite=x.yaml", "--num_fewshot=-1"], "--num_fewshot -1 must be at least 0"),
         (0, ["--output_path=out.json"], r"must end in \.jsonl"),
@@ -526,6 +527,24 @@ def test_another_adapter_in_the_same_folder_starts_over(tiny_model, tiny_model_d
     esft.save_adapter(tiny_model, tmp_path / "adapter")
     run(*command)
     assert "with another adapter: starting over" in capsys.readouterr().err
+
+
+def test_without_an_output_path_no_other_evaluation_is_overwritten(model_dir, adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        write_rows(tmp_path / f"{name}.jsonl", ["a"] * 2)
+    flags = [f"--model={model_dir}", "--device=cpu", "--max_new_tokens=2"]
+    for name in ("one", "two", "one"):
+        eval_multigpu.main([*flags, f"--eval_dataset={tmp_path / name}.jsonl"])
+    model, adapter = Path(model_dir).name, Path(adapter_dir).name
+    kept = contents(tmp_path / "results" / "completions", "*")
+    assert kept.keys() == {f"{model}.one.jsonl", f"{model}.two.jsonl"}
+    shutil.copytree(adapter_dir, tmp_path / "mine" / adapter)
+    flags.append(f"--eval_dataset={tmp_path / 'one'}.jsonl")
+    eval_multigpu.main([*flags, f"--adapter_dir={adapter_dir}"])
+    assert f"{adapter}.one.jsonl" in contents(tmp_path / "results" / "completions", "*")
+    with pytest.raises(ValueError, match=rf"{adapter}.one.summary.json is of {adapter_dir}: give an --output_path"):
+        eval_multigpu.main([*flags, f"--adapter_dir={tmp_path / 'mine' / adapter}"])
 
 
 def test_help_names_every_flag_with_its_default(capsys):

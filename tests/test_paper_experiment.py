@@ -27,34 +27,38 @@ def test_an_interval_is_student_s():
 
 
 @pytest.mark.parametrize(
-    ("values", "sign", "said"),
+    ("values", "kind", "said"),
     [
-        ([4.0, 5.0, 6.0], 1, "yes"),
-        ([4.0, 5.0, 6.0], -1, "no"),
-        ([-1.0, 5.0, 6.0], 1, "not decided"),
-        ([-4.0, -5.0, -6.0], -1, "yes"),
-        ([-4.0, -5.0, -6.0], 0, "no: certainly less"),
-        ([4.0, 5.0, 6.0], 0, "no: certainly more"),
-        ([-1.0, 0.0, 2.0], 0, "not refuted"),
-        ([9.0], 1, "one seed"),
+        ([4.0, 5.0, 6.0], "more", "yes"),
+        ([4.0, 5.0, 6.0], "less", "no"),
+        ([-1.0, 5.0, 6.0], "more", "not decided"),
+        ([-4.0, -5.0, -6.0], "less", "yes"),
+        ([-4.0, -5.0, -6.0], "as good", "no, less"),
+        ([4.0, 5.0, 6.0], "as good", "yes, better"),
+        ([4.0, 5.0, 6.0], "little", "no, more"),
+        ([-1.0, 0.0, 2.0], "little", "not refuted"),
+        ([9.0], "more", "one seed"),
     ],
 )
-def test_a_claim_holds_where_the_interval_says_so(values, sign, said):
-    assert verdict(values, sign) == said
+def test_a_claim_holds_where_the_interval_says_so(values, kind, said):
+    assert verdict(values, kind) == said
 
 
 def test_a_difference_is_of_the_same_seeds():
     rows = [{"name": "one", "average": [50.0, 61.0, 70.0]}, {"name": "other", "average": [40.0, 50.0, 60.0]}]
-    claim = Claim("a", "", "one", "other", "average", "", 1)
-    assert paper_results.differences(rows, claim) == [10, 11, 10]  # far more certain than the rows' own intervals
-    assert verdict(paper_results.differences(rows, claim), 1) == "yes"
+    found = paper_results.differences(rows, Claim("a", "", "one", "other", "average", "more"))
+    assert found == [10, 11, 10] and verdict(found, "more") == "yes"  # far more certain than the rows' own intervals
 
 
-def test_the_claims_are_of_rows_that_the_parts_have():
+def test_the_claims_are_of_rows_that_the_parts_have_and_hold_in_the_paper():
     names = {"a": paper.methods_of("law", 0), "b": paper.variants_of("law", 0)}
     for claim in paper_results.CLAIMS:
         assert {claim.one, claim.other} <= names[claim.part].keys()
-        assert claim.sign == 0 or claim.sign * float(claim.paper) > 0
+        assert {"more": claim.in_paper > 0, "less": claim.in_paper < 0}.get(claim.kind, abs(claim.in_paper) < 3)
+    by_text = {claim.text: claim.in_paper for claim in paper_results.CLAIMS}
+    assert by_text["ESFT-Token is as good as full fine-tuning"] == pytest.approx(55.725 - 58.4)
+    assert by_text["ESFT-Gate learns more than LoRA"] == pytest.approx(57.175 - 48.825)
+    assert by_text["ESFT-Gate keeps more than LoRA"] == pytest.approx(1.5)
 
 
 def fake(words: list[str]) -> None:
@@ -124,7 +128,24 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
     for name in ("paper_r.md", "paper_a.md", "paper_b.md", "paper_c.md", "paper_e.md", "paper_f.md", "paper_claims.md"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     assert len(asked) <= len(commands) <= len(asked) + tries  # a training whose evaluation was broken off comes again
-    assert not list((tmp_path / "broken" / "runs").iterdir())
+    assert not list((tmp_path / "broken" / "results").glob(".*"))
+
+
+def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, monkeypatch):
+    flags = ["--parts=b", "--seeds", "3", "5", f"--work_dir={tmp_path}", "--ablation_tasks", "law"]
+
+    def trained() -> int:
+        commands.clear()
+        paper.main(flags)
+        return sum(words[0] == "train.py" for words in commands)
+
+    assert trained() == 2 * 5 and trained() == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(paper.RATES, "esft", "9e-3")
+        assert trained() == 2 * 3
+    with monkeypatch.context() as patch:
+        patch.setattr(paper, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")
+        assert trained() == 2 * 5
 
 
 def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, commands):
@@ -139,8 +160,8 @@ def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, c
     ]
     assert f"| esft-token | {interval(token['tasks']['intent'])} | " in tables["a"]
     claims = json.loads(Path(f"{stem}_claims.json").read_text())
-    assert {claim["part"] for claim in claims} == {"a"}
-    assert claims[0]["differences"] == [a - b for a, b in zip(token["average"], rows["full"]["average"])]
+    assert {claim["part"] for claim in claims} == {"a"} and "- (a) `python" in Path(f"{stem}_claims.md").read_text()
+    assert claims[0]["here"] == [a - b for a, b in zip(token["average"], rows["full"]["average"])]
     for part in "raf":
         assert Path(f"{stem}_{part}.png").read_bytes().startswith(b"\x89PNG")
     assert not Path(f"{stem}_b.png").exists()
@@ -184,6 +205,7 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
     [
         ("--parts=a,g", "'g' is none of r, a, b, c, d, e, f"),
         ("--ablation_tasks=lwa", "no task 'lwa' (did you mean 'law'?)"),
+        ("--seeds 1 1", "--seeds: one is given twice"),
         ("--steps=0", "not a whole number above 0"),
         ("--output=README.md/x", "cannot be written"),
     ],
@@ -191,7 +213,7 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
 def test_wrong_flags_are_one_sentence(flag, sentence, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: paper.main([flag]))
+        run_cli(lambda: paper.main(flag.split()))
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 

@@ -126,9 +126,9 @@ def test_changes_are_of_pairs_and_questions_are_counted(run):
     cells = [cell for cell in re.split(r"<[^>]+>", page(run).source) if cell.strip("[], ")]
     rows = {name: cells[cells.index(name) + 1 :][:6] for name in ("full, general", "esft-token, general")}
     change, low, high, *rest = (cell.replace("\u2212", "-") for cell in rows["full, general"])
-    assert change == "-40.0" and rest == ["forgotten", "3", "11"]
+    assert change == "-20.0" and rest == ["forgotten", "3", "11"]  # of the answers' pairs
     spread = 1.96 * 100 * statistics.pstdev([*[-1] * 11, *[1] * 3, *[0] * 26]) / 40**0.5
-    assert (float(low), float(high)) == pytest.approx((-20 - spread, -20 + spread), abs=2.6)  # of the answers' pairs
+    assert (float(low), float(high)) == pytest.approx((-20 - spread, -20 + spread), abs=2.6)
     low, high = (float(cell.replace("\u2212", "-")) for cell in rows["esft-token, general"][1:3])
     assert low < 0 < high and rows["esft-token, general"][3:] == ["uncertain", "1", "1"]
 

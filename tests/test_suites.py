@@ -367,7 +367,8 @@ def test_without_lm_eval_the_sentence_says_what_to_install(monkeypatch):
 
 def command(tasks: Path, path: Path, *more: str) -> list[dict]:
     flags = [f"--base_model_path={TINY}", f"--task_dir={tasks}", "--dtype=float32", f"--output_path={path}"]
-    return eval_multigpu.main([*flags, "--n_samples=4", "--max_new_tokens=8", "--device=cpu", *more])
+    flags += ["--max_new_tokens=8"] if any(flag.startswith("--eval_dataset") for flag in more) else []
+    return eval_multigpu.main([*flags, "--n_samples=4", "--device=cpu", *more])
 
 
 def test_data_sets_and_suites_in_one_table(adapter, tasks, tmp_path, capsys):
@@ -387,13 +388,34 @@ def test_data_sets_and_suites_in_one_table(adapter, tasks, tmp_path, capsys):
 
 
 def test_any_number_of_processes_gives_the_same(adapter, tasks, tmp_path):
-    flags = [f"--adapter_dir={adapter}", "--suite=mine_tag,mine_choices,mine_written"]
+    (tmp_path / "starts.py").write_text(  # as the metric of humaneval does
+        "import multiprocessing\n"
+        "def right(queue):\n    queue.put(1.0)\n"
+        "def metric(references, predictions, **_):\n"
+        "    queue = multiprocessing.Manager().Queue()\n"
+        "    process = multiprocessing.Process(target=right, args=(queue,))\n"
+        "    process.start(), process.join()\n    return {'passed': queue.get(timeout=9)}\n"
+    )
+    text = (tasks / "mine_written.yaml").read_text().replace("mine_written\n", "mine_starts\n")
+    starts = tmp_path / "starts.yaml"
+    starts.write_text(text.replace("metric: exact_match", "metric: !function starts.metric"))
+    flags = [f"--adapter_dir={adapter}", f"--suite=mine_tag,{starts},mine_choices,mine_written"]
     for world_size in (1, 2):
         (tmp_path / str(world_size)).mkdir()
         found = command(tasks, tmp_path / str(world_size) / "out.jsonl", *flags, f"--world_size={world_size}")
-        assert {s["dataset"] for s in found} == {"mine_few", "mine_many", "mine_choices", "mine_written"}
+        assert [s["dataset"] for s in found][2:] == ["mine_starts", "mine_choices", "mine_written"]
+        assert found[2]["mean"] == 100
     one, two = ({p.name: p.read_text() for p in tmp_path.glob(f"{n}/*.jsonl")} for n in (1, 2))
-    assert one == two and len(one) == 4
+    assert one == two and len(one) == 5
+
+
+def test_what_is_done_is_shown_where_a_suite_ends_the_rest(tasks, tmp_path, capsys):
+    config = yaml.safe_load((tasks / "mine_written.yaml").read_text())
+    few = tmp_path / "few.yaml"
+    few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
+    with pytest.raises(ValueError, match="--suite few cannot be asked"):
+        command(tasks, tmp_path / "o.jsonl", "--eval_dataset=intent", f"--suite=mine_choices,{few}", "--num_fewshot=50")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["dataset", "intent"]
 
 
 def test_one_suite_alone_has_the_name_that_was_given(tasks, tmp_path):

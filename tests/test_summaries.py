@@ -67,6 +67,7 @@ def test_a_comparison_leaves_out_what_one_of_them_lacks_and_counts_skills_the_sa
     skills = ["a"] * 9 + ["b"]
     even = paired([0] * 10, [10] * 9 + [50], skills)
     assert (even["difference"], even["ci95"]) == (30, [30, 30])
+    assert not paired([0] * 5, [10] * 5)["certain"] and paired([0] * 6, [10] * 6)["certain"]
     assert paired([None], [1])["difference"] is None and not paired([None], [1])["certain"]
     with pytest.raises(ValueError):
         paired([1, 2], [1])

@@ -12,13 +12,16 @@
 
 A run is training and evaluation of one method on one task with one seed, which draws the order of the data (and random
 experts). Each has a file in --work_dir when it is done; after an interruption the same command goes on, and gives the
-same tables. Brackets are 95 % t intervals of the mean over seeds. A method has one learning rate for all tasks: the
-smallest in r whose validation perplexity is within 5 % of the method's lowest, since a higher one learns little more
-and forgets much more. Random experts have that of the chosen ones.
+same tables. One whose data, base or versions are others is made again; after a change of the code remove the folder.
+
+A method has one learning rate for all tasks: the smallest in r whose validation perplexity is within 5 % of the
+method's lowest, since a higher one learns little more and forgets much more. Random experts have that of the chosen
+ones. Brackets are 95 % t intervals of the mean over seeds.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -46,6 +49,7 @@ from utils import (
     positive,
     read_jsonl,
     run_cli,
+    sha256,
     suggest,
     write_json,
     write_jsonl,
@@ -55,10 +59,10 @@ from utils import (
 TINY = "results/models/tiny"
 TASKS = ("intent", "summary", "law", "translation")
 PARTS = "rabcdef"
-RATES = {"esft": "2.5e-3", "random": "2.5e-3", "lora": "1e-3", "full": "1e-3"}
+RATES = {"esft": "2e-3", "random": "2e-3", "lora": "1e-3", "full": "5e-4"}
 ROUNDS, TIMED_STEPS = 5, 40  # of part e
 TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
-ALL_ELSE_RATE = "1e-3"  # where all that full fine-tuning trains beside experts is trained, too
+ALL_ELSE_RATE = RATES["full"]  # where what full fine-tuning trains beside experts is trained, too
 GATE = {"score": "gate", "top_p": 0.1}  # the paper's pair, as token and 0.2 are
 
 
@@ -102,6 +106,7 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.work_dir).resolve()
+        self.used: list[dict] = []  # environments of the results that were read or made
 
     def command(self, *words: object) -> None:
         env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
@@ -151,16 +156,33 @@ class Lab:
         write_json(path, chosen.to_dict())
         return path
 
+    def made_of(self, run: Run) -> dict:
+        """What decides a result beside the run and the code: the inputs' contents, and versions."""
+        data = [f"datasets/{kind}.jsonl" for kind in (f"train/{run.task}", f"eval/{run.task}", "eval/general")]
+        files = ["configs/tiny.yaml", *data, f"{run.base}/model.safetensors"]
+        facts = environment()
+        digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
+        return digests | {name: facts[name] for name in ("torch", "transformers")}
+
+    def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
+        """What `make` gives in a folder of its own, from `path` where it was made before, of the same."""
+        made_of = self.made_of(run)
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["made_of"] == made_of:
+                self.used.append(found["environment"])
+                return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{run.name}-") as folder:
+            found = {**make(Path(folder)), "made_of": made_of, "environment": environment()}
+        write_json(path, found)
+        self.used.append(found["environment"])
+        return found
+
     def result(self, run: Run) -> dict:
         """Scores in percent by data set, and what training took; from its file where it was run before."""
         steps = "" if run.method == "base" else f"-{self.args.steps}"
-        path = self.folder / "results" / f"{run.name}{steps}.json"
-        if not path.is_file():
-            tries = self.folder / "runs"
-            tries.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=tries, prefix=f"{run.name}-") as one_try:
-                write_json(path, self._run(run, Path(one_try)))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return self.kept(self.folder / "results" / f"{run.name}{steps}.json", run, functools.partial(self._run, run))
 
     def _run(self, run: Run, folder: Path) -> dict:
         out, answers = folder / "trained", folder / "answers.jsonl"
@@ -195,11 +217,24 @@ class Lab:
     def timed(self, run: Run, number: int) -> dict:
         """As `train` for a few steps, once for each number."""
         path = self.folder / "timed" / f"{run.name}-{number}.json"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                write_json(path, self.train(run, Path(folder) / "trained", TIMED_STEPS))
-        return json.loads(path.read_text(encoding="utf-8"))
+        return self.kept(path, run, lambda folder: self.train(run, folder / "trained", TIMED_STEPS))
+
+    def made_by(self, part: str) -> str:
+        """The command of a part's table, and when and with what the results in it were made."""
+        used = self.used or [environment()]
+        dates = sorted({facts["date"][:10] for facts in used})
+        kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
+        steps = TIMED_STEPS if part == "e" else self.args.steps
+        seeds = " ".join(map(str, self.args.seeds[: 1 if part in "re" else None]))
+        brackets = "shortest and longest of the rounds" if part == "e" else "95 % t interval of the mean over seeds"
+        how = "" if part == "f" else f", seed{'s' * (' ' in seeds)} {seeds}, {steps} steps; brackets: {brackets}"
+        days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        return f"`python scripts/experiments/paper.py --parts={part}`{how}; {days}, {'; '.join(kinds)}"
+
+
+@functools.cache
+def digest(path: Path) -> str:
+    return sha256(path)
 
 
 # ---- the parts: what is run, and the tables of it --------------------------------------------------------------------
@@ -246,7 +281,7 @@ def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Ite
     def table() -> tuple[str, list[dict]]:
         lines, rows = [], []
         for name in dict.fromkeys(name for name, *_ in runs):
-            own = [0] if runs[name, tasks[0], seeds[0]].method == "base" else seeds
+            own = seeds[:1] if runs[name, tasks[0], seeds[0]].method == "base" else seeds
             found = {(task, seed): lab.result(runs[name, task, seed]) for task in tasks for seed in own}
             by_task = {task: [found[task, seed]["scores"][task] for seed in own] for task in tasks}
             average = [statistics.fmean(by_task[task][i] for task in tasks) for i in range(len(own))]
@@ -382,6 +417,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for part in args.parts:
         if part not in PARTS or len(part) != 1:
             raise ValueError(f"--parts: {part!r} is none of {', '.join(PARTS)}")
+    for name in ("seeds", "ablation_tasks"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise ValueError(f"--{name}: one is given twice")
     for task in args.ablation_tasks:
         if task not in TASKS:
             raise ValueError(f"--ablation_tasks: no task {task!r}{suggest(task, TASKS)}")
@@ -412,18 +450,14 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
             raise
     tables = {}
     for part, (_, table) in parts.items():
-        text, rows = table()
-        tables[part] = text
-        print(f"\n{TITLES[part]}\n\n{text}")
+        lab.used.clear()
+        tables[part], rows = table()
+        print(f"\n{TITLES[part]}\n\n{tables[part]}")
         if args.output:
-            facts = environment()
-            made_by = (
-                f"`python scripts/experiments/paper.py --parts={part}`, seeds {' '.join(map(str, args.seeds))}, "
-                f"{args.steps} steps, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, transformers "
-                f"{facts['transformers']}; brackets: 95 % t interval of the mean over seeds"
-            )
-            write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{text}\n\n{made_by}\n")
-            write_json(f"{args.output}_{part}.json", {"rows": rows, "arguments": vars(args), "environment": facts})
+            made_by = lab.made_by(part)
+            write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{tables[part]}\n\n{made_by}\n")
+            facts = {"rows": rows, "made_by": made_by, "arguments": vars(args), "environments": lab.used}
+            write_json(f"{args.output}_{part}.json", facts)
     if args.output:
         print(f"\n{paper_results.conclude(args.output)}")
     return tables

@@ -4,7 +4,7 @@ The rows are those of a part's table, {"name", "tasks": {task: [per seed]}, "ave
 [per seed], "share": [per run]}, in percent; a base, which has no seed, has one value.
 
 A claim is a difference between two rows, seed by seed, with its 95 % t interval over seeds. It holds where the interval
-lies on the paper's side of 0, does not where it lies on the other, and else so many seeds do not decide.
+lies on the paper's side of 0, does not hold where it lies on the other, and else so many seeds do not decide.
 """
 
 import json
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from utils import atomic_path, note, write_json, write_text
+from scripts.expert.plot_expert_scores import save_figure
+from utils import note, write_json, write_text
 
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
 TASKS, GENERAL = "average", "general"
@@ -49,42 +50,66 @@ def smallest_good_rate(rows: list[dict], name: str) -> str:
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
+PAPER_TASKS = {  # table 1: intent, summary, law, translation
+    "full": (78.8, 69.4, 47.0, 38.4),
+    "lora": (67.8, 64.7, 39.7, 23.1),
+    "esft-token": (75.6, 65.4, 45.7, 36.2),
+    "esft-gate": (78.6, 65.8, 49.1, 35.2),
+}
+PAPER_GENERAL = {"full": 58.8, "lora": 59.1, "esft-token": 61.5, "esft-gate": 60.6}
+MORE, LESS, AS_GOOD, LITTLE = "more", "less", "as good", "little"
+
 
 @dataclass(frozen=True)
 class Claim:
-    """`one` minus `other` of a part's rows; the paper says that it is above 0 (sign 1), below (-1), or little (0)."""
+    """`one` minus `other`, rows of a part: the paper says that it is above 0 (MORE), below (LESS), not below (AS_GOOD)
+    or next to nothing (LITTLE). `paper`: its difference, where not of its table 1."""
 
     part: str
     text: str
     one: str
     other: str
     key: str
-    paper: str
-    sign: int
+    kind: str
+    paper: float = math.nan
+
+    @property
+    def in_paper(self) -> float:
+        """The paper's difference, in points; of table 1 over the four tasks that are here, too."""
+        if not math.isnan(self.paper):
+            return self.paper
+        if self.key == GENERAL:
+            return PAPER_GENERAL[self.one] - PAPER_GENERAL[self.other]
+        return statistics.fmean(PAPER_TASKS[self.one]) - statistics.fmean(PAPER_TASKS[self.other])
 
 
 CLAIMS = (
-    Claim("a", "ESFT-Token is as good as full fine-tuning on the tasks", "esft-token", "full", TASKS, "-1.6", 0),
-    Claim("a", "ESFT-Gate is as good as full fine-tuning on the tasks", "esft-gate", "full", TASKS, "-0.8", 0),
-    Claim("a", "ESFT-Token is better than LoRA on the tasks", "esft-token", "lora", TASKS, "+4.5", 1),
-    Claim("a", "ESFT-Gate is better than LoRA on the tasks", "esft-gate", "lora", TASKS, "+5.3", 1),
-    Claim("a", "ESFT-Token keeps more general skills than full fine-tuning", "esft-token", "full", GENERAL, "+2.7", 1),
-    Claim("a", "ESFT-Gate keeps more general skills than full fine-tuning", "esft-gate", "full", GENERAL, "+1.8", 1),
-    Claim("a", "ESFT-Token keeps more general skills than LoRA", "esft-token", "lora", GENERAL, "+2.4", 1),
-    Claim("a", "ESFT-Gate keeps more general skills than LoRA", "esft-gate", "lora", GENERAL, "+1.5", 1),
-    Claim("a", "chosen by token score, experts learn more than as many random ones", "esft-token",
-          "random, as many as token", TASKS, "+2.8", 1),
-    Claim("a", "chosen by gate score, experts learn more than as many random ones", "esft-gate",
-          "random, as many as gate", TASKS, "+4.4", 1),
-    Claim("b", "shared experts as well add little on the tasks", "experts, shared", "experts", TASKS, "+0.4", 0),
-    Claim("b", "shared experts as well cost general skills", "experts, shared", "experts", GENERAL, "-0.8", -1),
-    Claim("b", "shared experts alone learn less", "shared", "experts", TASKS, "-2.0", -1),
-    Claim("b", "shared experts and all else, but no others, learn no more", "shared, all else", "experts", TASKS,
-          "-0.4", 0),
-    Claim("b", "and cost general skills", "shared, all else", "experts", GENERAL, "-1.5", -1),
-    Claim("b", "training all of it learns more", "experts, shared, all else", "experts", TASKS, "+1.4", 1),
-    Claim("b", "and costs general skills", "experts, shared, all else", "experts", GENERAL, "-1.2", -1),
+    Claim("a", "ESFT-Token is as good as full fine-tuning", "esft-token", "full", TASKS, AS_GOOD),
+    Claim("a", "ESFT-Gate is as good as full fine-tuning", "esft-gate", "full", TASKS, AS_GOOD),
+    Claim("a", "ESFT-Token learns more than LoRA", "esft-token", "lora", TASKS, MORE),
+    Claim("a", "ESFT-Gate learns more than LoRA", "esft-gate", "lora", TASKS, MORE),
+    Claim("a", "ESFT-Token keeps more than full fine-tuning", "esft-token", "full", GENERAL, MORE),
+    Claim("a", "ESFT-Gate keeps more than full fine-tuning", "esft-gate", "full", GENERAL, MORE),
+    Claim("a", "ESFT-Token keeps more than LoRA", "esft-token", "lora", GENERAL, MORE),
+    Claim("a", "ESFT-Gate keeps more than LoRA", "esft-gate", "lora", GENERAL, MORE),
+    Claim("a", "experts by token score learn more than as many random ones", "esft-token",
+          "random, as many as token", TASKS, MORE, 2.8),
+    Claim("a", "experts by gate score learn more than as many random ones", "esft-gate",
+          "random, as many as gate", TASKS, MORE, 4.4),
+    Claim("b", "shared experts as well add little", "experts, shared", "experts", TASKS, LITTLE, 0.4),
+    Claim("b", "and cost general skills", "experts, shared", "experts", GENERAL, LESS, -0.8),
+    Claim("b", "shared experts alone learn less", "shared", "experts", TASKS, LESS, -2.0),
+    Claim("b", "shared experts and all but experts learn less", "shared, all else", "experts", TASKS, LESS, -0.4),
+    Claim("b", "and cost general skills", "shared, all else", "experts", GENERAL, LESS, -1.5),
+    Claim("b", "experts, shared experts and all else learn more", "experts, shared, all else", "experts", TASKS,
+          MORE, 1.4),
+    Claim("b", "and cost general skills", "experts, shared, all else", "experts", GENERAL, LESS, -1.2),
 )  # fmt: skip
+NOTE = """Differences in percentage points, seed by seed, of the rows of the parts' tables; brackets: 95 % t interval
+over seeds. The paper's are of DeepSeek-V2-Lite: in (a) over the same four tasks (random experts: over all of its
+eight), in (b) over all eight. "As good" and "little" cannot be proved by an interval, only refuted. What trains
+anything beside experts has another learning rate, and how much is kept depends on rates more than on methods (part
+r)."""
 
 
 def differences(rows: list[dict], claim: Claim) -> list[float]:
@@ -93,15 +118,18 @@ def differences(rows: list[dict], claim: Claim) -> list[float]:
     return [a - b for a, b in zip(by_name[claim.one][claim.key], by_name[claim.other][claim.key], strict=True)]
 
 
-def verdict(values: list[float], sign: int) -> str:
-    """A `sign` of 0 claims that there is no difference, which no interval can prove."""
+def verdict(values: list[float], kind: str) -> str:
+    """Whether a claim of this kind holds, of its differences by seed."""
     if len(values) < 2:
         return "one seed"
     mean, half = statistics.fmean(values), half_width(values)
-    certain = (mean - half > 0) - (mean + half < 0)
+    sign = (mean - half > 0) - (mean + half < 0)
+    if kind in (MORE, LESS):
+        wanted = 1 if kind == MORE else -1
+        return {wanted: "yes", -wanted: "no", 0: "not decided"}[sign]
     if sign == 0:
-        return "no: certainly more" if certain > 0 else "no: certainly less" if certain < 0 else "not refuted"
-    return "yes" if certain == sign else "no" if certain == -sign else "not decided"
+        return "not refuted"
+    return "yes, better" if kind == AS_GOOD and sign > 0 else f"no, {'more' if sign > 0 else 'less'}"
 
 
 def claims_table(parts: dict[str, list[dict]]) -> tuple[str, list[dict]]:
@@ -110,10 +138,17 @@ def claims_table(parts: dict[str, list[dict]]) -> tuple[str, list[dict]]:
     for claim in CLAIMS:
         if claim.part in parts:
             values = differences(parts[claim.part], claim)
-            rows.append({**vars(claim), "differences": values, "holds": verdict(values, claim.sign)})
+            told = {"claim": claim.text, "in_paper": round(claim.in_paper, 2), "here": values}
+            rows.append({**vars(claim), **told, "holds": verdict(values, claim.kind)})
     where = {TASKS: "tasks", GENERAL: "general"}
     lines = [
-        [f"({r['part']}) {r['text']}", where[r["key"]], r["paper"], interval(r["differences"], "+.1f"), r["holds"]]
+        [
+            f"({r['part']}) {r['text']}",
+            where[r["key"]],
+            f"{r['in_paper']:+.1f}",
+            interval(r["here"], "+.1f"),
+            r["holds"],
+        ]
         for r in rows
     ]
     return markdown(["claim", "difference on", "paper", "here", "holds here?"], lines), rows
@@ -127,10 +162,10 @@ def draw(path: str | Path, size: tuple[float, float], draw_on: Callable) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
     draw_on(figure)
-    with atomic_path(path) as beside:
-        FigureCanvasAgg(figure).print_png(beside)
+    save_figure(figure, path)
 
 
 def gains_and_losses(rows: list[dict], title: str) -> Callable:
@@ -209,7 +244,7 @@ def pictures(stem: str, parts: dict[str, list[dict]]) -> None:
     """STEM_a.png, ..., of the parts that are better looked at."""
     if "r" in parts:
         draw(f"{stem}_r.png", (6.4, 4.8), frontier(parts["r"], "Law and general skills at each learning rate"))
-    titles = {"a": "What methods learn, and what they keep", "b": "What is trained, on two tasks"}
+    titles = {"a": "What methods learn, and what they keep", "b": "What is trained"}
     for part, title in titles.items():
         if part in parts:
             draw(f"{stem}_{part}.png", (6.4, 4.8), gains_and_losses(parts[part], title))
@@ -231,17 +266,12 @@ def pictures(stem: str, parts: dict[str, list[dict]]) -> None:
 def conclude(stem: str) -> str:
     """Write STEM_claims.md, STEM_claims.json and the pictures, of all parts whose STEM_<part>.json is there; return
     the table of the claims."""
-    found = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
-    parts = {
-        part: json.loads(path.read_text(encoding="utf-8"))["rows"] for part, path in found.items() if path.is_file()
-    }
+    paths = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
+    found = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in paths.items() if path.is_file()}
+    parts = {part: told["rows"] for part, told in found.items()}
     text, rows = claims_table(parts)
-    write_text(
-        f"{stem}_claims.md",
-        f"# The paper's claims, and what came out here\n\n{text}\n\nDifferences in percentage points, seed by seed, of "
-        "the rows of the parts' tables; brackets: 95 % t interval over seeds. A difference of 0 cannot be proved, only "
-        "refuted.\n",
-    )
+    sources = "\n".join(f"- ({part}) {told['made_by']}" for part, told in found.items() if part in "ab")
+    write_text(f"{stem}_claims.md", f"# The paper's claims, and what came out here\n\n{text}\n\n{NOTE}\n\n{sources}\n")
     write_json(f"{stem}_claims.json", rows)
     if find_spec("matplotlib"):
         pictures(stem, parts)
