@@ -7,6 +7,7 @@ A claim is a difference between two rows, seed by seed, with its 95 % t interval
 lies on the paper's side of 0, does not hold where it lies on the other, and else so many seeds do not decide.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -41,11 +42,11 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def smallest_good_rate(rows: list[dict], name: str) -> str:
-    """Of a method's rates: the smallest whose validation perplexity is within 5 % of its lowest."""
-    own = [row for row in rows if row["name"] == name]
-    limit = min(row["validation_loss"] for row in own) + math.log(1.05)
-    return min((row["learning_rate"] for row in own if row["validation_loss"] <= limit), key=float)
+def largest_rate(rows: list[dict], name: str, kept: float) -> str | None:
+    """Of a method's rates: the largest that leaves at least `kept` of the general skills (%), and all smaller ones."""
+    own = sorted((row for row in rows if row["name"] == name), key=lambda row: float(row["learning_rate"]))
+    keeping = itertools.takewhile(lambda row: row[GENERAL][0] >= kept, own)
+    return max((row["learning_rate"] for row in keeping), key=float, default=None)
 
 
 # ---- claims ---------------------------------------------------------------------------------------------------------
@@ -107,9 +108,8 @@ CLAIMS = (
 )  # fmt: skip
 NOTE = """Differences in percentage points, seed by seed, of the rows of the parts' tables; brackets: 95 % t interval
 over seeds. The paper's are of DeepSeek-V2-Lite: in (a) over the same four tasks (random experts: over all of its
-eight), in (b) over all eight. "As good" and "little" cannot be proved by an interval, only refuted. What trains
-anything beside experts has another learning rate, and how much is kept depends on rates more than on methods (part
-r)."""
+eight), in (b) over all eight. "As good" and "little" cannot be proved by an interval, only refuted. Learning rates are
+those of equal forgetting on law (part r); what trains more than experts in (b) has full fine-tuning's."""
 
 
 def differences(rows: list[dict], claim: Claim) -> list[float]:
