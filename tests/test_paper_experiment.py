@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.experiments import paper, paper_results
+from scripts.experiments import paper, paper_results, paper_runs
 from scripts.experiments.paper_results import Claim, half_width, interval, verdict
 from utils import read_jsonl, run_cli, write_json
 
@@ -93,7 +93,9 @@ def fake(words: list[str]) -> None:
 def commands(monkeypatch) -> list[list[str]]:
     """What the runner runs, done by `fake`."""
     seen: list[list[str]] = []
-    monkeypatch.setattr(paper.Lab, "command", lambda self, *words: (seen.append(list(map(str, words))), fake(seen[-1])))
+    monkeypatch.setattr(
+        paper_runs.Lab, "command", lambda self, *words: (seen.append(list(map(str, words))), fake(seen[-1]))
+    )
     return seen
 
 
@@ -105,7 +107,7 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
     timed = 5 * 6  # rounds x methods
     tried = 4 * (len(paper.TRIED) - 1)
     assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7) + timed + tried
-    run, left = paper.Lab.command, 25
+    run, left = paper_runs.Lab.command, 25
 
     def breaks_off(self, *words):
         nonlocal left
@@ -119,7 +121,7 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
     while True:
         tries, left = tries + 1, 25
         try:
-            monkeypatch.setattr(paper.Lab, "command", breaks_off)
+            monkeypatch.setattr(paper_runs.Lab, "command", breaks_off)
             again = paper.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/paper", "--jobs=1"])
         except KeyboardInterrupt:
             continue
@@ -141,10 +143,10 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
 
     assert trained() == 2 * 5 and trained() == 0
     with monkeypatch.context() as patch:
-        patch.setitem(paper.RATES, "esft", "9e-3")
+        patch.setitem(paper_runs.RATES, "esft", "9e-3")
         assert trained() == 2 * 3
     with monkeypatch.context() as patch:
-        patch.setattr(paper, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")
+        patch.setattr(paper_runs, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")
         assert trained() == 2 * 5
 
 
@@ -156,7 +158,7 @@ def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, c
     rows = {row["name"]: row for row in json.loads(Path(f"{stem}_a.json").read_text())["rows"]}
     token = rows["esft-token"]
     assert token["average"] == [
-        statistics.fmean(token["tasks"][task][seed] for task in paper.TASKS) for seed in range(3)
+        statistics.fmean(token["tasks"][task][seed] for task in paper_runs.TASKS) for seed in range(3)
     ]
     assert f"| esft-token | {interval(token['tasks']['intent'])} | " in tables["a"]
     claims = json.loads(Path(f"{stem}_claims.json").read_text())
@@ -191,7 +193,7 @@ def test_equal_runs_of_two_parts_are_one(tmp_path):
 
 
 def test_general_skills_are_scored_on_whole_samples(tmp_path):
-    lab = paper.Lab(paper.parse_args([f"--work_dir={tmp_path}"]))
+    lab = paper_runs.Lab(paper.parse_args([f"--work_dir={tmp_path}"]))
     first = read_jsonl(lab.samples("general"))[0]["messages"]
     assert [turn["role"] for turn in first] == ["user", "assistant"] and all(turn["content"] for turn in first)
     assert lab.samples("law") == "law"

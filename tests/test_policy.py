@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "insight": {"esft", "deepseek", "utils"},
     "summaries": set(),
     "harness": {"benchmarks", "utils"},
-    "suites": {"harness", "esft", "utils"},
+    "suites": {"harness", "summaries", "esft", "utils"},
     "eval_ranks": {"benchmarks", "metrics", "code_runner", "esft", "utils"},
     "eval_multigpu": {"eval_ranks", "suites", "harness", "judge", "summaries", "benchmarks", "code_runner"}
     | {"esft", "deepseek", "utils"},

@@ -414,7 +414,7 @@ def test_what_is_done_is_shown_where_a_suite_ends_the_rest(tasks, tmp_path, caps
     few = tmp_path / "few.yaml"
     few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
     with pytest.raises(ValueError, match="--suite few cannot be asked"):
-        command(tasks, tmp_path / "o.jsonl", "--eval_dataset=intent", f"--suite=mine_choices,{few}", "--num_fewshot=50")
+        command(tasks, tmp_path / "o.jsonl", "--eval_dataset=intent", f"--suite={few}", "--num_fewshot=50")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["dataset", "intent"]
 
 

@@ -21,222 +21,36 @@ have the rate of the chosen ones. Brackets are 95 % t intervals of the mean over
 
 import argparse
 import dataclasses
-import functools
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from esft import ExpertConfig, ExpertScores, select_experts
+from esft import ExpertScores, select_experts
 from scripts.experiments import paper_results
 from scripts.experiments.paper_results import interval, markdown
+from scripts.experiments.paper_runs import GATE, TASKS, TINY, Lab, Run
 from utils import (
-    ROOT,
     Parser,
     check_output,
     environment,
     note,
     positive,
-    read_jsonl,
     run_cli,
-    sha256,
     suggest,
     write_json,
-    write_jsonl,
     write_text,
 )
 
-TINY = "results/models/tiny"
-TASKS = ("intent", "summary", "law", "translation")
 PARTS = "rabcdef"
-RATES = {"esft": "2e-3", "random": "2e-3", "lora": "1e-3", "full": "5e-4"}  # of part r
-ROUNDS, TIMED_STEPS = 5, 40  # of part e
+TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")  # rates of part r
 FORGOTTEN = 5.0  # points of general skills that a rate may cost on law
-TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
-ALL_ELSE_RATE = RATES["full"]  # where what full fine-tuning trains beside experts is trained, too
-GATE = {"score": "gate", "top_p": 0.1, "learning_rate": "4e-3"}  # the paper's pair, as token and 0.2 are
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training and its evaluation; `method` base is no training."""
-
-    task: str
-    method: str = "esft"
-    seed: int = 0
-    base: str = TINY
-    score: str = "token"
-    top_p: float = 0.2
-    n_sample_tokens: int = 16384
-    learning_rate: str = ""  # default: the method's
-    experts: bool = True
-    shared: bool = False
-    all_else: bool = False
-
-    @property
-    def rate(self) -> str:
-        return self.learning_rate or (ALL_ELSE_RATE if self.all_else else RATES[self.method])
-
-    @property
-    def name(self) -> str:
-        parts = [Path(self.base).name, self.task, self.method]
-        if self.method in ("esft", "random"):
-            parts += [self.score, f"p{self.top_p:g}", f"n{self.n_sample_tokens}"]
-            parts += [
-                word
-                for word, on in (("none", not self.experts), ("shared", self.shared), ("else", self.all_else))
-                if on
-            ]
-        if self.method != "base":
-            parts.append(f"lr{self.rate}")
-        return "-".join([*parts, str(self.seed)])
-
-
-class Lab:
-    """Runs commands below a folder, each result once."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.folder = args, Path(args.work_dir).resolve()
-        self.used: list[dict] = []  # environments of the results that were read or made
-
-    def command(self, *words: object) -> None:
-        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
-        ended = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
-        if ended.returncode:
-            said = [line for line in ended.stderr.splitlines() if line.strip()] or ["nothing was said"]
-            raise ChildProcessError(f"{' '.join(map(str, words))} ended with {ended.returncode}: {said[-1]}")
-
-    def base(self, experts: int) -> str:
-        """The folder of a base with so many experts per layer, pretrained where it is not there yet."""
-        if experts == 64:
-            return TINY
-        folder = self.folder / f"tiny{experts}-{self.args.pretrain_tokens}"
-        if not (folder / "config.json").is_file():
-            self.command("scripts/build_tiny_model.py", f"--tokens={self.args.pretrain_tokens}", f"--experts={experts}",
-                         "--threads=1", f"--output_dir={folder}.part")  # fmt: skip
-            Path(f"{folder}.part").rename(folder)
-        return str(folder)
-
-    def scores(self, base: str, task: str, n_sample_tokens: int = 16384) -> Path:
-        folder = self.folder / "scores" / f"{Path(base).name}-{task}-n{n_sample_tokens}"
-        if not (folder / "summary.json").is_file():
-            what = f"--base_model_path={base}", f"--eval_dataset={self.samples(task)}", f"--output_dir={folder}"
-            size = f"--n_sample_tokens={n_sample_tokens}", "--seq_length=256"
-            self.command("scripts/expert/get_expert_scores.py", *what, *size)
-        return folder
-
-    def samples(self, task: str) -> str:
-        """A data set of whole samples: the task's training data; of the general skills, which nothing here trains on,
-        the questions with their answers."""
-        if task != "general":
-            return task
-        path = self.folder / "general.jsonl"
-        rows = read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")
-        turns = [(("user", row["prompt"]), ("assistant", row["answers"][0])) for row in rows]
-        write_jsonl(path, ({"messages": [{"role": r, "content": c} for r, c in pair]} for pair in turns))
-        return str(path)
-
-    def experts(self, run: Run) -> Path:
-        """The expert config of a run."""
-        chosen = ExpertConfig({})
-        if run.experts:
-            scores = ExpertScores.load(self.scores(run.base, run.task, run.n_sample_tokens))
-            chosen = select_experts(scores, score_function=run.score, top_p=run.top_p)
-        path = self.folder / "configs" / f"{run.name}.json"
-        chosen = dataclasses.replace(chosen, shared_experts=run.shared, non_expert_modules=run.all_else)
-        write_json(path, chosen.to_dict())
-        return path
-
-    def made_of(self, run: Run) -> dict:
-        """What decides a result beside the run and the code: the inputs' contents, and versions."""
-        data = [f"datasets/{kind}.jsonl" for kind in (f"train/{run.task}", f"eval/{run.task}", "eval/general")]
-        files = ["configs/tiny.yaml", *data, f"{run.base}/model.safetensors"]
-        facts = environment()
-        digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
-        return digests | {name: facts[name] for name in ("torch", "transformers")}
-
-    def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
-        """What `make` gives in a folder of its own, from `path` where it was made before, of the same."""
-        made_of = self.made_of(run)
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["made_of"] == made_of:
-                self.used.append(found["environment"])
-                return found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{run.name}-") as folder:
-            found = {**make(Path(folder)), "made_of": made_of, "environment": environment()}
-        write_json(path, found)
-        self.used.append(found["environment"])
-        return found
-
-    def result(self, run: Run) -> dict:
-        """Scores in percent by data set, and what training took; from its file where it was run before."""
-        steps = "" if run.method == "base" else f"-{self.args.steps}"
-        return self.kept(self.folder / "results" / f"{run.name}{steps}.json", run, functools.partial(self._run, run))
-
-    def _run(self, run: Run, folder: Path) -> dict:
-        out, answers = folder / "trained", folder / "answers.jsonl"
-        evaluation = ["eval_multigpu.py", f"--eval_dataset={run.task},general", "--max_new_tokens=64",
-                      "--eval_batch_size=64", f"--output_path={answers}"]  # fmt: skip
-        trained: dict = {}
-        if run.method == "base":
-            self.command(*evaluation, f"--base_model_path={run.base}")
-        else:
-            trained = self.train(run, out, self.args.steps)
-            if run.method == "full":
-                self.command(*evaluation, f"--base_model_path={out}")
-            else:
-                self.command(*evaluation, f"--base_model_path={run.base}", f"--adapter_dir={out}")
-        scores = {}
-        for name in (run.task, "general"):
-            summary = answers.with_name(f"{answers.stem}.{name}.summary.json")
-            scores[name] = json.loads(summary.read_text(encoding="utf-8"))["mean"]
-        return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
-
-    def train(self, run: Run, out: Path, steps: int) -> dict:
-        """What a training says of itself: seconds of a step, bytes, parameters."""
-        keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
-                f"method={run.method}", f"seed={run.seed}", f"max_steps={steps}",
-                f"learning_rate={run.rate}", "save_strategy=no", "load_best_model_at_end=false",
-                "disable_tqdm=true", "device=cpu"]  # fmt: skip
-        if run.method in ("esft", "random"):
-            keys.append(f"--expert_config={self.experts(run)}")
-        self.command("train.py", f"--base_model_path={run.base}", *keys)
-        return json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
-
-    def timed(self, run: Run, number: int) -> dict:
-        """As `train` for a few steps, once for each number."""
-        path = self.folder / "timed" / f"{run.name}-{number}.json"
-        return self.kept(path, run, lambda folder: self.train(run, folder / "trained", TIMED_STEPS))
-
-    def made_by(self, part: str) -> str:
-        """The command of a part's table, and when and with what the results in it were made."""
-        used = self.used or [environment()]
-        dates = sorted({facts["date"][:10] for facts in used})
-        kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
-        steps = TIMED_STEPS if part == "e" else self.args.steps
-        seeds = " ".join(map(str, self.args.seeds[: 1 if part in "re" else None]))
-        brackets = "shortest and longest of the rounds" if part == "e" else "95 % t interval of the mean over seeds"
-        how = "" if part == "f" else f", seed{'s' * (' ' in seeds)} {seeds}, {steps} steps; brackets: {brackets}"
-        days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        return f"`python scripts/experiments/paper.py --parts={part}`{how}; {days}, {'; '.join(kinds)}"
-
-
-@functools.cache
-def digest(path: Path) -> str:
-    return sha256(path)
-
+ROUNDS, TIMED_STEPS = 5, 40  # of part e
 
 # ---- the parts: what is run, and the tables of it --------------------------------------------------------------------
 
@@ -357,7 +171,9 @@ def part_e(lab: Lab):
 
     def table() -> tuple[str, list[dict]]:
         """Rounds in which every method takes its turn, alone on the machine; a ratio is of one round."""
-        rounds = [{name: lab.timed(run, number) for name, run in named.items()} for number in range(ROUNDS)]
+        rounds = [
+            {name: lab.timed(run, number, TIMED_STEPS) for name, run in named.items()} for number in range(ROUNDS)
+        ]
         lines, rows = [], []
         for name in named:
             ratios = [one[name]["step_seconds"] / one["full"]["step_seconds"] for one in rounds]
@@ -400,6 +216,19 @@ TITLES = {
     "e": "Time, memory and storage, in rounds side by side",
     "f": "Experts that tasks share (token score, top_p 0.2)",
 }
+
+
+def made_by(lab: Lab, part: str) -> str:
+    """The command of a part's table, and when and with what the results in it were made."""
+    used = lab.used or [environment()]
+    dates = sorted({facts["date"][:10] for facts in used})
+    kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
+    steps = TIMED_STEPS if part == "e" else lab.args.steps
+    seeds = " ".join(map(str, lab.args.seeds[: 1 if part in "re" else None]))
+    brackets = "shortest and longest of the rounds" if part == "e" else "95 % t interval of the mean over seeds"
+    how = "" if part == "f" else f", seed{'s' * (' ' in seeds)} {seeds}, {steps} steps; brackets: {brackets}"
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"`python scripts/experiments/paper.py --parts={part}`{how}; {days}, {'; '.join(kinds)}"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -457,9 +286,9 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         tables[part], rows = table()
         print(f"\n{TITLES[part]}\n\n{tables[part]}")
         if args.output:
-            made_by = lab.made_by(part)
-            write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{tables[part]}\n\n{made_by}\n")
-            facts = {"rows": rows, "made_by": made_by, "arguments": vars(args), "environments": lab.used}
+            source = made_by(lab, part)
+            write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{tables[part]}\n\n{source}\n")
+            facts = {"rows": rows, "made_by": source, "arguments": vars(args), "environments": lab.used}
             write_json(f"{args.output}_{part}.json", facts)
     if args.output:
         print(f"\n{paper_results.conclude(args.output)}")
