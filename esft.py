@@ -80,6 +80,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "expert_cfg.json"
+BASE_NAME = "base.json"  # beside a LoRA: what an expert config says of its base
 WEIGHTS_NAME = "adapter.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, in the words of safetensors
 SCORE_FUNCTIONS = ("token", "gate", "prob")
@@ -736,8 +737,10 @@ def _open(path: Path):
 
 
 def check_base(model: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError where an adapter's notes say that it was made for a base other than `model`."""
-    base = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")).get("base")
+    """Raise ValueError where an adapter's notes say that it was made for a base other than `model`; a LoRA's are those
+    that train.py puts beside it."""
+    path = Path(folder) / (BASE_NAME if is_lora(folder) else CONFIG_NAME)
+    base = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
     base = base if isinstance(base, dict) else {}  # a note of someone else's
     router = getattr(model, "_esft", None)
     router = router.router if router else router_fingerprint(model)
@@ -776,7 +779,10 @@ def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # patterns that peft makes for the fused experts and then finds unused
         try:
+            check_base(model, folder)
             return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
+        except ValueError as error:
+            raise ValueError(f"adapter {folder} is no LoRA of this model ({str(error).splitlines()[0]})") from error
         except Exception as error:  # whatever a damaged folder makes peft raise
             reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
             raise ValueError(f"adapter {folder} is no LoRA of this model ({reason})") from error

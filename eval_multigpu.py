@@ -116,6 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=devices, default="auto", help="where to run (default: auto, the GPUs if there are any)")
     add("--seed", type=int, default=0, metavar="N", help="of --n_samples and of the bootstrap interval (default: 0)")
     args = parser.parse_args(argv)
+    if not split(args.eval_dataset) and not split(args.suite):
+        raise ValueError("nothing to evaluate on: give --eval_dataset, --suite or both")
     for flags, needed, what in ((OF_DATASETS, "eval_dataset", "data sets"), (OF_SUITES, "suite", "the suites")):
         given = [flag for flag in flags if getattr(args, flag) != parser.get_default(flag)]
         if given and not split(getattr(args, needed)):
@@ -129,8 +131,6 @@ def split(names: str) -> list[str]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, or that could not be used in the end."""
-    if not split(args.eval_dataset) and not split(args.suite):
-        raise ValueError("nothing to evaluate on: give --eval_dataset, --suite or both")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ValueError(f"--num_fewshot {args.num_fewshot} must be at least 0")
     if args.output_path and Path(args.output_path).suffix != ".jsonl":
@@ -197,7 +197,7 @@ def plan_suites(args: argparse.Namespace, jobs: list[Job]) -> tuple[dict[str, li
 
 
 def plan_judge(args: argparse.Namespace, jobs: list[Job]) -> Judge | None:
-    """The judge asked for, once it has answered; None where it has nothing to grade or no key is set."""
+    """The judge asked for, once it has answered; None where it has nothing to grade, or OpenAI's lacks its key."""
     if not args.judge_model:
         return None
     if spared := ", ".join(dict.fromkeys(job.name for job in jobs if not any(job.tasks))):
@@ -205,8 +205,9 @@ def plan_judge(args: argparse.Namespace, jobs: list[Job]) -> Judge | None:
             f"--judge_model grades {', '.join(RUBRICS)} only, so {spared} keeps its metrics (--evaluator sets the task)"
         )
     key = os.environ.get(args.judge_key_env, "").strip()
-    if not any(any(job.tasks) for job in jobs) or not key:
+    if not any(any(job.tasks) for job in jobs) or not (key or args.judge_base_url):
         return None
+    note(f"asking {args.judge_model} at {args.judge_base_url or OPENAI}{'' if key else ', without a key'}")
     judge = Judge(
         args.judge_model, args.judge_base_url or OPENAI, key, Path(args.judge_cache), parallel=args.judge_parallel
     )
@@ -239,6 +240,8 @@ def finish(
         primary = primary if isinstance(job.evaluator, ByRow) else "judge"
         judged = {"judge": {"model": judge.model, "base_url": judge.base_url, "failed": dict(judge.reasons)}}
         partial.keep = bool(judge.reasons.keys() - {NO_SCORE})
+        if NO_SCORE in judge.reasons:
+            note(f"replies without a score are kept in {args.judge_cache}, too: remove it to ask for them again")
         if partial.keep:
             note(f"the judge failed on some of {job.label}: the same command asks about those again, and those only")
     tokens = sum(result["tokens"] for result in results)
@@ -313,7 +316,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
             summaries = {name: summaries[name] for name in order if name in summaries}
             alone = [base for name, base in bases.items() if name not in summaries]
             if shown := table([*alone, *summaries.values()], bases):
-                print(shown)
+                written = {job.name: job.output_path for job in jobs if not job.base} | suite_paths
+                print(f"{shown}\nwritten to {', '.join(str(written[name]) for name in summaries) or 'the base alone'}")
             if not judge and (instead := stand_ins(args, jobs)):
                 print(instead)
         if failed:

@@ -159,7 +159,7 @@ def answer_batches(
     device = devices if len(devices) > 1 else devices[0]
     model, tokenizer = esft.load_base_model(args.base_model_path, dtype=args.dtype, device=device)
     adapter = args.adapter_dir
-    if adapter and jobs[batches[0][0]].base and not esft.is_lora(adapter):
+    if adapter and jobs[batches[0][0]].base:
         esft.check_base(model, adapter)  # a wrong one is refused before the base has answered for hours
     for done, (number, indices) in enumerate(batches):
         job = jobs[number]

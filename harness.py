@@ -83,7 +83,9 @@ def load_suites(
             leaves = {name: list(_leaves(manager.task_index, name)) for name in names}
     for name, found in leaves.items():
         if not found or None in found:
-            missing = f"no such file{suggest_path(name)}" if _is_path(name) else "lm-eval knows no such task"
+            missing = (
+                f"no such file{suggest_path(name)}" if _is_path(name) else "lm-eval knows no such task, nor --task_dir"
+            )
             raise ValueError(f"--suite {name}: {missing}{suggest(name, [*KNOWN, *manager.all_tasks])}")
         if not allow_code_execution and any(leaf.get("unsafe_code", False) is not False for leaf in found):
             raise _refused(name)

@@ -180,7 +180,7 @@ class Judge:
 
     def __post_init__(self):
         self.key = self.key.strip()
-        if not re.fullmatch(r"[!-~]+", self.key):  # http.client would refuse the header, and show it
+        if not re.fullmatch(r"[!-~]*", self.key):  # http.client would refuse the header, and show it
             raise ValueError("the judge's key holds characters that no key has: set it again")
         self.base_url = check_url(self.base_url)
         self._open = urllib.request.build_opener(_NoRedirect).open
@@ -194,7 +194,8 @@ class Judge:
         try:
             self._reply(prompt)
         except (_Refused, _Later) as error:
-            raise ValueError(f"the judge {self.model} at {self.base_url} gives no judgement: {error}") from None
+            at = f"the judge {self.model} at {self.base_url}"
+            raise ValueError(f"{at} gives no judgement: {error}; is it running, is this its address?") from None
 
     def scores(self, prompts: Iterable[str | None], progress: bool = True) -> list[float | None]:
         """0..100, or None, for each prompt, in order; None for a prompt that is None. Counts `reasons` anew."""
@@ -273,7 +274,8 @@ class Judge:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+        if self.key:  # a local server asks for none
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         try:
             with self._open(request, timeout=self.timeout) as response:
                 content = self._read(response)

@@ -74,7 +74,10 @@ def _add_lora(model: nn.Module, config) -> nn.Module:
     with warnings.catch_warnings():  # about patterns of its own making, and a property that transformers renamed
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, lora)
+        note = {"base": esft.base_note(model, esft.router_fingerprint(model))}
+        adapted = get_peft_model(model, lora)
+        adapted.base_note = note  # to be saved with it
+        return adapted
 
 
 def count_trained(model: nn.Module) -> dict:

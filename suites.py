@@ -274,8 +274,7 @@ def run(
     adapter = None if adapter_dir is None else str(adapter_dir)
     arguments = {"base_model_path": model.name_or_path, "adapter_dir": adapter, **vars(settings)}
     if with_base and adapter_dir is not None:
-        if not esft.is_lora(adapter_dir):
-            esft.check_base(model, adapter_dir)  # a wrong one is refused before the base has answered for hours
+        esft.check_base(model, adapter_dir)  # a wrong one is refused before the base has answered for hours
         for suite, path in zip(suites, paths):
             base[suite.name] = ask(model, tokenizer, suite, settings)
             _write(suite, base[suite.name], None, arguments, path.with_suffix(".base.jsonl"))

@@ -155,7 +155,11 @@ def _single(summaries: list[dict]) -> str:
 
 def _remarks(s: dict) -> list[str]:
     """What a summary left out of its means, and why."""
-    lines = [f"{count} without {name}, left out" for name, count in s.get("missing", {}).items() if count]
+    lines = [
+        f"{count} without {name}, left out"
+        for name, count in s.get("missing", {}).items()
+        if count and name != "judge"  # whose reasons follow
+    ]
     lines += [f"{n} not graded: {reason}" for reason, n in s.get("judge", {}).get("failed", {}).items()]
     if s.get("failed"):
         lines.append(f"{s['failed']} failed and left out, each with its error in the answers")

@@ -508,6 +508,10 @@ def main(argv: list[str] | None = None, defaults: dict | None = None, descriptio
             except yaml.YAMLError as error:
                 raise ValueError(f"{pair!r}: the value is not valid YAML") from error
         config = read_config(path, given, defaults)
+        owners = {"expert_config": ("esft", "random"), "lora_rank": ("lora",), "lora_alpha": ("lora",)}
+        for key, methods in owners.items():
+            if key in given and config.method not in methods and os.environ.get("RANK", "0") == "0":
+                utils.note(f"{key} is left aside: it is for method {' and '.join(methods)}, this is {config.method}")
     except (ValueError, OSError) as error:
         raise SharedError(str(error)) from error
     try:

@@ -338,6 +338,9 @@ class ESFTTrainer(Trainer):
         elif self.args.should_save:
             with no_bars():
                 self._writing(lambda: super(ESFTTrainer, self).save_model(output_dir, _internal_call))
+            if self.lora:
+                note = self.accelerator.unwrap_model(self.model).base_note
+                self._writing(lambda: utils.write_json(Path(output_dir) / esft.BASE_NAME, note))
             utils.set_modes(Path(output_dir))
         if self._staging is None:
             self._agree(Path(output_dir))

@@ -186,6 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
     output = Path(args.output or Path(args.runs[0]) / "report.html")
+    if output.suffix not in (".html", ".htm"):
+        raise ValueError(f"--output {output} must end in .html")
     text = page(args.runs, args.n_samples, args.seed)
     check_output(output)
     write_text(output, text)

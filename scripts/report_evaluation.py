@@ -14,7 +14,11 @@ SHOWN = 3000  # characters of a prompt or an answer
 
 def scores(runs: list[Run], colours: dict[str, int]) -> str:
     """A plot for each data set, the table of means and intervals, and what was gained and forgotten."""
-    notes = [f"{run.name} has no evaluation (completions/ holds no summary)." for run in runs if not run.summaries]
+    notes = [
+        f"{run.name} has no evaluation: eval_multigpu.py --adapter_dir={run.folder} --with_base makes one."
+        for run in runs
+        if not run.summaries
+    ]
     notes += [note for run in runs for note in run.notes]
     parts = [f"<p>{esc(note)}</p>" for note in notes]
     datasets = list(dict.fromkeys(d for run in runs for d in run.summaries))

@@ -68,11 +68,26 @@ def read_run(folder: Path, name: str, alone: bool) -> Run:
         where = suggest_path(folder)
         raise FileNotFoundError(f"{folder}: no such folder{where}; give a run of pipeline.py or train.py")
     if (folder / "run.json").is_file():
-        return Run(name, folder, [read_trained(folder, name, name)])
+        return with_evaluations(Run(name, folder, [read_trained(folder, name, name)], base=f"base of {name}"))
     try:
         return read_pipeline(folder, name, "" if alone else f"{name}/")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: table.json or stages.json is not what pipeline.py writes ({error!r})") from error
+
+
+def with_evaluations(run: Run) -> Run:
+    """A folder of train.py, with what eval_multigpu.py wrote of it where no --output_path was given."""
+    for path in sorted(Path("results/completions").glob(f"{run.folder.resolve().name}.*.summary.json")):
+        summary = read_summary(path)
+        arguments = summary.get("arguments") or {}
+        of = arguments.get("adapter_dir") or arguments.get("base_model_path")
+        if of and Path(of).resolve() == run.folder.resolve():
+            label = run.base if path.name.endswith(".base.summary.json") else run.name
+            run.summaries.setdefault(summary["dataset"], {})[label] = summary
+            lines = path.with_name(path.name.replace(".summary.json", ".jsonl"))
+            if lines.is_file() and (answers := read_answers(lines)):
+                run.answers.setdefault(summary["dataset"], {})[label] = answers
+    return run
 
 
 def read_pipeline(folder: Path, name: str, prefix: str) -> Run:

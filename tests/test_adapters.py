@@ -10,7 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek.experts import find_experts, fused_names
-from esft import ExpertConfig, adapter_tensors, add_adapter, load_esft_model, merge, save_adapter, to_esft, unload
+from esft import (
+    ExpertConfig,
+    adapter_tensors,
+    add_adapter,
+    base_note,
+    load_esft_model,
+    merge,
+    save_adapter,
+    to_esft,
+    unload,
+)
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 BOTH = {"shared_experts": True, "non_expert_modules": True}
@@ -376,6 +386,11 @@ def test_a_lora_adapter_is_merged(tmp_path):
     expected = logits(lora.eval())
     lora.save_pretrained(tmp_path / "lora")
     before = logits(base)
+    other = {"base": {**base_note(base, "another"), "model_type": base.config.model_type}}
+    (tmp_path / "lora" / "base.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"no LoRA of this model .*trained on another base model"):
+        add_adapter(base, tmp_path / "lora")
+    (tmp_path / "lora" / "base.json").unlink()  # one that peft made has none
     merged = add_adapter(base, tmp_path / "lora")
     assert torch.allclose(logits(merged), expected, atol=1e-5)
     assert not torch.allclose(before, expected, atol=1e-2)

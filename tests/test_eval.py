@@ -691,6 +691,7 @@ def test_a_judge_grades_its_tasks_and_no_other(model_dir, tmp_path, judged, capf
     assert len(server.requests) == 7
     printed = capfd.readouterr()
     assert "so general keeps its metrics" in printed.err and f"1 not graded: {test_judge.NO_SCORE}" in printed.out
+    assert "without judge" not in printed.out and f"are kept in {tmp_path / 'cache'}, too" in printed.err
     texts = [*printed, *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())]
     assert not any(test_judge.KEY in text for text in texts)
     assert not list(tmp_path.glob(".*"))
@@ -723,6 +724,7 @@ def test_a_judge_with_base_compares_its_grades(model_dir, adapter_dir, tmp_path,
 
 def test_without_a_key_the_offline_metric_stands_in(model_dir, tmp_path, judged, monkeypatch, capsys):
     server, flags = judged
+    flags = [flag for flag in flags if not flag.startswith("--judge_base_url")]  # which leaves OpenAI's
     for value in (None, " "):
         monkeypatch.delenv("MY_KEY") if value is None else monkeypatch.setenv("MY_KEY", value)
         (summary,) = run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags)
@@ -730,6 +732,19 @@ def test_without_a_key_the_offline_metric_stands_in(model_dir, tmp_path, judged,
         assert summary["primary"] == "rouge_l" and "judge" not in summary and not server.requests
         said = "no judge graded (MY_KEY is not set in the environment); in its place: rouge_l on law"
         assert f"note: {said}" in printed.err and printed.out.endswith(f"\n{said}\n")
+    run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl")
+    said = "no judge graded (no --judge_model was given); in its place: rouge_l on law"
+    assert capsys.readouterr().out.endswith(f"\n{said}\n")
+
+
+def test_a_server_of_one_s_own_is_asked_without_a_key(model_dir, tmp_path, judged, monkeypatch, capsys):
+    server, flags = judged
+    monkeypatch.delenv("MY_KEY")
+    (summary,) = run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags)
+    assert summary["primary"] == "judge" and summary["mean"] == 80
+    assert not any("Authorization" in headers for _, _, headers, _ in server.requests)
+    printed = capsys.readouterr()
+    assert f"asking grader at {server.url}, without a key" in printed.err and "no judge" not in printed.out
 
 
 def test_a_judge_that_refuses_is_one_sentence_before_the_model(model_dir, tmp_path, judged, monkeypatch, capsys):
@@ -738,8 +753,8 @@ def test_a_judge_that_refuses_is_one_sentence_before_the_model(model_dir, tmp_pa
     monkeypatch.setattr(esft, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda: run(model_dir, str(tmp_path / "law.jsonl"), tmp_path / "out.jsonl", *flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "HTTP 401" in error and test_judge.KEY not in error
+    *_, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "HTTP 401" in error and test_judge.KEY not in error
 
 
 def test_math_and_code_from_rows(model_dir, tmp_path, monkeypatch, capsys):

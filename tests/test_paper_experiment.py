@@ -120,6 +120,7 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
     tries = 0
     while True:
         tries, left = tries + 1, 25
+        (tmp_path / "broken" / "results" / ".tiny-law-full-xyz").mkdir(parents=True, exist_ok=True)  # of a SIGKILL
         try:
             monkeypatch.setattr(paper_runs.Lab, "command", breaks_off)
             again = paper.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/paper", "--jobs=1"])

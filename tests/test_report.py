@@ -393,3 +393,24 @@ def test_what_is_no_run_is_one_sentence(break_it, sentence, run, tmp_path, capsy
 def test_a_folder_twice_is_refused(run):
     with pytest.raises(ValueError, match="given twice"):
         page(run, run / ".." / "mine")
+
+
+def test_a_folder_of_train_py_has_the_evaluations_that_are_of_it(run, tmp_path, monkeypatch):
+    """Those that eval_multigpu.py wrote where no path was given."""
+    monkeypatch.chdir(tmp_path)
+    mine, other = tmp_path / "mine" / "full", tmp_path / "other" / "full"
+    for folder in (mine, other):
+        shutil.copytree(run / "checkpoints" / "full", folder)
+    assert "eval_multigpu.py --adapter_dir=" in page(mine).source
+    for dataset, of in (("law", mine), ("general", other)):
+        for method, between in (("full", ""), ("base", ".base")):
+            for end in ("jsonl", "summary.json"):
+                path = tmp_path / "results" / "completions" / f"full.{dataset}{between}.{end}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(run / "completions" / f"{method}.{dataset}.{end}", path)
+            told = json.loads(path.read_text())
+            path.write_text(json.dumps({**told, "arguments": {"base_model_path": "b", "adapter_dir": str(of)}}))
+    found = page(mine)
+    assert found.figures["full/law/mean"][0] == pytest.approx(90.1234)
+    assert not any("general" in key for key in found.figures)
+    assert "against the base" in found.source

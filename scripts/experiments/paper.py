@@ -226,7 +226,8 @@ def made_by(lab: Lab, part: str) -> str:
     steps = TIMED_STEPS if part == "e" else lab.args.steps
     seeds = " ".join(map(str, lab.args.seeds[: 1 if part in "re" else None]))
     brackets = "shortest and longest of the rounds" if part == "e" else "95 % t interval of the mean over seeds"
-    how = "" if part == "f" else f", seed{'s' * (' ' in seeds)} {seeds}, {steps} steps; brackets: {brackets}"
+    tasks = f", tasks {' '.join(lab.args.ablation_tasks)}" if part in "bcd" else ""
+    how = "" if part == "f" else f"{tasks}, seed{'s' * (' ' in seeds)} {seeds}, {steps} steps; brackets: {brackets}"
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"`python scripts/experiments/paper.py --parts={part}`{how}; {days}, {'; '.join(kinds)}"
 

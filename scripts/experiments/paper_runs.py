@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,8 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.work_dir).resolve()
+        for left in self.folder.glob("*/.*-*"):  # of a runner that was killed, whose training ends with it
+            shutil.rmtree(left, ignore_errors=True)
         self.used: list[dict] = []  # environments of the results that were read or made
 
     def command(self, *words: object) -> None:

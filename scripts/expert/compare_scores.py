@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
 from insight import SURE, PackCounts, correlation, name_of, overlap, stability
-from scripts.expert.generate_expert_config import top_p_of
+from scripts.expert.generate_expert_config import split_list, top_p_of
 from scripts.expert.plot_expert_scores import new_figure, save_figure
 from utils import Parser, check_output, positive, run_cli
 
@@ -43,7 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "adapters among them tell (no default)")  # fmt: skip
     add("--output_path", metavar="FILE", help="a picture (.png; default: none)")
     add("--json", action="store_true", help="print JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.expert_scores_dir = [path for text in args.expert_scores_dir for path in split_list(text)]
+    return args
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ def load_scores(args: argparse.Namespace) -> list[ExpertScores]:
         raise ValueError(
             f"--eval_dataset names {len(names)} tasks and --expert_scores_dir {len(folders)}: give one name per folder"
         )
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"--expert_scores_dir {args.expert_scores_dir}: one folder is given twice")
     found = [ExpertScores.load(folder) for folder in folders]
     shapes = [{layer: len(score_E) for layer, score_E in scores[args.score_function].items()} for scores in found]
     for folder, shape in zip(folders, shapes):

@@ -32,7 +32,7 @@ from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_token
 from insight import Drift, name_of, routed, routed_ids
 from scripts.expert.get_expert_scores import add_shared_flags, one_by_one, sample_packs
 from scripts.expert.plot_expert_scores import new_figure, save_figure
-from utils import Parser, check_output, environment, run_cli, write_json
+from utils import Parser, check_output, environment, run_cli, suggest_path, write_json
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     output, adapter = Path(args.output_dir) / "drift.json", Path(args.adapter_dir)
     check_output(output)
+    if not adapter.is_dir():
+        raise ValueError(f"--adapter_dir {adapter}: no such folder{suggest_path(adapter)}")
     whole = (adapter / "config.json").is_file()
     config = None if whole or is_lora(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)
