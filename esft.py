@@ -555,8 +555,10 @@ def router_parameters(model: nn.Module) -> list[str]:
 
 
 def router_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the routers' weights in bf16; "" where there are none to be seen."""
+    """SHA-256 over the routers' weights in bf16; "" where there are none to be seen, or they have no storage."""
     digest, names = hashlib.sha256(), router_parameters(model)
+    if any(model.get_parameter(name).is_meta for name in names):
+        return ""
     for name in names:
         weight = model.get_parameter(name).detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(weight.view(torch.uint8).numpy().tobytes())

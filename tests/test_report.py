@@ -232,7 +232,7 @@ def test_it_can_be_read_without_eyes(run):
     "gone, sentence",
     [
         ("expert_scores", "No scores are here, so the trained experts are listed only."),
-        ("completions", "mine has no evaluation (completions/ holds no summary)."),
+        ("completions", "mine has no evaluation: eval_multigpu.py --adapter_dir="),
         ("checkpoints", "No folder of train.py is here, so only the evaluations follow."),
         ("checkpoints/full/trainer_state.json", None),
         ("checkpoints/esft-token/expert_cfg.json", "No run here selects experts."),

@@ -355,7 +355,9 @@ def test_lm_eval_has_the_suites_that_the_help_names():
     assert len(list(harness._leaves(index, "mmlu"))) == 57
     with pytest.raises(ValueError, match="--suite humaneval runs the code"):
         harness.load_suites(["humaneval"])
-    with pytest.raises(ValueError, match=r"--suite gms8k: lm-eval knows no such task \(did you mean 'gsm8k'\?\)"):
+    with pytest.raises(
+        ValueError, match=r"gms8k: lm-eval knows no such task, nor --task_dir \(did you mean 'gsm8k'\?\)"
+    ):
         harness.load_suites(["gms8k"])
 
 
