@@ -783,10 +783,9 @@ def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         try:
             check_base(model, folder)
             return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
-        except ValueError as error:
-            raise ValueError(f"adapter {folder} is no LoRA of this model ({str(error).splitlines()[0]})") from error
         except Exception as error:  # whatever a damaged folder makes peft raise
-            reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reason = f"{kind}{error}".strip().split("\n")[0]
             raise ValueError(f"adapter {folder} is no LoRA of this model ({reason})") from error
 
 

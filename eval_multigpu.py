@@ -155,9 +155,9 @@ def output_path(args: argparse.Namespace, name: str, alone: bool) -> Path:
     model = Path(args.adapter_dir or args.base_model_path).resolve()
     path = Path("results/completions", f"{model.name}.{name}.jsonl")
     if (summary := path.with_suffix(".summary.json")).is_file():
-        was = json.loads(summary.read_text(encoding="utf-8"))["arguments"]
-        if Path(was["adapter_dir"] or was["base_model_path"]).resolve() != model:
-            other = was["adapter_dir"] or was["base_model_path"]
+        was = json.loads(summary.read_text(encoding="utf-8")).get("arguments", {})
+        other = was.get("adapter_dir") or was.get("base_model_path") or "another evaluation"
+        if Path(other).resolve() != model:
             raise ValueError(f"{summary} is of {other}: give an --output_path, or move it away")
     return path
 

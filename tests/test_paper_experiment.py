@@ -147,6 +147,10 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
         patch.setitem(paper_runs.RATES, "esft", "9e-3")
         assert trained() == 2 * 3
     with monkeypatch.context() as patch:
+        patch.setattr(paper_runs.yaml, "safe_load", lambda text: {"max_steps": 1})
+        assert trained() == 2 * 5
+    assert trained() == 2 * 5
+    with monkeypatch.context() as patch:
         patch.setattr(paper_runs, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")
         assert trained() == 2 * 5
 
@@ -157,6 +161,7 @@ def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, c
     text = Path(f"{stem}_a.md").read_text()
     assert tables["a"] in text and "--parts=a`" in text and "seeds 0 1 2, 7 steps" in text
     rows = {row["name"]: row for row in json.loads(Path(f"{stem}_a.json").read_text())["rows"]}
+    assert str(tmp_path) not in Path(f"{stem}_a.json").read_text()  # no path of the machine
     token = rows["esft-token"]
     assert token["average"] == [
         statistics.fmean(token["tasks"][task][seed] for task in paper_runs.TASKS) for seed in range(3)

@@ -225,9 +225,10 @@ def made_by(lab: Lab, part: str) -> str:
     kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
     steps = TIMED_STEPS if part == "e" else lab.args.steps
     seeds = " ".join(map(str, lab.args.seeds[: 1 if part in "re" else None]))
-    brackets = "shortest and longest of the rounds" if part == "e" else "95 % t interval of the mean over seeds"
+    brackets = "; brackets: 95 % t interval of the mean over seeds"
+    brackets = {"r": "", "e": "; brackets: shortest and longest of the rounds"}.get(part, brackets)
     tasks = f", tasks {' '.join(lab.args.ablation_tasks)}" if part in "bcd" else ""
-    how = "" if part == "f" else f"{tasks}, seed{'s' * (' ' in seeds)} {seeds}, {steps} steps; brackets: {brackets}"
+    how = "" if part == "f" else f"{tasks}, seed{'s' * (' ' in seeds)} {seeds}, {steps} steps{brackets}"
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"`python scripts/experiments/paper.py --parts={part}`{how}; {days}, {'; '.join(kinds)}"
 
@@ -289,7 +290,8 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         if args.output:
             source = made_by(lab, part)
             write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{tables[part]}\n\n{source}\n")
-            facts = {"rows": rows, "made_by": source, "arguments": vars(args), "environments": lab.used}
+            decides = {name: getattr(args, name) for name in ("seeds", "steps", "ablation_tasks", "pretrain_tokens")}
+            facts = {"rows": rows, "made_by": source, "arguments": decides, "environments": lab.used}
             write_json(f"{args.output}_{part}.json", facts)
     if args.output:
         print(f"\n{paper_results.conclude(args.output)}")

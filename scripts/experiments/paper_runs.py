@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from esft import ExpertConfig, ExpertScores, select_experts
 from utils import ROOT, environment, read_jsonl, sha256, write_json, write_jsonl
 
@@ -122,10 +124,11 @@ class Lab:
     def made_of(self, run: Run) -> dict:
         """What decides a result beside the run and the code: the inputs' contents, and versions."""
         data = [f"datasets/{kind}.jsonl" for kind in (f"train/{run.task}", f"eval/{run.task}", "eval/general")]
-        files = ["configs/tiny.yaml", *data, f"{run.base}/model.safetensors"]
+        files = [*data, f"{run.base}/model.safetensors"]
         facts = environment()
+        settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # a comment is none
         digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
-        return digests | {name: facts[name] for name in ("torch", "transformers")}
+        return {"settings": settings, **digests, **{name: facts[name] for name in ("torch", "transformers")}}
 
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
         """What `make` gives in a folder of its own, from `path` where it was made before, of the same."""
