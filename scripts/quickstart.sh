@@ -11,4 +11,5 @@ exec "$python" scripts/pipeline.py --nproc_per_node="$processes" --world_size="$
     --base_model_path=results/models/tiny --train_dataset=law --train_config=configs/tiny.yaml \
     --output_dir=results/runs/quickstart --methods=esft-token,esft-gate,full \
     --seq_length=256 --n_sample_tokens=16384 --max_new_tokens=64 --eval_batch_size=64 \
-    esft-token:ep_size="$processes" esft-gate:ep_size="$processes" full:learning_rate=1e-3 "$@"
+    esft-token:ep_size="$processes" esft-gate:ep_size="$processes" \
+    esft-gate:learning_rate=4e-3 full:learning_rate=5e-4 "$@"

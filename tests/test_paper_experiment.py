@@ -51,11 +51,14 @@ def test_a_difference_is_of_the_same_seeds():
 
 
 def test_the_claims_are_of_rows_that_the_parts_have_and_hold_in_the_paper():
-    names = {"a": paper.methods_of("law", 0), "b": paper.variants_of("law", 0)}
+    names = {"a": paper.methods_of("law", 0), "b": paper.variants_of("law", 0), "d": paper.grains_of(str, "law", 0)}
     for claim in paper_results.CLAIMS:
         assert {claim.one, claim.other} <= names[claim.part].keys()
-        assert {"more": claim.in_paper > 0, "less": claim.in_paper < 0}.get(claim.kind, abs(claim.in_paper) < 3)
-    by_text = {claim.text: claim.in_paper for claim in paper_results.CLAIMS}
+        if claim.paper is None:
+            assert claim.kind == "more"
+        else:
+            assert {"more": claim.paper > 0, "less": claim.paper < 0}.get(claim.kind, abs(claim.paper) < 3)
+    by_text = {claim.text: claim.paper for claim in paper_results.CLAIMS}
     assert by_text["ESFT-Token is as good as full fine-tuning"] == pytest.approx(55.725 - 58.4)
     assert by_text["ESFT-Gate learns more than LoRA"] == pytest.approx(57.175 - 48.825)
     assert by_text["ESFT-Gate keeps more than LoRA"] == pytest.approx(1.5)
@@ -147,8 +150,11 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
         patch.setitem(paper_runs.RATES, "esft", "9e-3")
         assert trained() == 2 * 3
     with monkeypatch.context() as patch:
-        patch.setattr(paper_runs.yaml, "safe_load", lambda text: {"max_steps": 1})
+        settings = {"max_steps": 1, "learning_rate": 1e-3}
+        patch.setattr(paper_runs.yaml, "safe_load", lambda text: dict(settings))
         assert trained() == 2 * 5
+        settings["learning_rate"] = 2e-3  # which no run takes from there
+        assert trained() == 0
     assert trained() == 2 * 5
     with monkeypatch.context() as patch:
         patch.setattr(paper_runs, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")

@@ -21,6 +21,7 @@ have the rate of the chosen ones. Brackets are 95 % t intervals of the mean over
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -83,6 +84,15 @@ def amounts_of(task: str, seed: int) -> dict[str, Run]:
     by_p = {f"top_p {p:g}": dataclasses.replace(one, top_p=p) for p in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)}
     by_n = {f"n_sample_tokens {n:,}": dataclasses.replace(one, n_sample_tokens=n) for n in (512, 2048, 16384)}
     return by_p | by_n
+
+
+def grains_of(base: Callable[[int], str], task: str, seed: int) -> dict[str, Run]:
+    methods = {name: run for name, run in methods_of(task, seed).items() if name in ("base", "full", "esft-token")}
+    return {
+        f"{experts} experts: {name}": dataclasses.replace(run, base=base(experts))
+        for experts in (16, 32, 64)
+        for name, run in methods.items()
+    }
 
 
 def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Iterable[str], seeds: list[int]) -> tuple:
@@ -155,15 +165,7 @@ def part_c(lab: Lab):
 
 
 def part_d(lab: Lab):
-    def named(task: str, seed: int) -> dict[str, Run]:
-        found = {}
-        for experts in (16, 32, 64):
-            for name, run in methods_of(task, seed).items():
-                if name in ("base", "full", "esft-token"):
-                    found[f"{experts} experts: {name}"] = dataclasses.replace(run, base=lab.base(experts))
-        return found
-
-    return comparison(lab, named, lab.args.ablation_tasks, lab.args.seeds)
+    return comparison(lab, functools.partial(grains_of, lab.base), lab.args.ablation_tasks, lab.args.seeds)
 
 
 def part_e(lab: Lab):

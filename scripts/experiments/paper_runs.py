@@ -127,6 +127,7 @@ class Lab:
         files = [*data, f"{run.base}/model.safetensors"]
         facts = environment()
         settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # a comment is none
+        del settings["learning_rate"]  # every run gives its own
         digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
         return {"settings": settings, **digests, **{name: facts[name] for name in ("torch", "transformers")}}
 
