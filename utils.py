@@ -95,19 +95,22 @@ def check_output(path: str | Path, folder: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` on success and removed on failure; parents are made.
+def atomic_path(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """A path to write a file to (or a folder), renamed to `path` on success and removed on failure; parents are made.
 
     It has the name of `path`, in a hidden folder beside it, so that a run killed here leaves nothing that looks like an
-    output. For a file, or a folder that does not exist yet; what is neither (/dev/null, a pipe) is yielded itself.
+    output. A folder that is there must be empty; what is neither (/dev/null, a pipe) is yielded itself.
+
+    Raises ValueError where nothing can be made there.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
+    check_output(path, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        temporary = Path(folder, path.name)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as hidden:
+        temporary = Path(hidden, path.name)
         yield temporary
         set_modes(temporary)
         os.replace(temporary, path)

@@ -108,7 +108,7 @@ def merge_adapter(
     places = find_places(model, config, sources, stored_shapes(base, files))
     check_places(base, files, places, sources)
 
-    with atomic_path(output) as folder:
+    with atomic_path(output, folder=True) as folder:
         shutil.copytree(base, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
         changed = {place.key for among in places.values() for place in among}
         changed_files = {files[key] for key in changed}

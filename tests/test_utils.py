@@ -56,11 +56,14 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
     assert os.listdir(path.parent) == ["rows.jsonl"]  # nothing is left beside it
     utils.write_jsonl(path, [{"new": 1}])
     assert utils.read_jsonl(path) == [{"new": 1}]
+    for place in (path / "below_a_file.json", path.parent):
+        with pytest.raises(ValueError, match="cannot be written: .*; give another path"):
+            utils.write_json(place, {})
 
 
 def test_atomic_path_of_folders_and_devices(tmp_path):
     def fill(fail: bool):
-        with utils.atomic_path(tmp_path / "folder.d") as folder:
+        with utils.atomic_path(tmp_path / "folder.d", folder=True) as folder:
             assert folder.name == "folder.d" and not list(tmp_path.glob("*.d"))  # an unfinished output has no such name
             folder.mkdir()
             (folder / "a").write_text("a")
