@@ -174,7 +174,8 @@ def part_e(lab: Lab):
     def table() -> tuple[str, list[dict]]:
         """Rounds in which every method takes its turn, alone on the machine; a ratio is of one round."""
         rounds = [
-            {name: lab.timed(run, number, TIMED_STEPS) for name, run in named.items()} for number in range(ROUNDS)
+            {name: lab.timed(run, number, TIMED_STEPS) for name, run in named.items()}
+            for number in tqdm(range(ROUNDS), unit="round", desc="timing")
         ]
         lines, rows = [], []
         for name in named:
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     lab = Lab(args)
     if "d" in args.parts:
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lab.base, (16, 32)))
+            list(tqdm(pool.map(lab.base, (16, 32)), total=2, unit="base", desc="pretraining"))
     parts = {part: globals()[f"part_{part}"](lab) for part in args.parts}
     runs = {run.name: run for runs, _ in parts.values() for run in runs}.values()
     for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
