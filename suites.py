@@ -30,7 +30,7 @@ import numpy as np
 
 import esft
 from harness import Answers, Settings, Suite, ask, load_suites
-from summaries import is_certain
+from summaries import is_certain, widened
 from utils import environment, note, write_json, write_jsonl
 
 PRIMARY = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "arc_easy": "acc_norm"}
@@ -52,7 +52,7 @@ class Stratum:
         return np.array([np.mean(c) if self.aggregate is None else self.aggregate(c) for c in self.columns])
 
     def resampled(self, rng: np.random.Generator, resamples: int) -> np.ndarray:
-        """(C, resamples): the same draws for every model."""
+        """(C, resamples): the same draws for every model, of at least two samples."""
         n, found = len(self.columns[0]), np.empty((len(self.columns), resamples))
         values_CN = np.array(self.columns, float) if self.aggregate is None else None
         step = max(1, 5_000_000 // n)  # draws held in memory at once
@@ -64,7 +64,7 @@ class Stratum:
                     part[:] = values_CN[c][draws_RN].mean(axis=1)
                 else:
                     part[:] = [self.aggregate([column[i] for i in draws]) for draws in draws_RN]
-        return found
+        return widened(found, self.estimates()[:, None], n)
 
 
 def _strata(suite: Suite, key: str, models: list[Answers]) -> list[Stratum]:
@@ -127,8 +127,9 @@ def summarize(suite: Suite, answers: Answers, base: Answers | None = None, *, re
     def mean(of: list[Stratum], unit: float, model: int = -1) -> float | None:
         return rounded(unit * sum(s.weight * s.estimates()[model] for s in of)) if of else None
 
-    def interval(values: np.ndarray) -> list[float]:
-        return [rounded(bound) for bound in np.percentile(values, [2.5, 97.5])]
+    def interval(values: np.ndarray, *percent: float) -> list[float]:
+        bounds = np.percentile(values, [2.5, 97.5])
+        return [rounded(bound) for bound in (bounds.clip(*percent) if unit == 100 else bounds)]
 
     summary = {
         "dataset": suite.name,
@@ -147,20 +148,21 @@ def summarize(suite: Suite, answers: Answers, base: Answers | None = None, *, re
         "groups": {},
     }
     if strata:
-        if any(s.aggregate for s in strata):
-            resamples = min(resamples, 200)  # in Python, one after the other
-        rng = np.random.default_rng(seed)
-        drawn = unit * sum(s.weight * s.resampled(rng, resamples) for s in strata)
-        summary["ci95"] = interval(drawn[-1])
+        drawn = None
+        if min(len(s.columns[0]) for s in strata) > 1:
+            if any(s.aggregate for s in strata):
+                resamples = min(resamples, 200)  # in Python, one after the other
+            rng = np.random.default_rng(seed)
+            drawn = unit * sum(s.weight * s.resampled(rng, resamples) for s in strata)
+            summary["ci95"] = interval(drawn[-1], 0, 100)
         if base is not None:
-            low, high = interval(drawn[1] - drawn[0])
+            of_change = None if drawn is None else interval(drawn[1] - drawn[0], -100, 100)
             means = [mean(strata, unit, model) for model in (0, 1)]
-            pairs = sum(len(s.columns[0]) for s in strata)
             summary["against_base"] = {
-                "n": pairs,
+                "n": sum(len(s.columns[0]) for s in strata),
                 **dict(zip(("base", "adapter", "difference"), (*means, rounded(means[1] - means[0])))),
-                "ci95": [low, high],
-                "certain": is_certain(low, high, pairs),
+                "ci95": of_change,
+                "certain": is_certain(of_change, sum(a != b for s in strata for a, b in zip(*s.columns))),
             }
     for name in suite.tasks if suite.group is not None else ():
         part = _strata(suite.part(name), primary, models)

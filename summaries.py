@@ -3,7 +3,9 @@
     summarize(results) -> summary;  compare(base_results, results) -> summary["against_base"];  table(summaries) -> text
 
 Results are the lines that benchmarks.evaluate returns. Intervals are 95 % percentile bootstrap intervals over samples;
-those of a difference draw base and adapter in pairs, the same samples of both.
+those of a difference draw base and adapter in pairs, the same samples of both. Draws within a skill of n samples are
+spread by sqrt(n / (n - 1)), since they scatter about the skill's mean by so much too little; one sample says nothing of
+its spread, so that a mean with such a skill has no interval.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,16 +15,25 @@ import numpy as np
 LEAST_PAIRS = 6  # of fewer, even all in one direction, a sign test cannot exclude chance at 5 %
 
 
-def _bootstrap(groups: list[np.ndarray], resamples: int, seed: int) -> list[float]:
-    """95 % percentile interval of the mean of the groups' means; samples are drawn again within each group."""
+def widened(means: np.ndarray, mean: float, n: int) -> np.ndarray:
+    """Means of bootstrap draws from n > 1 samples, with the spread that an unbiased variance gives them."""
+    return mean + (means - mean) * np.sqrt(n / (n - 1))
+
+
+def _bootstrap(groups: list[np.ndarray], resamples: int, seed: int, bounds: tuple[float, float]) -> list[float] | None:
+    """95 % percentile interval of the mean of the groups' means, within what it can be; samples are drawn again within
+    each group. None where one of them has a single sample."""
+    if min(map(len, groups)) < 2:
+        return None
     rng = np.random.default_rng(seed)
     means_R = np.zeros(resamples)
     for values in groups:
         step = max(1, 10_000_000 // len(values))  # draws held in memory at once
         for start in range(0, resamples, step):
             part = means_R[start : start + step]
-            part += values[rng.integers(len(values), size=(len(part), len(values)))].mean(axis=1) / len(groups)
-    return [round(float(bound), 4) for bound in np.percentile(means_R, [2.5, 97.5])]
+            drawn = values[rng.integers(len(values), size=(len(part), len(values)))].mean(axis=1)
+            part += widened(drawn, values.mean(), len(values)) / len(groups)
+    return [round(float(bound), 4) for bound in np.percentile(means_R, [2.5, 97.5]).clip(*bounds)]
 
 
 def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
@@ -32,7 +43,8 @@ def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> d
      "missing": {name: count of None}, "groups": {skill: {"n", "mean"}}}
 
     `mean` is that of the scores. Where rows carry a "skill", means are macro averages, each skill counting the same.
-    What failed or could not be computed is left out; with nothing left a mean is None.
+    What failed or could not be computed is left out; with nothing left a mean is None. "ci95" is None where a skill has
+    a single score.
     """
     scored = [result for result in results if "error" not in result]
 
@@ -52,7 +64,7 @@ def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> d
         "n": len(results),
         "failed": len(results) - len(scored),
         "mean": mean(scores),
-        "ci95": _bootstrap(list(scores.values()), resamples, seed) if scores else None,
+        "ci95": _bootstrap(list(scores.values()), resamples, seed, (0, 100)) if scores else None,
         "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"].get(name))) for name in names},
         "missing": {name: sum(result["metrics"].get(name, 0) is None for result in scored) for name in names},
         "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
@@ -63,8 +75,8 @@ def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, see
     """What an adapter changed, in percent, over the samples that have a score from both (lists in one order).
 
     {"n", "base", "adapter", "difference": means, "ci95": paired bootstrap interval of the difference, "certain": does
-    it exclude 0, with at least LEAST_PAIRS pairs}. Samples are drawn as pairs, within their skill where rows carry one;
-    skills count the same.
+    it exclude 0, where at least LEAST_PAIRS pairs differ}. Samples are drawn as pairs, within their skill where rows
+    carry one; skills count the same.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for one, other in zip(base, adapted, strict=True):
@@ -74,21 +86,22 @@ def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, see
         return {"n": 0, "base": None, "adapter": None, "difference": None, "ci95": None, "certain": False}
     pairs = [np.array(values) for values in groups.values()]
     means = np.mean([values.mean(axis=0) for values in pairs], axis=0)
-    low, high = _bootstrap([values[:, 1] - values[:, 0] for values in pairs], resamples, seed)
+    changes = [values[:, 1] - values[:, 0] for values in pairs]
+    interval = _bootstrap(changes, resamples, seed, (-100, 100))
     return {
         "n": sum(len(values) for values in pairs),
         **{
             name: round(float(v), 4)
             for name, v in zip(("base", "adapter", "difference"), (*means, means[1] - means[0]))
         },
-        "ci95": [low, high],
-        "certain": is_certain(low, high, sum(len(values) for values in pairs)),
+        "ci95": interval,
+        "certain": is_certain(interval, sum(np.count_nonzero(values) for values in changes)),
     }
 
 
-def is_certain(low: float, high: float, pairs: int) -> bool:
-    """Whether an interval of a difference excludes 0, and of enough pairs to say so."""
-    return pairs >= LEAST_PAIRS and (low > 0 or high < 0)
+def is_certain(interval: list[float] | None, changed: int) -> bool:
+    """Whether an interval of a difference excludes 0, and enough pairs changed to say so."""
+    return interval is not None and bool(changed >= LEAST_PAIRS) and (interval[0] > 0 or interval[1] < 0)
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -160,6 +173,8 @@ def _remarks(s: dict) -> list[str]:
         for name, count in s.get("missing", {}).items()
         if count and name != "judge"  # whose reasons follow
     ]
+    if s.get("mean") is not None and s.get("ci95") is None:
+        lines.append("no interval: a skill or task has a single sample")
     lines += [f"{n} not graded: {reason}" for reason, n in s.get("judge", {}).get("failed", {}).items()]
     if s.get("failed"):
         lines.append(f"{s['failed']} failed and left out, each with its error in the answers")

@@ -40,9 +40,9 @@ def mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size >= 100 * 2**20 else f"{size / 2**20:,.2f} MiB"
 
 
-def change(value: float) -> str:
-    """A change of a score in points, coloured by its sign."""
-    kind = "up" if value > 0.05 else "down" if value < -0.05 else "soft"
+def change(value: float, better: int = 1) -> str:
+    """A change of a score in points, coloured by its sign; `better` is -1 where less is better."""
+    kind = "up" if better * value > 0.05 else "down" if better * value < -0.05 else "soft"
     shown = f"{value:+.1f}".replace("-", "\u2212")
     return f'<span class="{kind}">{shown}</span>'
 
@@ -208,8 +208,9 @@ def loss_chart(title: str, curves: dict[str, list[Point]], colours: dict[str, in
 
 
 def whiskers(title: str, rows: list[tuple[str, int, dict]], base: float | None) -> str:
-    """A row per (label, colour, summary): its mean as a dot, its 95 % interval as a line; `base` is a dashed line."""
-    bounds = [value for *_, s in rows for value in (s["mean"], *s["ci95"])]
+    """A row per (label, colour, summary): its mean as a dot, its 95 % interval (if it has one) as a line; `base` is a
+    dashed line."""
+    bounds = [value for *_, s in rows for value in (s["mean"], *(s["ci95"] or ()))]
     low, high = min(0, *bounds), max(100, *bounds)
     width, left, right, step = 440, 14, 14, 42
     height = step * len(rows) + 34
@@ -226,12 +227,14 @@ def whiskers(title: str, rows: list[tuple[str, int, dict]], base: float | None) 
         body.append(f'<path class="ref" d="{marks}"><title>base: {base:.1f}</title></path>')
     for number, (label, n, s) in enumerate(rows):
         y = number * step + 32
-        a, b = map(at, s["ci95"])
-        value = "{:.1f} [{:.1f}, {:.1f}]".format(s["mean"], *s["ci95"])
+        value = f"{s['mean']:.1f}"
+        if s["ci95"]:
+            value += " [{:.1f}, {:.1f}]".format(*s["ci95"])
+            a, b = map(at, s["ci95"])
+            line = f"M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"
+            body.append(f'<path d="{line}" fill="none" stroke="{colour(n)}" stroke-width="2"/>')
         short = label if len(label) < 34 else f"…{label[-32:]}"
         body.append(words(left, y - 12, short) + words(width - right, y - 12, value, "end"))
-        line = f"M{a:.1f} {y}H{b:.1f}M{a:.1f} {y - 5}v10M{b:.1f} {y - 5}v10"
-        body.append(f'<path d="{line}" fill="none" stroke="{colour(n)}" stroke-width="2"/>')
         body.append(dot(at(s["mean"]), y, 5, colour(n), f"{label}: {value}"))
     told = "; ".join(f"{label} {s['mean']:.1f}" for label, _, s in rows)
     return svg(width, height, f"{title}: {told}.", body)

@@ -32,7 +32,7 @@ def scores(runs: list[Run], colours: dict[str, int]) -> str:
             bases = {run.summaries.get(dataset, {}).get(run.base, {}).get("mean") for run in runs}
             base = bases.pop() if len(bases) == 1 else None
             metric = ", ".join(sorted({str(s["primary"]) for s in by_label.values()}))
-            told = f"{esc(dataset)}: {esc(metric)} in percent{'' if base is None else '; dashed: the base'}"
+            told = f"{esc(dataset)}: {esc(metric)} {unit(rows[0][2])}{'' if base is None else '; dashed: the base'}"
             plots.append(figure(whiskers(f"{dataset}, {metric}", rows, base), told))
     parts.append(f'<div class="pair">{"".join(plots)}</div>')
 
@@ -46,23 +46,36 @@ def scores(runs: list[Run], colours: dict[str, int]) -> str:
             return "-"
         mean, low, high = (
             num(f"{key}/{what}", value, "{:.1f}".format)
-            for what, value in zip(("mean", "low", "high"), (s["mean"], *s["ci95"]))
+            for what, value in zip(("mean", "low", "high"), (s["mean"], *(s["ci95"] or (None, None))))
         )
-        failed = f"; {s['failed']} failed" if s.get("failed") else ""
+        failed = f"; {esc(s['failed'])} failed" if s.get("failed") else ""
         size = f'<span class="soft">n={num(f"{key}/n", s["n"], "{:d}".format)}{failed}</span>'
-        return f"{mean} [{low}, {high}] {size}"
+        return f"{mean} [{low}, {high}] {size}" if s["ci95"] else f"{mean} {size}"
 
     rows = [
         [esc(label), *(cell(label, d) for d in datasets)] for label in dict.fromkeys(label for label, _ in summaries)
     ]
-    caption = "means in percent, 95 % intervals over the questions, number of questions"
-    parts.append(table(caption, ["", *map(esc, datasets)], rows))
+    units = {d: unit(s) for (_, d), s in summaries.items()}
+    heads = [esc(d) if units[d] == "in percent" else f"{esc(d)} ({units[d]})" for d in datasets]
+    caption = "means in percent, where no other unit is named, 95 % intervals over the questions, number of questions"
+    parts.append(table(caption, ["", *heads], rows))
     parts.append(gained_and_forgotten([(run, d) for run in runs for d in datasets], several=len(runs) > 1))
     return "".join(parts)
 
 
+def unit(summary: dict) -> str:
+    """Of a mean; what is not in percent says, too, which way is better."""
+    if summary.get("unit", "percent") == "percent":
+        return "in percent"
+    return f"in its own unit, {'more' if summary.get('higher_is_better', True) else 'less'} is better"
+
+
 def gained_and_forgotten(evaluations: list[tuple[Run, str]], several: bool) -> str:
-    """Changes against the base of the same run: means, questions, skills; each evaluation is a run and a data set."""
+    """Changes against the base of the same run: means, questions, skills; each evaluation is a run and a data set.
+
+    The evaluation's own comparison where it made one; else that of the answers, unless they are a suite's, whose tasks
+    have weights of their own.
+    """
     rows, skills = [], []
     for run, dataset in evaluations:
         by_label = run.summaries.get(dataset, {})
@@ -73,10 +86,13 @@ def gained_and_forgotten(evaluations: list[tuple[Run, str]], several: bool) -> s
             if label == run.base or s["mean"] is None:
                 continue
             was, now = (run.answers.get(dataset, {}).get(name, []) for name in (run.base, label))
-            cells = [change(s["mean"] - base["mean"]), *["-"] * 4]
-            if same_questions(was, now):
-                cells = paired(was, now)
-            rows.append([f"{esc(label)}, {esc(dataset)}", *cells])
+            pairs = list(zip(was, now)) if same_questions(was, now) else []
+            c = s.get("against_base")
+            if not c and pairs and "unit" not in s:
+                c = compare(*([{"score": None, **line} for line in lines] for lines in zip(*pairs)))
+            c = c or {"difference": s["mean"] - base["mean"], "ci95": None}
+            better = 1 if s.get("higher_is_better", True) else -1
+            rows.append([f"{esc(label)}, {esc(dataset)}", *changed(c, better), *turned(pairs)])
         title = f"{esc(dataset)} by skill" + (f", {esc(run.name)}" if several else "")
         if skill_table := by_skill(by_label, run.base):
             skills.append(details(title, skill_table))
@@ -85,24 +101,30 @@ def gained_and_forgotten(evaluations: list[tuple[Run, str]], several: bool) -> s
     heads = ["", "change", "95 % interval", "verdict", "newly right", "no longer right"]
     note = (
         "Change and interval are of pairs, question by question, those that both answered; gained or forgotten where "
-        "the interval excludes 0. Right is an answer with the full score; the last columns count questions that the "
-        "base and the trained model answer differently."
+        "the interval excludes 0 and at least six questions changed. Right is an answer with the full score; the last "
+        "columns count questions that the base and the trained model answer differently."
     )
     against_base = table("against the base", heads, rows)
     return f'<h3>Gained and forgotten</h3><p class="soft">{note}</p>{against_base}{"".join(skills)}'
 
 
-def paired(was: list[dict], now: list[dict]) -> list[str]:
-    """Answers of base and trained model to the same questions: change, its interval, verdict, newly right, no longer
-    right."""
-    c = compare(*([{"score": None, **line} for line in lines] for lines in (was, now)))
+def changed(c: dict, better: int) -> list[str]:
+    """A comparison as change, interval, verdict; `better` is -1 where less is better."""
     if c["difference"] is None:
-        return ["-"] * 5
-    verdict = "uncertain" if not c["certain"] else "gained" if c["difference"] > 0 else "forgotten"
-    low, high = map(change, c["ci95"])
-    turned = [(is_right(a), is_right(b)) for a, b in zip(was, now)]
-    counts = str(turned.count((False, True))), str(turned.count((True, False)))
-    return [change(c["difference"]), f"[{low}, {high}]", verdict, *counts]
+        return ["-"] * 3
+    told = change(c["difference"], better)
+    if not c["ci95"]:
+        return [told, "-", "-"]
+    verdict = "uncertain" if not c["certain"] else "gained" if better * c["difference"] > 0 else "forgotten"
+    low, high = (change(bound, better) for bound in c["ci95"])
+    return [told, f"[{low}, {high}]", verdict]
+
+
+def turned(pairs: list[tuple[dict, dict]]) -> list[str]:
+    """How many of the questions that base and trained model have scores for are newly right, and no longer right."""
+    scored = [pair for pair in pairs if all(line.get("score") is not None for line in pair)]
+    right = [(is_right(was), is_right(now)) for was, now in scored]
+    return [str(right.count((False, True))), str(right.count((True, False)))] if right else ["-", "-"]
 
 
 def by_skill(by_label: dict[str, dict], base: str) -> str:

@@ -184,15 +184,16 @@ def read_json(path: Path) -> dict:
 
 
 def read_summary(path: Path) -> dict:
-    """A summary of eval_multigpu.py, checked as far as it is shown: a mean has an interval, and both may be None."""
+    """A summary of eval_multigpu.py, checked as far as it is shown: mean and interval may be None."""
     summary = {"primary": "score", "groups": {}, **read_json(path)}
-    mean, ci95 = summary.get("mean", ""), summary.get("ci95", "")
-    figures = [mean, *ci95] if isinstance(ci95, list) and len(ci95) == 2 else [""]
+    mean, ci95, against_base = summary.get("mean", ""), summary.get("ci95", ""), summary.get("against_base") or {}
+    figures = [] if ci95 is None else ci95 if isinstance(ci95, list) and len(ci95) == 2 else [""]
     if not (
         isinstance(summary.get("dataset"), str)
         and isinstance(summary.get("n"), int)
         and isinstance(summary["groups"], dict)
-        and ((mean is None and ci95 is None) or all(isinstance(figure, int | float) for figure in figures))
+        and (mean is None or all(isinstance(figure, int | float) for figure in [mean, *figures]))
+        and (not against_base or {"difference", "ci95", "certain"} <= against_base.keys())
     ):
         raise ValueError(f"{path}: not a summary of eval_multigpu.py; make it again, or move it away")
     return summary

@@ -177,7 +177,10 @@ def poison(run: Path) -> None:
         summary = path.with_suffix(".summary.json")
         told = json.loads(summary.read_text())
         dataset = f"{told['dataset']}{EVIL}"
-        write(summary, {**told, "dataset": dataset, "primary": EVIL, "groups": {EVIL: {"n": 1, "mean": 5.0}}})
+        write(
+            summary,
+            {**told, "dataset": dataset, "primary": EVIL, "failed": EVIL, "groups": {EVIL: {"n": 1, "mean": 5}}},
+        )
     for path in run.glob("checkpoints/*/run.json"):
         note = json.loads(path.read_text())
         note["config"] |= {"base_model_path": EVIL, "train_dataset": EVIL, EVIL: EVIL}

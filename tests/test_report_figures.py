@@ -139,6 +139,40 @@ def test_without_the_same_questions_there_is_no_verdict(run):
     assert cells[cells.index("full, law") + 1 :][:5] == ["+80.0", "-", "-", "-", "-"]
 
 
+def test_the_change_is_the_one_that_the_evaluation_printed(run):
+    suite = {"primary": "perplexity", "unit": "as in lm-eval", "higher_is_better": False}
+    changed = {"n": 12, "base": 10.1, "adapter": 50.1, "difference": 39.5, "ci95": [30.5, 45.5], "certain": True}
+    for method, more in {"base": {}, "esft-token": {"against_base": changed}, "full": {}}.items():
+        path = run / "completions" / f"{method}.law.summary.json"
+        write(path, json.loads(path.read_text()) | suite | more)
+    text = page(run).source
+    assert row_of(text, "esft-token, law")[:3] == ["+39.5", "[+30.5, +45.5]", "forgotten"]
+    assert row_of(text, "full, law")[:3] == ["+80.0", "-", "-"]  # its tasks' weights are the suite's own
+    assert row_of(text, "full, general")[2] != "-"
+    assert '<span class="down">+39.5</span>' in text and "law (in its own unit, less is better)" in text
+    assert "law: perplexity in its own unit" in text
+
+
+def test_without_an_interval_the_mean_stands_alone(run):
+    path = run / "completions" / "full.law.summary.json"
+    write(path, json.loads(path.read_text()) | {"ci95": None})
+    text = page(run).source
+    assert row_of(text, "full")[0] == "90.1 n=12"
+    chart = re.search(r'<svg class="chart"[^>]*aria-label="law, .*?</svg>', text)[0]
+    assert chart.count("<circle") == 3 and len(re.findall(r'd="M[\d.]+ \d+H', chart)) == 2
+
+
+def test_a_question_that_failed_is_not_counted_as_no_longer_right(run):
+    for method in ("base", "full"):
+        path = run / "completions" / f"{method}.law.jsonl"
+        rows = [json.loads(line) | {"score": 1.0} for line in path.read_text().splitlines()]
+        if method == "full":
+            rows[3] |= {"score": None, "error": "too long"}
+            rows[4] |= {"score": 0.0}
+        write(path, rows)
+    assert row_of(page(run).source, "full, law")[3:] == ["0", "1"]
+
+
 def test_skills_are_compared_with_the_base(run):
     path = run / "completions" / "full.general.summary.json"
     write(

@@ -173,6 +173,23 @@ def test_written_answers_are_those_of_a_loop_of_our_own(base, tasks, tmp_path):
     assert summary["mean"] == pytest.approx(100 * np.mean(right), abs=1e-3) and np.mean(right) > 0.5
 
 
+def bootstrap(values) -> list[float]:
+    """The 95 % interval of a mean from draws with seed 0, with the spread of an unbiased variance."""
+    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    means = values[draws].mean(axis=1)
+    return list(
+        np.percentile(values.mean() + (means - values.mean()) * (1 + 1 / (len(values) - 1)) ** 0.5, [2.5, 97.5])
+    )
+
+
+def test_a_task_of_one_sample_leaves_a_suite_without_an_interval(base, tasks):
+    (suite,) = harness.load_suites(["mine_by_task"], task_dir=tasks)["mine_by_task"]
+    answers = harness.ask(*base, suite, harness.Settings(n_samples=1))
+    summary = suites.summarize(suite, answers, answers)
+    assert summary["mean"] is not None and summary["ci95"] is None
+    assert summary["against_base"]["ci95"] is None and not summary["against_base"]["certain"]
+
+
 def test_a_pair_is_two_single_runs_and_its_difference(base, adapter, tasks, tmp_path):
     model, tokenizer = base
     both, alone = tmp_path / "both.jsonl", tmp_path / "alone.jsonl"
@@ -190,10 +207,9 @@ def test_a_pair_is_two_single_runs_and_its_difference(base, adapter, tasks, tmp_
     assert changed["mean"] < first["mean"]  # noise on the experts costs answers
 
     a, b = (np.array([line["score"] for line in read_jsonl(p)]) for p in (both.with_suffix(".base.jsonl"), both))
-    draws = np.random.default_rng(0).integers(len(a), size=(2000, len(a)))
     assert found["difference"] == pytest.approx(100 * (b - a).mean(), abs=1e-3)
-    assert found["ci95"] == pytest.approx(np.percentile(100 * (b - a)[draws].mean(axis=1), [2.5, 97.5]), abs=1e-3)
-    assert found["ci95"][1] < 0 and found["certain"]
+    assert found["ci95"] == pytest.approx(bootstrap(100 * (b - a)), abs=1e-3)
+    assert found["ci95"][1] < 0 and found["certain"] == (np.count_nonzero(a != b) >= 6)
 
 
 def test_an_interval_is_that_of_pairs(tasks):
@@ -208,9 +224,8 @@ def test_an_interval_is_that_of_pairs(tasks):
         return harness.Answers({"samples": {"mine_choices": samples}}, 1.0, [])
 
     low, high = suites.summarize(suite, answers(after), answers(before))["against_base"]["ci95"]
-    draws = np.random.default_rng(0).integers(300, size=(2000, 300))
-    change = 100 * (after.astype(float) - before)
-    assert (low, high) == pytest.approx(tuple(np.percentile(change[draws].mean(axis=1), [2.5, 97.5])), abs=1e-3)
+    assert [low, high] == pytest.approx(bootstrap(100 * (after.astype(float) - before)), abs=1e-3)
+    assert suites.summarize(suite, answers(before | True), answers(before))["against_base"]["certain"]
     single = suites.summarize(suite, answers(after))["ci95"]
     assert high - low < (single[1] - single[0]) / 1.5  # of samples that are not paired it would be wider than this one
 

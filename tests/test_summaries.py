@@ -32,7 +32,23 @@ def test_interval_is_seeded_and_as_wide_as_theory_says():
     low, high = summary["ci95"]
     assert summary["mean"] == 25 and summary == summarize(lines(values), seed=1)
     assert np.allclose([low, high], [25 - 1.96 * 2.165, 25 + 1.96 * 2.165], atol=0.6)
-    assert summarize(lines([40.0]))["ci95"] == [40, 40]
+    assert summarize(lines([40.0]))["ci95"] is None  # one says nothing of the others
+
+
+def test_few_samples_of_many_skills_do_not_make_a_narrow_interval():
+    rng = np.random.default_rng(0)
+    skills = [f"skill {i % 8}" for i in range(16)]
+
+    def draw() -> np.ndarray:
+        return 100.0 * (rng.random(16) < 0.5)
+
+    found = [paired(draw(), draw(), skills)["certain"] for _ in range(200)]
+    assert np.mean(found) < 0.1  # of models that do not differ; two draws of two without widening: 0.2
+    widths = [np.ptp(summarize(lines(draw(), skills=skills))["ci95"]) for _ in range(200)]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 50 / 16**0.5, rel=0.15)
+    assert paired([0] * 9, [100] * 9, ["a"] * 8 + ["b"])["ci95"] is None
+    extreme = summarize(lines([100.0, 100.0, 0.0, 100.0]))["ci95"]
+    assert extreme[1] == 100 and extreme[0] >= 0
 
 
 def test_skills_count_the_same_whatever_their_size():
@@ -64,10 +80,12 @@ def test_a_comparison_is_of_pairs():
 def test_a_comparison_leaves_out_what_one_of_them_lacks_and_counts_skills_the_same():
     some = paired([10, None, 30, 50], [20, 40, None, 60])
     assert (some["n"], some["base"], some["adapter"], some["difference"]) == (2, 30, 40, 10)
-    skills = ["a"] * 9 + ["b"]
-    even = paired([0] * 10, [10] * 9 + [50], skills)
+    skills = ["a"] * 9 + ["b"] * 2
+    even = paired([0] * 11, [10] * 9 + [50] * 2, skills)
     assert (even["difference"], even["ci95"]) == (30, [30, 30])
     assert not paired([0] * 5, [10] * 5)["certain"] and paired([0] * 6, [10] * 6)["certain"]
+    few, enough = (paired([0] * 100, [100] * changed + [0] * (100 - changed)) for changed in (5, 6))
+    assert few["ci95"][0] > 0 and not few["certain"] and enough["certain"]  # a sign test of 5: p = 0.06
     assert paired([None], [1])["difference"] is None and not paired([None], [1])["certain"]
     with pytest.raises(ValueError):
         paired([1, 2], [1])
@@ -98,11 +116,12 @@ def test_a_table_shows_gains_losses_and_their_intervals():
 
 def test_a_table_says_what_was_left_out_and_what_is_not_in_percent():
     cut = {"truncated": 2, "arguments": {"max_new_tokens": 7}}
-    own = summary("mine", [50.0, None], tokens_per_second=3.0, **cut)
-    likelihood = summary("held_out", [1.0], unit="as in lm-eval", higher_is_better=False)
+    own = summary("mine", [50.0, 50.0, None], tokens_per_second=3.0, **cut)
+    likelihood = summary("held_out", [1.0, 1.0], unit="as in lm-eval", higher_is_better=False)
     shown = table([own, likelihood])
     assert "  1 without exact_match, left out\n  2 cut off at 7 tokens\n" in shown
     assert shown.endswith("in the unit of exact_match, less is better")
+    assert "  no interval: a skill or task has a single sample" in table([summary("mine", [50.0])])
     pair = summary("mine", [50.0, 50.0], [0.0, 0.0])
     assert "mine (base): 2 cut off at 7 tokens" in table([pair], {"mine": {**own, "missing": {}}})
     both = table([pair, likelihood])

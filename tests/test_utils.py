@@ -57,7 +57,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
     utils.write_jsonl(path, [{"new": 1}])
     assert utils.read_jsonl(path) == [{"new": 1}]
     for place in (path / "below_a_file.json", path.parent):
-        with pytest.raises(ValueError, match="cannot be written: .*; give another path"):
+        with pytest.raises(ValueError, match=r"cannot be written: .*; give another path"):
             utils.write_json(place, {})
 
 
