@@ -44,7 +44,7 @@ if __name__ == "__main__":  # the child
 class Limits(NamedTuple):
     """Seconds on the clock and of CPU, MB of address space, MB of a file, and files that may be written."""
 
-    wall: float = 15
+    wall: float = 30  # three times the CPU's: a program that shares a core need not be late
     cpu: int = 10
     memory_mb: int = 1024
     file_mb: int = 4
@@ -174,7 +174,7 @@ _OPENED_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPE
 
 def _hook(folder: str, library: list[str], files: int):
     """An audit hook that refuses files outside `folder` and, to read, `library`, and more than `files` changes."""
-    realpath, fsdecode, sep = os.path.realpath, os.fsdecode, os.sep
+    realpath, isdir, fsdecode, sep = os.path.realpath, os.path.isdir, os.fsdecode, os.sep
     left = [files]
 
     def inside(path: object, places: list[str]) -> bool:
@@ -184,10 +184,13 @@ def _hook(folder: str, library: list[str], files: int):
         return any(real == place or real.startswith(place + sep) for place in places)
 
     def hook(event: str, args: tuple) -> None:
+        places = [folder, *library]
         if event == "open":
             path, _, flags = args
             writes = bool(flags & _OPENED_TO_WRITE) and path != os.devnull
             paths = [path]
+            if not writes and isinstance(path, (str, bytes, os.PathLike)) and isdir(path):
+                places = [folder]  # what is named relative to an open folder looks as if it were in the working folder
         elif event.startswith(_WRITING):
             writes, paths = True, list(args)
         elif event in _READING:
@@ -196,7 +199,7 @@ def _hook(folder: str, library: list[str], files: int):
             raise PermissionError(f"not allowed here: {event}")
         else:
             return
-        if not all(inside(path, [folder] if writes else [folder, *library]) for path in paths):
+        if not all(inside(path, [folder] if writes else places) for path in paths):
             raise PermissionError(f"not allowed here: {event} outside the working folder")
         if writes:
             left[0] -= 1

@@ -155,8 +155,11 @@ def output_path(args: argparse.Namespace, name: str, alone: bool) -> Path:
     model = Path(args.adapter_dir or args.base_model_path).resolve()
     path = Path("results/completions", f"{model.name}.{name}.jsonl")
     if (summary := path.with_suffix(".summary.json")).is_file():
-        was = json.loads(summary.read_text(encoding="utf-8")).get("arguments", {})
-        other = was.get("adapter_dir") or was.get("base_model_path") or "another evaluation"
+        try:
+            was = json.loads(summary.read_text(encoding="utf-8"))["arguments"]
+            other = was.get("adapter_dir") or was["base_model_path"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            other = "something else"
         if Path(other).resolve() != model:
             raise ValueError(f"{summary} is of {other}: give an --output_path, or move it away")
     return path
@@ -193,6 +196,7 @@ def plan_suites(args: argparse.Namespace, jobs: list[Job]) -> tuple[dict[str, li
                 f"--eval_dataset {args.eval_dataset!r}, --suite {args.suite!r}: two of them would be written to {path}"
             )
         check_output(path)
+        check_output(path.with_suffix(".summary.json"))
     return found, suite_paths
 
 
@@ -204,6 +208,9 @@ def plan_judge(args: argparse.Namespace, jobs: list[Job]) -> Judge | None:
         note(
             f"--judge_model grades {', '.join(RUBRICS)} only, so {spared} keeps its metrics (--evaluator sets the task)"
         )
+    for job in jobs:
+        if (graded := sum(task is not None for task in job.tasks)) and graded < len(job.tasks):
+            note(f"--judge_model grades {graded} of {len(job.tasks)} rows of {job.label}, the rest keep their metric")
     key = os.environ.get(args.judge_key_env, "").strip()
     if not any(any(job.tasks) for job in jobs) or not (key or args.judge_base_url):
         return None
@@ -231,13 +238,13 @@ def finish(
     """Merge the batches in the order of the eval file, have them graded, write both outputs, return the summary and
     the results.
 
-    `base`: the results of the base, which go in, compared, as "against_base". A judge that failed on some keeps the
-    partial file, so that the same command asks about those again.
+    `base`: the results of the base, which go in, compared, as "against_base". A judge that failed on some marks the
+    partial file to be kept, so that the same command asks about those again.
     """
     results, judged, primary = [partial.results[i] for i in range(len(job.rows))], {}, job.evaluator.primary
     if judge and any(job.tasks):
         results = grade(judge, job.tasks, results)
-        primary = primary if isinstance(job.evaluator, ByRow) else "judge"
+        primary = "judge" if all(job.tasks) else "score"  # each row its own
         judged = {"judge": {"model": judge.model, "base_url": judge.base_url, "failed": dict(judge.reasons)}}
         partial.keep = bool(judge.reasons.keys() - {NO_SCORE})
         if NO_SCORE in judge.reasons:
@@ -305,6 +312,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 summary, results = finish(args, job, partial, judge, answers.get(job.name))
                 (bases if job.base else summaries)[job.name] = summary
                 answers[job.name] = results
+        for partial in partials:  # the next run asks the judge again, and no model
+            partial.keep = any(partial.keep for partial in partials)
         try:
             names = list(loaded)
             shares = [names[rank :: args.world_size] for rank in range(min(args.world_size, len(names)))]

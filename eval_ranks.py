@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 import benchmarks
 import code_runner
+import data
 import esft
 import metrics
 from benchmarks import Evaluator, evaluate, sentence
@@ -140,7 +141,10 @@ def answer_keys(args: argparse.Namespace, jobs: list[Job], device: str) -> list[
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "version of torch": torch.__version__,
         "version of transformers": transformers.__version__,
-        **{f"{module.__name__}.py": sha256(Path(module.__file__)) for module in (benchmarks, metrics, code_runner)},
+        **{
+            f"{module.__name__}.py": sha256(Path(module.__file__))
+            for module in (benchmarks, data, esft, metrics, code_runner)
+        },
     }
     rows = [json.dumps(job.rows, default=str).encode() for job in jobs]
     digests = [hashlib.sha256(text).hexdigest() for text in rows]

@@ -121,15 +121,16 @@ def judge_prompt(task: str, question: str, answer: str, references: list[str]) -
 
 # not one end of a range ("0-10"), nor a share of something else than 10
 _SCORE = re.compile(
-    r"(?:\bscore|分数|评分|得分)[\"'*_\s]*(?:[:：=]|is\b|of\b|为|是)?[\"'*_\s\[(（]*(-?\d+(?:\.\d+)?)(?![.,]?\d|[eE]\d)(?!\s*[-–~]\s*\d)"
+    r"(?:\bscore|分数|评分|得分)[\"'*_\s]{0,9}(?:[:：=]|is\b|of\b|为|是)?[\"'*_\s\[(（]{0,9}(-?\d+(?:\.\d+)?)(?![.,]?\d|[eE]\d)(?!\s*[-–~]\s*\d)"
     r"(?!\s*/\s*(?!10\b)\d)(?!\s*%)",
     re.IGNORECASE,
 )
-_BARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*10|分)?\s*\.?\s*")
+_BARE = re.compile(r"(\d+(?:\.\d+)?) ?(?:/ ?10|分)? ?\.?")
 
 
 def read_score(reply: str) -> float | None:
     """The last score that a reply names, 0..10; None where it names none, or one outside of that."""
+    reply = " ".join(reply.split())  # a long run of white space would take the patterns long
     found = _SCORE.findall(reply) or [match[1] for match in [_BARE.fullmatch(reply)] if match]
     score = float(found[-1]) if found and len(found[-1]) < 20 else -1.0
     return score if 0 <= score <= 10 else None

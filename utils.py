@@ -4,6 +4,7 @@ import argparse
 import codecs
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -92,6 +93,24 @@ def check_output(path: str | Path, folder: bool = False) -> None:
     place = next(place for place in path.absolute().parents if place.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(f"{path} cannot be written: {place} is no folder that may be written to; give another path")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[int]:
+    """Hold the folder against other runs of `what`; yields the lock's file descriptor.
+
+    Whoever holds the descriptor holds the lock, so a child that has it outlives a killed parent with the folder shut.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another {what}, or a command that one left behind, is at work in {folder}: wait for it, or give "
+                "another folder"
+            ) from None
+        yield file.fileno()
 
 
 @contextlib.contextmanager

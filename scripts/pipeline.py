@@ -16,7 +16,6 @@ Training keys come last, `learning_rate=1e-4` for all methods or `full:learning_
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -24,8 +23,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import get_evaluator, load_rows
 from data import load_samples, resolve_dataset
 from scripts.pipeline_results import against_full, completions_path, plot_losses, table, table_rows
-from utils import ROOT, Parser, check_output, environment, positive, run_cli, suggest, write_json, write_text
+from utils import ROOT, Parser, check_output, environment, locked, positive, run_cli, suggest, write_json, write_text
 
 TRAINING = {  # method -> (score function that selects, train.py's method)
     "esft-token": ("token", "esft"),
@@ -47,24 +44,6 @@ TRAINING = {  # method -> (score function that selects, train.py's method)
 }
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as it is typed in the repository's root
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder against other pipelines; yields the lock's file descriptor.
-
-    Whoever holds the descriptor holds the lock, so a stage that has it outlives a killed pipeline with the folder shut.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another pipeline, or a stage that one left behind, is at work in {folder}: wait for it, or give "
-                "another --output_dir"
-            ) from None
-        yield file.fileno()
 
 
 def execute(command: list[str], lock: int | None = None, env: dict[str, str] | None = None) -> int:
@@ -244,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(folder, folder=True)
     datasets, overrides = eval_datasets(args), training_keys(args, methods)
     check(args, methods, datasets)
-    with locked(folder) as lock:
+    with locked(folder, "pipeline") as lock:
         run_stages(args, Stages(folder, lock), folder, methods, datasets, overrides)
 
 

@@ -43,6 +43,7 @@ BAD = {
     "writes home": "open({home!r} + '/new', 'w')",
     "deletes": "import os\nos.remove({secret!r})",
     "deletes a tree": "import shutil\nshutil.rmtree({home!r}, ignore_errors=False)",
+    "opens a folder of the library": "import os\nos.open(os.path.dirname(os.__file__), os.O_RDONLY)",
     "renames": "import os\nos.rename({secret!r}, 'x')",
     "kills its parent": "import os\nos.kill(os.getppid(), 9)",
     "kills its parent by a descriptor": "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
@@ -73,6 +74,8 @@ GOOD = {
     "dataclass": "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 3\nassert A().x == 3",
     "its own files": "import os, tempfile\nopen('a', 'w').write('b')\nassert open('a').read() == 'b'\n"
     "assert os.listdir() == ['a']\nassert os.path.expanduser('~') == os.getcwd() == tempfile.gettempdir()",
+    "removes its own tree": "import os, shutil\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nshutil.rmtree('a')\n"
+    "assert os.listdir() == []",
     "main is not run": "if __name__ == '__main__':\n    raise SystemExit",
     "input is empty": "import sys\nassert sys.stdin.read() == ''",
 }

@@ -545,6 +545,15 @@ def test_without_an_output_path_no_other_evaluation_is_overwritten(model_dir, ad
     assert f"{adapter}.one.jsonl" in contents(tmp_path / "results" / "completions", "*")
     with pytest.raises(ValueError, match=rf"{adapter}.one.summary.json is of {adapter_dir}: give an --output_path"):
         eval_multigpu.main([*flags, f"--adapter_dir={tmp_path / 'mine' / adapter}"])
+    summary = tmp_path / "results" / "completions" / f"{model}.one.summary.json"
+    for text in ("[]", "{", '{"arguments": {}}'):
+        summary.write_text(text)
+        with pytest.raises(ValueError, match=rf"{model}.one.summary.json is of something else: give an --output_path"):
+            eval_multigpu.main(flags)
+    summary.unlink()
+    summary.mkdir()
+    with pytest.raises(ValueError, match="cannot be written: it is a folder"):
+        eval_multigpu.main(flags)
 
 
 def test_help_names_every_flag_with_its_default(capsys):
@@ -710,6 +719,33 @@ def test_what_the_judge_failed_on_is_asked_again_without_new_answers(model_dir, 
         (summary,) = run(*command)
     assert len(server.requests) == before + 1 and summary["missing"]["judge"] == 0 and summary["mean"] == 50
     assert not list(tmp_path.glob(".*"))
+
+
+def test_where_the_judge_failed_on_one_of_several_no_model_is_loaded_again(
+    model_dir, adapter_dir, tmp_path, judged, monkeypatch
+):
+    server, flags = judged
+    files = f"{tmp_path / 'law.jsonl'},{tmp_path / 'general.jsonl'}"
+    command = (model_dir, files, tmp_path / "out.jsonl", f"--adapter_dir={adapter_dir}", "--with_base", *flags)
+    server.answer = lambda number, prompt: (400, {}, b"no") if "gold 2" in prompt else test_judge.reply("Score: 4")
+    run(*command)
+    server.answer = lambda number, prompt: test_judge.reply("Score: 4")
+    with monkeypatch.context() as patch:
+        patch.setattr(esft, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
+        law, general = run(*command)
+    assert law["mean"] == law["against_base"]["base"] == 40 and general["n"] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_that_are_not_graded_are_not_called_graded(model_dir, tmp_path, judged, capsys):
+    _, flags = judged
+    rows = [json.loads(line) for line in (tmp_path / "law.jsonl").read_text().splitlines()]
+    rows[0]["evaluator"] = "summary"
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (summary,) = run(model_dir, str(tmp_path / "mine.jsonl"), tmp_path / "out.jsonl", *flags)
+    assert summary["primary"] == "score" and "grades 1 of 6 rows of mine" in capsys.readouterr().err
+    judged_by = [json.loads(line)["metrics"].get("judge") for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert judged_by[0] == 80 and judged_by[1:] == [None] * 5
 
 
 def test_a_judge_with_base_compares_its_grades(model_dir, adapter_dir, tmp_path, judged):

@@ -316,11 +316,19 @@ def test_addresses():
         ('{"score": 0}', 0), ("<think>Score: 2?</think>Score: 10", 10), ("score is 8 out of 10", 8),
         ("", None), ("Score: n", None), ("Score: 0-10", None), ("Score: 80%", None), ("Score: 8/100", None),
         ("Score: 10.5", None), ("Score: -2", None), ("Score: 7,5", None), ("Score: nan", None), ("The 8 of them", None),
-        ("Score: " + "9" * 5000, None), ("underscore: 3", None),
+        ("Score: " + "9" * 5000, None), ("underscore: 3", None), ("Score:\n\n 4", 4),
     ],
 )  # fmt: skip
 def test_the_score_in_a_reply(text, score):
     assert read_score(text) == score
+
+
+@pytest.mark.parametrize(
+    "text", ["8" + "\n" * 10**5 + "x", "Score" + "* " * 10**5 + "x", "Score:" * 10**5, "9 " * 10**5]
+)
+def test_a_long_reply_is_read_at_once(text):
+    start = time.monotonic()
+    assert read_score(text) is None and time.monotonic() - start < 2
 
 
 def test_the_prompt_is_in_the_row_s_language_and_cannot_be_closed():

@@ -14,7 +14,7 @@ import pytest
 
 from scripts.experiments import paper, paper_results, paper_runs
 from scripts.experiments.paper_results import Claim, half_width, interval, verdict
-from utils import read_jsonl, run_cli, write_json
+from utils import locked, read_jsonl, run_cli, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -159,6 +159,9 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
     with monkeypatch.context() as patch:
         patch.setattr(paper_runs, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")
         assert trained() == 2 * 5
+        assert [words[0] for words in commands].count("scripts/expert/get_expert_scores.py") == 1  # and experts anew
+    with locked(tmp_path, "paper.py"), pytest.raises(ValueError, match=r"another paper\.py, .* is at work in"):
+        paper.main(flags)
 
 
 def test_what_is_written_says_where_it_comes_from_and_shows_the_rows(tmp_path, commands):

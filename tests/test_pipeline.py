@@ -101,10 +101,11 @@ def test_a_stage_that_fails_stops_the_pipeline_with_its_code(script, code, tmp_p
 PIPELINE = """
 import sys
 from pathlib import Path
+import utils
 from scripts import pipeline
 
 def main(folder=Path(sys.argv[1])):
-    with pipeline.locked(folder) as lock:
+    with utils.locked(folder, "pipeline") as lock:
         pipeline.Stages(folder, lock).run(folder / "out", str(folder / "stage.py"))
 
 pipeline.run_cli(main)
@@ -149,13 +150,13 @@ def test_a_folder_has_one_pipeline_at_a_time(killed, at_work, tmp_path, capsys):
         at_work.kill()
         at_work.wait()
     with pytest.raises(SystemExit) as stop:
-        pipeline.run_cli(lambda: pipeline.locked(tmp_path).__enter__())
+        pipeline.run_cli(lambda: pipeline.locked(tmp_path, "pipeline").__enter__())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: another pipeline") and error.count("\n") == 1
     stage.terminate()
     at_work.stdout.read()  # to its end: the stage is gone
     at_work.wait()
-    with pipeline.locked(tmp_path):
+    with pipeline.locked(tmp_path, "pipeline"):
         pass
 
 

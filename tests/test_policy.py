@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "summaries": set(),
     "harness": {"benchmarks", "utils"},
     "suites": {"harness", "summaries", "esft", "utils"},
-    "eval_ranks": {"benchmarks", "metrics", "code_runner", "esft", "utils"},
+    "eval_ranks": {"benchmarks", "metrics", "code_runner", "data", "esft", "utils"},
     "eval_multigpu": {"eval_ranks", "suites", "harness", "judge", "summaries", "benchmarks", "code_runner"}
     | {"esft", "deepseek", "utils"},
     "scripts": {"scripts", "train", "sharding", "insight", "methods", "esft", "benchmarks", "summaries"}

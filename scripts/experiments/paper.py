@@ -40,6 +40,7 @@ from utils import (
     Parser,
     check_output,
     environment,
+    locked,
     note,
     positive,
     run_cli,
@@ -169,7 +170,7 @@ def part_d(lab: Lab):
 
 
 def part_e(lab: Lab):
-    named = {name: run for name, run in methods_of("law", 0).items() if name != "base"}
+    named = {name: run for name, run in methods_of("law", lab.args.seeds[0]).items() if name != "base"}
 
     def table() -> tuple[str, list[dict]]:
         """Rounds in which every method takes its turn, alone on the machine; a ratio is of one round."""
@@ -268,7 +269,12 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     args = parse_args(argv)
     if args.output:
         check_output(f"{args.output}_a.md")
-    lab = Lab(args)
+    with locked(Path(args.work_dir), "paper.py"):
+        return run_parts(Lab(args))
+
+
+def run_parts(lab: Lab) -> dict[str, str]:
+    args = lab.args
     if "d" in args.parts:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(tqdm(pool.map(lab.base, (16, 32)), total=2, unit="base", desc="pretraining"))

@@ -1,12 +1,13 @@
 """The runs of paper.py: what one is, the commands that make it, and the files that keep its result.
 
-A Lab runs commands below a folder. A result is made in a hidden folder and kept as one file, with what it was made of;
-it is made again where its data, base or versions are others.
+A Lab runs commands below a folder, which it has for itself. A result is made in a hidden folder and kept as one file,
+with what it was made of; it is made again where its data, base or versions are others.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -92,7 +93,9 @@ class Lab:
         return str(folder)
 
     def scores(self, base: str, task: str, n_sample_tokens: int = 16384) -> Path:
-        folder = self.folder / "scores" / f"{Path(base).name}-{task}-n{n_sample_tokens}"
+        made_of = inputs(base, data_of(task))
+        mark = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
+        folder = self.folder / "scores" / f"{Path(base).name}-{task}-n{n_sample_tokens}-{mark}"
         if not (folder / "summary.json").is_file():
             what = f"--base_model_path={base}", f"--eval_dataset={self.samples(task)}", f"--output_dir={folder}"
             size = f"--n_sample_tokens={n_sample_tokens}", "--seq_length=256"
@@ -105,7 +108,7 @@ class Lab:
         if task != "general":
             return task
         path = self.folder / "general.jsonl"
-        rows = read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")
+        rows = read_jsonl(ROOT / data_of(task))
         turns = [(("user", row["prompt"]), ("assistant", row["answers"][0])) for row in rows]
         write_jsonl(path, ({"messages": [{"role": r, "content": c} for r, c in pair]} for pair in turns))
         return str(path)
@@ -122,14 +125,11 @@ class Lab:
         return path
 
     def made_of(self, run: Run) -> dict:
-        """What decides a result beside the run and the code: the inputs' contents, and versions."""
-        data = [f"datasets/{kind}.jsonl" for kind in (f"train/{run.task}", f"eval/{run.task}", "eval/general")]
-        files = [*data, f"{run.base}/model.safetensors"]
-        facts = environment()
+        """What decides a result beside the run and the code."""
         settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # a comment is none
         del settings["learning_rate"]  # every run gives its own
-        digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
-        return {"settings": settings, **digests, **{name: facts[name] for name in ("torch", "transformers")}}
+        data = data_of(run.task), f"datasets/eval/{run.task}.jsonl", data_of("general")
+        return {"settings": settings, **inputs(run.base, *data)}
 
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
         """What `make` gives in a folder of its own, from `path` where it was made before, of the same."""
@@ -185,6 +185,18 @@ class Lab:
         """As `train`, once for each number."""
         path = self.folder / "timed" / f"{run.name}-{steps}-{number}.json"
         return self.kept(path, run, lambda folder: self.train(run, folder / "trained", steps))
+
+
+def data_of(task: str) -> str:
+    """The file, from the root, of a task's training data; of the general skills their questions, which have none."""
+    return f"datasets/{'eval' if task == 'general' else 'train'}/{task}.jsonl"
+
+
+def inputs(base: str, *data: str) -> dict[str, str]:
+    """Digests of a base and of data, and the versions of the libraries that decide what comes of them."""
+    files, facts = (*data, f"{base}/model.safetensors"), environment()
+    digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
+    return {**digests, **{name: facts[name] for name in ("torch", "transformers")}}
 
 
 @functools.cache
