@@ -146,6 +146,10 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
         return sum(words[0] == "train.py" for words in commands)
 
     assert trained() == 2 * 5 and trained() == 0
+    kept = sorted((tmp_path / "results").glob("*-shared-*.json"))
+    for path, text in zip(kept, ("[]", "{", '{"scores": 1}'), strict=False):
+        path.write_text(text)
+    assert len(kept) >= 3 and trained() == 3
     with monkeypatch.context() as patch:
         patch.setitem(paper_runs.RATES, "esft", "9e-3")
         assert trained() == 2 * 3
@@ -221,7 +225,9 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
         ("--ablation_tasks=lwa", "no task 'lwa' (did you mean 'law'?)"),
         ("--seeds 1 1", "--seeds: one is given twice"),
         ("--steps=0", "not a whole number above 0"),
+        ("--seeds -1", "-1 is below 0"),
         ("--output=README.md/x", "cannot be written"),
+        ("--work_dir=README.md", "README.md cannot be written: it is a file"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flag, sentence, monkeypatch, capsys):

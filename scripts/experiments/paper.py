@@ -33,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import ExpertScores, select_experts
+from insight import overlap
 from scripts.experiments import paper_results
 from scripts.experiments.paper_results import interval, markdown
 from scripts.experiments.paper_runs import GATE, TASKS, TINY, Lab, Run
@@ -195,16 +196,10 @@ def part_f(lab: Lab):
     names = (*TASKS, "general")
 
     def table() -> tuple[str, list[dict]]:
-        chosen = {name: select_experts(ExpertScores.load(lab.scores(TINY, name))).experts for name in names}
-
-        def share(a: str, b: str) -> float:
-            """Jaccard index of the experts of both, mean over layers."""
-            return statistics.fmean(
-                len({*ids} & {*chosen[b][layer]}) / len({*ids} | {*chosen[b][layer]})
-                for layer, ids in chosen[a].items()
-            )
-
-        rows = [{"name": a, **{b: share(a, b) for b in names}} for a in names]
+        scores = [ExpertScores.load(lab.scores(TINY, name)) for name in names]
+        sizes = {layer: len(experts) for layer, experts in scores[0].by_function["token"].items()}
+        shared = overlap([select_experts(one) for one in scores], sizes)
+        rows = [{"name": a, **{b: cell["jaccard"] for b, cell in zip(names, row)}} for a, row in zip(names, shared)]
         lines = [[row["name"], *(f"{row[b]:.2f}" for b in names)] for row in rows]
         return markdown(["Jaccard index", *names], lines), rows
 
@@ -218,7 +213,7 @@ TITLES = {
     "c": "How much of it, and how many tokens select it",
     "d": "Granularity: experts of equal size together",
     "e": "Time, memory and storage, in rounds side by side",
-    "f": "Experts that tasks share (token score, top_p 0.2)",
+    "f": "Experts that tasks share, of those that either chooses (token score, top_p 0.2)",
 }
 
 
@@ -258,6 +253,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("seeds", "ablation_tasks"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise ValueError(f"--{name}: one is given twice")
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds: {min(args.seeds)} is below 0")
     for task in args.ablation_tasks:
         if task not in TASKS:
             raise ValueError(f"--ablation_tasks: no task {task!r}{suggest(task, TASKS)}")
@@ -267,6 +264,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, str]:
     """Returns the table of each part."""
     args = parse_args(argv)
+    check_output(args.work_dir, folder=True)
     if args.output:
         check_output(f"{args.output}_a.md")
     with locked(Path(args.work_dir), "paper.py"):
@@ -303,7 +301,7 @@ def run_parts(lab: Lab) -> dict[str, str]:
             facts = {"rows": rows, "made_by": source, "arguments": decides, "environments": lab.used}
             write_json(f"{args.output}_{part}.json", facts)
     if args.output:
-        print(f"\n{paper_results.conclude(args.output)}")
+        print(f"\n{paper_results.conclude(args.output)}\n\nwritten to {args.output}_*")
     return tables
 
 

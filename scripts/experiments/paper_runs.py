@@ -5,6 +5,7 @@ with what it was made of; it is made again where its data, base or versions are 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -134,7 +135,7 @@ class Lab:
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
         """What `make` gives in a folder of its own, from `path` where it was made before, of the same."""
         made_of = self.made_of(run)
-        if path.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is made again
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["made_of"] == made_of:
                 self.used.append(found["environment"])
