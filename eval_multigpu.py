@@ -312,8 +312,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 summary, results = finish(args, job, partial, judge, answers.get(job.name))
                 (bases if job.base else summaries)[job.name] = summary
                 answers[job.name] = results
-        for partial in partials:  # the next run asks the judge again, and no model
-            partial.keep = any(partial.keep for partial in partials)
+        if any(partial.keep for partial in partials):  # the next run asks the judge again, and no model
+            for partial in partials:
+                partial.keep = True
         try:
             names = list(loaded)
             shares = [names[rank :: args.world_size] for rank in range(min(args.world_size, len(names)))]

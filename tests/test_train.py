@@ -786,9 +786,9 @@ def test_tensorboard(start):
 def test_the_command_exits_with_2(files, tmp_path):
     command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / "out", learning_rat=1)]
     ended = subprocess.run(command, capture_output=True, text=True)
-    *_, said = ended.stderr.splitlines()  # bitsandbytes, where it is installed, may log a line of its own
+    *logged, said = ended.stderr.splitlines()
     assert ended.returncode == 2 and said.startswith("error: command line: unknown key 'learning_rat'")
-    assert "Traceback" not in ended.stderr
+    assert all("kernels-community" in line for line in logged)  # bitsandbytes', where it is installed
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def write_model(folder: Path, args: argparse.Namespace) -> None:
-    """The model, tokenizer and expert config of all runs."""
+def write_model(folder: Path, args: argparse.Namespace) -> int:
+    """The model, tokenizer and expert config of all runs; returns the bytes of the model's tensors."""
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = DeepseekV2ForCausalLM(
@@ -73,6 +73,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
     generator = random.Random(args.seed)
     experts = {str(layer): generator.sample(range(64), args.n_trained) for layer in range(1, args.layers)}
     write_json(folder / "experts.json", {"experts": experts, "shared_experts": False, "non_expert_modules": False})
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def train(folder: Path, ep_size: int, args: argparse.Namespace) -> dict:
@@ -91,10 +92,7 @@ def train(folder: Path, ep_size: int, args: argparse.Namespace) -> dict:
     if ended.returncode:
         errors = [line for line in ended.stderr.splitlines() if "rror" in line] or [ended.stderr[-500:]]
         raise ChildProcessError(f"training with ep_size={ep_size} failed: {errors[0]}")
-    results = json.loads((run / "run.json").read_text(encoding="utf-8"))["results"]
-    if ep_size == 1:  # a whole model is read by transformers, which does not count
-        results["read_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return results
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))["results"]
 
 
 def table(rows: list[dict]) -> str:
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     sizes = [size for size in range(1, args.processes + 1) if args.processes % size == 0 and size <= 64]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder, args)
+        whole = write_model(folder, args)
         results: dict[int, list[dict]] = {size: [] for size in sizes}
         for number in range(args.rounds):
             for size in sizes:
@@ -129,7 +127,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         {
             "ep_size": size,
             "replicas": args.processes // size,
-            "read_bytes": runs[0]["read_bytes"],
+            "read_bytes": runs[0]["read_bytes"] or whole,  # which transformers reads, and does not count
             "peak_memory_bytes": statistics.median(run["peak_memory_bytes"] for run in runs),
             "step_seconds": [run["step_seconds"] for run in runs],
             "ratios": [run["step_seconds"] / first["step_seconds"] for run, first in zip(runs, results[sizes[0]])],
