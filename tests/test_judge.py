@@ -316,7 +316,7 @@ def test_addresses():
         ('{"score": 0}', 0), ("<think>Score: 2?</think>Score: 10", 10), ("score is 8 out of 10", 8),
         ("", None), ("Score: n", None), ("Score: 0-10", None), ("Score: 80%", None), ("Score: 8/100", None),
         ("Score: 10.5", None), ("Score: -2", None), ("Score: 7,5", None), ("Score: nan", None), ("The 8 of them", None),
-        ("Score: " + "9" * 5000, None), ("underscore: 3", None), ("Score:\n\n 4", 4),
+        ("Score: " + "9" * 5000, None), ("underscore: 3", None), ("Score:\n\n 4", 4), ("8\n\n / 10", 8),
     ],
 )  # fmt: skip
 def test_the_score_in_a_reply(text, score):

@@ -85,6 +85,9 @@ def fake(words: list[str]) -> None:
         for name in flags["eval_dataset"].split(","):
             mean = 30 * learned + number("eval_dataset")
             write_json(Path(flags["output_path"]).with_suffix(f".{name}.summary.json"), {"mean": mean})
+    elif words[0] == "scripts/build_tiny_model.py":
+        write_json(Path(flags["output_dir"]) / "config.json", {})
+        (Path(flags["output_dir"]) / "model.safetensors").write_text(flags["experts"])
     else:
         assert words[0] == "scripts/expert/get_expert_scores.py"
         first = {str(e): 0.5 - 0.1 * e + 0.01 * number("eval_dataset", "n_sample_tokens") for e in range(4)}
@@ -103,13 +106,14 @@ def commands(monkeypatch) -> list[list[str]]:
 
 
 def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
-    flags = ["--parts=r,a,b,c,e,f", "--seeds", "0", "1", "2"]
+    flags = ["--parts=r,a,b,c,d,e,f", "--seeds", "0", "1", "2"]
     whole = paper.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/paper", "--jobs=1"])
     asked = [" ".join(words).replace(str(tmp_path / "whole"), "") for words in commands]
     trained = [words for words in commands if words[0] == "train.py"]
     timed = 5 * 6  # rounds x methods
     tried = 4 * (len(paper.TRIED) - 1)
-    assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7) + timed + tried
+    assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7 + 2 * 2) + timed + tried  # d's third base is a's
+    assert {Path(words[1]).name for words in trained} == {"tiny", "tiny16-5500000", "tiny32-5500000"}
     run, left = paper_runs.Lab.command, 25
 
     def breaks_off(self, *words):
@@ -131,7 +135,7 @@ def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_noth
             continue
         break
     assert tries > 5 and again == whole
-    for name in ("paper_r.md", "paper_a.md", "paper_b.md", "paper_c.md", "paper_e.md", "paper_f.md", "paper_claims.md"):
+    for name in (*(f"paper_{part}.md" for part in "rabcdef"), "paper_claims.md", "paper_claims.json"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
     assert len(asked) <= len(commands) <= len(asked) + tries  # a training whose evaluation was broken off comes again
     assert not list((tmp_path / "broken" / "results").glob(".*"))
