@@ -22,7 +22,7 @@ counted as "failed" in the summary, and the rest goes on.
 With --with_base the loaded model answers first as it is and then with the adapter, and one table shows what was gained
 and what was forgotten: base, adapter, and the difference with its interval. The base's answers go to out.base.jsonl.
 
-With --suite the tasks of lm-eval, EleutherAI's harness, are asked, too (suites.py): its prompts, few-shot examples and
+With --suite the tasks of lm-eval, EleutherAI's harness, are asked, too: its prompts, few-shot examples and
 metrics. Each process answers whole suites, every world_size-th; after an interruption they start over.
 
 With --judge_model answers to summary, law and translation are graded by a language model behind an OpenAI-compatible
@@ -40,16 +40,18 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import code_runner
 import esft
-import suites
-from benchmarks import EVALUATORS, ByRow, CodeEvaluator, get_evaluator, load_rows, make_batches
+from benchmarks import EVALUATORS, ByRow, CodeEvaluator, get_evaluator, load_rows
+from deepseek.files import check_output, suggest_path, write_json, write_jsonl
 from deepseek.loading import empty_model, plan_devices
-from eval_ranks import Job, Partial, answer, answer_keys, run_ranks
-from harness import KNOWN, Suite
-from judge import NO_SCORE, RUBRICS, Judge, check_url, grade
-from summaries import compare, summarize, table
-from utils import Parser, check_output, environment, note, positive, run_cli, suggest_path, write_json, write_jsonl
+from evaluation import code_runner
+from evaluation import lm_eval_results as suites
+from evaluation.generation import make_batches
+from evaluation.judge import NO_SCORE, RUBRICS, Judge, check_url, grade
+from evaluation.lm_eval_harness import KNOWN, Suite
+from evaluation.results import compare, summarize, table
+from evaluation.runner import Job, Partial, answer, answer_keys, run_ranks
+from utils import command_parser, environment, note, positive, run_cli
 
 OPENAI = "https://api.openai.com/v1"
 OF_DATASETS = ("max_new_tokens", "template", "evaluator", "judge_model", "judge_base_url")  # flags that suites ignore
@@ -57,7 +59,7 @@ OF_SUITES = ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_temp
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     dtypes, devices = ("auto", "float32", "bfloat16", "float16"), ("auto", "cpu", "cuda")
     count = {"type": positive, "metavar": "N"}

@@ -41,10 +41,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import find_experts
-from .grouped_gemm import grouped_experts
-from .placement import Placement
-from .ranks import Ranks
+from deepseek.experts import find_experts
+from deepseek.grouped_gemm import grouped_experts
+from deepseek.placement import Placement
+from deepseek.process_groups import Ranks
 
 IMPLEMENTATION = "esft_expert_parallel"
 

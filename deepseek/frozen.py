@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .experts import fused_names, local_expert_ids
+from deepseek.experts import fused_names, local_expert_ids
 
 DTYPES = ("fp8", "int8", "nf4")
 CHUNK = 8  # experts whose matrices exist at a time

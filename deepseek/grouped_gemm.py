@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import fused_names, local_expert_ids, row_order
+from deepseek.experts import fused_names, local_expert_ids, row_order
 
 IMPLEMENTATION = "esft"
 REFERENCE = "esft_reference"

@@ -35,10 +35,10 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging
 
-from . import modeling  # noqa: F401 (registers model type "deepseek")
-from .experts import find_experts, fused_names, local_expert_ids
-from .frozen import BLOCKS, Storage, forbid_state_dict, freeze_experts, weight_names
-from .grouped_gemm import IMPLEMENTATION
+from deepseek import modeling  # noqa: F401 (registers model type "deepseek")
+from deepseek.experts import find_experts, fused_names, local_expert_ids
+from deepseek.frozen import BLOCKS, Storage, forbid_state_dict, freeze_experts, weight_names
+from deepseek.grouped_gemm import IMPLEMENTATION
 
 
 def load_tokenizer(path: str | Path):

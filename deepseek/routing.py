@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .experts import find_experts
+from deepseek.experts import find_experts
 
 
 @dataclass

@@ -21,10 +21,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepseek.checkpoint_files import open_base
+from deepseek.files import suggest_path
 from esft import CONFIG_NAME, ExpertConfig, is_lora
 from scripts.merge_adapter import by_layer, read_adapter_names
-from scripts.stored_checkpoint import open_base
-from utils import Parser, run_cli, suggest_path
+from utils import command_parser, run_cli
 
 
 def describe(adapter: Path) -> dict:
@@ -202,7 +203,7 @@ def pair_text(pair: dict) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="folders of adapters: expert_cfg.json, "
         "*.safetensors")  # fmt: skip

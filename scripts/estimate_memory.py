@@ -29,8 +29,10 @@ from transformers import AutoConfig, PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.experts import find_experts
+from deepseek.files import check_output, suggest, write_json, write_text
 from deepseek.loading import auto_class, empty_model
-from deepseek.memory import (
+from esft import ExpertConfig
+from training.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
     FROZEN_BYTES,
@@ -38,9 +40,8 @@ from deepseek.memory import (
     Memory,
     Settings,
 )
-from esft import ExpertConfig
-from sharding import make_estimator
-from utils import ROOT, Parser, check_output, environment, positive, run_cli, suggest, write_json, write_text
+from training.plan import make_estimator
+from utils import ROOT, command_parser, environment, positive, run_cli
 
 PUBLISHED = ROOT / "configs" / "published.json"
 METHODS = ("esft", "full", "lora")
@@ -59,7 +60,7 @@ SHORT = {  # of settings, for a cell of the table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--base_model_path", "--model", metavar="MODEL", help="a folder with config.json, a hub id, or a name of "
         "configs/published.json (required but with --table)")  # fmt: skip

@@ -31,20 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from esft import (
-    CONFIG_NAME,
-    DTYPES,
-    WEIGHTS_NAME,
-    ExpertConfig,
-    adapter_views,
-    base_note,
-    check_base,
-    find_adapter_tensors,
-    is_lora,
-    router_fingerprint,
-    union,
-)
-from scripts.stored_checkpoint import (
+from deepseek.adapters import DTYPES
+from deepseek.checkpoint_files import (
     Place,
     Shard,
     checkpoint_files,
@@ -55,7 +43,20 @@ from scripts.stored_checkpoint import (
     reserve,
     stored_shapes,
 )
-from utils import Parser, atomic_path, check_output, environment, run_cli, suggest_path, write_json
+from deepseek.files import atomic_path, check_output, suggest_path, write_json
+from esft import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    ExpertConfig,
+    adapter_views,
+    base_note,
+    check_base,
+    find_adapter_tensors,
+    is_lora,
+    router_fingerprint,
+    union,
+)
+from utils import command_parser, environment, run_cli
 
 NOTE = "merged_from.json"  # what was merged; its folder is a merge's
 REPLACED = "replaced"  # the folder in it that holds what the merge overwrote
@@ -105,7 +106,7 @@ def merge_adapter(
         raise ValueError("--adapter_dir names a folder twice; give each once")
     if shared := conflicts(names_of):
         raise Conflict(shared)
-    places = find_places(model, config, sources, stored_shapes(base, files))
+    places = find_places(model, config.experts, sources, stored_shapes(base, files))
     check_places(base, files, places, sources)
 
     with atomic_path(output, folder=True) as folder:
@@ -284,7 +285,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--base_model_path", "--model", type=Path, required=True, metavar="DIR", help="folder of the base: "
         "config.json, *.safetensors; with --unmerge, that of a merge")  # fmt: skip

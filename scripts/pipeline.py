@@ -31,17 +31,12 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
-from data import load_samples, resolve_dataset
+from deepseek.files import check_output, suggest, write_json, write_text
+from evaluation.run_folder import TRAINING
 from scripts.pipeline_results import against_full, completions_path, plot_losses, table, table_rows
-from utils import ROOT, Parser, check_output, environment, locked, positive, run_cli, suggest, write_json, write_text
+from training.data import load_samples, resolve_dataset
+from utils import ROOT, command_parser, environment, locked, positive, run_cli
 
-TRAINING = {  # method -> (score function that selects, train.py's method)
-    "esft-token": ("token", "esft"),
-    "esft-gate": ("gate", "esft"),
-    "random": ("token", "random"),
-    "lora": (None, "lora"),
-    "full": (None, "full"),
-}
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as it is typed in the repository's root
 
@@ -104,7 +99,7 @@ class Stages:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="the base model: a folder or a hub id")
     add("--train_dataset", "--data", required=True, metavar="DATA", help="a name (file of datasets/train), a path or a "
@@ -161,7 +156,7 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
     Raises:
         ValueError, FileNotFoundError: what train.py would refuse of the keys, and those that are flags here.
     """
-    import train  # slow, and --help can do without
+    from training.config import ALIASES, read_config, training_arguments  # slow, and --help can do without
 
     for_all: dict[str, str] = {}
     for_one: dict[str, dict[str, str]] = {method: {} for method in TRAINING}
@@ -172,7 +167,7 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
             raise ValueError(f"{pair!r}: a training key is written key=value")
         if colon and method not in TRAINING:
             raise ValueError(f"{pair!r}: {method!r} is no method{suggest(method, TRAINING)}")
-        key, keys = train.ALIASES.get(rest, rest), for_one[method] if colon else for_all
+        key, keys = ALIASES.get(rest, rest), for_one[method] if colon else for_all
         if key in keys:
             raise ValueError(f"{pair!r}: {key} is given twice; give it once")
         if key in OURS:
@@ -190,8 +185,8 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
         except yaml.YAMLError as error:
             raise ValueError(f"a value among {', '.join(args.overrides)} is not valid YAML") from error
         given |= {"base_model_path": args.base_model_path, "train_dataset": args.train_dataset, "output_dir": "later"}
-        config = train.read_config(args.train_config, given | ({"expert_config": "later"} if function else {}))
-        train.training_arguments(dataclasses.replace(config, device="cpu"))  # this process is to leave the GPUs alone
+        config = read_config(args.train_config, given | ({"expert_config": "later"} if function else {}))
+        training_arguments(dataclasses.replace(config, device="cpu"))  # this process is to leave the GPUs alone
         overrides[method] = [f"{key}={value}" for key, value in keys.items()]
     return overrides
 

@@ -23,9 +23,10 @@ from huggingface_hub.utils import validate_repo_id
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepseek.files import write_json, write_text
 from esft import CONFIG_NAME
 from scripts.adapter_info import describe, numbers
-from utils import ROOT, Parser, run_cli, write_json, write_text
+from utils import ROOT, command_parser, run_cli
 
 PUSHED = (CONFIG_NAME, "*.safetensors", "run.json", "README.md")
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)(_|$)", re.IGNORECASE)
@@ -185,7 +186,7 @@ def push(folder: Path, repo_id: str, private: bool, api: HfApi) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--adapter_dir", type=Path, required=True, metavar="DIR", help="folder of the adapter: expert_cfg.json, "
         "*.safetensors and, from train.py, run.json")  # fmt: skip

@@ -20,11 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepseek.files import check_output, write_text
+from evaluation.run_folder import read_run
 from scripts.report_charts import esc
 from scripts.report_evaluation import samples, scores
-from scripts.report_runs import read_run
 from scripts.report_training import commands, expert_maps, losses, overview, what_was_trained
-from utils import Parser, check_output, positive, run_cli, write_text
+from utils import command_parser, positive, run_cli
 
 THEMES = {  # the light page and the dark one: c<n> are the curves' colours, q<n> the heat map's from low to high
     "light": {
@@ -173,7 +174,7 @@ def page(folders: list[str | Path], count: int = 2, seed: int = 0) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of scripts/pipeline.py or train.py")
     add("--output", metavar="FILE.html", help="the page (default: report.html in the first RUN)")

@@ -5,9 +5,9 @@ Each takes runs and returns HTML.
 
 import random
 
+from evaluation.results import compare
+from evaluation.run_folder import Run
 from scripts.report_charts import change, details, esc, figure, num, table, whiskers
-from scripts.report_runs import Run
-from summaries import compare
 
 SHOWN = 3000  # characters of a prompt or an answer
 

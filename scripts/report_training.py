@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 
 from esft import select_experts
+from evaluation.run_folder import Run, Trained, pipeline_command, train_command
 from scripts.report_charts import (
     MANY,
     change,
@@ -23,7 +24,6 @@ from scripts.report_charts import (
     scale_end,
     table,
 )
-from scripts.report_runs import Run, Trained, pipeline_command, train_command
 
 
 def overview(runs: list[Run], colours: dict[str, int]) -> str:

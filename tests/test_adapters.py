@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from esft import (
     to_esft,
     unload,
 )
+from tests.helpers import FAMILIES, make_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 BOTH = {"shared_experts": True, "non_expert_modules": True}

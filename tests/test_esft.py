@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, SMALL, make_model
 from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek.experts import find_experts, fused_names, trained_parameter
 from esft import ExpertConfig, RouterCapture, to_esft, unload
+from tests.helpers import FAMILIES, SMALL, make_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 BOTH = {"shared_experts": True, "non_expert_modules": True}

@@ -15,31 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# what each part of the tree may import of the project itself
+# what each part of the tree may import of the project itself; a dotted name allows that module alone
 MAY_IMPORT = {
     "deepseek": {"deepseek"},
-    "utils": set(),
-    "data": {"utils"},
-    "esft": {"deepseek", "utils"},
-    "metrics": set(),
-    "code_runner": set(),
-    "judge": {"utils"},
-    "benchmarks": {"metrics", "code_runner", "deepseek", "data", "utils"},
-    "methods": {"esft", "deepseek"},
-    "sharding": {"methods", "esft", "deepseek", "data", "utils"},
-    "checkpoints": {"esft", "deepseek", "data", "utils"},
-    "trainer": {"checkpoints", "esft", "deepseek", "data", "utils"},
-    "train": {"trainer", "sharding", "methods", "checkpoints", "esft", "deepseek", "data", "utils"},
-    "train_ep": {"train", "utils"},
-    "insight": {"esft", "deepseek", "utils"},
-    "summaries": set(),
-    "harness": {"benchmarks", "utils"},
-    "suites": {"harness", "summaries", "esft", "utils"},
-    "eval_ranks": {"benchmarks", "metrics", "code_runner", "data", "esft", "utils"},
-    "eval_multigpu": {"eval_ranks", "suites", "harness", "judge", "summaries", "benchmarks", "code_runner"}
-    | {"esft", "deepseek", "utils"},
-    "scripts": {"scripts", "train", "sharding", "insight", "methods", "esft", "benchmarks", "summaries"}
-    | {"deepseek", "data", "utils"},
+    "esft": {"deepseek"},
+    "utils": {"deepseek.files"},
+    "training": {"training", "esft", "deepseek", "utils"},
+    "evaluation": {"evaluation", "training.data", "esft", "deepseek", "utils"},
+    "benchmarks": {"evaluation", "training.data", "utils", "deepseek.files"},
+    "train": {"training", "esft", "deepseek", "utils"},
+    "train_ep": {"train", "training", "esft", "deepseek", "utils"},
+    "eval_multigpu": {"evaluation", "benchmarks", "esft", "deepseek", "utils"},
 }
 
 
@@ -135,14 +121,22 @@ def test_the_table_of_families_is_that_of_the_command():
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level modules of the project that a file imports."""
+    """Modules of the project that a file imports, by their dotted names."""
+    ours = {*MAY_IMPORT, "scripts", "tests"}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module.split(".")[0])
-    return found & MAY_IMPORT.keys()
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                found.add(module if (ROOT / module.replace(".", "/")).with_suffix(".py").is_file() else node.module)
+    return {name for name in found if name.partition(".")[0] in ours}
+
+
+def refused(path: Path, allowed: set[str]) -> set[str]:
+    """What a file imports of the project beyond `allowed` packages and modules."""
+    return {name for name in imports(path) if not any(f"{name}.".startswith(f"{part}.") for part in allowed)}
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
@@ -151,7 +145,22 @@ def test_imports_point_one_way(part):
     files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     assert files
     for file in files:
-        assert imports(file) <= MAY_IMPORT[part], f"{file} imports {imports(file) - MAY_IMPORT[part]}"
+        assert not refused(file, MAY_IMPORT[part]), f"{file} imports {refused(file, MAY_IMPORT[part])}"
+
+
+def test_a_script_imports_only_scripts_of_its_folder():
+    files = sorted((ROOT / "scripts").rglob("*.py"))
+    assert files
+    for file in files:
+        folder = ".".join(file.parent.relative_to(ROOT).parts)
+        foreign = {name for name in imports(file) if name.startswith("scripts.") and name.rpartition(".")[0] != folder}
+        assert not foreign, f"{file} imports {foreign}"
+
+
+def test_no_test_imports_another():
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        assert imports(file) & {"tests"} <= {"tests.helpers"}, file
+        assert all(not name.startswith("tests.") or name == "tests.helpers" for name in imports(file)), file
 
 
 def test_datasets_is_the_library():

@@ -7,13 +7,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
 from transformers import Qwen3MoeConfig
 
 from deepseek.routing import RouterCounts, read_logs
 from esft import ExpertConfig, ExpertScores, RouterCapture, select_experts
 from scripts.expert import generate_expert_config
-from utils import run_cli
+from tests.helpers import FAMILIES, make_model, refused, scores_of
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -26,15 +25,6 @@ def count(model, prob=False, mask=None, **inputs) -> RouterCounts:
         capture.token_mask = mask
         model(**inputs)
     return capture.counts()
-
-
-def refused(capsys, main, argv: list, *words: str) -> None:
-    """The command ends with exit code 2 and one sentence that holds all `words`."""
-    with pytest.raises(SystemExit) as exit_info:
-        run_cli(lambda: main([str(arg) for arg in argv]))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_info.value.code == 2 and error.startswith("error: "), error
-    assert all(word in error for word in words), error
 
 
 # ------------------------------------------------------------------------------------------------------- counting
@@ -135,10 +125,6 @@ def test_counts_add_exactly_in_any_order(tiny_model):
 
 
 # ------------------------------------------------------------------------------------------------------ selection
-
-
-def scores_of(rows: list[list[float]], function: str = "token") -> ExpertScores:
-    return ExpertScores({function: {layer: dict(enumerate(row)) for layer, row in enumerate(rows)}})
 
 
 def test_cumulative_is_the_shortest_prefix_that_reaches_top_p():

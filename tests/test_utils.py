@@ -10,21 +10,22 @@ import pytest
 import torch
 
 import utils
+from deepseek.files import atomic_path, check_output, read_jsonl, suggest, suggest_path, write_json, write_jsonl
 
 
 def test_an_output_that_cannot_be_is_refused_and_nothing_is_made(tmp_path):
     (tmp_path / "file").touch()
     for path, folder in ((tmp_path / "file", True), (tmp_path, False), (tmp_path / "file" / "a" / "b", True)):
         with pytest.raises(ValueError, match="cannot be written"):
-            utils.check_output(path, folder)
-    utils.check_output(tmp_path / "a" / "b")
-    utils.check_output(tmp_path / "file")
-    utils.check_output("/dev/null")
+            check_output(path, folder)
+    check_output(tmp_path / "a" / "b")
+    check_output(tmp_path / "file")
+    check_output("/dev/null")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_wrong_flag_is_one_sentence(capsys):
-    parser = utils.Parser("what it does")
+    parser = utils.command_parser("what it does")
     parser.add_argument("--number", "--count", type=utils.positive, required=True, help="how many")
     for argv, text in (
         (["--number=0"], "not a whole number"),
@@ -44,26 +45,26 @@ def test_a_wrong_flag_is_one_sentence(capsys):
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "rows.jsonl"
-    utils.write_jsonl(path, [{"old": 1}])
+    write_jsonl(path, [{"old": 1}])
 
     def rows():
         yield {"new": 1}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        utils.write_jsonl(path, rows())
-    assert utils.read_jsonl(path) == [{"old": 1}]
+        write_jsonl(path, rows())
+    assert read_jsonl(path) == [{"old": 1}]
     assert os.listdir(path.parent) == ["rows.jsonl"]  # nothing is left beside it
-    utils.write_jsonl(path, [{"new": 1}])
-    assert utils.read_jsonl(path) == [{"new": 1}]
+    write_jsonl(path, [{"new": 1}])
+    assert read_jsonl(path) == [{"new": 1}]
     for place in (path / "below_a_file.json", path.parent):
         with pytest.raises(ValueError, match=r"cannot be written: .*; give another path"):
-            utils.write_json(place, {})
+            write_json(place, {})
 
 
 def test_atomic_path_of_folders_and_devices(tmp_path):
     def fill(fail: bool):
-        with utils.atomic_path(tmp_path / "folder.d", folder=True) as folder:
+        with atomic_path(tmp_path / "folder.d", folder=True) as folder:
             assert folder.name == "folder.d" and not list(tmp_path.glob("*.d"))  # an unfinished output has no such name
             folder.mkdir()
             (folder / "a").write_text("a")
@@ -75,7 +76,7 @@ def test_atomic_path_of_folders_and_devices(tmp_path):
     assert os.listdir(tmp_path) == []
     fill(False)
     assert (tmp_path / "folder.d" / "a").read_text() == "a"
-    with utils.atomic_path("/dev/null") as path:  # never to be replaced by a file
+    with atomic_path("/dev/null") as path:  # never to be replaced by a file
         assert path == Path("/dev/null")
 
 
@@ -89,8 +90,8 @@ def test_environment_never_fails(monkeypatch):
 
 
 def test_suggest():
-    assert utils.suggest("trainslation", ["law", "translation"]) == " (did you mean 'translation'?)"
-    assert utils.suggest("xyz", ["law", "translation"]) == ""
+    assert suggest("trainslation", ["law", "translation"]) == " (did you mean 'translation'?)"
+    assert suggest("xyz", ["law", "translation"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_suggest():
 def test_suggest_path(tmp_path, path, near):
     (tmp_path / "runs" / "law").mkdir(parents=True)
     (tmp_path / "runs" / "law" / "file").touch()
-    assert utils.suggest_path(tmp_path / path) == (f" (did you mean {near!r}?)" if near else "")
+    assert suggest_path(tmp_path / path) == (f" (did you mean {near!r}?)" if near else "")
 
 
 @pytest.mark.parametrize(

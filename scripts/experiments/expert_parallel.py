@@ -22,13 +22,14 @@ from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils import ROOT, Parser, check_output, environment, positive, run_cli, write_json, write_text
+from deepseek.files import check_output, write_json, write_text
+from utils import ROOT, command_parser, environment, positive, run_cli
 
 TINY = ROOT / "results" / "models" / "tiny"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--processes", type=positive, default=4, metavar="N", help="of every run; GPUs where there are so many "
         "(default: 4)")  # fmt: skip

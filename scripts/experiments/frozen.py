@@ -18,15 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek.files import check_output, write_json, write_text
 from deepseek.frozen import DTYPES
 from scripts.experiments.expert_parallel import write_model
-from utils import ROOT, Parser, check_output, environment, positive, run_cli, write_json, write_text
+from utils import ROOT, command_parser, environment, positive, run_cli
 
 TINY = ROOT / "results" / "models" / "tiny"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--train_dataset", default="law", metavar="NAME", help="the task (default: law)")
     add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run on it (default: 450)")

@@ -30,12 +30,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import find_experts
-from deepseek.memory import Estimator, Memory, Settings, full
+from deepseek.files import check_output, write_json, write_text
 from esft import ExpertConfig
-from methods import prepare_model
-from scripts.benchmark import LIKE_V2_LITE, shape_config
+from scripts.experiments.benchmark import LIKE_V2_LITE, shape_config
 from train import TrainConfig
-from utils import ROOT, Parser, check_output, environment, positive, run_cli, write_json, write_text
+from training.memory import Estimator, Memory, Settings, full
+from training.methods import prepare_model
+from utils import ROOT, command_parser, environment, positive, run_cli
 
 METHODS = ("esft", "full", "lora")
 IN_BF16 = (
@@ -234,7 +235,7 @@ def table(rows: list[dict]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--shapes", default=",".join(SHAPES), help="comma-separated (default: %(default)s)")
     add("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")

@@ -32,23 +32,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek.files import check_output, suggest, write_json, write_text
 from esft import ExpertScores, select_experts
-from insight import overlap
+from evaluation.selection import overlap
 from scripts.experiments import paper_results
 from scripts.experiments.paper_results import interval, markdown
 from scripts.experiments.paper_runs import GATE, TASKS, TINY, Lab, Run
-from utils import (
-    Parser,
-    check_output,
-    environment,
-    locked,
-    note,
-    positive,
-    run_cli,
-    suggest,
-    write_json,
-    write_text,
-)
+from utils import command_parser, environment, locked, note, positive, run_cli
 
 PARTS = "rabcdef"
 TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")  # rates of part r
@@ -233,7 +223,7 @@ def made_by(lab: Lab, part: str) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--parts", default="r,a,b,c,e,f", metavar="LIST", help="of r and a to f, by commas (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="runs of everything (default: 0 1 2)")

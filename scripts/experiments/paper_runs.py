@@ -21,8 +21,9 @@ from pathlib import Path
 
 import yaml
 
+from deepseek.files import read_jsonl, sha256, write_json, write_jsonl
 from esft import ExpertConfig, ExpertScores, select_experts
-from utils import ROOT, environment, read_jsonl, sha256, write_json, write_jsonl
+from utils import ROOT, environment
 
 TINY = "results/models/tiny"
 TASKS = ("intent", "summary", "law", "translation")
@@ -88,7 +89,8 @@ class Lab:
             return TINY
         folder = self.folder / f"tiny{experts}-{self.args.pretrain_tokens}"
         if not (folder / "config.json").is_file():
-            self.command("scripts/build_tiny_model.py", f"--tokens={self.args.pretrain_tokens}", f"--experts={experts}",
+            self.command("scripts/miniature/build_tiny_model.py",
+                         f"--tokens={self.args.pretrain_tokens}", f"--experts={experts}",
                          "--threads=1", f"--output_dir={folder}.part")  # fmt: skip
             Path(f"{folder}.part").rename(folder)
         return str(folder)

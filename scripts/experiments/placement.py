@@ -29,10 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek.files import atomic_path, check_output, write_json, write_text
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.routing import read_logs
 from esft import ExpertConfig, ExpertScores
-from utils import Parser, atomic_path, check_output, environment, run_cli, write_json, write_text
+from utils import command_parser, environment, run_cli
 
 COLOURS = {"contiguous": "#969696", "score": "#08519c"}
 SUFFIXES = (".md", ".json", ".png")
@@ -225,7 +226,7 @@ def numbers(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="DIR", help="a folder of summary.json, of raw routing logs "
         "(expert_weights_<layer>.txt), or of both; or a file of scores")  # fmt: skip

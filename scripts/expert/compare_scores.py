@@ -21,15 +21,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek.files import check_output
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
-from insight import SURE, PackCounts, correlation, name_of, overlap, stability
+from evaluation.selection import SURE, PackCounts, correlation, name_of, overlap, stability
 from scripts.expert.generate_expert_config import split_list, top_p_of
 from scripts.expert.plot_expert_scores import new_figure, save_figure
-from utils import Parser, check_output, positive, run_cli
+from utils import command_parser, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, nargs="+", metavar="DIR", help="one folder that get_expert_scores.py "
         "wrote (or released raw logs); or several of: scores, expert configs (.json), adapters")  # fmt: skip

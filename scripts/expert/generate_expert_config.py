@@ -31,25 +31,26 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import find_experts
+from deepseek.files import write_text
 from deepseek.loading import empty_model
 from esft import (
     SCORE_FUNCTIONS,
     STRATEGIES,
+    TOP_P,
     ExpertConfig,
     ExpertScores,
     adapter_views,
     select_experts,
 )
-from insight import even_counts, ranked_experts, union_of
-from utils import Parser, run_cli, write_text
+from evaluation.selection import even_counts, ranked_experts, union_of
+from utils import command_parser, run_cli
 
-TOP_P = {"token": 0.2, "gate": 0.1, "prob": 0.2}  # the paper's; prob sums to 1 as token does
 CUMULATIVE = ("cumulative", "random", "uniform")  # the controls take as many
 FLAGS = {"top_p": CUMULATIVE, "fraction": ("fraction",), "top_k": ("topk",), "seed": ("random",)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="DIR[,DIR]", help="folder of scores, or a summary or flat JSON "
         "file; several for the union of their selections")  # fmt: skip

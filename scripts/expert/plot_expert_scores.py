@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
+from evaluation.figures import new_figure, save_figure
 from scripts.expert.generate_expert_config import top_p_of
-from utils import Parser, atomic_path, run_cli
+from utils import command_parser, run_cli
 
 UNITS = {
     "token": "share of routed slots (%)",
@@ -26,7 +27,7 @@ MARK = "#e8000b"  # red, against every blue
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
     add("--expert_config", metavar="FILE", help="expert config, or adapter folder, whose experts are marked (default: "
@@ -38,24 +39,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "paper's, 0.2, for gate 0.1)")  # fmt: skip
     add("--title", metavar="TEXT", help="of the picture (default: the data set of the scores, where they name it)")
     return parser.parse_args(argv)
-
-
-def new_figure(width: float, height: float, **options):
-    """(figure, two axes side by side); sizes in inches. Raises ValueError where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: python -m pip install -c constraints.txt matplotlib") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, 2, **options)
-
-
-def save_figure(figure, path: str | Path) -> None:
-    """Write a picture, atomically."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
 
 
 def draw(scores: ExpertScores, config: ExpertConfig | None, score_function: str, top_p: float, title: str):

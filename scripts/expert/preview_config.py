@@ -29,20 +29,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import expert_views, find_experts, fused_names
-from deepseek.memory import FROZEN_BYTES, OPTIMIZERS, Settings
 from esft import ExpertConfig, ExpertScores, select_experts
-from insight import meta_top_k, name_of
+from evaluation.selection import meta_top_k, name_of
 from scripts.estimate_memory import open_model
 from scripts.expert.generate_expert_config import check_scores
-from sharding import make_estimator
-from utils import Parser, positive, run_cli
+from training.memory import FROZEN_BYTES, OPTIMIZERS, Settings
+from training.plan import make_estimator
+from utils import command_parser, positive, run_cli
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 STEP = 0.01  # of top_p, in the search for what fits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="a folder with config.json, a hub id, or "

@@ -25,18 +25,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Pack, collate, load_samples, read_rows
 from deepseek.experts import find_experts
+from deepseek.files import check_output, suggest_path, write_json
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
-from insight import Drift, name_of, routed, routed_ids
-from scripts.expert.get_expert_scores import add_shared_flags, one_by_one, sample_packs
+from evaluation.expert_scoring import one_by_one
+from evaluation.selection import Drift, name_of, routed, routed_ids
+from scripts.expert.get_expert_scores import add_shared_flags, sample_packs
 from scripts.expert.plot_expert_scores import new_figure, save_figure
-from utils import Parser, check_output, environment, run_cli, suggest_path, write_json
+from training.data import Pack, collate, load_samples, read_rows
+from utils import command_parser, environment, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--adapter_dir", required=True, metavar="DIR", help="adapter, LoRA, or whole fine-tuned model")

@@ -1,0 +1,127 @@
+"""Write files whole or not at all, read JSON lines, and suggest the nearest known name."""
+
+import codecs
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def check_output(path: str | Path, folder: bool = False) -> None:
+    """Raise ValueError where no file (or folder) can be made at `path`, before hours of work are spent on it."""
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path} cannot be written: it is a {'file' if folder else 'folder'}; give another path")
+    place = next(place for place in path.absolute().parents if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: {place} is no folder that may be written to; give another path")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """A path to write a file to (or a folder), renamed to `path` on success and removed on failure; parents are made.
+
+    It has the name of `path`, in a hidden folder beside it, so that a run killed here leaves nothing that looks like an
+    output. A folder that is there must be empty; what is neither (/dev/null, a pipe) is yielded itself.
+
+    Raises ValueError where nothing can be made there.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    check_output(path, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as hidden:
+        temporary = Path(hidden, path.name)
+        yield temporary
+        set_modes(temporary)
+        os.replace(temporary, path)
+
+
+def set_modes(path: Path) -> None:
+    """Give a file, or those in a folder, the permissions that the umask asks for, where safetensors gave fewer."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
+            file.chmod(0o666 & ~umask)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, obj: object) -> None:
+    """Write `obj` as indented JSON, atomically."""
+    write_text(path, json.dumps(obj, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object per line, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a JSONL file, blank lines skipped; a bad line is a ValueError that names file and line."""
+    return [row for _, row in read_json_rows(Path(path))]
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, object) of JSON lines, or of one array in a .json file."""
+
+    def parse(text: bytes, line: int) -> object:
+        try:
+            value = json.loads(text)
+            if b"\\ud" in text.lower():  # half of a surrogate pair: JSON allows it, a tokenizer or a file does not
+                json.dumps(value, ensure_ascii=False).encode()
+            return value
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}:{line}: a broken character, {error.object[error.start]!r}: mend it") from error
+        except json.JSONDecodeError as error:
+            line += error.lineno - 1
+            reason = error.msg.removesuffix(" at")
+            raise ValueError(f"{path}:{line}: not valid JSON ({reason} at column {error.colno})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{line}: not UTF-8 text (byte {error.start})") from error
+
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
+        rows = ((f"{path}: row {number}", row) for number, row in enumerate(parse(content, 1), 1))
+    else:  # only \n ends a line: str.splitlines would cut inside a string
+        lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+        rows = ((f"{path}:{number}", parse(line, number)) for number, line in lines)
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def suggest_path(path: str | Path) -> str:
+    """`suggest` for the first part of a path that is not there, among what is beside it."""
+    missing = next((part for part in [*reversed(Path(path).parents), Path(path)] if not part.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return ""
+    return suggest(missing.name, (beside.name for beside in missing.parent.iterdir()))

@@ -1,0 +1,596 @@
+"""Take each model family whose experts transformers fuses through the life of an adapter, on a tiny random model.
+
+    python scripts/experiments/check_families.py --output=results/tables/families
+    python scripts/experiments/check_families.py --families=gpt_oss,nemotron_h
+
+A family is a folder of transformers' models whose code decorates an experts module with `use_experts_implementation`.
+The smallest model of it is built from its own config class: numbers of well-known names are made small (SMALL), and
+what a config demands beyond that stands in EXCEPTIONS. Then, in fp32 on the CPU:
+
+    layout     the layout flags are true: the library's grouped_mm, which goes by them, gives what the family's own loop
+               over the experts gives, which does not; the gate pairs the columns that `is_concatenated` says
+    score      routing is counted as it reaches the experts; scores, and experts selected by them
+    to_esft    the logits keep their bits; gradients of single experts are those of the reference loop
+    train      three steps of AdamW with weight decay move every trained expert, and nothing else, by hash
+    unload     every tensor has the bits of the base again
+    adapter    saved and added to the base it gives the logits of the trained model, bit for bit
+    merge      so does what save_pretrained writes and the Auto class loads, which holds the adapter's tensors by name
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import re
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+from deepseek.experts import find_experts, fused_names, trained_parameter
+from deepseek.files import check_output, suggest, write_json, write_text
+from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
+from deepseek.routing import RouterCounts
+from esft import (
+    ExpertConfig,
+    ExpertScores,
+    RouterCapture,
+    adapter_views,
+    add_adapter,
+    merge,
+    save_adapter,
+    select_experts,
+    to_esft,
+    unload,
+)
+from utils import command_parser, environment, run_cli
+
+AUTO_CLASSES = {
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
+OUTPUT = "results/tables/families"
+SUFFIXES = (".md", ".json")
+
+SMALL = {
+    "vocab_size": 128,
+    "unpadded_vocab_size": 128,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size": 32,
+    "hidden_size_per_layer_input": 8,
+    "text_hidden_size": 32,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # feed forward
+    "intermediate_size": 32,
+    "dense_intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_experts_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "expert_layer_period": 2,
+    # routing
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "num_local_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "router_hidden_size": 16,
+    # attention
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window": 16,
+    "sliding_window_size": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "o_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 8,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    # linear attention and state spaces
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 8,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "ssm_state_size": 8,
+    # images and sound, which are not run
+    "depth": 2,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 16,
+    "d_model": 32,
+    "output_dim": 32,
+    "downsample_hidden_size": 8,
+    "projector_hidden_size": 32,
+    "projection_hidden_dim": 32,
+    "position_embedding_size": 64,
+    "num_position_embeddings": 64,
+}
+MEDIA_TOKEN = 127  # the id of every image, video and sound token; no input has it
+SPARSE = ["dense", "sparse", "sparse", "sparse"]
+EXCEPTIONS: dict[str, dict] = {
+    "cohere2_moe": {"num_shared_experts": 1},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": SPARSE}},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
+    "ernie4_5_vl_moe": {"text_config": {"hidden_size": 512, "moe_intermediate_size": [16, 16]}},
+    "gemma4": {"text_config": {"enable_moe_block": True, "global_head_dim": 8}},
+    "diffusion_gemma": {"text_config": {"global_head_dim": 8}},
+    "glm4v_moe": {"text_config": {"head_dim": 128}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 4, "mlp_layer_types": SPARSE}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "muse_spark": {
+        "text_config": {"moe_hidden_size": 16},
+        "audio_config": {"hidden_sizes": [8, 8, 8, 8]},
+    },
+    "nemotron_h": {"n_groups": 2},
+    "qwen4_exp": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# tiny models
+
+
+def discover() -> dict[str, list[str]]:
+    """Family -> names of its experts classes that transformers fuses, in alphabetical order of the families."""
+    found = {}
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        if names := re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text("utf-8"), re.MULTILINE):
+            found.setdefault(path.parent.name, []).extend(names)
+    return found
+
+
+def model_class(family: str) -> tuple[type, type]:
+    """(Auto class, model class): a causal language model if the family has one.
+
+    Raises:
+        ValueError: no Auto class that gives logits over the tokens of a text has a model of this family.
+    """
+    types = [name for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) == family]
+    for auto, mapping in AUTO_CLASSES.items():
+        for name in types:
+            if CONFIG_MAPPING[name] in mapping:
+                return auto, mapping[CONFIG_MAPPING[name]]
+    raise ValueError(f"none of {', '.join(auto.__name__ for auto in AUTO_CLASSES)} has a model of {family}")
+
+
+def small_config(cls: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
+    """A config with SMALL's values for all names it has, then `changes`, which nest as the configs do."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    values = {name: value for name, value in SMALL.items() if name in names}
+    values |= dict.fromkeys((name for name in names if re.search("(image|video|audio).*token_i", name)), MEDIA_TOKEN)
+    if "kv_lora_rank" in names:  # latent attention: the head's sizes follow from its parts
+        values.pop("head_dim", None)
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    for name, sub in cls.sub_configs.items():
+        sub = type(getattr(cls(), name)) if sub is AutoConfig else sub
+        values[name] = small_config(sub, changes.get(name, {}))
+    return cls(**values | {name: value for name, value in changes.items() if name not in cls.sub_configs})
+
+
+def make_model(family: str, **changes) -> tuple[type, nn.Module]:
+    """(Auto class, random model of the family in fp32), such that the experts matter and tokens go to many of them.
+
+    Buffers that change the routing, which are zeros in a new model, are set, too.
+    """
+    torch.manual_seed(0)
+    auto, cls = model_class(family)
+    config = small_config(cls.config_class, {**EXCEPTIONS.get(family, {}), **changes})
+    model = auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for _, module in _experts(model):
+            for name in fused_names(module):
+                getattr(module, name).normal_(std=0.05 if name.endswith("bias") else 0.15)
+        for name, param in model.named_parameters():
+            if param.ndim == 2 and re.search(r"\b(gate|router)\.(.+\.)?weight$", name):
+                param.normal_(std=0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.05)
+            elif name.endswith("tid2eid"):  # experts by token id
+                buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) % SMALL["n_routed_experts"])
+            elif name.endswith("balancing_biases"):  # of the experts, and of skipping them, which alone has -1 when new
+                buffer.fill_(-1)
+    return auto, model.eval()
+
+
+def _experts(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "has_post_expert_norm"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the life of an adapter
+
+
+class BrokenLifeError(Exception):
+    """A step did not give what it should."""
+
+
+def check(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise BrokenLifeError(sentence)
+
+
+def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether two tensors are equal within fp32 rounding, relative to the largest value."""
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+IDS = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def backward(model: nn.Module) -> None:
+    out = model(input_ids=IDS, use_cache=False).logits.flatten(0, 1)
+    nn.functional.cross_entropy(out.float(), IDS.flatten() % out.shape[-1]).backward()
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of the state dict; of each expert by itself, as <tensor>.<expert>."""
+    fused = {f"{name}.{tensor}" for name, module in _experts(model) for tensor in fused_names(module)}
+    parts: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        parts |= {f"{name}.{e}": row for e, row in enumerate(tensor)} if name in fused else {name: tensor}
+    return {
+        name: hashlib.sha256(part.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, part in parts.items()
+    }
+
+
+def check_layout(model: nn.Module) -> None:
+    """The family's own loop over experts knows nothing of the flags that grouped_mm and this project go by."""
+    for name, module in find_experts(model).values():
+        check(hasattr(module, fused_names(module)[0]), f"{name}: has_gate is {module.has_gate}, its tensors say no")
+        if module.has_gate:
+            width = module.down_proj.shape[1 if module.is_transposed else 2]
+            h = torch.full((1, 2 * width), 0.5, requires_grad=True)  # (1, 2F); within all limits that families set
+            (reads,) = torch.autograd.grad(module._apply_gate(h)[0, 0], h)
+            pair = [0, width if module.is_concatenated else 1]
+            check(
+                reads[0].nonzero().flatten().tolist() == pair,
+                f"{name}: is_concatenated is {module.is_concatenated}, its gate reads other columns",
+            )
+    by_flags = logits(model)
+    model.set_experts_implementation("eager")
+    by_loop = logits(model)
+    model.set_experts_implementation("grouped_mm")
+    check(bool(by_loop.isfinite().all()), "the tiny model's logits are not finite")
+    check(near(by_flags, by_loop), "the layout flags are false: grouped_mm does not give what the family's loop gives")
+
+
+def count(model: nn.Module) -> RouterCounts:
+    """Counted routing, with router probabilities where the family has them, checked against a count of our own."""
+    try:
+        capture = RouterCapture(model, prob=True)
+    except ValueError:  # not of this family
+        capture = RouterCapture(model)
+    slots_LE = {}
+
+    def hook(layer: int, module: nn.Module):
+        def add(_module, args) -> None:
+            _, ids_TK, weights_TK = args
+            slots_LE[layer] = ids_TK[weights_TK != 0].bincount(minlength=module.num_experts).tolist()
+
+        return module.register_forward_pre_hook(add)
+
+    handles = [hook(layer, module) for layer, (_, module) in capture.layers.items()]
+    with capture:
+        logits(model)
+    for handle in handles:
+        handle.remove()
+    counts = capture.counts()
+    check(counts.slots_LE == slots_LE, "the counts are not those of the tokens that reach the experts")
+    check(
+        all(len(counts.probs_LE[layer]) == len(slots_LE[layer]) for layer in counts.probs_LE),
+        "there are router probabilities of more than the experts",
+    )
+    return counts
+
+
+def shared_experts(model: nn.Module) -> list[str]:
+    """Names of the shared experts' parameters; they stand in the MoE layers and are named so in every family."""
+    found = list(adapter_views(model, ExpertConfig({}, shared_experts=True)))
+    layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name, _ in find_experts(model).values())
+    for name, _ in model.named_parameters():
+        if name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name):
+            check(name in found, f"{name} is not taken for a shared expert's")
+    return found
+
+
+def gradients(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
+    """Of single experts, and of what else is trained, by name."""
+    model.zero_grad()
+    backward(model)
+    found = {}
+    for layer, (name, module) in find_experts(model).items():
+        if config.experts.get(layer):
+            for tensor in fused_names(module):
+                grad = getattr(module.trained, tensor).grad
+                found |= {f"{name}.{tensor}.{e}": g.clone() for e, g in zip(module.trained.expert_ids, grad)}
+    for name in shared_experts(model):
+        found[name] = trained_parameter(model, name).grad.clone()
+    return found
+
+
+def life(model: nn.Module, auto: type, folder: Path) -> None:
+    """The whole of it, as the module's docstring says. `folder` is an empty one.
+
+    Raises:
+        BrokenLifeError: with what broke. Others come from the model, or from this project's refusals.
+    """
+    find_experts(model)
+    model.set_experts_implementation("grouped_mm")
+    check_layout(model)
+    untouched, base = logits(model), digests(model)
+
+    config = select_experts(ExpertScores.from_counts(count(model)), top_p=0.4)
+    config = dataclasses.replace(config, shared_experts=bool(shared_experts(model)))
+
+    to_esft(model, config)
+    check(torch.equal(logits(model), untouched), "to_esft changes the logits")
+    wanted = gradients(model, config)
+    model.set_experts_implementation(REFERENCE)
+    for name, grad in gradients(model, config).items():
+        check(near(wanted[name], grad, 1e-4), f"the gradient of {name} is not the reference loop's")
+    model.set_experts_implementation(IMPLEMENTATION)
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    model.zero_grad()
+    model.eval()
+    now = digests(model)
+    moved = {name for name in base if now[name] != base[name]}
+    check(now.keys() == base.keys(), "the state dict has other names while training")
+    check(not moved - wanted.keys(), f"training moves {min(moved - wanted.keys(), default='')}, which is frozen")
+    check(not wanted.keys() - moved, f"training does not move {min(wanted.keys() - moved, default='')}")
+
+    trained = logits(model)
+    check(not near(trained, untouched), "the trained experts do not change the logits")
+    save_adapter(model, folder / "adapter")
+    unload(model)
+    check(digests(model) == base, "unload does not give the base back")
+    check(torch.equal(logits(model), untouched), "after unload the logits are not the base's")
+    add_adapter(model, folder / "adapter")
+    check(torch.equal(logits(model), trained), "the base with the adapter is not the trained model")
+    adapter = {name: view.clone() for name, view in adapter_views(model, config).items()}
+    merge(model)
+    model.save_pretrained(folder / "merged")
+    check_names(folder / "merged", adapter)
+    reloaded = auto.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    reloaded.set_experts_implementation("grouped_mm")
+    check(digests(reloaded) == digests(model), "the merged checkpoint, loaded again, is not the trained model")
+    reloaded = copy.deepcopy(
+        reloaded
+    )  # out of the mapped file, where tensors lie at any address, and so round otherwise
+    check(torch.equal(logits(reloaded), trained), "the merged checkpoint gives other logits than the trained model")
+
+
+def check_names(folder: Path, adapter: dict[str, Tensor]) -> None:
+    """Where the checkpoint of a model has a tensor of an adapter's name, it is that tensor."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in adapter.keys() & set(file.keys()):
+                check(torch.equal(file.get_tensor(name), adapter[name]), f"the checkpoint's {name} is another tensor")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# table
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table. `result` is "passes" or why not."""
+
+    family: str
+    model: str = ""
+    layout: str = ""
+    layers: tuple[int, ...] = ()
+    shared: bool = False
+    result: str = ""
+
+
+def describe(model: nn.Module) -> dict:
+    """What a line of the table says of a model."""
+    module = next(module for _, module in _experts(model))
+    words = {
+        "gate": module.has_gate,
+        "no gate": not module.has_gate,
+        "bias": module.has_bias,
+        "transposed": module.is_transposed,
+        "interleaved": module.has_gate and not module.is_concatenated,
+        "post-norm": module.has_post_expert_norm,
+    }
+    return {"model": type(model).__name__, "layout": ", ".join(word for word, holds in words.items() if holds)}
+
+
+def run_family(family: str) -> Result:
+    """Build a family's tiny model and take it through its life; whatever goes wrong is in the result."""
+    facts: dict = {"family": family}
+    try:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore")
+            auto, model = make_model(family)
+            facts |= describe(model)
+            facts["layers"] = tuple(find_experts(model))
+            facts["shared"] = bool(shared_experts(model))
+            life(model, auto, Path(folder))
+    except BrokenLifeError as error:
+        return Result(**facts, result=f"fails: {error}")
+    except Exception as error:  # of any of sixty families, or a refusal of ours
+        reason = " ".join(str(error).split())
+        refused = isinstance(error, ValueError) and "model" in facts and "layers" not in facts  # by find_experts
+        return Result(**facts, result=f"refused: {reason}" if refused else f"fails: {type(error).__name__}: {reason}")
+    return Result(**facts, result="passes")
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: a line per family."""
+    head = ("family", "model class", "layout", "MoE layers", "shared experts", "result")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in results:
+        layers, shared = ", ".join(map(str, r.layers)) or "-", "yes" if r.shared else "-"
+        lines.append(f"| {r.family} | {r.model or '-'} | {r.layout or '-'} | {layers} | {shared} | {r.result} |")
+    return "\n".join(lines)
+
+
+def by_layout(results: list[Result]) -> str:
+    """Markdown: a line per layout with the families that pass, and one per family that does not."""
+    passing: dict[str, list[str]] = {}
+    for r in results:
+        if r.result == "passes":
+            passing.setdefault(r.layout, []).append(r.family)
+    lines = ["| experts | families that pass |", "|---|---|"]
+    lines += [
+        f"| {layout} | {', '.join(names)} |" for layout, names in sorted(passing.items(), key=lambda p: -len(p[1]))
+    ]
+    lines += [f"| {r.family}: | {r.result} |" for r in results if r.result != "passes"]
+    return "\n".join(lines)
+
+
+def report(results: list[Result], known: int, command: str) -> str:
+    """The Markdown page."""
+    facts = environment()
+    parts = [
+        "# Every family that transformers fuses",
+        "A tiny random model of each, taken through the life of an adapter in fp32 on the CPU: scores, selection, "
+        "training, adapter, merged checkpoint (`scripts/experiments/check_families.py` says what has to hold). Layout "
+        "is that of the experts' tensors; layers are those of the tiny model.",
+        by_layout(results),
+        table(results),
+        f"{len(results)} of {known} families: {', '.join(f'{n} {kind}' for kind, n in kinds(results).items())}.",
+        f"`{command}`, {facts['date'][:10]}, transformers {facts['transformers']}, torch {facts['torch']}, "
+        f"python {facts['python']}, {facts['device']}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def kinds(results: list[Result]) -> dict[str, int]:
+    """Results by their first word: how many pass, are refused or fail."""
+    words = [result.result.split(":")[0] for result in results]
+    return {{"passes": "pass", "fails": "fail"}.get(word, word): words.count(word) for word in sorted(set(words))}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--families", metavar="NAME[,NAME]", help="the families to check (default: all)")
+    add("--output", metavar="PATH", help="where the table (.md) and its figures (.json) go, without the suffix "
+        f"(default: {OUTPUT} for all families, nowhere for some)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    """Returns a result per family."""
+    args, known = parse_args(argv), discover()
+    families = args.families.split(",") if args.families else list(known)
+    for family in families:
+        if family not in known:
+            raise ValueError(f"--families: no family {family!r} with fused experts{suggest(family, known)}")
+    stem = args.output or (None if args.families else OUTPUT)
+    outputs = [Path(f"{stem}{suffix}") for suffix in SUFFIXES] if stem else []
+    for output in outputs:
+        check_output(output)
+    torch.set_num_threads(1)  # bits that are compared may differ by the number of threads
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results = []
+    for family in (progress := tqdm(families, unit="family")):
+        progress.set_description(family)
+        results.append(run_family(family))
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "scripts/experiments/check_families.py", *words])
+    page = report(results, len(known), command)
+    print(page)
+    if outputs:
+        rows = {r.family: {key: value for key, value in asdict(r).items() if key != "family"} for r in results}
+        write_text(outputs[0], page)
+        write_json(outputs[1], {"environment": environment(), "command": command, "families": rows})
+        print(f"written to {', '.join(map(str, outputs))}")
+    return results
+
+
+if __name__ == "__main__":
+    run_cli(main)

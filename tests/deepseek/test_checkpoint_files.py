@@ -1,0 +1,169 @@
+"""Files of tensors that are read and written in place; and where in a checkpoint an adapter's tensors go, however its
+family spells them: a merge equals one in memory, and comes out again."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from deepseek.checkpoint_files import Shard, reserve
+from deepseek.experts import find_experts
+from deepseek.loading import empty_model
+from esft import ExpertConfig, merge
+from scripts import merge_adapter as script
+from scripts.experiments import check_families
+from tests.helpers import (
+    BOTH,
+    FAMILIES,
+    SHARD,
+    assert_same_tensors,
+    files_of,
+    hashes,
+    make_model,
+    noisy_adapter,
+    tensors_of,
+)
+from utils import ROOT
+
+
+def test_a_file_is_reserved_filled_and_read_row_by_row(tmp_path):
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(4, 2, 3), "c": torch.randn(5).double()}
+    names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+    path = tmp_path / "x.safetensors"
+    reserve(path, {key: (names[tensor.dtype], list(tensor.shape)) for key, tensor in tensors.items()})
+    assert not any(tensor.any() for tensor in load_file(path).values())
+    with Shard(path, "r+b") as shard:
+        assert all((shard.start + e["data_offsets"][0]) % tensors[k].itemsize == 0 for k, e in shard.header.items())
+        for key in "ac":
+            shard.write(key, tensors[key])
+        for row in (2, 0, 3):
+            shard.write("b", tensors["b"][row], row)
+        assert torch.equal(shard.read("b", 3), tensors["b"][3]) and not shard.read("b", 1).any()
+    tensors["b"][1] = 0
+    assert_same_tensors(load_file(path), tensors)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"x\.safetensors: damaged or truncated"):
+        Shard(path)
+
+
+@pytest.mark.parametrize("flags", [{}, BOTH], ids=["experts", "all"])
+@pytest.mark.parametrize("original", [True, False], ids=["split", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_merging_in_memory(family, original, flags, tmp_path):
+    """Every tensor bit for bit; same shards as the base; the result is a model with the trained model's logits; and
+    unmerged, every file of weights has the bytes of the base's."""
+    save = {"max_shard_size": SHARD, "save_original_format": original}
+    dtype = torch.bfloat16 if flags else torch.float32
+    make_model(family, dtype, tie_word_embeddings=bool(flags)).save_pretrained(tmp_path / "raw")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "raw").save_pretrained(tmp_path / "base", **save)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    first, *_, last = find_experts(model)
+    noisy_adapter(model, ExpertConfig({first: (5, 2), last: (0,)}, **flags), tmp_path / "adapter")
+    merge(model).save_pretrained(tmp_path / "wanted", **save)
+    script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    found, base = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "base")
+    assert_same_tensors(found, tensors_of(tmp_path / "wanted"))
+    with pytest.raises(AssertionError):
+        assert_same_tensors(found, base)
+    assert len(files_of(tmp_path / "base")) > 2 and files_of(tmp_path / "out") == files_of(tmp_path / "base")
+    assert script.unmerge(tmp_path / "out", tmp_path / "again") > 0
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "base") != hashes(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_tied_tensor_stored_twice_is_written_twice(tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    noisy_adapter(model, ExpertConfig({}, non_expert_modules=True), tmp_path / "adapter")
+    script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(found["model.embed_tokens.weight"], model.lm_head.weight)
+    script.unmerge(tmp_path / "out", tmp_path / "again")
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "base")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"one parameter, with different values"):
+        script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def assert_merge_is_the_trained_model(base, model, auto, folder):
+    """Merge an adapter of all switches, of `model`, which `auto` loaded from `base`; returns what is written."""
+    first, *_, last = find_experts(model)
+    noisy_adapter(model, ExpertConfig({first: (1, 0), last: (3,)}, **BOTH), folder / "adapter")
+    wanted = check_families.logits(model)
+    script.merge_adapter(base, [folder / "adapter"], folder / "out")
+    assert torch.equal(check_families.logits(auto.from_pretrained(folder / "out")), wanted)
+    script.unmerge(folder / "out", folder / "again")
+    assert hashes(folder / "again") == hashes(base) != hashes(folder / "out")
+
+
+def can_be_merged():
+    """Families that the life of an adapter was checked for and that load as a language model."""
+    rows = json.loads((ROOT / "results" / "tables" / "families.json").read_text())["families"]
+    return [name for name, row in rows.items() if row["result"] == "passes" and name != "openai_privacy_filter"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", can_be_merged())
+def test_every_family(family, tmp_path):
+    _, model = check_families.make_model(family)
+    model.save_pretrained(tmp_path / "base")
+    layers = list(find_experts(model))
+    noisy_adapter(model, ExpertConfig({layers[0]: (1, 0), layers[-1]: (3,)}), tmp_path / "adapter")
+    merge(model).save_pretrained(tmp_path / "wanted")
+    script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert_same_tensors(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "wanted"))
+    script.unmerge(tmp_path / "out", tmp_path / "again")
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "base") != hashes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["as the model's", "transposed"])
+def test_fused_tensors_that_are_stored_either_way(layout, tmp_path):
+    """Qwen3-VL-MoE: published transposed, saved by transformers as the model has them; the shapes tell which."""
+    auto, model = check_families.make_model("qwen3_vl_moe", text_config={"moe_intermediate_size": 8})
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    if layout == "transposed":
+        tensors = load_file(path)
+        turned = {
+            key: t.transpose(1, 2).contiguous() for key, t in tensors.items() if key.endswith("_proj") and t.ndim == 3
+        }
+        assert len(turned) == 8
+        save_file(tensors | turned, path, {"format": "pt"})
+    wanted = check_families.logits(model)
+    model = auto.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(check_families.logits(model), wanted)
+    assert_merge_is_the_trained_model(tmp_path / "base", model, auto, tmp_path)
+
+
+def test_gate_and_up_that_are_interleaved_on_disk_only(tmp_path):
+    """Inkling 2."""
+    auto, model = check_families.make_model("inkling2")
+    model.save_pretrained(tmp_path / "base")
+    model = auto.from_pretrained(tmp_path / "base").eval()
+    assert_merge_is_the_trained_model(tmp_path / "base", model, auto, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen4_exp"])
+def test_the_language_model_of_a_model_of_images_and_text(family, tmp_path):
+    """AutoModelForCausalLM takes the text part of such a checkpoint; a merge goes into that, and leaves the images'."""
+    cls = check_families.CONFIG_MAPPING[family]
+    config = check_families.small_config(cls, {"text_config": check_families.EXCEPTIONS.get(family, {})})
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert type(model) is type(empty_model(tmp_path / "base"))
+    assert_merge_is_the_trained_model(tmp_path / "base", model, AutoModelForCausalLM, tmp_path)
+    found, base = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "base")
+    visual = [name for name in base if ".visual." in name]
+    assert visual and all(torch.equal(found[name], base[name]) for name in visual)

@@ -1,0 +1,261 @@
+"""Single experts read and written in every layout, the trained rows' tie to the fused tensors, and the fp32 masters."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deepseek.experts import expert_views, find_experts, fused_names
+from esft import ExpertConfig, to_esft, unload
+from tests.helpers import FAMILIES, make_model
+
+IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def prepare(model, experts=(5, 2), **flags):
+    """The model with `experts` of its first MoE layer trainable; (model, experts module)."""
+    layer, (_, module) = next(iter(find_experts(model).items()))
+    return to_esft(model, ExpertConfig({layer: tuple(experts)}, **flags)), module
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def step(model, lr=0.1, **kwargs):
+    """One AdamW step on all that is trainable."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    torch.optim.AdamW(params, lr=lr, **kwargs).step()
+    model.zero_grad()
+
+
+def tiny(model_type, **changes):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **changes))
+
+
+# ------------------------------------------------------------------------------------------------- finding and reading
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_the_experts(family):
+    layers = find_experts(make_model(family))
+    assert list(layers) == {"deepseek_v2": [1, 2], "deepseek_v3": [1, 2], "nemotron_h": [0, 2]}.get(family, [0, 1, 2])
+    assert all(module.num_experts == 8 for _, module in layers.values())
+
+
+def test_refuses_models_without_fused_experts():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*dense"):
+        find_experts(tiny("llama", **sizes))
+    llama4 = tiny("llama4_text", **sizes, num_local_experts=2, intermediate_size_mlp=16, interleave_moe_layer_step=1)
+    with pytest.raises(ValueError, match=r"Llama4ForCausalLM.*does not fuse"):
+        find_experts(llama4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_expert_is_a_plain_ffn(family):
+    """The views give an ordinary FFN that computes what the fused module computes when all goes to that expert."""
+    model = make_model(family)
+    _, module = next(iter(find_experts(model).values()))
+    x = torch.randn(5, 32)
+    for expert in (0, 6):
+        views = expert_views(module, expert)
+
+        def linear(name, x, views=views):
+            return nn.functional.linear(x, views[f"{name}.weight"], views.get(f"{name}.bias"))
+
+        if module.has_gate:
+            halves = torch.stack(
+                [linear("gate_proj", x), linear("up_proj", x)], -1
+            )  # the gate's own code wants them fused
+            h = module._apply_gate(
+                halves.flatten(-2) if not module.is_concatenated else torch.cat(halves.unbind(-1), -1)
+            )
+        else:
+            h = module.act_fn(linear("up_proj", x))
+        ids = torch.full((5, 1), expert)
+        torch.testing.assert_close(linear("down_proj", h), module(x, ids, torch.ones(5, 1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_write_through_and_follow_the_order(family):
+    model = make_model(family)
+    before = {
+        expert: copy.deepcopy(expert_views(next(iter(find_experts(model).values()))[1], expert)) for expert in range(8)
+    }
+    _, module = prepare(model)
+    assert module.trained.expert_ids == [2, 5]
+    for expert, views in before.items():
+        for name, view in expert_views(module, expert).items():
+            assert torch.equal(view, views[name]), (expert, name)
+    untouched = logits(model)
+    for view in expert_views(module, 5).values():
+        view.mul_(3)
+    module.trained.pull()
+    assert not torch.equal(logits(model), untouched)
+    found = model.state_dict()
+    unload(model)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, found[name])]
+    assert len(changed) == len(fused_names(module))
+    assert all(torch.equal(model.state_dict()[n][e], found[n][e]) == (e != 5) for n in changed for e in range(8))
+
+
+# ------------------------------------------------------------------------------------------------------------- the tie
+
+
+def reload_strict(model):
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    for param in model.parameters():
+        param.data.zero_()
+    model.load_state_dict(torch.load(buffer))
+    return model
+
+
+MOVES = {
+    "nothing": lambda model: model,
+    "to": lambda model: model.to("cpu:0"),
+    "cast and back": lambda model: model.bfloat16().to(model.dtype_before),
+    "another dtype": lambda model: model.to(torch.bfloat16 if model.dtype_before == torch.float32 else torch.float32),
+    "deepcopy": copy.deepcopy,
+    "load_state_dict": lambda model: (model.load_state_dict(model.state_dict()), model)[1],
+    "save and load": reload_strict,
+    "new storage": lambda model: ([setattr(p, "data", p.data.clone()) for p in model.parameters()], model)[1],
+    "inference mode": lambda model: (torch.inference_mode()(model)(IDS), model)[1],
+    "cast, inference mode": lambda model: (torch.inference_mode()(model.bfloat16())(IDS), model)[1],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [{}, {"shared_experts": True, "non_expert_modules": True}], ids=["experts", "all"])
+@pytest.mark.parametrize("move", MOVES)
+def test_training_reaches_the_forward_after_a_move(move, dtype, flags):
+    model, module = prepare(make_model(dtype=dtype, tie_word_embeddings=bool(flags)), **flags)
+    model.dtype_before = dtype
+    moved = MOVES[move](model)
+    module = find_experts(moved)[1][1]
+    before, value, start = logits(moved), module.trained.down_proj.detach().clone(), copy.deepcopy(moved.state_dict())
+    if move in ("nothing", "to", "deepcopy", "load_state_dict", "save and load", "new storage", "inference mode"):
+        assert torch.equal(before, logits(unload(prepare(make_model(dtype=dtype, tie_word_embeddings=bool(flags)))[0])))
+    for name, param in module.trained.named_parameters():
+        fused = getattr(module, name)
+        assert param.dtype == torch.float32
+        assert (param.data_ptr() == fused.data_ptr()) == (fused.dtype == torch.float32)
+    if dtype == torch.bfloat16:
+        assert {param.dtype for param in moved.parameters() if param.requires_grad} == {torch.float32}
+    step(moved)
+    assert not torch.equal(module.trained.down_proj, value)
+    assert not torch.equal(logits(moved), before)
+    assert torch.equal(module.down_proj[:2], module.trained.down_proj.to(module.down_proj.dtype))
+    if not flags:  # the experts alone account for what the forward sees
+        changed = [n for n, t in moved.state_dict().items() if not torch.equal(t, start[n])]
+        assert changed == ["model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"]
+    else:
+        assert moved.lm_head.weight.dtype == moved.dtype == module.down_proj.dtype
+        assert torch.equal(moved.lm_head.weight, moved.model.embed_tokens.weight)
+        assert not torch.equal(moved.lm_head.weight, start["lm_head.weight"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", [{}, {"foreach": True}, {"fused": True}], ids=["loop", "foreach", "fused"])
+def test_training_reaches_the_forward_with_any_optimizer(optimizer, dtype):
+    """A fused optimizer does not raise the version counter of a parameter; neither does writing to its `.data`."""
+    model, module = prepare(make_model(dtype=dtype))
+    start = logits(model)
+    step(model, **optimizer)
+    after_step = logits(model)
+    assert not torch.equal(after_step, start)
+    module.trained.down_proj.data.zero_()
+    assert not torch.equal(logits(model), after_step)
+
+
+def test_without_push_the_trap_is_real(monkeypatch):
+    """What the tests above guard against: after a move, training does not reach the forward."""
+    model, module = prepare(make_model())
+    moved = copy.deepcopy(model)
+    module = find_experts(moved)[1][1]
+    monkeypatch.setattr(type(module.trained), "push", lambda self: None)
+    before = logits(moved)
+    step(moved)
+    assert torch.equal(logits(moved), before)
+
+
+# ------------------------------------------------------------------------------------------------- state dict, masters
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_state_dict_is_the_bases(family, dtype):
+    """Keys in order, shapes, dtypes and values, while trained and after unload; a copy's too; and it loads back."""
+    model = make_model(family, dtype, tie_word_embeddings=family == "mixtral")
+    base = copy.deepcopy(model.state_dict())
+
+    def same(found):
+        assert list(found) == list(base)
+        assert all(torch.equal(found[name], base[name]) and found[name].dtype == base[name].dtype for name in base)
+
+    prepare(model, shared_experts=True, non_expert_modules=True)
+    assert sum(param.requires_grad for param in model.parameters()) > 10
+    assert model.dtype == dtype
+    same(model.state_dict())
+    same(copy.deepcopy(model).state_dict())
+    same({name.removeprefix("module."): t for name, t in nn.ModuleDict({"module": model}).state_dict().items()})
+    same(unload(copy.deepcopy(model)).state_dict())
+    step(model)
+    with pytest.raises(AssertionError):
+        same(model.state_dict())
+    model.load_state_dict(base)
+    same(model.state_dict())
+    same(unload(model).state_dict())
+    assert not [name for name, _ in model.named_parameters() if name not in base]
+
+
+def test_load_state_dict_still_checks_keys():
+    model, _ = prepare(make_model(dtype=torch.bfloat16), non_expert_modules=True)
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match=r"Unexpected.*nonsense"):
+        model.load_state_dict({**state, "nonsense": torch.zeros(1)})
+    state.pop("model.norm.weight")
+    with pytest.raises(RuntimeError, match=r"Missing.*model\.norm"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"fused": True}], ids=["loop", "fused"])
+def test_masters_keep_small_updates(optimizer):
+    """200 updates, each too small for bf16: with masters they add up as in an fp32 run, in pure bf16 all are lost."""
+    base = make_model()
+    for param in base.parameters():  # no entry so small that bf16 would do
+        param.data = (param.data.sign() * (param.data.abs() + 0.5)).bfloat16().float()
+    fused, norm, ids = "model.layers.1.mlp.experts.down_proj", "model.norm.weight", [2, 5]
+
+    def displacement(dtype, esft):
+        model = copy.deepcopy(base).to(dtype)
+        if esft:
+            prepare(model, ids, non_expert_modules=True)
+        params = [param for param in model.parameters() if param.requires_grad]
+        assert not esft or {param.dtype for param in params} == {torch.float32}
+        trainer = torch.optim.AdamW(params, lr=2e-5, weight_decay=0.0, **optimizer)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        for _ in range(200):
+            trainer.step()
+        logits(model)  # a forward has read them
+        state, start = model.state_dict(), base.state_dict()
+        return {name: (state[name].float() - start[name])[ids] for name in (fused, norm)}
+
+    wanted, kept, stalled = (
+        displacement(*a) for a in ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False))
+    )
+    for name in (fused, norm):
+        assert wanted[name].mean().item() == pytest.approx(-200 * 2e-5, rel=0.02)
+        assert (kept[name] - wanted[name]).abs().max() <= 2**-8 * 1.01 and kept[name].any()  # half a bf16 ulp at 1
+        assert not stalled[name].any()
+    assert kept[fused].mean().item() == pytest.approx(wanted[fused].mean().item(), rel=0.1)

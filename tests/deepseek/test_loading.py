@@ -1,0 +1,95 @@
+"""Placing a model: what is asked of transformers for which devices, and what is refused before it is asked."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepseek import loading
+from tests.helpers import make_model
+
+
+def test_ranks_own_their_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    plan = loading.plan_devices
+    assert plan("auto", 2, 2) == [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]
+    assert plan("cuda", 3, 1) == [["cuda:0"], ["cuda:1"], ["cuda:2"]]
+    assert plan("cpu", 2, 1) == [["cpu"], ["cpu"]]
+    with pytest.raises(ValueError, match="needs 6 GPUs and torch sees 4"):
+        plan("auto", 3, 2)
+
+
+def test_no_gpu_where_one_was_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert loading.plan_devices("auto", 1, 1) == [["cpu"]]
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        loading.plan_devices("cuda", 1, 1)
+    with pytest.raises(ValueError, match="gpus_per_rank 2 needs GPUs"):
+        loading.plan_devices("auto", 1, 2)
+
+
+def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir):
+    """What transformers is asked for; the placement itself is its own."""
+    asked = {}
+    placed = SimpleNamespace(hf_device_map={"model.layers.0": 2, "model.layers.1": 3})
+    placed.eval = lambda: placed
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (1000 * gpu, 10_000))
+
+    def from_pretrained(path, output_loading_info, ignore_mismatched_sizes, **kwargs):
+        asked.update(kwargs)
+        return placed, {"missing_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model, _ = loading.load_base_model(tiny_model_dir, dtype="bfloat16", device=["cuda:2", "cuda:3"])
+    assert model is placed
+    assert asked == {"dtype": "bfloat16", "device_map": "auto", "max_memory": {2: 1600, 3: 2400}}
+    placed.hf_device_map["lm_head"] = "cpu"
+    with pytest.raises(ValueError, match="does not fit on cuda:2, cuda:3"):
+        loading.load_base_model(tiny_model_dir, device=["cuda:2", "cuda:3"])
+    loading.load_base_model(tiny_model_dir, device="cuda:1")
+    assert asked["device_map"] == "cuda:1"
+
+
+def test_an_empty_model_has_the_shapes_of_the_whole(tiny_model_dir):
+    whole, _ = loading.load_base_model(tiny_model_dir)
+    empty = loading.empty_model(tiny_model_dir)
+    assert {name: p.shape for name, p in empty.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    assert all(p.is_meta for p in empty.parameters())
+
+
+@pytest.mark.parametrize("load", [loading.load_base_model, loading.empty_model, loading.load_tokenizer])
+def test_what_is_no_model_is_refused(load, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, text", [({"num_hidden_layers": 4}, "lacks .* tensors"), ({"hidden_size": 64}, "cannot")]
+)
+def test_a_checkpoint_that_does_not_fill_the_model_is_refused(tiny_model_dir, tmp_path, change, text):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"lacks, or holds in another shape, \d+ tensors"):
+        loading.load_base_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family, apart", [("deepseek_v2", True), ("mixtral", True), ("gpt_oss", False)])
+def test_whether_documents_are_apart_is_found_out(family, apart, dtype):
+    model = make_model(family, dtype)
+    assert loading.keeps_documents_apart(model) == apart
+    assert all(param.grad is None for param in model.parameters())
+    ids_BT = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 8, 9, 10]])
+    positions_BT = torch.arange(3).repeat(2)[None].expand(2, -1)
+    with torch.no_grad():
+        one, other = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[:, 3:].float()
+    assert torch.allclose(one, other, rtol=0.1, atol=0.1) == apart

@@ -1,0 +1,329 @@
+"""What several tests share: small random models, process groups, runs and their files."""
+
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import train
+import utils
+from deepseek.files import sha256
+from esft import ExpertScores, save_adapter, to_esft
+from utils import run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+OFFICIAL = ROOT.parent / "shared" / "official"
+
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+FAMILIES = {
+    "deepseek_v2": {
+        **SMALL,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "topk_method": "greedy",
+        "n_group": None,
+        "topk_group": None,
+    },
+    "deepseek_v3": {  # routes within the best groups, by biased scores
+        **SMALL,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+    "qwen3_moe": {**SMALL, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3},
+    "mixtral": {**SMALL, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 3},
+    "olmoe": {**SMALL, "intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3},
+    "gpt_oss": {  # transposed, interleaved, biased
+        **SMALL,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "nemotron_h": {  # no gate
+        **SMALL,
+        "head_dim": 8,
+        "layers_block_type": ["moe", "attention", "moe"],
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
+def make_model(family: str = "deepseek_v2", dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
+    """A small random model of a family, in evaluation mode, with weights large enough that every expert matters."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.ndim > 1:
+                param.normal_(std=0.15)
+            elif "bias" in name:
+                param.normal_(std=0.05)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.05)
+    return model.to(dtype).eval()
+
+
+PRELOADED = ["pytest", "transformers.trainer", "transformers.models.auto.modeling_auto", "wandb", "train"]
+
+
+def run_ranks(world: int, fn: Callable, *args, timeout: float = 120) -> list:
+    """[fn(rank, *args) for every rank], in `world` processes of one thread each that are joined by gloo and have the
+    environment of torchrun. `fn` is of a module, and what it takes and gives can be pickled.
+
+    The processes are forks of a server that has imported the libraries, so that they start in no time, and clean.
+
+    Raises:
+        RuntimeError: a rank failed (whichever was the first, with its traceback), died, or was not done after `timeout`
+            seconds. No process is left.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    call = pickle.dumps((fn, args))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(rank)) for rank in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(rank, world, store.port, timeout, files[rank], call), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        ends, running = time.monotonic() + timeout + 2, list(processes)  # collectives give up before that, and tell
+        while running and wait([process.sentinel for process in running], max(0, ends - time.monotonic())):
+            running = [process for process in running if process.exitcode is None]
+            if any(process.exitcode for process in processes):  # the others follow, or wait for it in vain
+                ends = min(ends, time.monotonic() + 1)
+        exits = {rank: process.exitcode for rank, process in enumerate(processes)}
+        for process in processes:
+            process.kill()
+            process.join()
+        ended = {rank: pickle.loads(file.read_bytes()) for rank, file in enumerate(files) if file.exists()}
+    if dead := {rank: code for rank, code in exits.items() if code and rank not in ended}:
+        raise RuntimeError(f"ranks died, with exit codes {dead}")
+    if failed := sorted((*error, rank) for rank, (_, error) in ended.items() if error):
+        _, text, rank = failed[0]
+        raise RuntimeError(f"rank {rank} of {world}:\n{text}")
+    if at_work := [rank for rank in range(world) if rank not in ended]:
+        raise RuntimeError(f"ranks {at_work} not done after {timeout} s")
+    return [ended[rank][0] for rank in range(world)]
+
+
+def _rank(rank: int, world: int, port: int, timeout: float, file: Path, call: bytes) -> None:
+    gc.freeze()  # what the server imported is not to be searched for garbage
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    store = dist.TCPStore("127.0.0.1", port)  # the parent's
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        fn, args = pickle.loads(call)
+        ended, failed = pickle.dumps((fn(rank, *args), None)), False
+    except BaseException:
+        ended, failed = pickle.dumps((None, (time.time(), traceback.format_exc()))), True
+    part = file.with_suffix(".part")
+    part.write_bytes(ended)
+    part.rename(file)
+    if failed:
+        os._exit(1)  # at once: the others may wait for this rank
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another may still talk to it
+        dist.destroy_process_group()
+
+
+def config_of(files: Path, out: Path, **changes) -> train.TrainConfig:
+    given = dict(pair.split("=", 1) for pair in arguments(files, out, **changes))
+    return train.read_config(None, {key: yaml.safe_load(value) for key, value in given.items()})
+
+
+def fails(argv: list[str], capsys) -> str:
+    """The error of a command that must end with code 2: one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        utils.run_cli(lambda: train.main(argv))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def losses(folder: Path) -> dict:
+    """(key, step) -> loss or validation loss of a run's history."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {(key, row["step"]): row[key] for row in history for key in ("loss", "eval_loss", "grad_norm") if key in row}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    bits = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return bits and losses(a) == losses(b)
+
+
+def at_step(monkeypatch, step: int, do) -> None:
+    """Call `do(trainer)` where optimizer step `step` (from 1) begins."""
+    original = train.ESFTTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            do(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.ESFTTrainer, "training_step", training_step)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(_):
+    raise Killed
+
+
+BOTH = {"shared_experts": True, "non_expert_modules": True}
+
+
+SHARD = "30KB"
+
+
+def noisy_adapter(model, config, folder):
+    """Save an adapter of `config` whose tensors all differ from the model's; returns the trained model."""
+    torch.manual_seed(1)
+    to_esft(model, config)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.add_(torch.randn_like(param) * 0.1)
+    save_adapter(model, folder)
+    return model
+
+
+def tensors_of(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def files_of(folder):
+    return {path.name: sorted(load_file(path)) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def hashes(folder):
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def assert_same_tensors(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]), name
+
+
+RUN = {
+    "config": {
+        "method": "esft",
+        "base_model_path": "results/models/tiny",
+        "train_dataset": "law",
+        "global_batch_size": 4,
+        "seq_length": 256,
+        "training": {"learning_rate": 0.0025, "lr_scheduler_type": "linear", "seed": 0},
+    },
+    "environment": {"torch": "2.13.0", "transformers": "5.23.0", "date": "2026-11-21"},
+    "results": {"steps": 450, "best_step": 300, "train_loss": 0.2, "eval_loss": 0.125, "parameters": 1000},
+}
+
+
+def refused(capsys, main, argv: list, *words: str) -> None:
+    """The command ends with exit code 2 and one sentence that holds all `words`."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(lambda: main([str(arg) for arg in argv]))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_info.value.code == 2 and error.startswith("error: "), error
+    assert all(word in error for word in words), error
+
+
+def scores_of(rows: list[list[float]], function: str = "token") -> ExpertScores:
+    return ExpertScores({function: {layer: dict(enumerate(row)) for layer, row in enumerate(rows)}})
+
+
+EXPERTS = {"experts": {"1": [3, 5], "2": [0, 6, 2]}, "shared_experts": False, "non_expert_modules": False}
+
+
+TRAIN_KEYS = {
+    "seq_length": 48,
+    "max_steps": 6,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "validation_fraction": 0.2,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "disable_tqdm": True,
+}
+
+
+def arguments(files: Path, out: Path, **changes) -> list[str]:
+    paths = {
+        "base_model_path": files / "m32",
+        "train_dataset": files / "data.jsonl",
+        "expert_config": files / "experts.json",
+        "output_dir": out,
+    }
+    pairs = {**paths, **TRAIN_KEYS, **changes}
+    return [f"{key}={value}" for key, value in pairs.items() if value is not None]

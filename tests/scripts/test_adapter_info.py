@@ -1,0 +1,165 @@
+"""scripts/adapter_info.py: what it tells is what is in the files, and what it says of a base is what loading does."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from esft import ExpertConfig, add_adapter, read_adapter
+from scripts import adapter_info
+from tests.helpers import RUN, make_model, noisy_adapter
+from utils import run_cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base and its adapters: a and b disjoint, c shares two experts with a, s and t have shared experts."""
+    folder = tmp_path_factory.mktemp("info")
+    make_model().save_pretrained(folder / "base")
+    configs = {
+        "a": ExpertConfig({1: (5, 2), 2: (7,)}),
+        "b": ExpertConfig({1: (0,)}),
+        "c": ExpertConfig({1: (2, 1), 2: (7,)}),
+        "s": ExpertConfig({2: (3,)}, shared_experts=True),
+        "t": ExpertConfig({}, shared_experts=True, non_expert_modules=True),
+    }
+    for name, config in configs.items():
+        noisy_adapter(make_model(), config, folder / name)
+    (folder / "a" / "run.json").write_text(json.dumps(RUN))
+    return folder
+
+
+def told(capsys, *words):
+    adapter_info.main([*map(str, words), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["a", "s", "t"])
+def test_it_tells_what_is_in_the_files(name, folder, capsys):
+    model = make_model()
+    tensors, path = load_file(folder / name / "adapter.safetensors"), folder / name / "adapter.safetensors"
+    (info,) = told(capsys, folder / name, f"--base_model_path={folder / 'base'}")["adapters"]
+    config = ExpertConfig.load(folder / name)
+    assert {int(layer): tuple(ids) for layer, ids in info["experts"].items()} == config.experts
+    assert info["num_experts"] == sum(map(len, config.experts.values()))
+    assert info["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    shared = {key: t for key, t in tensors.items() if ".shared_experts." in key}
+    assert info["parameters_of_shared_experts"] == sum(tensor.numel() for tensor in shared.values())
+    assert bool(shared) == info["shared_experts"]
+    assert info["parameters_of_experts"] == info["num_experts"] * 3 * 16 * 32
+    assert info["share"] == info["parameters"] / sum(param.numel() for param in model.parameters())
+    assert info["bytes"] == path.stat().st_size and info["dtypes"] == {"F32": len(tensors)}
+    assert info["fits"] and info["base"]["model_type"] == "deepseek_v2"
+
+
+def test_the_run_that_made_it(folder, capsys):
+    a, b = told(capsys, folder / "a", folder / "b")["adapters"]
+    assert b["run"] is None
+    assert (a["run"]["method"], a["run"]["train_dataset"], a["run"]["steps"]) == ("esft", "law", 450)
+    assert (a["run"]["learning_rate"], a["run"]["eval_loss"], a["run"]["finished"]) == (0.0025, 0.125, True)
+    adapter_info.main([str(folder / "a")])
+    page = capsys.readouterr().out
+    assert "esft on law, learning rate 0.0025, 450 steps, training loss 0.2000, validation loss 0.1250" in page
+    assert "layer 1     5 2" in page
+
+
+def test_overlap_and_whether_they_go_together(folder, capsys):
+    """As add_adapter finds it."""
+    names = ["a", "b", "c", "s", "t"]
+    pairs = {tuple(path[-1] for path in p["pair"]): p for p in told(capsys, *(folder / n for n in names))["pairs"]}
+    assert pairs["a", "b"]["jaccard"] == 0 and pairs["a", "c"]["jaccard"] == 2 / 4
+    assert pairs["a", "c"]["shared"] == {"1": [2], "2": [7]}
+    for (one, other), pair in pairs.items():
+        model = add_adapter(make_model(), folder / one)
+        try:
+            add_adapter(model, folder / other)
+            together = True
+        except ValueError:
+            together = False
+        assert pair["together"] == together == (pair["why_not"] is None), pair
+    assert {pair["together"] for pair in pairs.values()} == {True, False}
+    adapter_info.main([str(folder / "a"), str(folder / "c")])
+    assert "Jaccard 0.500, cannot be loaded together: 2 experts are in both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"seed": 1}, "routers' weights differ"),
+        ({"num_hidden_layers": 2}, "layer 2"),
+        ({"n_routed_experts": 4}, "expert 5 of layer 1"),
+        ({"family": "mixtral"}, "deepseek_v2 model, this one is mixtral"),
+    ],
+)
+def test_a_base_that_it_does_not_fit(changes, why, folder, tmp_path, capsys):
+    make_model(**changes).save_pretrained(tmp_path)
+    (info,) = told(capsys, folder / "a", f"--base_model_path={tmp_path}")["adapters"]
+    assert not info["fits"] and why in info["why_not"]
+
+
+def copied(folder, tmp_path, change=lambda tensors: None):
+    """A copy of the adapter a, in the published style, with its tensors changed."""
+    tensors = load_file(folder / "a" / "adapter.safetensors")
+    change(tensors)
+    bf16 = {key.removeprefix("model."): tensor.bfloat16() for key, tensor in tensors.items()}
+    for number, part in enumerate((sorted(bf16)[:4], sorted(bf16)[4:]), 1):
+        save_file({key: bf16[key] for key in part}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    config = ExpertConfig.load(folder / "a").to_dict()
+    (tmp_path / "expert_cfg.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_published_adapter(folder, tmp_path, capsys):
+    (info,) = told(capsys, copied(folder, tmp_path), f"--base_model_path={folder / 'base'}")["adapters"]
+    assert info["dtypes"] == {"BF16": 9} and len(info["files"]) == 2 and info["base"] is None and info["fits"]
+    make_model(moe_intermediate_size=8).save_pretrained(tmp_path / "narrow")
+    (info,) = told(capsys, tmp_path, f"--base_model_path={tmp_path / 'narrow'}")["adapters"]
+    assert not info["fits"] and "has shape (16, 32), this model's is (8, 32)" in info["why_not"]
+    adapter_info.main([str(tmp_path)])
+    assert "base        unknown, no fingerprint" in capsys.readouterr().out
+
+
+UP = "model.layers.1.mlp.experts.5.up_proj.weight"
+SPOILED = {
+    "an expert too few": (
+        lambda t: [t.pop(key) for key in list(t) if ".experts.5." in key],
+        r"layer 1 .*\(5\).*in none",
+    ),
+    "an expert too many": (
+        lambda t: t.update({UP.replace("5", "6"): t[UP]}),
+        r"layer 1 .*\(6\).*not in its expert_cfg",
+    ),
+    "a projection too few": (lambda t: t.pop(UP), r"layers\.1\.mlp\.experts\.5\.up_proj\.weight is missing"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_adapter_is_refused_by_name(how, folder, tmp_path):
+    change, message = SPOILED[how]
+    with pytest.raises(ValueError, match=message):
+        adapter_info.describe(copied(folder, tmp_path, change))
+    with pytest.raises(ValueError):  # and so it is by what loads it
+        read_adapter(
+            tmp_path, {key: torch.empty(t.shape) for key, t in load_file(folder / "a/adapter.safetensors").items()}
+        )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "model-00002-of-00002.safetensors").write_bytes(b"x"), "00002.safetensors is damaged"),
+        (lambda f: (f / "expert_cfg.json").unlink(), "no expert_cfg.json"),
+        (lambda f: (f / "run.json").write_text("[]"), "not a run.json of train.py"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "is a LoRA"),
+        (lambda f: [path.unlink() for path in f.glob("*.safetensors")], r"no \*\.safetensors"),
+    ],
+)
+def test_a_folder_that_is_none_is_one_sentence_and_exit_code_2(spoil, message, folder, tmp_path, capsys):
+    spoil(copied(folder, tmp_path))
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(lambda: adapter_info.main([str(tmp_path)]))
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        adapter_info.describe(tmp_path)

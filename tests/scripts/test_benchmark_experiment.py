@@ -1,0 +1,87 @@
+"""scripts/experiments/benchmark.py as people run it: the table, the JSON, and one sentence where it cannot run."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from scripts.experiments.benchmark import main, memory_needed
+from tests.helpers import ROOT
+
+GPU = torch.cuda.is_available()
+RAM = psutil.virtual_memory().total / 2**30  # GiB
+
+
+def benchmark(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/experiments/benchmark.py", "--device=cpu", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(output, report) of one short run."""
+    path = tmp_path_factory.mktemp("benchmark") / "tiny.json"
+    size = ["--batch_size=2", "--seq_length=16", "--steps=1", "--rounds=2", "--warmup=1", "--threads=1"]
+    done = benchmark("--shape=tiny", *size, "--methods=full,experts,esft,floor", f"--output_path={path}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_lora_is_a_method_too():
+    pytest.importorskip("peft")
+    args = argparse.Namespace(shape="tiny", dtype="float32", optimizer="adamw", seed=0)
+    needed = memory_needed("lora", args)
+    assert 0 < needed["gradients"] < needed["weights"]
+
+
+def test_the_table_has_a_line_per_method(finished):
+    stdout, report = finished
+    lines = stdout.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("method "))
+    for column in ("tokens/s", "of full", "of floor", "peak MiB", "before", "gradients", "optimizer", "trained"):
+        assert column in lines[header]
+    assert [line.split()[0] for line in lines[header + 1 :][: len(report["methods"])]] == list(report["methods"])
+    assert "RouterCapture adds" in stdout
+
+
+def test_the_report_is_complete_and_adds_up(finished):
+    _, report = finished
+    assert report["environment"]["torch"] and report["seed"] == 0 and report["side_by_side"] is True
+    assert report["arguments"]["n_trained"] == 10 and report["model"]["n_routed_experts"] == 64
+    methods = report["methods"]
+    full, experts, esft, floor = (methods[name] for name in ("full", "experts", "esft", "floor"))
+    for result in methods.values():
+        assert len(result["rounds"]) == 2 and result["peak_memory_bytes"] >= result["memory_before_bytes"] > 0
+        ratio = result["ratio_to_full"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert full["ratio_to_full"]["median"] == 1 and full["trained_share"] == 1
+    assert full["optimizer_bytes"] == 2 * full["gradient_bytes"] == 8 * full["parameters"]
+    assert esft["gradient_bytes"] * 64 == experts["gradient_bytes"] * 10  # all else is frozen in both
+    assert floor["trained_parameters"] == floor["gradient_bytes"] == floor["optimizer_bytes"] == 0
+    assert len({result["parameters"] for result in methods.values()}) == 1
+    assert 0 < esft["routed_share"] < 1 and report["capture_ratio"]["median"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--methods=full,estf"], "did you mean 'esft'"),
+        (["--n_trained=65"], "1 to 64"),
+        (["--steps=0"], "--steps is 0"),
+        pytest.param(["--shape=v2-lite"], "needs 117.0 GiB", marks=pytest.mark.skipif(RAM > 117, reason="it fits")),
+        pytest.param(["--device=cuda"], "sees no GPU", marks=pytest.mark.skipif(GPU, reason="there is a GPU")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:full fine-tuning in bfloat16")
+def test_it_refuses(flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        main(["--shape=tiny", "--device=cpu", *flags])
+
+
+def test_a_wrong_shape_exits_with_2():
+    done = benchmark("--shape=37m")
+    assert done.returncode == 2 and "36m" in done.stderr and "Traceback" not in done.stderr

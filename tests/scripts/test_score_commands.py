@@ -1,0 +1,168 @@
+"""The commands around the scores: get_expert_scores.py on one and two processes, and the picture."""
+
+import json
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+
+from esft import ExpertScores
+from evaluation import expert_scoring
+from evaluation.selection import PackCounts
+from scripts.expert import get_expert_scores, plot_expert_scores
+from tests.helpers import make_model, refused
+from training.data import Encoded, Pack, encode
+
+WORDS = ["what", "is", "it", "yes", "no", "0", "12", "345"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "mine.jsonl"
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
+
+    rows = [{"messages": [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]}] * 3
+    rows += [
+        {"messages": [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]} for _ in "x" * 57
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def score(data, model_dir, output_dir, *flags) -> ExpertScores:
+    argv = [
+        "--eval_dataset",
+        data,
+        "--base_model_path",
+        model_dir,
+        "--output_dir",
+        output_dir,
+        "--device",
+        "cpu",
+        *flags,
+    ]
+    return get_expert_scores.main([str(arg) for arg in argv])
+
+
+def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, tmp_path, capsys):
+    flags = ["--n_sample_tokens", 1000, "--seq_length", 128, "--prob", "--seed", 3]
+    one = score(data, tiny_model_dir, tmp_path / "one", *flags)
+    assert one.by_function.keys() == {"token", "gate", "prob"} and 1000 <= one.meta["tokens"] < 1128
+    output = capsys.readouterr()
+    assert "token 0.2" in output.out and "on expert" in output.out
+    two = score(data, tiny_model_dir, tmp_path / "two", *flags, "--world_size", 2)
+    texts = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
+    for text in texts:
+        del text["meta"]["environment"]["date"]
+    assert texts[0] == texts[1] and one.by_function == two.by_function
+    assert ExpertScores.load(tmp_path / "two").by_function == two.by_function
+    packs = [PackCounts.load(tmp_path / name) for name in ("one", "two")]
+    assert len(packs[0]) == one.meta["packs"] > 2 and torch.equal(packs[0].tokens_P, packs[1].tokens_P)
+    assert packs[0].sums.keys() == {"slots", "gates", "probs"}
+    assert all(torch.equal(sums, packs[1].sums[kind]) for kind, sums in packs[0].sums.items())
+    assert not torch.equal(packs[0].sums["slots"][0], packs[0].sums["slots"][1])
+    other = score(data, tiny_model_dir, tmp_path / "other", *flags[:-1], 4)
+    assert other.by_function != one.by_function
+
+
+def test_scores_do_not_depend_on_the_packs(data, tiny_tokenizer, tmp_path):
+    """Not even in gpt_oss, for which transformers builds no mask between packed documents."""
+    make_model("gpt_oss").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--n_sample_tokens", 10**6, "--skip_template_tokens", "--seq_length"]
+    long, short = (score(data, tmp_path / "model", tmp_path / str(n), *flags, n) for n in (512, 128))
+    assert long.meta["packs"] < short.meta["packs"]
+    assert long.by_function["token"] == short.by_function["token"]
+    assert len(PackCounts.load(tmp_path / "512")) == long.meta["packs"] < long.meta["documents"]
+
+
+def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_dir, broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    flags = ["--eval_dataset", data, "--model", broken, "--output_dir", tmp_path / "out", "--seq_length", 64]
+
+    def main(argv: list[str]) -> None:  # one rank in a process of its own
+        list(get_expert_scores.run_ranks(get_expert_scores.parse_args(argv), [["cpu"]], [Pack()], [[]]))
+
+    refused(capsys, main, flags, "cannot be loaded")
+    refused(capsys, get_expert_scores.main, [*flags, "--device", "cpu"], "cannot be loaded")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scoring_refusals(data, tiny_model_dir, tmp_path, capsys, monkeypatch):
+    base = ["--eval_dataset", data, "--model", tiny_model_dir, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused(capsys, get_expert_scores.main, [*base, "--device", "cuda"], "--device cuda", "no GPU")
+    refused(capsys, get_expert_scores.main, [*base, "--device", "cpu", "--gpus_per_rank", 2], "--gpus_per_rank")
+    refused(capsys, get_expert_scores.main, [*base, "--seq_length", 10], "sample", "--overlong truncate")
+    refused(capsys, get_expert_scores.main, [*base, "--eval_dataset", tmp_path / "no.jsonl"], "no.jsonl")
+    refused(capsys, get_expert_scores.main, [*base, "--model", tmp_path / "no"], "no such folder")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    flags = ["--world_size", 2, "--gpus_per_rank", 2]
+    refused(capsys, get_expert_scores.main, [*base, *flags], "needs 4 GPUs", "3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_template_tokens_can_be_left_out(data, tiny_model_dir, tiny_tokenizer, tmp_path, capsys):
+    messages = [{"role": "user", "content": "User: 12 no"}, {"role": "assistant", "content": " yes"}]
+    for template in ("chat", "released"):
+        document = encode(messages, tiny_tokenizer, template)
+        mask = expert_scoring.content_mask(messages, document, tiny_tokenizer, template)
+        kept = tiny_tokenizer.decode([t for t, keep in zip(document.input_ids, mask) if keep])
+        assert kept.split() == ["User:", "12", "no", "yes"]
+        assert not mask[0] and not mask[-1]
+    with pytest.raises(ValueError, match="--skip_template_tokens"):
+        cut = Encoded(document.input_ids[:-3], document.labels[:-3])
+        expert_scoring.content_mask(messages, cut, tiny_tokenizer, "released")
+
+    some = score(data, tiny_model_dir, tmp_path / "some", "--skip_template_tokens")
+    everything = score(data, tiny_model_dir, tmp_path / "all")
+    assert some.meta["tokens"] < everything.meta["tokens"] and some.by_function != everything.by_function
+    notes = capsys.readouterr().err
+    assert "more than the model's context" in notes and "fewer than n_sample_tokens" in notes
+    assert "replaces" not in notes
+
+
+def test_scores_that_others_replace_are_noted(data, tiny_model_dir, tmp_path, capsys):
+    flags = ["--seq_length", 128, "--n_sample_tokens", 300]
+    score(data, tiny_model_dir, tmp_path, *flags)
+    score(data, tiny_model_dir, tmp_path, *flags)
+    assert "replaces" not in capsys.readouterr().err  # the same again
+    score(data, tiny_model_dir, tmp_path, *flags, "--seed", 1)
+    note = f"summary.json: this run replaces the scores of {data} on {tiny_model_dir} (another seed)"
+    assert note in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text('{"token_scores": {"1": {"0": 1.0}}}')
+    score(data, tiny_model_dir, tmp_path, *flags)
+    assert "replaces the scores of an unknown data set on an unknown model" in capsys.readouterr().err
+
+
+def test_truncated_documents_keep_their_mask(data, tiny_model_dir, tmp_path):
+    with pytest.warns(UserWarning, match="longer than seq_length"):
+        short = score(data, tiny_model_dir, tmp_path, "--seq_length", 40, "--overlong", "truncate")
+    assert short.meta["seq_length"] == 40
+
+
+# ------------------------------------------------------------------------------------------------------ the picture
+
+
+def test_plot(official, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source = official / "intent"
+    argv = ["--expert_scores_dir", source / "expert_scores", "--output_path", tmp_path / "p.png"]
+    plot_expert_scores.main([str(x) for x in [*argv, "--expert_config", source / "expert_config.json"]])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "c.json").write_text('{"experts": {"1": [64]}}')
+    refused(capsys, plot_expert_scores.main, [*argv, "--expert_config", tmp_path / "c.json"], "layer 1", "other model")
+    refused(capsys, plot_expert_scores.main, [*argv, "--output_path", tmp_path / "p.pdf"], ".png")
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "summary.json").write_text('{"token_scores": {"1": {"0": 1.0}}}')
+    refused(capsys, plot_expert_scores.main, ["--expert_scores_dir", tmp_path], "matplotlib")

@@ -1,0 +1,369 @@
+"""The estimate of a training run's memory: against real runs and against what is counted; it moves the right way."""
+
+import dataclasses
+import json
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deepseek import expert_parallel
+from deepseek.experts import find_experts, fused_names, train_experts
+from deepseek.frozen import freeze_experts, quantize
+from deepseek.placement import place_layers
+from deepseek.process_groups import join
+from esft import to_esft
+from scripts import estimate_memory
+from scripts.experiments import memory as experiment
+from tests.helpers import FAMILIES, make_model, run_ranks
+from training import dry_run, memory
+from training.memory import BATCH, FROZEN_BYTES, Estimator, Settings, full
+from training.methods import count_trained
+
+TRAINED = (0, 5, 3)
+ON_CPU = Settings(seq_length=64, batch_size=2, dtype="float32", device="cpu", accumulation=False)
+
+
+def family_config(family: str, **changes):
+    return AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+
+
+def estimator(family: str = "deepseek_v2", ids=TRAINED, **changes) -> Estimator:
+    config = family_config(family, **changes)
+    with torch.device("meta"):
+        layers = find_experts(AutoModelForCausalLM.from_config(config))
+    return Estimator(config, dict.fromkeys(layers, ids))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A DeepSeek-V2 on which experts, activations and logits all count."""
+    return estimator(hidden_size=256, moe_intermediate_size=128, vocab_size=2048, num_hidden_layers=4)
+
+
+# against real runs
+
+
+def noted(model: nn.Module, settings: Settings) -> int:
+    """Peak bytes of a step of a model that has weights, its storages noted in the same way."""
+    if settings.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "_attention", lambda _: nn.functional.scaled_dot_product_attention)
+        patch.setattr(dry_run._Tracker, "_answer", lambda _, tensor: tensor.item())
+        patch.setattr(dry_run, "_grouped_mm", torch.ops.aten._grouped_mm.default)
+        patch.setattr(dry_run, "_even_route", expert_parallel._make_route)
+        patch.setattr(dry_run, "_exchange", expert_parallel._exchange)
+        tokens = torch.randint(FAMILIES["deepseek_v2"]["vocab_size"], (settings.batch_size, settings.seq_length))
+        empty = torch.empty
+        patch.setattr(torch, "empty", lambda *a, **k: tokens if a[:1] == (tokens.shape,) else empty(*a, **k).zero_())
+        return dry_run.step(model.train(), **{key: getattr(settings, key) for key in BATCH}).total()
+
+
+def real_step(family: str, settings: Settings, ids) -> int:
+    model = make_model(family)
+    if ids is None:
+        model.set_experts_implementation("grouped_mm")
+        full(model)
+    else:
+        to_esft(model, {"experts": dict.fromkeys(find_experts(model), ids)}, keep_base=False)
+    return noted(model, settings)
+
+
+def rank_step(rank: int, settings: Settings) -> int:
+    timeout = timedelta(seconds=60)
+    ranks = join(timeout, "gloo").with_experts(settings.ep_size, timeout)
+    model = make_model("deepseek_v2")
+    experts = {layer: TRAINED for layer in find_experts(model)}
+    placements = place_layers(dict.fromkeys(experts, 8), experts, settings.ep_size)
+    for layer, (_, module) in find_experts(model).items():
+        module.local_ids = list(placements[layer][rank])
+        for name in fused_names(module):
+            setattr(module, name, nn.Parameter(getattr(module, name).data[module.local_ids]))
+    to_esft(model, {"experts": experts}, keep_base=False)
+    expert_parallel.connect_experts(model, placements, experts, ranks)
+    return noted(model, settings)
+
+
+def test_a_rank_without_storage_holds_what_a_real_one_does():
+    settings = dataclasses.replace(ON_CPU, world_size=2, ep_size=2, label_share=0.1)
+    found = estimator()._moving(settings).total()
+    assert max(run_ranks(2, rank_step, settings)) == pytest.approx(found, rel=0.1)
+    alone = estimator()._moving(dataclasses.replace(settings, world_size=1, ep_size=1)).total()
+    assert found > 1.15 * alone  # what is sent and received
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_without_storage_holds_what_a_real_one_does(family, checkpointing):
+    settings = dataclasses.replace(ON_CPU, activation_checkpointing=checkpointing)
+    real = real_step(family, settings, TRAINED)
+    assert estimator(family)._moving(settings).total() == pytest.approx(real, rel=0.05)
+    more = Estimator(family_config(family), prepare=full)._moving(settings).total()
+    assert more == pytest.approx(real_step(family, settings, None), rel=0.05)
+    assert more > 1.2 * real  # so that the two could not be taken for each other
+
+
+CASE = {"shape": "tiny", "method": "esft", "checkpointing": False, "accumulation": False, "dtype": "float32"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the highest resident set is read from /proc")
+def test_the_estimate_agrees_with_the_memory_of_a_process():
+    measured = experiment.measure(CASE, steps=2)
+    assert experiment.estimate(CASE).peak == pytest.approx(measured, rel=0.1)
+    for other in ({"method": "full"}, {"checkpointing": True}):
+        assert experiment.estimate({**CASE, **other}).peak != pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the highest resident set is read from /proc")
+@pytest.mark.parametrize("method", experiment.METHODS)
+@pytest.mark.parametrize("shape", ["tiny", "36m", "qwen3_moe", "gpt_oss"])
+def test_the_estimate_agrees_with_every_process(shape, method):
+    for checkpointing in (False, True):
+        case = {**CASE, "shape": shape, "method": method, "checkpointing": checkpointing}
+        assert experiment.estimate(case).peak == pytest.approx(experiment.measure(case), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_frozen_experts_take_what_they_really_do(kind):
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "vocab_size": 512, "n_routed_experts": 24}
+    settings = dataclasses.replace(ON_CPU, frozen_dtype=kind, label_share=0.05)
+    model, ids = make_model(**sizes).requires_grad_(False), (*TRAINED, 9)
+    modules = [module for _, module in find_experts(model).values()]
+    for module in modules:
+        freeze_experts(module, ids, kind)
+        train_experts(module, ids)
+    model.set_experts_implementation("esft")
+    stored = sum(module.frozen.nbytes() for module in modules)
+    shared = sum(param.nbytes for module in modules for param in module.trained.parameters())  # aliases, in fp32
+    found = estimator(ids=ids, **sizes).estimate(settings)
+    assert found.weights == pytest.approx(sum(p.nbytes for p in model.parameters()) - shared + stored, rel=0.01)
+    moving = found.activations + found.logits + found.gradients + found.transient
+    assert moving == pytest.approx(noted(model, settings) - stored, rel=0.1)  # which notes what is stored, too
+    assert found.experts < 0.5 * estimator(ids=ids, **sizes).estimate(ON_CPU).experts
+
+
+# against what is counted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_held_is_what_a_prepared_model_holds(family, dtype):
+    model = make_model(family, getattr(torch, dtype))
+    weights = sum(param.nbytes for param in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    to_esft(model, {"experts": dict.fromkeys(find_experts(model), TRAINED)}, keep_base=False)
+    counted = count_trained(model)
+    found = estimator(family).estimate(Settings(seq_length=32, dtype=dtype))
+    # a router that is kept in fp32 or not, and buffers, are all that may differ
+    assert found.weights == pytest.approx(weights + buffers, rel=0.01)
+    assert found.gradients == counted["gradient_bytes"]
+    assert found.optimizer == counted["optimizer_bytes"]
+    assert found.masters == (counted["gradient_bytes"] if dtype == "bfloat16" else 0)
+
+
+def test_parts_add_up_to_the_peak(wide):
+    found = wide.estimate(Settings(seq_length=64, offload_frozen=True))
+    parts = {key: size for key, size in vars(found).items() if key != "host"}
+    assert all(size >= 0 for size in parts.values()) and found.host > 0
+    assert found.peak == sum(parts.values())
+    assert found.overhead > memory.CONTEXT_BYTES
+    assert wide.estimate(dataclasses.replace(ON_CPU, seq_length=32)).overhead == 0
+    assert "peak" in found.table() and "in host memory" in found.table()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_bytes_of_frozen_weights_are_those_that_are_stored(kind):
+    weight = torch.randn(2, 256, 128)
+    stored = sum(t.nbytes for t in quantize(weight, kind))
+    assert stored == int(weight.numel() * FROZEN_BYTES[kind]) < weight.nbytes / 3
+
+
+@pytest.mark.parametrize("name", list(estimate_memory.published()))
+def test_published_models_have_the_parameters_their_makers_give(name):
+    config, billions = estimate_memory.published()[name]
+    with torch.device("meta"):
+        count = sum(param.numel() for param in AutoModelForCausalLM.from_config(config).parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_v2_lite_takes_31_gigabytes_of_weights():
+    config, _ = estimate_memory.published()["DeepSeek-V2-Lite"]
+    found = Estimator(config, dict.fromkeys(range(1, 27), range(10))).estimate(Settings(seq_length=128))
+    assert found.weights / 1e9 == pytest.approx(31.4, abs=0.05)
+    assert found.masters == found.gradients == 26 * 10 * 3 * 1408 * 2048 * 4
+
+
+# the right way
+
+
+def peak(wide, **changes) -> memory.Memory:
+    return wide.estimate(Settings(**{"seq_length": 128, "world_size": 4, **changes}))
+
+
+def test_more_tokens_take_more(wide):
+    sizes = [peak(wide, seq_length=length).peak for length in (64, 128, 256, 512)]
+    assert sizes == sorted(set(sizes))
+    assert peak(wide, batch_size=2).peak > peak(wide).peak
+    assert peak(wide, seq_length=512).weights == peak(wide, seq_length=64).weights
+
+
+def test_sharing_experts_takes_less_of_them_and_nothing_else(wide):
+    one, two, four = (peak(wide, ep_size=size) for size in (1, 2, 4))
+    assert one.peak > two.peak > four.peak
+    assert (two.experts, four.experts) == (one.experts // 2, one.experts // 4)
+    assert one.dense == pytest.approx(two.dense, rel=1e-3) == pytest.approx(four.dense, rel=1e-3)
+    assert (one.masters, two.masters, four.masters) == tuple(one.masters * n // 9 for n in (9, 5, 3))  # 3 x 3 trained
+    # rows that are sent and received are copies: activations do not fall with ep_size
+    assert two.activations + two.transient >= one.activations
+
+
+def test_less_is_trained_less_is_held(wide):
+    whole = Estimator(wide.config, prepare=full).estimate(Settings(seq_length=128, world_size=4))
+    found = peak(wide)
+    assert found.peak < whole.peak and found.gradients < whole.gradients and found.optimizer < whole.optimizer
+
+
+def test_checkpointing_lowers_activations_and_leaves_weights(wide):
+    plain, less = peak(wide, label_share=0.1), peak(wide, label_share=0.1, activation_checkpointing=True)
+    assert less.activations < 0.4 * plain.activations and less.peak < plain.peak
+    assert less.weights == plain.weights
+
+
+def test_each_other_setting_lowers_what_it_should(wide):
+    plain = peak(wide)
+    assert peak(wide, label_share=0.25).logits < plain.logits
+    assert peak(wide, optim="adamw_bnb_8bit").optimizer < 0.3 * plain.optimizer
+    assert peak(wide, shard_dense=True).dense == plain.dense // 4
+    halves = [peak(wide, frozen_dtype=kind).experts for kind in (None, "fp8", "nf4")]
+    assert halves == sorted(halves, reverse=True) and len(set(halves)) == 3
+    away = peak(wide, offload_frozen=True)
+    assert away.experts + away.host == plain.experts and away.experts < plain.experts
+    once = peak(wide, accumulation=False)
+    assert once.peak <= plain.peak
+
+
+def test_a_mask_between_documents_is_kept_for_the_backward(wide):
+    packed, alone = (peak(wide, seq_length=512, packed=on, label_share=0.01).activations for on in (True, False))
+    # of the four layers, one is dense and the next has the first trained experts: nothing up to there has a backward
+    assert packed - alone == 2 * 512 * 512 * torch.bfloat16.itemsize
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"dtype": "float16"}, "dtype"),
+        ({"optim": "adam"}, "optim"),
+        ({"frozen_dtype": "int4"}, "frozen_dtype"),
+        ({"seq_length": 0}, "seq_length"),
+        ({"label_share": 0.0}, "label_share"),
+        ({"ep_size": 3, "world_size": 4}, "ep_size=3 does not divide"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        Settings(**wrong)
+
+
+def test_full_fine_tuning_is_not_sharded(wide):
+    with pytest.raises(ValueError, match="for methods esft"):
+        Estimator(wide.config, prepare=full).estimate(Settings(world_size=2, ep_size=2))
+
+
+# advice
+
+
+def test_advice_is_what_was_asked_where_it_fits(wide):
+    asked = Settings(seq_length=1024)
+    need = wide.estimate(asked).peak
+    ((settings, found),) = wide.advise(asked, need)
+    assert settings == asked and found.peak == need
+    assert all(settings != asked for settings, _ in wide.advise(asked, need - 1))
+
+
+def test_advice_fits_and_comes_in_order_of_cost(wide):
+    asked = Settings(seq_length=1024, world_size=4)
+    need = wide.estimate(asked).peak
+    found = wide.advise(asked, need - 2**20)
+    order = [key for key, _ in wide.ladder(asked)]
+    changes = [settings.changed_from(asked).split("=")[0] for settings, _ in found]
+    assert len(found) > 2 and changes == sorted(changes, key=order.index)
+    assert all(memory.peak <= need - 2**20 for _, memory in found)
+
+
+def test_advice_takes_several_changes_where_no_single_one_does(wide):
+    asked = Settings(seq_length=4096, world_size=4)
+    least = min(wide.estimate(dataclasses.replace(asked, **dict([step]))).peak for step in wide.ladder(asked))
+    ((settings, found),) = wide.advise(asked, least - 2**20)
+    assert found.peak < least and len(settings.changed_from(asked).split()) > 1
+    for key in (pair.split("=")[0] for pair in settings.changed_from(asked).split()):  # each is needed
+        fewer = dataclasses.replace(settings, **{key: getattr(asked, key)})
+        assert wide.estimate(fewer).peak > least - 2**20
+    kept = wide.advise(asked, least - 2**20, fixed=("seq_length", "activation_checkpointing"))
+    assert all((s.seq_length, s.activation_checkpointing) == (4096, False) for s, _ in kept)
+
+
+def test_no_advice_where_nothing_fits(wide):
+    assert wide.advise(Settings(), memory.CONTEXT_BYTES) == []
+
+
+# the command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    family_config("deepseek_v2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_command_tells_in_words_and_in_json(folder, capsys):
+    argv = [f"--base_model_path={folder}", "--experts_per_layer=2", "--seq_length=64"]
+    estimate_memory.main(argv)
+    told = capsys.readouterr().out
+    assert "optimizer states" in told and "\nfits: " in told and "rule of thumb" in told
+    result = estimate_memory.main([*argv, "--json"])
+    assert json.loads(capsys.readouterr().out) == result and result["fits"]
+    assert result["memory"]["peak"] < result["available"] == 80 * 2**30
+
+
+def test_the_command_reads_an_expert_config(folder, tmp_path):
+    config = tmp_path / "experts.json"
+    config.write_text('{"experts": {"1": [3], "2": [0, 7]}, "shared_experts": true, "non_expert_modules": false}')
+    shared = estimate_memory.main([f"--model={folder}", f"--expert_config={config}", "--seq_length=64"])
+    config.write_text('{"experts": {"1": [3], "2": [0, 7]}, "shared_experts": false, "non_expert_modules": false}')
+    routed = estimate_memory.main([f"--model={folder}", f"--expert_config={config}", "--seq_length=64"])
+    assert routed["memory"]["gradients"] == 3 * 3 * 16 * 32 * 4
+    assert shared["memory"]["gradients"] == routed["memory"]["gradients"] + 2 * 3 * 32 * 32 * 4
+
+
+def test_lora_is_estimated(folder):
+    pytest.importorskip("peft")
+    lora = estimate_memory.main([f"--model={folder}", "--method=lora", "--seq_length=64"])
+    more = estimate_memory.main([f"--model={folder}", "--method=lora", "--seq_length=64", "--lora_rank=16"])
+    assert 2 * lora["memory"]["gradients"] == more["memory"]["gradients"] > 0
+    assert lora["memory"]["optimizer"] == 2 * lora["memory"]["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "either --expert_config or --experts_per_layer"),
+        (["--experts_per_layer=9"], "a layer has 8 experts"),
+        (["--experts_per_layer=2", "--ep_size=3", "--gpus=4"], "ep_size=3 does not divide"),
+        (["--experts_per_layer=2", "--ep_size=some"], "a whole number above 0, or auto"),
+        (["--experts_per_layer=2", "--gpu_gb=0.5"], "nothing makes method esft fit"),
+        (["--experts_per_layer=2", "--method=full"], "trains no chosen experts"),
+    ],
+)
+def test_wrong_flags_are_told(folder, flags, told):
+    with pytest.raises(ValueError, match=told):
+        estimate_memory.main([f"--base_model_path={folder}", *flags])
+
+
+def test_an_unknown_model_is_told_with_the_nearest_name():
+    with pytest.raises(FileNotFoundError, match="did you mean 'DeepSeek-V3'"):
+        estimate_memory.main(["--base_model_path=DeepSeek-V4", "--experts_per_layer=2"])

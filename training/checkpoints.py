@@ -1,0 +1,158 @@
+"""What an output folder holds: a run, and checkpoints that survive whatever ends it and open on other ranks.
+
+    checkpoint-20/
+        adapter.safetensors, expert_cfg.json     a loadable adapter; of `method: full` and `lora`, what Trainer writes
+        states/rank-0.safetensors, ...           per trained tensor: fp32 master (of a bf16 model) and optimizer states,
+                                                 by global expert id: <experts module>.<id>.<fused tensor>.exp_avg
+        states/optimizer.json                    parameter groups (learning rate, betas, ...)
+        scheduler.json, trainer_state.json       of Trainer
+        manifest.json                            SHA-256 of every other file, written last
+
+A rank writes the states of the experts it holds; to read, it looks its experts up in all the files, so that ep_size and
+world_size may change in between.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deepseek.experts import find_experts
+from deepseek.files import set_modes, sha256, write_json
+
+MANIFEST = "manifest.json"
+STATES = "states"
+GROUPS = "optimizer.json"
+BLOCK = 256  # entries that share a scale in the 8-bit optimizers of bitsandbytes
+BLOCKWISE, TABLES = ("absmax1", "absmax2"), ("qmap1", "qmap2")  # their states that are not of the parameter's shape
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of a checkpoint whose files are all there."""
+    set_modes(checkpoint)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    write_json(checkpoint / MANIFEST, {str(path.relative_to(checkpoint)): sha256(path) for path in files})
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that its manifest does not know as it is; None where it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, digest in manifest.items():
+            if sha256(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, list[str] | None]]:
+    """(trained parameter, its name, names of its rows where they are experts)."""
+    known = set()
+    for name, module in find_experts(model).values():
+        if hasattr(module, "trained"):
+            for tensor, param in module.trained.named_parameters():
+                known.add(id(param))
+                yield param, f"{name}.{tensor}", [f"{name}.{id}.{tensor}" for id in module.trained.expert_ids]
+    for name, param in model.named_parameters():
+        if param.requires_grad and id(param) not in known:
+            yield param, name, None
+
+
+def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, rank: int) -> None:
+    """Write optimizer states, and the fp32 masters of a bf16 model, of the parameters that this rank trains; of those
+    that all ranks train, rank 0 writes them.
+
+    Raises:
+        ValueError: an optimizer whose states cannot be told apart by expert.
+    """
+    tensors: dict[str, Tensor] = {}
+    for param, name, rows in _trained(model):
+        if rows is None and rank:
+            continue
+        states = {key: torch.as_tensor(value) for key, value in optimizer.state.get(param, {}).items()}
+        if model.dtype != torch.float32:
+            states["master"] = param.detach()
+        for key, state in states.items():
+            if rows is None:
+                tensors[f"{name}.{key}"] = state
+            else:
+                by_row = _by_row(key, state, param)
+                tensors |= {f"{row}.{key}": by_row[i] for i, row in enumerate(rows)}
+    save_file(
+        {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
+        folder / f"rank-{rank}.safetensors",
+    )
+    if rank == 0:
+        plain = (int, float, bool, str, list, tuple, type(None))
+        groups = [{k: v for k, v in g.items() if isinstance(v, plain)} for g in optimizer.param_groups]
+        write_json(folder / GROUPS, [{k: v for k, v in group.items() if k != "params"} for group in groups])
+
+
+def _by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor]:
+    """The part of an optimizer's state that belongs to each row (expert) of a parameter."""
+    if not state.ndim or key in TABLES:  # the same for all
+        return [state] * len(param)
+    if state.shape == param.shape:
+        return state
+    if key in BLOCKWISE and param[0].numel() % BLOCK == 0:
+        return state.view(len(param), -1)
+    raise ValueError(
+        f"the optimizer's {key} cannot be told apart by expert: take optim=adamw_torch_fused, or leave out "
+        "--save_opt_states"
+    )
+
+
+@torch.no_grad()
+def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Read what `save_states` wrote on any number of ranks, for the parameters that this rank trains."""
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    kinds = defaultdict(list)
+    for key in where:
+        name, _, kind = key.rpartition(".")
+        kinds[name].append(kind)
+    number_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    states: dict[int, dict[str, Tensor]] = {}
+    for param, name, rows in _trained(model):
+        state = {}
+        for kind in kinds[rows[0] if rows else name]:
+            if any(kind not in kinds[row] for row in rows or ()):
+                raise ValueError(f"{folder}: experts of {name} have states in 8 and in 32 bits; go on with the ep_size "
+                                 "of before")  # fmt: skip
+            parts = [where[f"{row}.{kind}"].get_tensor(f"{row}.{kind}") for row in rows or [name]]
+            if not rows or not parts[0].ndim or kind in TABLES:
+                state[kind] = parts[0]
+            else:
+                state[kind] = torch.cat(parts) if kind in BLOCKWISE else torch.stack(parts)
+            if not state[kind].ndim and not state[kind].is_floating_point():
+                state[kind] = state[kind].item()  # the step, which bitsandbytes keeps as a number
+        if "master" in state:
+            param.copy_(state.pop("master"))
+        states[number_of[id(param)]] = state
+    groups = [
+        {**now, **saved}
+        for now, saved in zip(optimizer.state_dict()["param_groups"], json.loads((folder / GROUPS).read_text()))
+    ]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the run in a folder

@@ -1,0 +1,392 @@
+"""The data layer: files -> messages -> tokens and labels -> packs -> tensors.
+
+A pack lays whole samples end to end, and each counts its positions from 0 (`.` is -100: no loss):
+
+    input_ids      BOS  q  q  a  a EOS | BOS  q  a EOS | pad pad
+    labels           .  .  .  a  a EOS |   .  .  a EOS |   .   .
+    position_ids     0  1  2  3  4   5 |   0  1  2   3 |   0   1
+
+The restarts in `position_ids` are the boundaries: given no attention mask and no KV cache (`use_cache=False`),
+transformers builds from them a mask that keeps the documents apart, so a packed sample has the logits it has alone.
+(Some families do not; `deepseek.loading.keeps_documents_apart` finds them, and there each sample is its own pack.) No
+document predicts the next one's first token, since the first label of each is -100.
+
+Labels come from a chat template without knowing it: what the text gains between "the conversation up to here, the
+assistant is to speak" and "the same with the answer" is the answer.
+"""
+
+import bisect
+import itertools
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import torch
+
+from deepseek.files import read_json_rows, suggest, suggest_path
+from utils import ROOT
+
+IGNORE = -100  # the label that cross entropy skips
+ROLES = ("system", "user", "assistant")
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+SHAPES = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+# -------------------------------------------------------------------------------------------- data sets -> messages
+
+
+def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
+    """The path, or hub id, of a data set: `name` stands for datasets/<split>/<name>.jsonl, or is a path or a hub id.
+
+    `split` is "train" or "eval"; a path ends in .jsonl, .json or .parquet.
+    """
+    text, path, folder = str(name), Path(name), ROOT / "datasets" / split
+    known = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
+    if text in known:
+        return known[text]
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise FileNotFoundError(f"data set {text!r}: no such file{suggest_path(path)}")
+        return path
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
+        return text
+    raise ValueError(
+        f"data set {text!r} is unknown{suggest(text, known)}: give one of those in datasets/{split} "
+        f"({', '.join(known) or 'none there'}), a path that ends in {', '.join(SUFFIXES)}, or a hub id"
+    )
+
+
+def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, dict]]:
+    """(where, row) of a data set as `resolve_dataset` takes it; where is "file:line", or "source: row n" from 1.
+
+    A hub id is read in its split "train", or "test" for split="eval".
+    """
+    source = resolve_dataset(dataset, split)
+    if isinstance(source, Path) and source.suffix != ".parquet":
+        yield from read_json_rows(source)
+        return
+    import datasets  # slow, and few runs need it
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error comes with the error
+    try:
+        if isinstance(source, Path):
+            table = datasets.load_dataset("parquet", data_files=str(source), split="train")
+        else:
+            table = datasets.load_dataset(source, split="test" if split == "eval" else "train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ValueError(f"data set {str(source)!r} cannot be read ({error})") from error
+    yield from ((f"{source}: row {number}", row) for number, row in enumerate(table, 1))
+
+
+def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
+    """Samples {"messages": [{"role", "content", "mask": 1 where it carries no loss}, ...]} of a data set.
+
+    A row has one of four shapes (ValueError, with file and line, where it lacks keys, a known role or an answer):
+        {"messages": [{"role", "content", "mask"?}, ...]}
+        {"conversations": [{"from": human | gpt | system, "value"}, ...], "system"?}      ShareGPT
+        {"prompt", "completion", "system"?}
+        {"instruction", "input"?, "output", "system"?}                                    Alpaca
+    """
+    samples = [{"messages": _messages(row, where)} for where, row in read_rows(dataset, split)]
+    if not samples:
+        raise ValueError(f"data set {str(dataset)!r} has no rows")
+    return samples
+
+
+def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list]:
+    """(train, validation), in the order of `samples`: a random `fraction`, at least one where it is > 0, validates."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"validation_fraction={fraction} is not in [0, 1)")
+    if fraction > 0 and len(samples) < 2:
+        raise ValueError(
+            f"validation_fraction={fraction} needs at least 2 samples, found {len(samples)}: add samples or set "
+            "validation_fraction=0"
+        )
+    count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 else 0
+    chosen = set(random.Random(seed).sample(range(len(samples)), count))
+    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
+
+
+def _messages(row: dict, where: str) -> list[dict]:
+    """The checked messages of one row of any shape."""
+    row = {key: value for key, value in row.items() if value is not None}  # a table holds None for what is absent
+    shape = next((keys for keys in SHAPES if row.keys() >= set(keys)), None)
+    if shape is None:
+        hint = next(filter(None, (suggest(key, itertools.chain(*SHAPES)) for key in row)), "")
+        wanted = " or ".join("+".join(keys) for keys in SHAPES)
+        raise ValueError(f"{where}: a row needs the keys {wanted}, this one has {', '.join(row) or 'none'}{hint}")
+    turns = row[shape[0]]
+    listed = shape[0] in ("messages", "conversations")
+    if listed and not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
+        raise ValueError(f"{where}: {shape[0]!r} must be a list of objects")
+    if shape[0] == "conversations":
+        turns = [{"role": t.get("from"), "content": t.get("value"), "mask": t.get("mask")} for t in turns]
+    elif not listed:
+        question = f"{turns}\n\n{row['input']}" if shape[0] == "instruction" and row.get("input") else turns
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row[shape[1]]}]
+    if shape[0] != "messages" and row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+
+    speakers = (*SPEAKERS, "system") if shape[0] == "conversations" else ROLES
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        role, content, mask = turn.get("role"), turn.get("content"), turn.get("mask")
+        if shape[0] == "conversations":
+            role = SPEAKERS.get(str(role), role)
+        at = f"{where}: message {number}"
+        if role not in ROLES:
+            raise ValueError(f"{at}: unknown role {role!r}{suggest(role, speakers)}, expected {', '.join(speakers)}")
+        if not isinstance(content, str):
+            raise ValueError(f"{at}: the content of {role} must be text, found {type(content).__name__}")
+        if mask not in (None, 0, 1):
+            raise ValueError(f'{at}: "mask" must be 0 or 1, found {mask!r}')
+        if role == "assistant" and not content.strip():
+            raise ValueError(f"{at}: the assistant turn is empty: fill it or drop the row")
+        if role == "assistant" and number == 1 and not mask:
+            raise ValueError(f'{at}: an assistant turn that answers nothing: drop it or give it "mask": 1')
+        messages.append({"role": role, "content": content} | ({"mask": 1} if mask else {}))
+    if not any(m["role"] == "assistant" and not m.get("mask") for m in messages):
+        raise ValueError(f"{where}: no assistant turn that carries loss: add one or drop the row")
+    return messages
+
+
+# ------------------------------------------------------------------------------------ messages -> tokens and labels
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample: `input_ids`, and as many `labels`: the token's own id (not shifted), or -100 for no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
+    """Tokens of a conversation, with labels on its assistant turns (content and end-of-turn token) and nowhere else.
+
+    A message with "mask": 1 carries no loss. `template` is "chat" (the tokenizer's own) or "released" (that of the
+    published checkpoints: BOS, system text, blank line, "User: q", blank line, "Assistant:", then " a" and EOS).
+    ValueError where nothing carries loss, or where the template does not let the answers be found exactly.
+    """
+    pieces = _released_pieces(messages, tokenizer) if _is_released(template) else _chat_pieces(messages, tokenizer)
+    labels = [token if loss else IGNORE for ids, loss in pieces for token in ids]
+    if all(label == IGNORE for label in labels):
+        raise ValueError(f"{_name(messages)} has no token that carries loss: it needs an assistant turn without a mask")
+    return Encoded([token for ids, _ in pieces for token in ids], labels)
+
+
+def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
+    """Tokens before the answer to `prompt`, a user's plain text: those before the first label of `encode`.
+
+    A prompt rendered already ("User: ... Assistant:", as in the published evaluation files) is BOS and the text itself.
+    """
+    released = _is_released(template)
+    if prompt.startswith("User: ") and prompt.endswith("Assistant:"):
+        return _bos(tokenizer) + _ids(prompt, tokenizer)
+    if released:
+        return _bos(tokenizer) + _ids(f"User: {prompt}\n\nAssistant:", tokenizer)
+    return _ids(_render([{"role": "user", "content": prompt}], tokenizer, answer_next=True), tokenizer)
+
+
+def _is_released(template: str) -> bool:
+    if template not in ("chat", "released"):
+        raise ValueError(f"template: {template!r} is neither 'chat' nor 'released'")
+    return template == "released"
+
+
+def _released_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
+    """(tokens, carries loss) of what precedes each answer and of each answer, each encoded apart."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("template: 'released' ends answers with EOS, which this tokenizer lacks: set `template: chat`")
+    pieces, text = [(_bos(tokenizer), False)], ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            answer = [*_ids(f" {content}", tokenizer), tokenizer.eos_token_id]
+            pieces += [(_ids(text + "Assistant:", tokenizer), False), (answer, not message.get("mask"))]
+            text = ""
+        else:
+            text += f"User: {content}\n\n" if role == "user" else f"{content}\n\n"
+    return [*pieces, (_ids(text, tokenizer), False)]
+
+
+def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
+    """(tokens, carries loss) of the rendered conversation, cut where each answer that carries loss begins and ends.
+
+    The text must begin with the text of every shorter conversation, and so must the tokens. Where a token would reach
+    over a cut (an answer that begins with a line break), the parts are encoded apart, as they are at generation.
+    """
+    text, cuts = _render(messages, tokenizer), [0]
+    special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("mask"):
+            continue
+        if i == 0:
+            raise ValueError(f'{_name(messages)} begins with an answer: put a user turn before it or give it "mask": 1')
+        before = _render(messages[:i], tokenizer, answer_next=True)
+        after = _render(messages[: i + 1], tokenizer)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise ValueError(
+                f"template: the chat template rewrites what surrounds message {i + 1} of {_name(messages)}, so what to "
+                'learn is not exact: set `template: released` or give all answers but the last "mask": 1'
+            )
+        turn = after.rstrip()  # what follows the end-of-turn token (in ChatML a line break) is never generated
+        cuts += [len(before), len(turn) if special and turn.endswith(special) else len(after)]
+    cuts.append(len(text))
+
+    whole = _ids(text, tokenizer)
+    heads = [*(_ids(text[:cut], tokenizer) for cut in cuts[:-1]), whole]
+    if all(whole[: len(head)] == head for head in heads):
+        parts = [whole[len(a) : len(b)] for a, b in itertools.pairwise(heads)]
+    else:
+        parts = [_ids(text[a:b], tokenizer) for a, b in itertools.pairwise(cuts)]
+        if tokenizer.decode([token for part in parts for token in part]) != tokenizer.decode(whole):
+            raise ValueError(f"template: tokens of {_name(messages)} reach over its answers: set `template: released`")
+    return [(part, number % 2 == 1) for number, part in enumerate(parts)]
+
+
+def _render(messages: list[dict], tokenizer, answer_next: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("template: the tokenizer has no chat template: set `template: released`")
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    try:
+        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_next)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"template: the chat template refuses {_name(messages)}: {error}") from error
+
+
+def _ids(text: str, tokenizer) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _bos(tokenizer) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _name(messages: list[dict]) -> str:
+    return f"the sample that begins {messages[0]['content'][:40]!r}" if messages else "an empty sample"
+
+
+# ------------------------------------------------------------------------------------- samples -> packs -> tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Whole samples end to end, as lists of one length; `samples`: what they go by in `pack`."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def documents(self) -> list["Pack"]:
+        """Each sample as a pack of its own, for a model that does not keep the documents of a pack apart."""
+        starts = [i for i, position in enumerate(self.position_ids) if position == 0]
+        return [
+            Pack(self.input_ids[a:b], self.labels[a:b], self.position_ids[a:b], [sample])
+            for sample, a, b in zip(self.samples, starts, [*starts[1:], len(self)])
+        ]
+
+
+def pack(
+    encoded: list[Encoded],
+    seq_length: int,
+    overlong: str = "error",
+    seed: int = 0,
+    numbers: list[int] | None = None,
+) -> list[Pack]:
+    """All samples in packs of at most `seq_length` tokens, none cut in two: best fit, longest first, then shuffled.
+
+    A sample that is longer is an error, or with `overlong="truncate"` keeps its head (and is dropped where no label is
+    left); a warning says how many. `seed` orders samples of equal length, and the packs. `numbers` are what the samples
+    go by, in the packs and in the error (default: their indices).
+    """
+    if seq_length < 2 or overlong not in ("error", "truncate"):
+        raise ValueError(f"seq_length={seq_length} must be at least 2, and overlong={overlong!r} 'error' or 'truncate'")
+    numbers = range(len(encoded)) if numbers is None else numbers
+    too_long = [i for i, sample in enumerate(encoded) if len(sample) > seq_length]
+    if too_long and overlong == "error":
+        first, longest = too_long[0], max(map(len, encoded))
+        raise ValueError(
+            f"sample {numbers[first]} has {len(encoded[first])} tokens, more than seq_length={seq_length} "
+            f"({len(too_long)} such samples): set seq_length={longest} or overlong=truncate"
+        )
+    dropped = {i for i in too_long if all(label == IGNORE for label in encoded[i].labels[1:seq_length])}
+    if too_long:
+        warnings.warn(
+            f"{len(too_long)} of {len(encoded)} samples are longer than seq_length={seq_length}: "
+            f"{len(too_long) - len(dropped)} truncated, {len(dropped)} dropped as they have no label left",
+            stacklevel=2,
+        )
+
+    rng = random.Random(seed)
+    order = [i for i in range(len(encoded)) if i not in dropped]
+    rng.shuffle(order)
+    order.sort(key=lambda i: -len(encoded[i]))  # stable: equals stay shuffled
+    packs: list[Pack] = []
+    open_packs: dict[int, list[Pack]] = {}  # by the number of tokens they have left ...
+    rooms: list[int] = []  # ... which are these, ascending: at most seq_length of them, so a step is O(log seq_length)
+    for i in order:
+        size = min(len(encoded[i]), seq_length)
+        at = bisect.bisect_left(rooms, size)
+        if at == len(rooms):
+            packs.append(target := Pack())
+        else:
+            target = open_packs[rooms[at]].pop()
+            if not open_packs[rooms[at]]:
+                del open_packs[rooms.pop(at)]
+        target.input_ids.extend(encoded[i].input_ids[:size])
+        target.labels.extend([IGNORE, *encoded[i].labels[1:size]])
+        target.position_ids.extend(range(size))
+        target.samples.append(numbers[i])
+        if room := seq_length - len(target):
+            if room not in open_packs:
+                bisect.insort(rooms, room)
+            open_packs.setdefault(room, []).append(target)
+    rng.shuffle(packs)
+    return packs
+
+
+def collate(packs: list[Pack], pad_token_id: int, seq_length: int | None = None) -> dict[str, torch.Tensor]:
+    """input_ids, labels and position_ids, int64 (B, T) with T = `seq_length`, or the longest of `packs`.
+
+    Padding is a document of its own. No attention_mask: with one, transformers would not look for the boundaries.
+    """
+    length = seq_length or max(map(len, packs))
+    if max(map(len, packs)) > length:
+        raise ValueError(
+            f"a pack of {max(map(len, packs))} tokens exceeds seq_length={length}: pack with that seq_length"
+        )
+    if pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token")
+    gaps = [(p, length - len(p)) for p in packs]
+    return {
+        "input_ids": torch.tensor([p.input_ids + [pad_token_id] * gap for p, gap in gaps]),
+        "labels": torch.tensor([p.labels + [IGNORE] * gap for p, gap in gaps]),
+        "position_ids": torch.tensor([p.position_ids + list(range(gap)) for p, gap in gaps]),
+    }
+
+
+def load_data(config, tokenizer) -> tuple[list[Pack], list[Pack]]:
+    """(training packs, validation packs); their `samples` are row numbers of the dataset, from 1."""
+    rows = list(enumerate(load_samples(config.train_dataset), 1))
+    if config.n_train_samples is not None:
+        rows = random.Random(config.seed).sample(rows, min(config.n_train_samples, len(rows)))
+    both = []
+    for part in split_samples(rows, config.validation_fraction, config.seed):
+        encoded = [encode(sample["messages"], tokenizer, config.template) for _, sample in part]
+        numbers = [number for number, _ in part]
+        both.append(pack(encoded, config.seq_length, config.overlong, config.seed, numbers) if part else [])
+    if not both[0]:
+        raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
+    return both[0], both[1]

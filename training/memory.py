@@ -1,0 +1,349 @@
+"""How much memory a training step takes at its peak, from a model's config alone: no weights, and no device.
+
+What comes and goes in a forward and backward is found by a dry run on tensors without storage (dry_run.py). Around it
+stands what never moves: weights, fp32 masters, optimizer states, and gradients where micro batches accumulate. They are
+counted tensor by tensor, as methods.py makes them trainable and expert_parallel.py deals them out. What no dry run can
+show is a constant: see `CONTEXT_BYTES` and `FRAGMENTATION`.
+"""
+
+import copy
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from deepseek.expert_parallel import connect_experts
+from deepseek.experts import find_experts, fused_names, train_experts, train_parameters
+from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
+from deepseek.grouped_gemm import IMPLEMENTATION
+from deepseek.loading import auto_class
+from deepseek.placement import place_layers
+from deepseek.process_groups import Ranks
+from training import dry_run
+
+CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, kernels, and workspaces of cuBLAS and NCCL
+FRAGMENTATION = 0.05  # of a GPU's memory in use, that the caching allocator holds and cannot use
+SHORTEST = 512  # tokens of a pack, below which no advice goes
+BATCH = ("seq_length", "batch_size", "label_share", "packed", "accumulation")  # the settings that a dry run takes
+DTYPES = ("bfloat16", "float32")
+FROZEN_BYTES = {kind: 1 + 4 / math.prod(block) for kind, block in BLOCKS.items()} | {"nf4": 0.5 + 4 / NF4_BLOCK}
+# bytes of state per trained parameter; a factor times the parameter's own size where torch keeps them in its dtype
+OPTIMIZERS: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), lambda _: 2 + 8 / 256),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), lambda _: 1 + 4 / 256),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), lambda _: 4),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), lambda _: 12),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), lambda _: 3 + 12 / 256),
+    **dict.fromkeys(("rmsprop", "adagrad"), lambda size: size),
+    "paged_adamw_32bit": lambda _: 8,
+    "adamw_torch_4bit": lambda _: 1 + 8 / 128,
+    "sgd": lambda _: 0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the memory of a run depends on, beside the model and what is trained; all for one process.
+
+    seq_length and batch_size are tokens of a pack and packs of a micro batch; label_share is the share of tokens that
+    bear a loss (the head runs on these only); packed: a pack holds several documents, so that attention takes a mask;
+    accumulation: an optimizer step has several micro batches, so that gradients are there in each forward.
+    """
+
+    seq_length: int = 4096
+    batch_size: int = 1
+    label_share: float = 1.0
+    packed: bool = True
+    accumulation: bool = True
+    dtype: str = "bfloat16"
+    world_size: int = 1
+    ep_size: int = 1
+    shard_dense: bool = False
+    frozen_dtype: str | None = None
+    offload_frozen: bool = False
+    optim: str = "adamw_torch_fused"
+    activation_checkpointing: bool = False
+    device: str = "cuda"
+
+    def __post_init__(self):
+        for key, known in {
+            "dtype": DTYPES,
+            "frozen_dtype": (None, *FROZEN_BYTES),
+            "optim": tuple(OPTIMIZERS),
+            "device": ("cuda", "cpu"),
+        }.items():
+            if (value := getattr(self, key)) not in known:
+                raise ValueError(f"{key}={value}: its memory is known for {', '.join(map(str, known))}")
+        for key in ("seq_length", "batch_size", "world_size", "ep_size"):
+            if (value := getattr(self, key)) < 1:
+                raise ValueError(f"{key}={value}: expected a whole number above 0")
+        if not 0 < self.label_share <= 1:
+            raise ValueError(f"label_share={self.label_share}: expected a share above 0 and up to 1")
+        if self.world_size % self.ep_size:
+            raise ValueError(f"ep_size={self.ep_size} does not divide the {self.world_size} processes")
+
+    def changed_from(self, other: "Settings") -> str:
+        """`key=value` of what differs, as train.py takes them."""
+        pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        told = [f"{k}={str(v).lower() if v is True else v}" for k, v in pairs if v != getattr(other, k)]
+        return " ".join(told) or "as asked"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at the moment of its peak, by kind; `peak` is their sum.
+
+    experts, dense: weights in the dtype the model computes in (or quantized), routed experts and all else; masters:
+    fp32 parameters beside weights of another dtype; activations: saved in the forward; logits: what the head makes, and
+    its gradients; transient: workspaces, gathered or dequantized weights, a bucket of gradients; overhead: of the
+    device, by rule of thumb. `host` lies in the host's memory and is no part of the peak.
+    """
+
+    experts: int
+    dense: int
+    masters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    transient: int
+    overhead: int
+    host: int = 0
+
+    @property
+    def weights(self) -> int:
+        return self.experts + self.dense
+
+    @property
+    def peak(self) -> int:
+        return sum(dataclasses.astuple(self)) - self.host
+
+    def line(self) -> str:
+        """The kinds that are there, in GiB (or in MiB, where all is small)."""
+        unit, name, told = self._told()
+        return ", ".join(f"{label} {size / unit:,.1f}" for label, size in told.items() if size) + f" {name}"
+
+    def table(self) -> str:
+        """A line per kind, in GiB (or in MiB, where all is small)."""
+        unit, name, told = self._told()
+        return "\n".join(f"  {label:<20}{size / unit:>10,.2f} {name}" for label, size in told.items())
+
+    def _told(self) -> tuple[int, str, dict[str, int]]:
+        unit, name = (2**30, "GiB") if self.peak >= 2**30 else (2**20, "MiB")
+        told = {
+            "weights, experts": self.experts,
+            "weights, all else": self.dense,
+            "fp32 masters": self.masters,
+            "gradients": self.gradients,
+            "optimizer states": self.optimizer,
+            "saved activations": self.activations,
+            "logits": self.logits,
+            "transient": self.transient,
+            "device overhead": self.overhead,
+            "peak": self.peak,
+        }
+        if self.host:
+            told["in host memory"] = self.host
+        return unit, name, told
+
+
+class Estimator:
+    """The memory of training a model in a given way, under any settings. Runs are kept, so that settings which differ
+    in what is merely counted cost nothing.
+
+    Args:
+        config: of the model; `loading.empty_model(path).config` has it.
+        experts: {layer: ids of the experts to train}; None where `prepare` does it all.
+        names: parameters outside the routed experts that are trained with them.
+        prepare: what else makes a model (without storage) trainable, and returns it: `methods.prepare_model` for LoRA,
+            `full` for full fine-tuning.
+
+    Raises:
+        ValueError: a model that has no fused experts where they are to be trained, or ep_size with another method.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        experts: Mapping[int, Collection[int]] | None = None,
+        names: Collection[str] = (),
+        prepare: Callable[[nn.Module], nn.Module] | None = None,
+    ):
+        self.config, self.experts, self.names, self.prepare = config, experts, names, prepare
+        self._kept: dict[tuple, dry_run.Held] = {}
+        self._runs: dict[tuple, Counter] = {}
+
+    def estimate(self, s: Settings) -> Memory:
+        """Of the process that has most to hold."""
+        if self.experts is None and (s.ep_size > 1 or s.shard_dense or s.frozen_dtype or s.offload_frozen):
+            raise ValueError("ep_size, shard_dense, frozen_dtype and offload_frozen are for methods esft and random")
+        return self._sum(s, Counter(self._moving(s)))
+
+    def _sum(self, s: Settings, moving: Counter) -> Memory:
+        """What is held, counted, and `moving` of a step."""
+        held, host = self._held(s), 0
+        experts, dense = held.trained_rows + held.frozen_rows, held.dense
+        if s.frozen_dtype or s.offload_frozen:
+            size = getattr(torch, s.dtype).itemsize
+            entries = CHUNK * held.largest_matrix
+            each = FROZEN_BYTES[s.frozen_dtype] if s.frozen_dtype else size
+            stored = held.frozen_rows - int(held.frozen_entries * (size - each))
+            # a few experts' matrices of one projection; from 8 bits they go through fp32, twice for a moment
+            moving["transient"] += entries * (size + 8 * (s.frozen_dtype in BLOCKS))
+            if s.offload_frozen and s.device == "cuda":
+                host = int(held.frozen_entries * each)
+                stored -= host
+                moving["transient"] += int(entries * each)
+            experts = held.trained_rows + stored
+        if s.shard_dense and s.world_size > 1:
+            # FSDP2: whole are the layer at work, the next one, and what stands outside of layers
+            moving["transient"] += min(dense - dense // s.world_size, 2 * held.largest_layer + held.outside)
+            dense //= s.world_size
+        if s.world_size > s.ep_size or (s.world_size > 1 and held.others):
+            moving["transient"] += held.largest_bucket
+        gradients = sum(count * size for size, count in held.trained.items())
+        if s.accumulation:
+            moving["gradients"] = gradients
+        elif moving.total() < gradients:  # the peak is the optimizer step, of which no activation is left
+            moving = Counter(gradients=gradients)
+        kinds = {kind: moving[kind] for kind in ("gradients", "activations", "logits", "transient")}
+        optimizer = self._states(held, s.optim)
+        used = experts + dense + held.masters + optimizer + sum(kinds.values())
+        overhead = CONTEXT_BYTES + int(FRAGMENTATION * used) if s.device == "cuda" else 0
+        return Memory(experts, dense, held.masters, optimizer=optimizer, overhead=overhead, host=host, **kinds)
+
+    @staticmethod
+    def _states(held: dry_run.Held, optim: str) -> int:
+        """Bytes of optimizer states."""
+        state = OPTIMIZERS[optim]
+        total = sum(int(count * state(size)) for size, count in held.trained.items())
+        if "bit" in optim and "32bit" not in optim:  # transformers keeps those of embeddings in 32 bits
+            total += int(held.embeddings * (OPTIMIZERS["paged_adamw_32bit"](4) - state(4)))
+        return total
+
+    def ladder(self, settings: Settings, fixed: Collection[str] = ()) -> Iterator[tuple[str, object]]:
+        """(key, value) that save memory, the least costly in time (or in quality) first; none of the keys `fixed`."""
+        found: list[tuple[str, object]] = [("activation_checkpointing", True)]
+        if self.experts is not None:
+            with torch.device("meta"):
+                most = min(module.num_experts for _, module in find_experts(self._model(settings)).values())
+            sizes = range(settings.ep_size + 1, min(settings.world_size, most) + 1)
+            found += [("ep_size", size) for size in sizes if settings.world_size % size == 0]
+            found += [("shard_dense", True)] * (settings.world_size > 1)
+            worth = {None: 0, "int8": 1, "fp8": 1, "nf4": 2}
+            found += [("frozen_dtype", k) for k in ("fp8", "nf4") if worth[k] > worth[settings.frozen_dtype]]
+        if OPTIMIZERS[settings.optim](4) > 4:
+            found.append(("optim", "adamw_bnb_8bit"))
+        if self.experts is not None and settings.device == "cuda":
+            found.append(("offload_frozen", True))
+        lengths = (settings.seq_length >> by for by in range(1, settings.seq_length.bit_length()))
+        found += [("seq_length", length) for length in lengths if length >= SHORTEST]
+        yield from ((key, value) for key, value in found if key not in fixed and getattr(settings, key) != value)
+
+    def advise(
+        self, settings: Settings, memory_bytes: int, fixed: Collection[str] = ()
+    ) -> list[tuple[Settings, Memory]]:
+        """Settings that fit into `memory_bytes`, the nearest to what was asked for first; empty where none does.
+
+        What was asked for alone, where it fits. Else every single step of `ladder` that suffices; where none does, the
+        shortest run of steps from its beginning that does, without those of them that are not needed.
+        """
+
+        def fits(changes: dict) -> tuple[Settings, Memory] | None:
+            changed = dataclasses.replace(settings, **changes)
+            if self._sum(changed, Counter()).peak > memory_bytes:  # without a step to run
+                return None
+            memory = self.estimate(changed)
+            return (changed, memory) if memory.peak <= memory_bytes else None
+
+        if found := fits({}):
+            return [found]
+        ladder = list(self.ladder(settings, fixed))
+        singles: dict[str, tuple[Settings, Memory]] = {}
+        for key, value in ladder:
+            if key not in singles and (found := fits({key: value})):
+                singles[key] = found
+        if singles:
+            return list(singles.values())
+        together: dict = {}
+        for step in ladder:
+            together |= dict([step])
+            if found := fits(together):
+                for key in list(together):
+                    fewer = {k: v for k, v in together.items() if k != key}
+                    if smaller := fits(fewer):
+                        together, found = fewer, smaller
+                return [found]
+        return []
+
+    # ---- the run
+
+    def _model(self, settings: Settings) -> nn.Module:
+        config = copy.deepcopy(self.config)
+        return auto_class(config).from_config(config, dtype=getattr(torch, settings.dtype))
+
+    def _held(self, s: Settings) -> dry_run.Held:
+        key = (s.dtype, s.ep_size)
+        if key not in self._kept:
+            self._kept[key] = dry_run.held(self._prepared(s))
+        return self._kept[key]
+
+    def _moving(self, s: Settings) -> Counter:
+        """Bytes by kind that come and go, at their peak."""
+        batch = {key: getattr(s, key) for key in BATCH}
+        key = (*batch.values(), s.dtype, s.ep_size, s.device, s.activation_checkpointing)
+        if key not in self._runs:
+            model = self._prepared(s)
+            if s.activation_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            self._runs[key] = dry_run.run(model, s.device, **batch)
+        return self._runs[key]
+
+    def _prepared(self, s: Settings) -> nn.Module:
+        """The model on `meta` as one process trains it."""
+        with torch.device("meta"):
+            model = self._model(s)
+            placements = self._cut(model, s.ep_size)
+            if self.experts is not None:
+                model.requires_grad_(False)
+                train_parameters(model, self.names)
+                for layer, (_, module) in find_experts(model).items():
+                    if self.experts.get(layer):
+                        train_experts(module, self.experts[layer])
+                model.set_experts_implementation(IMPLEMENTATION)
+            if self.prepare:
+                model = self.prepare(model)
+            if placements:
+                ranks = Ranks(world_size=s.ep_size, ep_size=s.ep_size)
+                connect_experts(model, placements, self.experts, ranks)
+            return model.train()
+
+    def _cut(self, model: nn.Module, ep_size: int) -> dict:
+        """Leave the experts of one rank: that with the most trained ones. Returns the placements by layer."""
+        if ep_size == 1:
+            return {}
+        layers = find_experts(model)
+        trained = {layer: set(ids) for layer, ids in self.experts.items()}
+        placements = place_layers({i: m.num_experts for i, (_, m) in layers.items()}, trained, ep_size)
+        counts = [
+            sum(len(trained.get(i, set()) & set(p[rank])) for i, p in placements.items()) for rank in range(ep_size)
+        ]
+        rank = counts.index(max(counts))
+        placements = {i: (p[rank], *p[:rank], *p[rank + 1 :]) for i, p in placements.items()}  # it becomes rank 0
+        for layer, (_, module) in layers.items():
+            module.local_ids = sorted(placements[layer][0])
+            for name in fused_names(module):
+                full = getattr(module, name)
+                setattr(module, name, nn.Parameter(full.new_empty(len(module.local_ids), *full.shape[1:])))
+        return placements
+
+
+def full(model: nn.Module) -> nn.Module:
+    """`prepare` of full fine-tuning."""
+    return model.requires_grad_(True)
