@@ -1,7 +1,9 @@
-"""The one runner of several processes."""
+"""The one runner of several processes, each with a whole model.
+
+`work(share, devices)` is a generator. Rank r runs it on its share and its devices, and `run_ranks` yields the messages.
+"""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -10,14 +12,76 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from utils import sentence
 
 
+def run_ranks(work: Callable[[list, list[str]], Iterator], shares: list[list], devices: list[list[str]]) -> Iterator:
+    """Yield the messages of all ranks as they arrive. One share runs in this process, several in a process each.
+
+    All processes end when one fails, or when this generator is closed. Raises ValueError for an error in a rank, in one
+    sentence that names the rank, and ChildProcessError for a rank that died.
+    """
+    if len(shares) == 1:
+        with _one_thread_on_cpu(devices[0]):
+            yield from work(shares[0], devices[0])
+        torch.cuda.empty_cache()  # the caller may load another model next
+        return
+    context, processes, ranks = multiprocessing.get_context("spawn"), [], {}
+    try:
+        for rank, share in enumerate(shares):
+            receiver, sender = context.Pipe(duplex=False)
+            processes.append(context.Process(target=_run_rank, args=(rank, sender, work, share, devices[rank])))
+            processes[rank].start()  # not a daemon: those may not have children, and some metrics start processes
+            sender.close()  # the rank has the only copy now, so the pipe ends with the rank
+            ranks[receiver] = rank
+        while ranks:
+            for receiver in wait(list(ranks)):
+                try:
+                    message, error = receiver.recv()
+                except (EOFError, OSError):
+                    rank = ranks.pop(receiver)
+                    processes[rank].join()
+                    if code := processes[rank].exitcode:
+                        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                        raise ChildProcessError(
+                            f"rank {rank} died ({cause}), perhaps of too little memory. Run the same command again, "
+                            "with a lower --world_size if need be: it goes on from what was kept."
+                        ) from None
+                    continue
+                if error:
+                    raise ValueError(f"rank {ranks[receiver]}: {error}")
+                yield message
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _run_rank(rank: int, sender: Connection, work: Callable, share: list, devices: list[str]) -> None:
+    """Send (message, None) for each message of `work`, or (None, sentence) for its error."""
+    multiprocessing.set_start_method("fork", force=True)  # the system's default, for metrics that start processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the parent ends this one
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # end when the parent ends
+    tqdm.set_lock(threading.RLock())  # a killed process would leak tqdm's own lock
+    if rank:
+        transformers.logging.disable_progress_bar()
+    try:
+        with _one_thread_on_cpu(devices):
+            for message in work(share, devices):
+                sender.send((message, None))
+    except Exception as error:
+        if os.environ.get("ESFT_DEBUG"):
+            raise
+        sender.send((None, sentence(error)))
+
+
 @contextlib.contextmanager
-def _one_thread(devices: list[str]) -> Iterator[None]:
-    """On the CPU the number of threads changes the last bits of the logits."""
+def _one_thread_on_cpu(devices: list[str]) -> Iterator[None]:
+    """Use one thread on the CPU, because the number of threads changes the last bits of the logits."""
     threads = torch.get_num_threads()
     if devices == ["cpu"]:
         torch.set_num_threads(1)
@@ -25,67 +89,3 @@ def _one_thread(devices: list[str]) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _spawned(rank: int, sender: Connection, work: Callable, share: list, devices: list[str]) -> None:
-    """A process of its own: sends what `work` yields, or a sentence that tells what is wrong."""
-    multiprocessing.set_start_method("fork", force=True)  # the system's own, for a metric that starts processes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends this one
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # however the parent ends
-    tqdm.set_lock(threading.RLock())  # its own, made for several processes, would outlive one that is killed
-    if rank:
-        logging.disable_progress_bar()
-    try:
-        with _one_thread(devices):
-            for part in work(share, devices):
-                sender.send(part)
-    except Exception as error:
-        if os.environ.get("ESFT_DEBUG"):
-            raise
-        sender.send(sentence(error))
-
-
-def run_ranks(work: Callable[[list, list[str]], Iterator], shares: list[list], devices: list[list[str]]) -> Iterator:
-    """What `work(share, devices)` yields for each share, as it comes: of one share here, of several each in a process
-    of its own, on the CPU with one thread.
-
-    Raises what a process raised as a ValueError, and ChildProcessError where one died; the others are ended with it,
-    and when the generator is closed. They are no daemons, which may have no children: some metrics have.
-    """
-    if len(shares) == 1:
-        with _one_thread(devices[0]):
-            yield from work(shares[0], devices[0])
-        torch.cuda.empty_cache()  # for a process that loads a model next; nothing without a GPU
-        return
-    context, processes, working = multiprocessing.get_context("spawn"), [], {}
-    try:
-        for rank, share in enumerate(shares):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_spawned, args=(rank, sender, work, share, devices[rank]))
-            processes.append(process)
-            process.start()
-            sender.close()  # so that the rank's own copy is the last one, and its end the pipe's
-            working[receiver] = rank
-        while working:
-            for receiver in wait(list(working)):
-                rank = working[receiver]
-                try:
-                    message = receiver.recv()
-                except (EOFError, OSError):
-                    del working[receiver]
-                    processes[rank].join()
-                    if code := processes[rank].exitcode:
-                        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                        raise ChildProcessError(
-                            f"rank {rank} died ({cause}), perhaps of too little memory: the same command goes on from "
-                            "the answers to data sets that are there, a lower --world_size takes less memory"
-                        ) from None
-                    continue
-                if isinstance(message, str):
-                    raise ValueError(f"rank {rank}: {message}")
-                yield message
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
