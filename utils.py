@@ -86,6 +86,55 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def torchrun(processes: int) -> list[str]:
+    """Return the words that go before a script to start it in several processes; none for one process."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+
+
+def run_command(
+    words: Iterable[object],
+    *,
+    processes: int = 1,
+    quiet: bool = False,
+    lock: int | None = None,
+    env: dict[str, str] | None = None,
+) -> str:
+    """Run `python WORDS` in the repository's root and wait for its end. Return what it printed, if `quiet`.
+
+    The command never outlives this one: Ctrl-C, or any other exception here, ends it first. A training that is ended
+    writes a checkpoint. Several processes are started by torchrun and share the CPU's cores. `env` is added to the
+    environment, and the command inherits the descriptor `lock` of `locked`.
+
+    Raises:
+        ChildProcessError: a quiet command failed. The message holds its error.
+        SystemExit: another command failed and has said why. The code is its own, or 128 + the number of a signal.
+    """
+    words = list(map(str, words))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
+    process = subprocess.Popen(
+        [sys.executable, *torchrun(processes), *words],
+        cwd=ROOT,
+        env={**threads, **os.environ, **(env or {})},
+        pass_fds=() if lock is None else (lock,),
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+    )
+    try:
+        printed, told = process.communicate()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if process.returncode and quiet:
+        lines = [line for line in told.splitlines() if line.strip()] or ["it printed no error"]
+        reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        raise ChildProcessError(f"cannot run {' '.join(words)}: {reason.removeprefix('error: ')}")
+    if process.returncode:
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    return printed
+
+
 def environment() -> dict:
     """What a result depends on beside its config: date (UTC), git hash, device, versions. None where unknown."""
 

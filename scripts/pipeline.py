@@ -17,10 +17,8 @@ Training keys come last, `learning_rate=1e-4` for all methods or `full:learning_
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -35,27 +33,10 @@ from deepseek.files import check_output, suggest, write_json, write_text
 from evaluation.run_folder import TRAINING
 from scripts.pipeline_results import against_full, completions_path, plot_losses, table, table_rows
 from training.data import load_samples, resolve_dataset
-from utils import ROOT, command_parser, environment, locked, positive, run_cli
+from utils import ROOT, command_parser, environment, locked, positive, run_cli, run_command, torchrun
 
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as it is typed in the repository's root
-
-
-def execute(command: list[str], lock: int | None = None, env: dict[str, str] | None = None) -> int:
-    """Run a command to its end; returns its exit code (128 + n after signal n). It ends with us: SIGTERM and Ctrl-C
-    end the command, wait for it (training writes a checkpoint) and go on as SystemExit(143) and KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=() if lock is None else (lock,))
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return code if code >= 0 else 128 - code
 
 
 class Stages:
@@ -76,11 +57,8 @@ class Stages:
         """
         overrides = flags.pop("overrides", [])
         given = {key: value for key, value in flags.items() if value is not None and value is not False}
-        command = [script, *(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *overrides]
-        env = None
-        if processes > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *command]
-            env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
+        words = [script, *(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *overrides]
+        command = [*torchrun(processes), *words]
         if output.exists() and self.done.get(str(output)) == command:
             print(f"[done] {shlex.join([PYTHON, *command])}", flush=True)
             return
@@ -90,9 +68,7 @@ class Stages:
         if self.note.is_file():
             write_json(self.note, self.done)
         start = time.perf_counter()
-        code = execute([sys.executable, *command], self.lock, env)
-        if code:
-            raise SystemExit(code)  # the command has said why
+        run_command(words, processes=processes, lock=self.lock)
         print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
         self.done[str(output)] = command
         write_json(self.note, self.done)
@@ -218,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(folder, folder=True)
     datasets, overrides = eval_datasets(args), training_keys(args, methods)
     check(args, methods, datasets)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder, "pipeline") as lock:
         run_stages(args, Stages(folder, lock), folder, methods, datasets, overrides)
 

@@ -47,12 +47,11 @@ def test_the_table_says_what_the_files_say(tmp_path):
 def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypatch):
     ran = []
 
-    def execute(command, lock, env):
-        ran.append(command[1:])
+    def run_command(words, **_):
+        ran.append(words)
         (tmp_path / "out").write_text("x")
-        return 0
 
-    monkeypatch.setattr(pipeline, "execute", execute)
+    monkeypatch.setattr(pipeline, "run_command", run_command)
     for value in (1, 1, 2):
         pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=value, none=None, off=False, on=True)
     assert ran == [["tool.py", "--flag=1", "--on"], ["tool.py", "--flag=2", "--on"]]
@@ -64,11 +63,12 @@ def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypa
 def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, monkeypatch):
     ran = []
 
-    def execute(command, lock, env):
-        ran.append(command[1])
-        return 2 if len(ran) == 4 else 0
+    def run_command(words, **_):
+        ran.append(words[0])
+        if len(ran) == 4:
+            raise SystemExit(2)
 
-    monkeypatch.setattr(pipeline, "execute", execute)
+    monkeypatch.setattr(pipeline, "run_command", run_command)
     config, model, answers = (tmp_path / name for name in ("config.json", "run", "answers.jsonl"))
     model.mkdir()
     for path in (config, model / "state.json", answers):
@@ -97,18 +97,16 @@ def test_a_stage_that_fails_stops_the_pipeline_with_its_code(script, code, tmp_p
     assert stop.value.code == code and not (tmp_path / "stages.json").exists()
 
 
-# a pipeline of one stage, which takes its time to end when it is told to
+# a pipeline whose only stage takes its time to end when it is told to; Ctrl-C works however the tests were started
 PIPELINE = """
-import sys
+import signal, sys
 from pathlib import Path
-import utils
 from scripts import pipeline
 
-def main(folder=Path(sys.argv[1])):
-    with utils.locked(folder, "pipeline") as lock:
-        pipeline.Stages(folder, lock).run(folder / "out", str(folder / "stage.py"))
-
-pipeline.run_cli(main)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path(sys.argv[1])
+pipeline.run_stages = lambda args, stages, *_: stages.run(folder / "out", str(folder / "stage.py"))
+pipeline.run_cli(lambda: pipeline.main(["--model=m", "--data=intent", f"--output_dir={folder}"]))
 """
 STAGE = """
 import pathlib, signal, sys, time
@@ -186,7 +184,7 @@ def test_what_is_wrong_is_refused_before_anything_runs(what, tmp_path, monkeypat
     flags, message = WRONG[what]
     (tmp_path / "rows.jsonl").write_text('{"question": "?"}')
     (tmp_path / "law.jsonl").write_text('{"prompt": "?", "answers": ["!"]}')
-    monkeypatch.setattr(pipeline, "execute", lambda *_: pytest.fail("a stage ran"))
+    monkeypatch.setattr(pipeline, "run_command", lambda *_, **__: pytest.fail("a stage ran"))
     if what == "no peft":
         monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
