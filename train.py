@@ -38,7 +38,7 @@ import utils
 from deepseek.files import write_json
 from deepseek.process_groups import SharedError, join, lost_contact
 from training import run_folder
-from training.config import TrainConfig, _without_dashes, read_config, training_arguments
+from training.config import RunConfig, _without_dashes, read_config, training_arguments
 from training.data import load_data
 from training.methods import count_trained, frozen_hashes, trained_table
 from training.model import load_model
@@ -58,7 +58,7 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run(config: TrainConfig) -> dict:
+def run(config: RunConfig) -> dict:
     """Train, or finish a run that was broken off. Returns its results, which run.json keeps.
 
     Under torchrun all processes call it. What rank 0 alone can know (the output folder, the data) it shares.
@@ -129,7 +129,7 @@ def run(config: TrainConfig) -> dict:
     note = {**run_folder.run_note(config, packs_per_step), "environment": utils.environment()}
     note_path = Path(config.output_dir) / "run.json"
     clear = functools.partial(
-        run_folder.clear, Path(config.output_dir), config.overwrite and not checkpoint, checkpoint
+        run_folder.remove_stale, Path(config.output_dir), config.overwrite and not checkpoint, checkpoint
     )
     trainer.add_callback(_Begin(trainer, lambda: (clear(), write_json(note_path, note))))
     before = frozen_hashes(model) if config.verify_frozen else None
@@ -185,7 +185,7 @@ def run(config: TrainConfig) -> dict:
     return results
 
 
-def _conclusion(config: TrainConfig, results: dict) -> str:
+def _conclusion(config: RunConfig, results: dict) -> str:
     best = f" at step {results['best_step']}, the best" if config.training.get("load_best_model_at_end") else ""
     loss = "" if results["eval_loss"] is None else f"; validation loss {results['eval_loss']:.4f}{best}"
     kind, flag = ("model", "--base_model_path") if config.method == "full" else ("adapter", "--adapter_dir")
@@ -205,7 +205,7 @@ class _Begin(TrainerCallback):
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:
     """`defaults` are keys that neither the config file nor the command line gives."""
     parser = utils.command_parser(description)
-    ours = [f for f in dataclasses.fields(TrainConfig) if f.default is not MISSING and f.name != "expert_config"]
+    ours = [f for f in dataclasses.fields(RunConfig) if f.default is not MISSING and f.name != "expert_config"]
     keys = ", ".join(f"{f.name}={(defaults or {}).get(f.name, f.default)}" for f in ours)
     parser.epilog = (
         f"Our keys and their defaults: {keys}. All keys of transformers' TrainingArguments are accepted, too; "

@@ -188,7 +188,7 @@ def _rank(rank: int, world: int, port: int, timeout: float, file: Path, call: by
         dist.destroy_process_group()
 
 
-def config_of(files: Path, out: Path, **changes) -> train.TrainConfig:
+def config_of(files: Path, out: Path, **changes) -> train.RunConfig:
     given = dict(pair.split("=", 1) for pair in arguments(files, out, **changes))
     return train.read_config(None, {key: yaml.safe_load(value) for key, value in given.items()})
 

@@ -37,19 +37,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def found(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first."""
     return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
-def seal(checkpoint: Path) -> None:
+def write_manifest(checkpoint: Path) -> None:
     """Write the manifest of a checkpoint whose files are all there."""
     set_modes(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     write_json(checkpoint / MANIFEST, {str(path.relative_to(checkpoint)): sha256(path) for path in files})
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: a file that its manifest does not know as it is; None where it is whole."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))

@@ -71,7 +71,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
     """The keys of a run that are ours; `training` holds those of transformers' TrainingArguments."""
 
     base_model_path: str
@@ -103,7 +103,7 @@ class TrainConfig:
     training: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        _check_kinds(TrainConfig, vars(self))
+        _check_kinds(RunConfig, vars(self))
         _check_kinds(TrainingArguments, self.training)
         for key, known in {
             "method": METHODS,
@@ -169,7 +169,7 @@ def _check_kinds(owner: type, values: dict[str, object]) -> None:
             raise ValueError(f"{f.name}={values[f.name]!r}: expected {expected}")
 
 
-def read_config(path: str | Path | None, given: dict[str, object], defaults: dict | None = None) -> TrainConfig:
+def read_config(path: str | Path | None, given: dict[str, object], defaults: dict | None = None) -> RunConfig:
     """Merge `defaults`, a YAML file and the keys given on the command line; the last named wins.
 
     Raises:
@@ -186,7 +186,7 @@ def read_config(path: str | Path | None, given: dict[str, object], defaults: dic
             raise ValueError(f"--train_config {path}: not valid YAML ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"--train_config {path}: expected `key: value` lines")
-    ours = {f.name for f in dataclasses.fields(TrainConfig)} - {"training"}
+    ours = {f.name for f in dataclasses.fields(RunConfig)} - {"training"}
     theirs = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - ours
     merged: dict[str, object] = dict(defaults or {})
     for source, pairs in ((str(path), values), ("command line", given)):
@@ -215,7 +215,7 @@ def read_config(path: str | Path | None, given: dict[str, object], defaults: dic
     if "per_device_train_batch_size" in merged:
         training["per_device_eval_batch_size"] = merged["per_device_train_batch_size"]
     training |= {key: value for key, value in merged.items() if key in theirs}
-    return TrainConfig(**{key: value for key, value in merged.items() if key in ours}, training=training)
+    return RunConfig(**{key: value for key, value in merged.items() if key in ours}, training=training)
 
 
 def _number(value: object) -> object:
@@ -224,7 +224,7 @@ def _number(value: object) -> object:
     return value
 
 
-def _batch_split(config: TrainConfig) -> dict[str, int]:
+def _batch_split(config: RunConfig) -> dict[str, int]:
     """What `global_batch_size` (packs per optimizer step) makes of the batch of a process and of the accumulation."""
     if config.global_batch_size is None:
         return {}
@@ -239,7 +239,7 @@ def _batch_split(config: TrainConfig) -> dict[str, int]:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": int(share) // size}
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: RunConfig) -> TrainingArguments:
     """TrainingArguments of a run; under torchrun this joins the process group.
 
     Raises:
@@ -277,6 +277,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 def _without_dashes(word: str, parser: argparse.ArgumentParser) -> str:
     """`--max_steps=5`, as transformers' own scripts have it, is `max_steps=5`."""
     key = word.partition("=")[0].removeprefix("--")
-    known = {f.name for cls in (TrainConfig, TrainingArguments) for f in dataclasses.fields(cls)} | ALIASES.keys()
+    known = {f.name for cls in (RunConfig, TrainingArguments) for f in dataclasses.fields(cls)} | ALIASES.keys()
     is_key = word.startswith("--") and "=" in word and key in known and f"--{key}" not in parser._option_string_actions
     return word.removeprefix("--") if is_key else word

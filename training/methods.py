@@ -15,7 +15,7 @@ from deepseek.frozen import FrozenExperts, weight_names
 
 
 def chosen_experts(config, model: nn.Module) -> esft.ExpertConfig | None:
-    """The experts that `config` (train.TrainConfig) trains, checked against `model` (without weights); None for the
+    """The experts that `config` (train.RunConfig) trains, checked against `model` (without weights); None for the
     methods that choose none. Method `random` draws as many per layer as its expert config names."""
     if config.method not in ("esft", "random"):
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import esft
 from deepseek.files import check_output, sha256
-from training.checkpoints import damage, found, step_of
+from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.data import resolve_dataset
 
 LAYOUT = (  # how a run lies on processes: it may change when the run goes on
@@ -62,15 +62,15 @@ def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
     if before.get("results"):
         return None, before["results"]
     if not config.save_opt_states:
-        if (kept := found(folder)) and not started_again:
+        if (kept := list_checkpoints(folder)) and not started_again:
             raise ValueError(
                 f"--output_dir {folder} holds a run broken off, whose {kept[-1].name} is a loadable adapter, but "
                 "without --save_opt_states nothing to go on from: give a fresh --output_dir, or overwrite=true"
             )
         warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
         return None, None
-    for checkpoint in reversed(found(folder)):
-        if (reason := damage(checkpoint)) is None:
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if (reason := find_damage(checkpoint)) is None:
             return checkpoint, None
         warnings.warn(f"{checkpoint} is damaged ({reason}) and will be written again", stacklevel=2)
     return None, None
@@ -100,11 +100,11 @@ def _flat(note: dict) -> dict:
     return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
 
 
-def clear(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
+def remove_stale(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
     """Remove what an earlier try left and this one does not go on from."""
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-    for path in found(folder):
+    for path in list_checkpoints(folder):
         if checkpoint is None or step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
     for path in folder.glob(".adapter.safetensors.*"):  # of a save that was killed

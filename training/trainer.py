@@ -321,7 +321,7 @@ class ESFTTrainer(Trainer):
 
     def _publish(self, staged: Path, final: Path) -> None:
         self.state.save_to_json(str(staged / "trainer_state.json"))
-        checkpoints.seal(staged)
+        checkpoints.write_manifest(staged)
         if final.exists():  # damaged, or of the same step: not gone before the new one is there
             final.rename(self._staging / "replaced")
         staged.rename(final)

@@ -41,7 +41,7 @@ from deepseek.experts import find_experts
 from deepseek.files import suggest, write_json
 from esft import ExpertConfig, RouterCapture, to_esft
 from scripts.experiments.side_by_side import measure
-from train import TrainConfig
+from train import RunConfig
 from training.methods import count_trained, prepare_model
 from utils import ROOT, command_parser, environment, run_cli
 
@@ -107,7 +107,7 @@ def random_experts(model: nn.Module, args: argparse.Namespace) -> ExpertConfig:
 def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Module:
     """Make trainable what `method` trains."""
     if method in ("full", "lora"):
-        return prepare_model(model, TrainConfig("", "", "", method=method, lora_rank=8), None)
+        return prepare_model(model, RunConfig("", "", "", method=method, lora_rank=8), None)
     if method == "experts":
         model.requires_grad_(False)
         for _, module in find_experts(model).values():

@@ -33,7 +33,7 @@ from deepseek.experts import find_experts
 from deepseek.files import check_output, write_json, write_text
 from esft import ExpertConfig
 from scripts.experiments.benchmark import LIKE_V2_LITE, shape_config
-from train import TrainConfig
+from train import RunConfig
 from training.memory import Estimator, Memory, Settings, full
 from training.methods import prepare_model
 from utils import ROOT, command_parser, environment, positive, run_cli
@@ -128,7 +128,7 @@ def estimate(case: dict) -> Memory:
     if case["method"] == "esft":
         estimator = Estimator(config, trained_experts(config))
     else:
-        lora = functools.partial(prepare_model, config=TrainConfig("", "", "", method="lora"), experts=None)
+        lora = functools.partial(prepare_model, config=RunConfig("", "", "", method="lora"), experts=None)
         estimator = Estimator(config, prepare=full if case["method"] == "full" else lora)
     return estimator.estimate(case_settings(case))
 
@@ -143,7 +143,7 @@ def train(config: PreTrainedConfig, settings: Settings, method: str, steps: int)
     experts = ExpertConfig({i: tuple(ids) for i, ids in trained_experts(config).items()})
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).train()
     model.set_experts_implementation("grouped_mm")
-    run = TrainConfig("", "", "", method=method, expert_config="-")
+    run = RunConfig("", "", "", method=method, expert_config="-")
     model = prepare_model(model, run, experts if method == "esft" else None)
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -206,7 +206,7 @@ def test_a_folder_of_train_py_alone(run):
     again = train.read_config(None, {key: yaml.safe_load(value) for key, _, value in pairs})
     config = json.loads((run / "checkpoints" / "esft-token" / "run.json").read_text())["config"]
     config["training"] = DEFAULTS | {"save_strategy": "steps"} | config["training"]
-    assert again == train.TrainConfig(**config)
+    assert again == train.RunConfig(**config)
 
 
 def test_commands_can_be_pasted(run):

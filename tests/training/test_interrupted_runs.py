@@ -31,8 +31,8 @@ import train
 import utils
 from deepseek.files import write_json, write_jsonl
 from tests.helpers import PRELOADED, ROOT, losses, make_model, same, weights
-from training.checkpoints import damage, step_of
-from training.checkpoints import found as saved
+from training.checkpoints import find_damage, step_of
+from training.checkpoints import list_checkpoints as saved
 
 KEYS = {
     "seq_length": 48,
@@ -255,14 +255,14 @@ def test_killed_at_any_point_of_a_checkpoint_a_run_goes_on_bit_for_bit(files, wh
     out, argv = tmp_path / "out", arguments(files, tmp_path / "out")
     for victim, place, nth, after, left in (
         (1, "training.checkpoints.save_states", 2, False, [3]),  # rank 0 has written its part of checkpoint-6
-        (0, "training.checkpoints.seal", 1, True, [3]),  # it is whole, and not yet renamed
+        (0, "training.checkpoints.write_manifest", 1, True, [3]),  # it is whole, and not yet renamed
         (0, "training.trainer.rotate_checkpoints", 2, False, [3, 6, 9]),  # a checkpoint is renamed
         (0, "trainer.ESFTTrainer.save_state", 1, False, [3, 6, 9, 12]),  # the adapter is saved, its results are not
     ):
         fault = functools.partial(gets, sent=signal.SIGKILL, victim=victim, place=place, nth=nth, after=after)
         ended = train_on(2, argv, tmp_path, fault)
         assert ended[victim].code == -signal.SIGKILL
-        assert steps(out) == left and [damage(path) for path in saved(out)] == [None] * len(left), place
+        assert steps(out) == left and [find_damage(path) for path in saved(out)] == [None] * len(left), place
     finishes(2, argv, tmp_path)
     assert same(whole, out)
     assert not (out / ".staging").exists()
@@ -296,7 +296,7 @@ def test_sigterm_to_one_rank_saves_on_all(files, whole, tmp_path):
     assert [rank.code for rank in ended] == [143, 143]
     assert "stopped by SIGTERM after step 5: the same command goes on from here" in ended[0].out
     assert not told(ended)
-    assert steps(out) == [3, 5] and damage(out / "checkpoint-5") is None
+    assert steps(out) == [3, 5] and find_damage(out / "checkpoint-5") is None
     finishes(2, argv, tmp_path)
     assert same(whole, out)
 
@@ -330,7 +330,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(files, whole, br
     assert ended[0].err.count(warning) == 1 and "warning" not in ended[1].err
     assert f"going on from {broken_off / 'checkpoint-3'}\n" in ended[0].out
     assert same(whole, broken_off)
-    assert damage(broken_off / "checkpoint-6") is None
+    assert find_damage(broken_off / "checkpoint-6") is None
 
 
 def test_a_run_goes_on_with_another_ep_size_and_on_one_process(files, whole, broken_off, tmp_path):
@@ -376,7 +376,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_in_one_sentence(files, whole
     (line,) = told(ended)
     at = broken_off / "checkpoint-9"
     assert re.match(rf"error: rank {victim}: {at} could not be written \(.*File too large.*saved before is whole", line)
-    assert steps(broken_off) == [3, 6] and damage(broken_off / "checkpoint-6") is None
+    assert steps(broken_off) == [3, 6] and find_damage(broken_off / "checkpoint-6") is None
     finishes(2, arguments(files, broken_off), tmp_path)
     assert same(whole, broken_off)
 
@@ -407,7 +407,7 @@ def test_a_full_disk_ends_a_run_of_another_method_in_one_sentence(files, disk, t
         assert re.match(rf"error: rank 0: {out}/checkpoint-\d+ could not be written \(.*what was saved before", line), (
             line
         )
-        assert steps(out) == left and [damage(path) for path in saved(out)] == [None] * len(left)
+        assert steps(out) == left and [find_damage(path) for path in saved(out)] == [None] * len(left)
         (disk / "filler").unlink()
     finishes(2, argv, tmp_path)
 
@@ -421,7 +421,7 @@ def test_a_full_disk_ends_a_run_of_another_method_in_one_sentence(files, disk, t
         (0, "esft.save_adapter", 1),
         (1, "training.checkpoints.save_states", 1),
         (0, "write_json", 2),  # of the scheduler; the first was run.json
-        (0, "training.checkpoints.seal", 1),
+        (0, "training.checkpoints.write_manifest", 1),
         (0, "trainer.ESFTTrainer.save_model", 3),  # checkpoints 9 and 12 came before
         (0, "trainer.ESFTTrainer.save_state", 1),
         (0, "train.peak_memory_bytes", 1),  # the results are next
@@ -437,7 +437,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence(files, whole, killed, disk, tm
     assert re.match(rf"error: rank [01]: {out}.* \(.*No space left on device.*\); what was saved before is whole", line)
     assert "Traceback" not in ended[0].err + ended[1].err
     assert all(rank.code == 2 for rank in ended)
-    assert [damage(path) for path in saved(out)] == [None] * len(saved(out)) and 6 in steps(out)
+    assert [find_damage(path) for path in saved(out)] == [None] * len(saved(out)) and 6 in steps(out)
     (disk / "filler").unlink()
     finishes(2, arguments(files, out), tmp_path)
     assert same(whole, out)
@@ -598,7 +598,7 @@ def test_killed_twenty_times_a_run_goes_on_bit_for_bit(files, tmp_path):
         writing += (out / ".staging").exists()
         starting += max(steps(out), default=0) == before
         if before:
-            assert damage(saved(out)[-1]) is None and steps(out)[-1] >= before
+            assert find_damage(saved(out)[-1]) is None and steps(out)[-1] >= before
     assert writing >= 1 and starting < 20
     assert steps(out)[-1] < 80, "it was done before it was killed for the last time"
     print(f"{writing} of 20 kills while it wrote, {starting} without progress, the last after step {steps(out)[-1]}")
@@ -645,7 +645,7 @@ def test_sigterm_to_the_agent_saves_a_checkpoint(files, tmp_path):
         stopped = re.findall(r"stopped by SIGTERM after step (\d+): the same command goes on", run.text())
         assert not run.told() and not run.processes()
     assert len(stopped) == 1 and int(stopped[0]) == steps(out)[-1] < 60
-    assert damage(saved(out)[-1]) is None
+    assert find_damage(saved(out)[-1]) is None
     completes(argv, log)
     assert f"going on from {out / f'checkpoint-{stopped[0]}'}" in log.read_text()
     assert same(tmp_path / "whole", out)
@@ -723,6 +723,6 @@ def test_workers_do_not_outlive_their_agent(files, tmp_path):
             time.sleep(0.1)
         assert not run.processes()
         assert not run.told()
-    assert 6 <= steps(out)[-1] < 150 and damage(saved(out)[-1]) is None
+    assert 6 <= steps(out)[-1] < 150 and find_damage(saved(out)[-1]) is None
     completes(arguments(files, out, **keys), tmp_path / "log")
     assert same(tmp_path / "whole", out)

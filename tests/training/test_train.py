@@ -35,7 +35,7 @@ from tests.helpers import (
     weights,
 )
 from training import data
-from training.checkpoints import damage
+from training.checkpoints import find_damage
 from training.config import ALIASES
 from training.config import METHODS as KNOWN_METHODS
 
@@ -59,7 +59,7 @@ def start(files, tmp_path):
     return start
 
 
-def trainer_of(config: train.TrainConfig, monkeypatch) -> train.ESFTTrainer:
+def trainer_of(config: train.RunConfig, monkeypatch) -> train.ESFTTrainer:
     """The trainer of a run, as it stands before its first step."""
     found = []
 
@@ -161,7 +161,7 @@ def test_shipped_configs_parse(name, tmp_path):
     config = train.read_config(path, {**PATHS, "output_dir": str(tmp_path / "o"), "device": "cpu"})
     train.training_arguments(config)
     if name == "base":  # explains every key of ours
-        ours = {f.name for f in dataclasses.fields(train.TrainConfig)}
+        ours = {f.name for f in dataclasses.fields(train.RunConfig)}
         assert ours - yaml.safe_load(path.read_text()).keys() == {
             "base_model_path", "train_dataset", "output_dir", "expert_config", "training", "ep_size",
         }  # fmt: skip
@@ -413,11 +413,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(start, whole, monkeypa
         path.write_bytes(content[:-100])
     else:
         path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
-    assert damage(last)
+    assert find_damage(last)
     with pytest.warns(UserWarning, match="checkpoint-4 is damaged"):
         start(save_opt_states=True)
     assert same(whole, start.folder / "out")
-    assert damage(last) is None
+    assert find_damage(last) is None
 
 
 def test_a_finished_run_is_left_alone_and_another_is_refused(files, start, capsys):
@@ -683,7 +683,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start
     assert f"on rows {', '.join(map(str, sorted(seen)))} of" in message
     assert any(sorted(seen) == sorted(pack.samples) for pack in packs)
     out = start.folder / "out"
-    assert damage(out / "checkpoint-2") is None
+    assert find_damage(out / "checkpoint-2") is None
     assert {path.name for path in out.iterdir()} == {"run.json", "checkpoint-1", "checkpoint-2"}
 
 
