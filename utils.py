@@ -1,4 +1,4 @@
-"""What every command shares: arguments, errors in one sentence, whole files or none, what a result was made with."""
+"""Shared by the commands: flags, errors in one sentence, locks, child commands, and the environment of a result."""
 
 import argparse
 import contextlib
@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a command: a ValueError, OSError, or want of a library or of GPU memory, becomes `error: <sentence>` on
-    stderr and exit code 2.
+    """Run a command and turn the errors that a user can cause into `error: <sentence>` on stderr and exit code 2.
 
-    Under torchrun the sentence names the rank, unless the error is `shared` by all: then one per node tells it.
-    ESFT_DEBUG in the environment keeps the traceback. Ctrl-C exits 130 with a word, a closed pipe (`| head`) 141.
+    These are ValueError, OSError, a missing library and a GPU without memory. Under torchrun the sentence names its
+    rank. An error that all ranks share (its attribute `shared`) is printed once per node. Ctrl-C exits with 130, and a
+    closed pipe (`| head`) with 141. The environment variable ESFT_DEBUG keeps the traceback.
     """
     try:
         main()
@@ -32,7 +32,7 @@ def run_cli(main: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would fail again
         sys.exit(141)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if os.environ.get("ESFT_DEBUG"):
@@ -44,17 +44,23 @@ def run_cli(main: Callable[[], object]) -> None:
         sys.exit(2)
 
 
+class _CommandParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}. --help explains the flags.\n")
+
+
 def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return argparse's parser with a module's docstring as its help, and no abbreviated flags."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    """Return a parser with a module's docstring as its help, no abbreviated flags, and errors of one line."""
+    return _CommandParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[int]:
-    """Hold the folder against other runs of `what`; yields the lock's file descriptor.
+    """Lock `folder` against other runs of `what`, and yield the lock's file descriptor.
 
-    Whoever holds the descriptor holds the lock, so a child that has it outlives a killed parent with the folder shut.
+    A child process that inherits the descriptor keeps the lock, even after this process was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
@@ -62,8 +68,8 @@ def locked(folder: Path, what: str) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another {what}, or a command that one left behind, is at work in {folder}: wait for it, or give "
-                "another folder"
+                f"cannot use {folder}: another {what}, or a command it started, is using it. Wait for it, or give "
+                "another folder."
             ) from None
         yield file.fileno()
 
@@ -75,12 +81,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def note(text: str) -> None:
-    """Say something that is no error, beside what a command prints."""
+    """Print a remark on stderr, beside the output of a command."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def positive(text: str) -> int:
-    """A type for argparse: a whole number above 0."""
+    """Convert a flag to a whole number above 0, as argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -136,7 +142,7 @@ def run_command(
 
 
 def environment() -> dict:
-    """What a result depends on beside its config: date (UTC), git hash, device, versions. None where unknown."""
+    """Return what a result depends on beside its config: date (UTC), git hash, device, versions; None where unknown."""
 
     def git_hash() -> str:
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -152,12 +158,12 @@ def environment() -> dict:
     facts = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version()}
     for key, find in {"git": git_hash, "device": device, **versions}.items():
         facts[key] = None
-        with contextlib.suppress(Exception):  # a note beside a result must not cost the result
+        with contextlib.suppress(Exception):  # a missing fact must not cost the result
             facts[key] = find()
     return facts
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong in one line, with the error's type where its text was not written for users."""
+    """Return an error's text in one line, with its type where the text was not written for users."""
     text = " ".join(str(error).split())
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; wrong flags and errors are one sentence; what a result was made with."""
+"""utils.py and deepseek/files.py: whole files or none, errors in one sentence, the environment of a result."""
 
 import json
 import os
@@ -30,8 +30,7 @@ def test_a_wrong_flag_is_one_sentence(capsys):
     for argv, text in (
         (["--number=0"], "not a whole number"),
         (["--number=1", "x"], "unrecognized"),
-        (["--numbr=1"], "unrecognized flag --numbr (did you mean '--number'?)"),  # and not that --number is required
-        (["--number", "1", "-xyz"], "unrecognized flag -xyz;"),
+        (["--number=1", "--numb=2"], "unrecognized arguments: --numb=2"),  # no abbreviations
         ([], "required: --number"),
     ):
         for parse in (parser.parse_args, parser.parse_intermixed_args):
@@ -40,7 +39,6 @@ def test_a_wrong_flag_is_one_sentence(capsys):
             error = capsys.readouterr().err
             assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and text in error
     assert parser.parse_args(["--count", "2"]).number == 2
-    assert "how many (required)" in parser.format_help()
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):
