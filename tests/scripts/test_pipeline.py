@@ -150,7 +150,7 @@ def test_a_folder_has_one_pipeline_at_a_time(killed, at_work, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         pipeline.run_cli(lambda: pipeline.locked(tmp_path, "pipeline").__enter__())
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: another pipeline") and error.count("\n") == 1
+    assert stop.value.code == 2 and "another pipeline" in error and error.count("\n") == 1
     stage.terminate()
     at_work.stdout.read()  # to its end: the stage is gone
     at_work.wait()
