@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+UMASK = os.umask(0)  # read once: reading it sets it for a moment, which other threads would see
+os.umask(UMASK)
+
 
 def check_output(path: str | Path, folder: bool = False) -> None:
     """Raise ValueError where no file (or folder) can be made at `path`, before hours of work are spent on it."""
@@ -45,11 +48,9 @@ def atomic_path(path: str | Path, folder: bool = False) -> Iterator[Path]:
 
 def set_modes(path: Path) -> None:
     """Give a file, or those in a folder, the permissions that the umask asks for, where safetensors gave fewer."""
-    umask = os.umask(0)
-    os.umask(umask)
     for file in (path, *path.rglob("*")) if path.is_dir() else (path,):
         if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
-            file.chmod(0o666 & ~umask)
+            file.chmod(0o666 & ~UMASK)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -539,13 +539,10 @@ def test_only_esft_trains_a_checkpoint_in_fp8(files, start, capsys):
     assert "is stored in fp8, which method full cannot train" in message
 
 
-def test_saved_files_can_be_read_by_others(start):
-    umask = os.umask(0o022)
-    try:
-        start(max_steps=2, save_opt_states=True, save_steps=2)
-        start("full", method="full", max_steps=1)
-    finally:
-        os.umask(umask)
+def test_saved_files_can_be_read_by_others(start, monkeypatch):
+    monkeypatch.setattr("deepseek.files.UMASK", 0o022)
+    start(max_steps=2, save_opt_states=True, save_steps=2)
+    start("full", method="full", max_steps=1)
     for path in [*start.folder.rglob("*.safetensors"), *start.folder.rglob("*.json")]:
         assert path.stat().st_mode & 0o777 == 0o644, path
 
