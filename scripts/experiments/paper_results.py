@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek.files import write_json, write_text
-from scripts.expert.plot_expert_scores import save_figure
+from evaluation.figures import save_figure
 from utils import note
 
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
+from evaluation.figures import new_figure, save_figure
 from evaluation.selection import SURE, PackCounts, correlation, name_of, overlap, stability
 from scripts.expert.generate_expert_config import split_list, top_p_of
-from scripts.expert.plot_expert_scores import new_figure, save_figure
 from utils import command_parser, positive, run_cli
 
 

@@ -30,9 +30,9 @@ from deepseek.files import check_output, suggest_path, write_json
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
 from evaluation.expert_scoring import one_by_one
+from evaluation.figures import new_figure, save_figure
 from evaluation.selection import Drift, name_of, routed, routed_ids
 from scripts.expert.get_expert_scores import add_shared_flags, sample_packs
-from scripts.expert.plot_expert_scores import new_figure, save_figure
 from training.data import Pack, collate, load_samples, read_rows
 from utils import command_parser, environment, run_cli
 

@@ -158,7 +158,7 @@ def test_plot(official, tmp_path, capsys):
     plot_expert_scores.main([str(x) for x in [*argv, "--expert_config", source / "expert_config.json"]])
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "c.json").write_text('{"experts": {"1": [64]}}')
-    refused(capsys, plot_expert_scores.main, [*argv, "--expert_config", tmp_path / "c.json"], "layer 1", "other model")
+    refused(capsys, plot_expert_scores.main, [*argv, "--expert_config", tmp_path / "c.json"], "layer 1", "same model")
     refused(capsys, plot_expert_scores.main, [*argv, "--output_path", tmp_path / "p.pdf"], ".png")
 
 
