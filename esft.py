@@ -46,10 +46,7 @@ from deepseek.adapters import (
 )
 from deepseek.experts import (
     DTYPE_OF_BASE,
-    expert_shapes,
-    expert_views,
-    find_experts,
-    local_expert_ids,
+    moe_layers,
     release_experts,
     release_parameters,
     train_experts,
@@ -328,7 +325,7 @@ class ExpertConfig:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where the config names a layer or an expert that `model` does not have."""
-        layers = find_experts(model)
+        layers = moe_layers(model)
         for layer, ids in self.experts.items():
             if layer not in layers:
                 have = f"{min(layers)} to {max(layers)}"
@@ -336,7 +333,7 @@ class ExpertConfig:
                     f"the expert config names layer {layer}, but the model's MoE layers are {have}: it was made for "
                     "another model"
                 )
-            num_experts = layers[layer][1].num_experts
+            num_experts = layers[layer].num_experts
             if max(ids, default=0) >= num_experts:
                 raise ValueError(
                     f"the expert config names expert {max(ids)} of layer {layer}, which has {num_experts} (0 to "
@@ -437,26 +434,27 @@ def to_esft(
     if getattr(model, "_esft", None):
         raise ValueError("this model has been through to_esft or add_adapter: unload(model) or merge(model) it first")
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-    for layer, (_, module) in find_experts(model).items():
-        if hasattr(module, "frozen"):
-            stored = module.frozen
+    layers = moe_layers(model).values()
+    for layer in layers:
+        ids = config.experts.get(layer.index, ())
+        if stored := layer.frozen:
             if (frozen_dtype or stored.dtype, offload_frozen or stored.offload) != (stored.dtype, stored.offload):
                 raise ValueError(
                     f"this model's frozen experts are stored as {stored.dtype or 'they were'} already: give "
                     "frozen_dtype and offload_frozen to load_base_model (frozen=...)"
                 )
-            thaw_experts(module, config.experts.get(layer, ()))
+            thaw_experts(layer, ids)
         elif frozen_dtype or offload_frozen:
-            freeze_experts(module, config.experts.get(layer, ()), frozen_dtype, offload_frozen)
+            freeze_experts(layer, ids, frozen_dtype, offload_frozen)
     implementation = IMPLEMENTATION if _is_stored(model) else model.config._experts_implementation
     state = _State(config, True, implementation, frozen, router_fingerprint(model))
     if keep_base:
         state.displaced = {name: view.to("cpu", copy=True) for name, view in adapter_views(model, config).items()}
     model.requires_grad_(False)
     train_parameters(model, _ordinary_parameters(model, config))
-    for layer, (_, module) in find_experts(model).items():
-        if config.experts.get(layer):
-            train_experts(module, config.experts[layer])
+    for layer in layers:
+        if config.experts.get(layer.index):
+            train_experts(layer, config.experts[layer.index])
     forbid_state_dict(model)
     model.set_experts_implementation(IMPLEMENTATION)
     model._esft = state
@@ -489,7 +487,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _is_stored(model: nn.Module) -> bool:
     """Whether the frozen experts are stored otherwise than in the base (deepseek/frozen.py)."""
-    return any(hasattr(module, "frozen") for _, module in find_experts(model).values())
+    return any(layer.frozen for layer in moe_layers(model).values())
 
 
 def _state(model: nn.Module) -> _State:
@@ -500,12 +498,13 @@ def _state(model: nn.Module) -> _State:
 
 
 def _release(model: nn.Module, state: _State) -> None:
-    if state.training and any(hasattr(module, "shard") for _, module in find_experts(model).values()):
+    layers = moe_layers(model).values()
+    if state.training and any(layer.shard for layer in layers):
         raise ValueError("the trained experts lie on several ranks: save the adapter, and merge that on disk")
     if state.training:
-        for layer, (_, module) in find_experts(model).items():
-            if state.config.experts.get(layer):
-                release_experts(module)
+        for layer in layers:
+            if state.config.experts.get(layer.index):
+                release_experts(layer)
         release_parameters(model)
         model.set_experts_implementation(state.implementation)
     for name, param in model.named_parameters():
@@ -515,8 +514,9 @@ def _release(model: nn.Module, state: _State) -> None:
 
 def _ordinary_parameters(model: nn.Module, config: ExpertConfig) -> list[str]:
     """Names (as in the base) of the parameters that the two switches of `config` add to the routed experts."""
-    routed = tuple(f"{name}." for name, _ in find_experts(model).values())
-    layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name, _ in find_experts(model).values())
+    experts = [layer.name for layer in moe_layers(model).values()]
+    routed = tuple(f"{name}." for name in experts)
+    layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name in experts)
     names = []
     for name, _ in model.named_parameters():
         name = re.sub(r"parametrizations\.(.+)\.original$", r"\1", name)
@@ -536,12 +536,12 @@ def adapter_views(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
     whatever the layout in memory; others have their parameter's name. Under expert parallelism, the local experts'.
     """
     views: dict[str, Tensor] = {}
-    for layer, (name, module) in find_experts(model).items():
-        local = set(local_expert_ids(module))
-        for expert in config.experts.get(layer, ()):
+    for layer in moe_layers(model).values():
+        local = set(layer.local_ids)
+        for expert in config.experts.get(layer.index, ()):
             if expert in local:
-                for projection, view in expert_views(module, expert).items():
-                    views[f"{name}.{expert}.{projection}"] = view
+                for projection, view in layer.expert_views(expert).items():
+                    views[f"{layer.name}.{expert}.{projection}"] = view
     for name in _ordinary_parameters(model, config):
         views[name] = trained_parameter(model, name).data
     return views
@@ -554,7 +554,9 @@ def adapter_views(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what was trained, in the dtype the model computes in, by adapter name, in host memory."""
     state = _state(model)
-    _push(model)
+    for layer in moe_layers(model).values():
+        if layer.trained:
+            layer.trained.write_back()
     tensors = adapter_views(model, state.config)
     for name in _ordinary_parameters(model, state.config):
         module_name, _, param_name = name.rpartition(".")
@@ -608,8 +610,8 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"adapter {folder}: {error}") from error
     if not state.training:
-        for layer, (_, module) in find_experts(model).items():
-            thaw_experts(module, config.experts.get(layer, ()))
+        for layer in moe_layers(model).values():
+            thaw_experts(layer, config.experts.get(layer.index, ()))
     views = adapter_views(model, config)
     if not state.training:
         state.displaced |= {name: view.to("cpu", copy=True) for name, view in views.items()}
@@ -617,7 +619,9 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         model._esft = state
     for name, view in views.items():
         view.copy_(loaded[name])
-    _pull(model)
+    for layer in moe_layers(model).values():
+        if layer.trained:
+            layer.trained.read_in()
     return model
 
 
@@ -625,10 +629,10 @@ def _expected(model: nn.Module, config: ExpertConfig) -> tuple[dict[str, Tensor]
     """(tensors of the shapes that an adapter of `config` has here, by name; names of those of other ranks' experts)."""
     here: dict[str, Tensor] = {}
     remote: set[str] = set()
-    for layer, (name, module) in find_experts(model).items():
-        local, shapes = set(local_expert_ids(module)), expert_shapes(module)
-        for expert in config.experts.get(layer, ()):
-            names = {f"{name}.{expert}.{projection}": shape for projection, shape in shapes.items()}
+    for layer in moe_layers(model).values():
+        local, shapes = set(layer.local_ids), layer.expert_shapes()
+        for expert in config.experts.get(layer.index, ()):
+            names = {f"{layer.name}.{expert}.{projection}": shape for projection, shape in shapes.items()}
             if expert in local:
                 here |= names
             else:
@@ -644,18 +648,6 @@ def union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:
         a.shared_experts or b.shared_experts,
         a.non_expert_modules or b.non_expert_modules,
     )
-
-
-def _push(model: nn.Module) -> None:
-    for _, module in find_experts(model).values():
-        if hasattr(module, "trained"):
-            module.trained.push()
-
-
-def _pull(model: nn.Module) -> None:
-    for _, module in find_experts(model).values():
-        if hasattr(module, "trained"):
-            module.trained.pull()
 
 
 def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, **kwargs):

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 
 CONFIG_NAME = "expert_cfg.json"
 
@@ -28,10 +28,10 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, in the words 
 def router_parameters(model: nn.Module) -> list[str]:
     """Names of the routers' weights: in each MoE block, the matrices that have E rows, beside the experts."""
     names = []
-    for name, module in find_experts(model).values():
-        block = name.rpartition(".")[0]
+    for layer in moe_layers(model).values():
+        block = layer.name.rpartition(".")[0]
         for key, param in sorted(model.get_submodule(block).named_parameters()):
-            if param.ndim == 2 and param.shape[0] == module.num_experts and not key.startswith("experts"):
+            if param.ndim == 2 and param.shape[0] == layer.num_experts and not key.startswith("experts"):
                 names.append(f"{block}.{key}")
     return names
 
@@ -49,11 +49,11 @@ def router_fingerprint(model: nn.Module) -> str:
 
 def base_note(model: nn.Module, router: str) -> dict:
     """What an adapter tells of the base it is for; `router` is its `router_fingerprint`."""
-    layers = find_experts(model)
+    layers = moe_layers(model)
     return {
         "model_type": model.config.model_type,
         "layers": [min(layers), max(layers)],
-        "num_experts": next(iter(layers.values()))[1].num_experts,
+        "num_experts": next(iter(layers.values())).num_experts,
         "router": router,
     }
 

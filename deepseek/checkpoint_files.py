@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 )
 
 from deepseek.adapters import DTYPES, router_parameters
-from deepseek.experts import LAYOUT_FLAGS, expert_views, find_experts, fused_names
+from deepseek.experts import LAYOUT_FLAGS, FusedExperts, MoELayer, moe_layers
 from deepseek.loading import empty_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -230,13 +230,13 @@ def find_places(
         ValueError: the checkpoint has no place for a tensor.
     """
     places: dict[str, list[Place]] = {}
-    for layer, (module_name, module) in find_experts(model).items():
-        if not experts.get(layer):
+    for layer in moe_layers(model).values():
+        if not experts.get(layer.index):
             continue
-        of_layer = expert_places(model, module_name, module, shapes)
-        for expert in experts[layer]:
-            for projection in expert_views(module, expert):
-                places[f"{module_name}.{expert}.{projection}"] = [of_layer[expert, projection]]
+        of_layer = expert_places(model, layer, shapes)
+        for expert in experts[layer.index]:
+            for projection in layer.expert_shapes():
+                places[f"{layer.name}.{expert}.{projection}"] = [of_layer[expert, projection]]
     for name in names:
         if name not in places:
             places[name] = [Place(key, None, _whole) for key in ordinary_keys(model, name, shapes)]
@@ -257,22 +257,20 @@ def ordinary_keys(model: nn.Module, name: str, files: Container[str]) -> list[st
     return keys
 
 
-def expert_places(
-    model: nn.Module, name: str, module: nn.Module, shapes: dict[str, list[int]]
-) -> dict[tuple[int, str], Place]:
-    """Where (expert, projection) is, for all of the experts module `name`."""
-    mini = _miniature(module)
-    wanted = {(e, p): view for e in range(module.num_experts) for p, view in expert_views(mini, e).items()}
-    real = {fused: getattr(module, fused) for fused in fused_names(module)}
-    real_shapes = {projection: view.shape for projection, view in expert_views(module, 0).items()}
+def expert_places(model: nn.Module, layer: MoELayer, shapes: dict[str, list[int]]) -> dict[tuple[int, str], Place]:
+    """Where (expert, projection) is, for all experts of a layer."""
+    mini, module, name = _miniature(layer), layer.module, layer.name
+    wanted = {(e, p): view for e in range(layer.num_experts) for p, view in mini.expert_views(e).items()}
+    real = {fused: layer.tensor(fused) for fused in layer.tensor_names}
+    real_shapes = {projection: view.shape for projection, view in layer.expert_shapes().items()}
 
     def as_stored() -> dict[str, Tensor]:
-        return revert_weight_conversion(model, {f"{name}.{fused}": getattr(mini, fused) for fused in real})
+        return revert_weight_conversion(model, {f"{name}.{fused}": mini.tensor(fused) for fused in real})
 
     # A conversion may transpose what has not the shape of the model's parameter (Qwen3-VL-MoE's, which is stored either
     # way): with parameters as small as the miniature it does not, with the model's own it does. The stored shapes tell.
     for fused in real:
-        setattr(module, fused, nn.Parameter(getattr(mini, fused).to("meta", torch.float32)))
+        setattr(module, fused, nn.Parameter(mini.tensor(fused).to("meta", torch.float32)))
     try:
         variants = [as_stored()]
     finally:
@@ -294,18 +292,18 @@ def expert_places(
     return places  # where none fits: merge_adapter.check_places says what does not
 
 
-def _miniature(module: nn.Module) -> SimpleNamespace:
+def _miniature(layer: MoELayer) -> FusedExperts:
     """The fused tensors of an experts module with F = 2 and D = 3, all of whose entries are different numbers."""
-    E, F, D = module.num_experts, 2, 3
+    module, E, F, D = layer.module, layer.num_experts, 2, 3
     mini = SimpleNamespace(num_experts=E, **{flag: getattr(module, flag) for flag in LAYOUT_FLAGS})
     start = 0
-    for fused in fused_names(module):
+    for fused in layer.tensor_names:
         out, into = (D, F) if fused.startswith("down") else (F * (1 + module.has_gate), D)
         shape = (out,) if fused.endswith("_bias") else (into, out) if module.is_transposed else (out, into)
         size = E * math.prod(shape)
         setattr(mini, fused, torch.arange(start, start + size).view(E, *shape))
         start += size
-    return mini
+    return FusedExperts(mini)
 
 
 def _match(reverted: dict[str, Tensor], wanted: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Place]:

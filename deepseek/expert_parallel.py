@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from deepseek.experts import find_experts
+from deepseek.experts import FusedExperts, moe_layers
 from deepseek.grouped_gemm import grouped_experts
 from deepseek.placement import Placement
 from deepseek.process_groups import Ranks
@@ -54,7 +54,7 @@ IMPLEMENTATION = "esft_expert_parallel"
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """What an experts module knows of its layer's placement."""
 
     group: Any
@@ -70,13 +70,13 @@ def connect_experts(
 
     Called after `to_esft`, which put the trained experts of each rank first.
     """
-    for layer, (_, module) in find_experts(model).items():
-        trained = set(trained_L.get(layer, ()))
-        slots = [expert for ids in placements[layer] for expert in sorted(ids, key=lambda e: (e not in trained, e))]
-        slot_E = torch.argsort(torch.tensor(slots)).to(module.down_proj.device)
-        module.register_buffer("slot_E", slot_E, persistent=False)
-        sizes = tuple(map(len, placements[layer]))
-        module.shard = _Shard(ranks.experts, sizes, sizes[ranks.expert_rank], bool(trained))
+    for layer in moe_layers(model).values():
+        trained, placement = set(trained_L.get(layer.index, ())), placements[layer.index]
+        slots = [expert for ids in placement for expert in sorted(ids, key=lambda e: (e not in trained, e))]
+        slot_E = torch.argsort(torch.tensor(slots)).to(layer.module.down_proj.device)
+        layer.module.register_buffer("slot_E", slot_E, persistent=False)
+        sizes = tuple(map(len, placement))
+        layer.module.shard = Shard(ranks.experts, sizes, sizes[ranks.expert_rank], bool(trained))
     model.set_experts_implementation(IMPLEMENTATION)
 
 
@@ -92,7 +92,7 @@ class _Route:
     row_R: Tensor  # local expert (row of the fused tensors) of each received row
 
 
-def _make_route(shard: _Shard, slot_TK: Tensor) -> _Route:
+def _make_route(shard: Shard, slot_TK: Tensor) -> _Route:
     slot_N, (E, P) = slot_TK.reshape(-1), (sum(shard.sizes_P), len(shard.sizes_P))
     sorted_N, perm_N = torch.sort(slot_N, stable=True)
     arange = torch.arange(max(E, len(slot_N)), device=slot_N.device)
@@ -177,7 +177,7 @@ def expert_parallel_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor
         x_TD = x_TD.detach().requires_grad_()
     route = _make_route(module.shard, module.slot_E[topk_ids_TK])
     x_RD, weight_R1 = _Dispatch.apply(x_TD, topk_weights_TK, route)
-    y_RD = grouped_experts(module, x_RD, route.row_R[:, None], weight_R1)
+    y_RD = grouped_experts(FusedExperts(module), x_RD, route.row_R[:, None], weight_R1)
     return _Combine.apply(y_RD, route)
 
 
@@ -222,10 +222,10 @@ def shard_dense(model: nn.Module, timeout: timedelta, device: torch.device) -> N
     It has a group of its own: its gathers and the reductions of gradients come in an order that differs by rank.
     """
     mesh = DeviceMesh.from_group(dist.new_group(timeout=timeout), device.type)
-    kept = {param for _, module in find_experts(model).values() for param in module.parameters()}
+    layers = list(moe_layers(model).values())
+    kept = {param for layer in layers for param in layer.module.parameters()}
     kept |= {param for param in model.parameters() if param.requires_grad}
     model.to(device)
-    name, _ = next(iter(find_experts(model).values()))
-    decoder_layers = model.get_submodule(re.match(r"(.+?)\.\d+\.", name)[1])
+    decoder_layers = model.get_submodule(re.match(r"(.+?)\.\d+\.", layers[0].name)[1])
     for block in (*decoder_layers, model):
         fully_shard(block, mesh=mesh, ignored_params=kept, reshard_after_forward=True)

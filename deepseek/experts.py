@@ -1,124 +1,184 @@
-"""Find a model's expert modules, read and write single experts, and put the trained ones first.
+"""Find a model's experts, read and write single experts, and put the trained ones first.
 
-transformers v5 fuses the routed experts of a layer into one module that the decorator `use_experts_implementation`
-marks with layout flags. This file is the only one that knows those layouts:
+transformers v5 fuses the routed experts of a layer into one module. The decorator `use_experts_implementation` marks
+that module with layout flags. This file is the only one that knows these layouts:
 
-    has_gate       gate_up_proj (E, 2F, D) and down_proj (E, D, F); without it up_proj (E, F, D)
-    is_transposed  each matrix is stored (in, out) instead of (out, in)
-    is_concatenated  gate_up is [gate; up], otherwise interleaved gate0, up0, gate1, ...
-    has_bias       *_bias (E, 2F) and (E, D)
+    has_gate         gate_up_proj (E, 2F, D) and down_proj (E, D, F); without it up_proj (E, F, D)
+    is_transposed    each matrix is stored (in, out) instead of (out, in)
+    is_concatenated  gate_up is [gate; up]; otherwise its rows are gate0, up0, gate1, up1, ...
+    has_bias         *_bias (E, 2F) and (E, D)
 
-`train_experts` reorders the rows (expert dimension) of every fused tensor so that the S trained experts come first:
+`moe_layers` gives one `MoELayer` per fused module. `train_experts` reorders the rows (expert dimension) of every fused
+tensor. The S trained experts come first:
 
     expert id   0 1 2 3 4 5 6 7          row   0 1 2 | 3 4 5 6 7
     trained         ^     ^ ^       ->         2 5 6 | 0 1 3 4 7
                                                ^^^^^ prefix: one slice W[:S], and of the routed rows one slice [:n]
 
-The trained rows become parameters of their own, in fp32, in the child module `trained`. Where the model is fp32 they
-share the storage of W[:S] (no weight is copied); where it is bf16 they are its masters and W[:S] follows them. The
-truth is always the parameter; `TrainedExperts.push` restores the tie after anything that broke it (`.to()`, a cast,
-a deep copy, an optimizer step on a master), and the forward calls it every time. The state dict of a model does not
-show any of this: names, shapes and expert order stay those of the base.
+The trained rows become fp32 parameters of their own, in the child module `trained`. In an fp32 model they share the
+storage of W[:S], and no weight is copied. In a bf16 model they are fp32 masters, and W[:S] follows them. The parameter
+always holds the true value. A move, a cast, a deep copy or an optimizer step on a master can separate the two.
+`TrainedExperts.write_back` joins them again, and every forward calls it. The state dict shows none of this: its names,
+shapes and expert order are those of the base.
 
-Legend: D hidden, F expert hidden, E experts, e of them local, S trained experts of the layer.
+Legend: D hidden, F expert hidden, E experts, e of them on this rank, S trained experts of the layer.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+if TYPE_CHECKING:
+    from deepseek.expert_parallel import Shard
+    from deepseek.frozen import FrozenExperts
+
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether transformers' experts protocol is behind this module (its layout flags are present)."""
-    return all(hasattr(module, flag) for flag in LAYOUT_FLAGS)
+@dataclass(frozen=True)
+class FusedExperts:
+    """One view over the layouts of a fused experts module, and over what this project adds to that module.
+
+    The view itself holds nothing but the module, so it stays true whatever happens to the module, and costs nothing
+    to make. The additions are attributes of the module, and move and are copied with it.
+    """
+
+    module: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer, on all ranks."""
+        return self.module.num_experts
+
+    @property
+    def local_ids(self) -> list[int]:
+        """Ascending ids of the experts whose rows are here: all of them, except under expert parallelism."""
+        return getattr(self.module, "local_ids", None) or list(range(self.num_experts))
+
+    @property
+    def trained(self) -> "TrainedExperts | None":
+        return getattr(self.module, "trained", None)
+
+    @property
+    def frozen(self) -> "FrozenExperts | None":
+        """The frozen experts that are quantized or in host memory (frozen.py)."""
+        return getattr(self.module, "frozen", None)
+
+    @property
+    def shard(self) -> "Shard | None":
+        """The placement of the layer under expert parallelism (expert_parallel.py)."""
+        return getattr(self.module, "shard", None)
+
+    @property
+    def num_trained(self) -> int:
+        return self.trained.num_trained if self.trained else 0
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the fused tensors, whose first dimension is the expert: the matrices, then the biases."""
+        up = "gate_up_proj" if self.module.has_gate else "up_proj"
+        return (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if self.module.has_bias else ()))
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the fused matrices."""
+        return self.tensor_names[:2]
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the fused tensor of this name, with the expert dimension first."""
+        return getattr(self.module, name)
+
+    @property
+    def row_order(self) -> "TrainedExperts | FrozenExperts | None":
+        """The holder of `order_e` and `row_of_e`; None where the rows are in the order of the local ids."""
+        return self.trained or self.frozen
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """Return the rows of experts that are given by their place in `local_ids`."""
+        return index if self.row_order is None else self.row_order.row_of_e[index]
+
+    def expert_shapes(self) -> dict[str, Tensor]:
+        """Return tensors without storage, of the shapes that `expert_views` gives for any expert."""
+        slices = {name: torch.empty(self.tensor(name).shape[1:], device="meta") for name in self.tensor_names}
+        return {key: view for name, one in slices.items() for key, view in self._split(name, one).items()}
+
+    def expert_views(self, expert: int) -> dict[str, Tensor]:
+        """Return the projections of one local expert as views of the fused tensors. Write them with `copy_`.
+
+        The shapes are {"gate_proj.weight": (F, D), "up_proj.weight": (F, D), "down_proj.weight": (D, F)} in every
+        layout, with a ".bias" each where the layer has biases. Where the layer has trained experts, call
+        `trained.write_back()` before reading and `trained.read_in()` after writing. Experts in other storage
+        (frozen.py) have no views.
+        """
+        row = self.local_ids.index(expert)
+        if self.row_order is not None:
+            row = self.row_order.row_of_e[row].item()
+        views: dict[str, Tensor] = {}
+        for name in self.tensor_names:
+            views |= self._split(name, self.tensor(name).data[row])
+        return views
+
+    def _split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Split one expert's slice of a fused tensor into views by projection."""
+        kind = "bias" if name.endswith("_bias") else "weight"
+        if kind == "weight" and self.module.is_transposed:
+            tensor = tensor.T
+        if not name.startswith("gate_up_proj"):
+            return {f"{name.removesuffix('_bias')}.{kind}": tensor}
+        gate, up = tensor.chunk(2) if self.module.is_concatenated else (tensor[::2], tensor[1::2])
+        return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
+
+    def keep_local(self, experts: Iterable[int]) -> None:
+        """Cut the fused tensors down to the rows of `experts`, as one rank holds them under expert parallelism."""
+        ids = sorted(experts)
+        for name in self.tensor_names:
+            setattr(self.module, name, nn.Parameter(self.tensor(name).data[ids]))
+        self.module.local_ids = ids
 
 
-def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """The fused experts modules of a model: decoder layer index -> (module name, module), in layer order.
+@dataclass(frozen=True)
+class MoELayer(FusedExperts):
+    """The fused experts of one decoder layer: `index` is the layer's number, `name` the module's name in the model."""
+
+    index: int
+    name: str
+
+
+def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
+    """Return the MoE layers of a model by decoder layer, in order.
+
+    The modules are looked up at every call, which takes about a millisecond. So the answer is right for a copy, for a
+    wrapped or compiled model, and after a module was replaced. Call it once per function and pass the result on.
 
     Raises:
-        ValueError: the model is dense, its experts are not fused by transformers, or two modules share a layer index.
+        ValueError: the model is dense (unless `dense_ok`, which gives {}), transformers does not fuse its experts, or
+            two modules share a layer index.
     """
-    found: dict[int, tuple[str, nn.Module]] = {}
+    found: dict[int, MoELayer] = {}
     for name, module in model.named_modules():
-        if not is_fused_experts(module):
+        if not all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
             continue
-        index = re.search(r"\.(\d+)\.", f".{name}.")
-        if index is None:
+        match = re.search(r"\.(\d+)\.", f".{name}.")
+        if match is None:
             raise ValueError(f"the experts module {name} stands in no numbered layer, so no config can name it")
-        if int(index[1]) in found:
+        index = int(match[1])
+        if index in found:
             raise ValueError(
-                f"layer {index[1]} has two experts modules, {found[int(index[1])][0]} and {name}, and a config names "
+                f"layer {index} has two experts modules, {found[index].name} and {name}, and a config names "
                 f"experts by their layer only: {type(model).__name__} is not supported"
             )
-        found[int(index[1])] = (name, module)
-    if not found:
-        kind = f"{type(model).__name__} (model type {getattr(getattr(model, 'config', None), 'model_type', '?')})"
-        if any(re.search(r"experts?$", type(module).__name__, re.IGNORECASE) for module in model.modules()):
-            raise ValueError(f"{kind} keeps its experts in a module that transformers does not fuse: not supported")
-        raise ValueError(f"{kind} is a dense model: it has no experts to score or to train; give a mixture of experts")
-    return dict(sorted(found.items()))
-
-
-def local_expert_ids(module: nn.Module) -> list[int]:
-    """Ids, ascending, of the experts whose rows this process holds: all of them but under expert parallelism."""
-    return getattr(module, "local_ids", None) or list(range(module.num_experts))
-
-
-def fused_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the fused tensors (expert dimension first) of an experts module."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    return (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if module.has_bias else ()))
-
-
-def row_order(module: nn.Module) -> nn.Module | None:
-    """What knows the order of the rows (`order_e`, `row_of_e`) where it is not that of the local experts' ids."""
-    return getattr(module, "trained", None) or getattr(module, "frozen", None)
-
-
-def split_projections(module: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of one expert's slice of the fused tensor `name`, by canonical projection.
-
-    Args:
-        tensor: one expert's slice, e.g. (2F, D) of gate_up_proj in whatever layout the module has.
-
-    Returns:
-        {"gate_proj.weight": (F, D), "up_proj.weight": (F, D)} or {"down_proj.weight": (D, F)}, or the ".bias"es.
-    """
-    kind = "bias" if name.endswith("_bias") else "weight"
-    if kind == "weight" and module.is_transposed:
-        tensor = tensor.T
-    if not name.startswith("gate_up_proj"):
-        return {f"{name.removesuffix('_bias')}.{kind}": tensor}
-    gate, up = tensor.chunk(2) if module.is_concatenated else (tensor[::2], tensor[1::2])
-    return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
-
-
-def expert_shapes(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors without storage of the shapes that `expert_views` gives for any expert."""
-    slices = {name: torch.empty(getattr(module, name).shape[1:], device="meta") for name in fused_names(module)}
-    return {key: view for name, one in slices.items() for key, view in split_projections(module, name, one).items()}
-
-
-def expert_views(module: nn.Module, expert: int) -> dict[str, Tensor]:
-    """One (local) expert's projections as views of the fused tensors: read them, or write them with `copy_`.
-
-    On a module with trained experts, call `module.trained.push()` before reading and `pull()` after writing. Of frozen
-    experts (frozen.py), only those kept can be seen.
-    """
-    row = local_expert_ids(module).index(expert)
-    if (order := row_order(module)) is not None:
-        row = order.row_of_e[row].item()
-    views: dict[str, Tensor] = {}
-    for name in fused_names(module):
-        views |= split_projections(module, name, getattr(module, name).data[row])
-    return views
+        found[index] = MoELayer(module, index, name)
+    if found or dense_ok:
+        return dict(sorted(found.items()))
+    kind = f"{type(model).__name__} (model type {model.config.model_type})"
+    if any(re.search(r"experts?$", type(module).__name__, re.IGNORECASE) for module in model.modules()):
+        raise ValueError(f"cannot find the experts of {kind}: transformers does not fuse them")
+    raise ValueError(f"cannot find experts: {kind} is a dense model. Give a mixture of experts.")
 
 
 class TrainedExperts(nn.Module):
@@ -127,21 +187,21 @@ class TrainedExperts(nn.Module):
     Buffers: `order_e` row -> index among the local experts (in a single process, the expert id), `row_of_e` back.
     """
 
-    def __init__(self, module: nn.Module, experts: Iterable[int]):
+    def __init__(self, layer: FusedExperts, experts: Iterable[int]):
         super().__init__()
-        chosen, self._local_ids = set(experts), local_expert_ids(module)
-        before = row_order(module)
+        chosen, self._local_ids = set(experts), layer.local_ids
+        before = layer.row_order
         known = range(len(self._local_ids)) if before is None else before.order_e.tolist()
         first = [index for index, expert in enumerate(self._local_ids) if expert in chosen]
         rest = [index for index in known if self._local_ids[index] not in chosen]
         self.num_trained = len(first)
-        order_e = torch.tensor(first + rest, device=module.down_proj.device)
+        order_e = torch.tensor(first + rest, device=layer.module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
-        self._owner = [module]  # in a list: not a submodule, and a deep copy follows it to the copied owner
+        self._layer = layer  # a view, so the owner does not become a submodule; a deep copy sees the copied owner
         rows_e = order_e if before is None else before.row_of_e[order_e]
-        for name in fused_names(module):
-            fused = getattr(module, name)
+        for name in layer.tensor_names:
+            fused = layer.tensor(name)
             fused.data.copy_(fused.data[rows_e[: len(fused)]])
             self.register_parameter(name, nn.Parameter(fused.data[: self.num_trained].float()))
 
@@ -152,10 +212,10 @@ class TrainedExperts(nn.Module):
 
     def _pairs(self):
         for name, param in self.named_parameters(recurse=False):
-            yield name, param, getattr(self._owner[0], name).data[: self.num_trained]
+            yield name, param, self._layer.tensor(name).data[: self.num_trained]
 
     @torch.no_grad()
-    def push(self) -> None:
+    def write_back(self) -> None:
         """Make W[:S] hold what the parameters hold: free in fp32, a copy in bf16.
 
         The copy is made every time: fused optimizers, and whoever writes to `param.data`, change a parameter without
@@ -170,35 +230,37 @@ class TrainedExperts(nn.Module):
                 param.data = rows.copy_(param.data)
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def read_in(self) -> None:
         """Make the parameters hold what W[:S] holds, after the fused tensor was written to."""
         for _, param, rows in self._pairs():
             if rows.data_ptr() != param.data_ptr():
                 param.copy_(rows)
-        self.push()
+        self.write_back()
 
 
-def train_experts(module: nn.Module, experts: Iterable[int]) -> None:
-    """Freeze an experts module except for `experts` (checked by the caller); the local ones of them go to the front."""
+def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
+    """Freeze an experts module except for `experts`. Those that are local become the first rows."""
+    module = layer.module
     module.requires_grad_(False)
-    if not set(experts) & set(local_expert_ids(module)):
+    if not set(experts) & set(layer.local_ids):
         return
-    module.trained = TrainedExperts(module, experts)
-    module.trained.push()
+    module.trained = TrainedExperts(layer, experts)
+    module.trained.write_back()
     module._trained_hooks = (
         module.register_state_dict_post_hook(_state_dict_in_base_order),
         module.register_load_state_dict_pre_hook(_load_in_base_order),
     )
 
 
-def release_experts(module: nn.Module) -> None:
-    """Undo `train_experts`: expert order as before, no parameters of our own; the values stay as trained."""
-    module.trained.push()
+def release_experts(layer: FusedExperts) -> None:
+    """Undo `train_experts`: the rows go back to their order and the parameters go. The values stay as trained."""
+    module = layer.module
+    module.trained.write_back()
     rows_e = module.trained.row_of_e
-    if hasattr(module, "frozen"):
-        rows_e = rows_e[module.frozen.order_e]
-    for name in fused_names(module):
-        fused = getattr(module, name)
+    if layer.frozen:
+        rows_e = rows_e[layer.frozen.order_e]
+    for name in layer.tensor_names:
+        fused = layer.tensor(name)
         fused.data.copy_(fused.data[rows_e[: len(fused)]])
     for hook in module._trained_hooks:
         hook.remove()
@@ -206,15 +268,15 @@ def release_experts(module: nn.Module) -> None:
 
 
 def _state_dict_in_base_order(module: nn.Module, state_dict: dict, prefix: str, _metadata) -> None:
-    module.trained.push()
-    for name in fused_names(module):
+    module.trained.write_back()
+    for name in FusedExperts(module).tensor_names:
         state_dict.pop(f"{prefix}trained.{name}", None)
         if f"{prefix}{name}" in state_dict:
             state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"][module.trained.row_of_e]
 
 
 def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    for name in fused_names(module):
+    for name in FusedExperts(module).tensor_names:
         if f"{prefix}{name}" in state_dict:
             ordered = state_dict[f"{prefix}{name}"][module.trained.order_e.to(state_dict[f"{prefix}{name}"].device)]
             state_dict[f"{prefix}{name}"] = ordered

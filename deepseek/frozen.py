@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from deepseek.experts import fused_names, local_expert_ids
+from deepseek.experts import FusedExperts
 
 DTYPES = ("fp8", "int8", "nf4")
 CHUNK = 8  # experts whose matrices exist at a time
@@ -123,12 +123,12 @@ class FrozenExperts(nn.Module):
     `order_e` and `row_of_e` are as in `experts.TrainedExperts`: kept experts first, then those here, by id.
     """
 
-    def __init__(self, module: nn.Module, dtype: str | None, offload: bool):
+    def __init__(self, layer: FusedExperts, dtype: str | None, offload: bool):
         super().__init__()
         self.dtype, self.offload, self.kept = dtype, offload, 0
         self.stored: dict[str, tuple[Tensor, ...]] = {}  # by name of the fused weight
         self.shapes: dict[str, torch.Size] = {}  # (O, I) by the same
-        self.order_e = torch.arange(len(local_expert_ids(module)), device=module.down_proj.device)
+        self.order_e = torch.arange(len(layer.local_ids), device=layer.module.down_proj.device)
         self.row_of_e = self.order_e
 
     def _apply(self, fn, recurse=True):
@@ -181,32 +181,27 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def weight_names(module: nn.Module) -> tuple[str, ...]:
-    """The fused tensors that are stored here: the matrices, not the biases."""
-    return fused_names(module)[:2]
-
-
 @torch.no_grad()
 def freeze_experts(
-    module: nn.Module, keep: Iterable[int], dtype: str | None, offload: bool = False, to: torch.dtype | None = None
+    layer: FusedExperts, keep: Iterable[int], dtype: str | None, offload: bool = False, to: torch.dtype | None = None
 ) -> None:
     """Store all experts of a module but those of `keep` (ids) as `dtype`; their fused rows are given back.
 
     Fused weights in fp8 with parameters `<name>_scale_inv` beside them are stored as they are. `to` is the dtype of the
     kept rows (default: that of the fused weights).
     """
-    ids, keep = local_expert_ids(module), set(keep)
+    ids, keep = layer.local_ids, set(keep)
     first = [index for index, expert in enumerate(ids) if expert in keep]
     rest = [index for index, expert in enumerate(ids) if expert not in keep]
-    frozen = FrozenExperts(module, dtype, offload)
+    frozen = FrozenExperts(layer, dtype, offload)
     frozen.kept = len(first)
-    for name in fused_names(module):
-        fused = getattr(module, name)
-        if name not in weight_names(module):
+    for name in layer.tensor_names:
+        fused = layer.tensor(name)
+        if name not in layer.weight_names:
             fused.data.copy_(fused.data[first + rest])
             continue
         shape, to = fused.shape[1:], to or fused.dtype
-        if (scale := module._parameters.pop(f"{name}_scale_inv", None)) is not None:
+        if (scale := layer.module._parameters.pop(f"{name}_scale_inv", None)) is not None:
             as_read = (fused.data, scale.data)
             kept = dequantize(_take(as_read, first), "fp8", torch.Size((len(first), *shape)), to)
             stored = _take(as_read, rest)
@@ -218,7 +213,7 @@ def freeze_experts(
         frozen.put(name, stored, shape)
         fused.data = kept
     _set_order(frozen, first + rest)
-    module.frozen = frozen
+    layer.module.frozen = frozen
 
 
 def _take(tensors: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
@@ -231,12 +226,12 @@ def _cat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def thaw_experts(module: nn.Module, ids: Iterable[int]) -> None:
+def thaw_experts(layer: FusedExperts, ids: Iterable[int]) -> None:
     """Give experts of a frozen module their rows of the fused tensors again, with the values they compute with."""
-    frozen, local = getattr(module, "frozen", None), local_expert_ids(module)
+    frozen, local = layer.frozen, layer.local_ids
     if frozen is None:
         return
-    assert not hasattr(module, "trained"), "the order of rows is the trained experts' now"
+    assert layer.trained is None, "the order of rows is the trained experts' now"
     order = frozen.order_e.tolist()
     wanted = {local.index(expert) for expert in ids if expert in local}
     new = [row for row in range(frozen.kept, len(order)) if order[row] in wanted]
@@ -244,9 +239,9 @@ def thaw_experts(module: nn.Module, ids: Iterable[int]) -> None:
     if not new:
         return
     rows = [*range(frozen.kept), *new, *rest]
-    for name in fused_names(module):
-        fused = getattr(module, name)
-        if name in weight_names(module):
+    for name in layer.tensor_names:
+        fused = layer.tensor(name)
+        if name in layer.weight_names:
             thawed = [frozen.rows(name, row, row + 1, fused.dtype) for row in new]
             fused.data = torch.cat([fused.data, *thawed])
             frozen.put(name, _take(frozen.stored[name], [row - frozen.kept for row in rest]), frozen.shapes[name])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.process_groups import Ranks
 
 BUCKET_BYTES = 25 * 2**20
@@ -23,11 +23,8 @@ BUCKET_BYTES = 25 * 2**20
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(trained experts' parameters, all other trained parameters)."""
-    try:
-        layers = find_experts(model).values()
-    except ValueError:  # a dense model
-        layers = ()
-    experts = [p for _, module in layers if hasattr(module, "trained") for p in module.trained.parameters()]
+    layers = moe_layers(model, dense_ok=True).values()
+    experts = [param for layer in layers if layer.trained for param in layer.trained.parameters()]
     known = {id(param) for param in experts}
     return experts, [p for p in model.parameters() if p.requires_grad and id(p) not in known]
 

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from deepseek.experts import fused_names, local_expert_ids, row_order
+from deepseek.experts import FusedExperts
 
 IMPLEMENTATION = "esft"
 REFERENCE = "esft_reference"
@@ -45,35 +45,32 @@ def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, t
     Returns:
         (T, D), in the dtype of `x_TD`.
     """
-    order = row_order(module)
-    rows_TK = topk_ids_TK if order is None else order.row_of_e[topk_ids_TK]
-    return grouped_experts(module, x_TD, rows_TK, topk_weights_TK)
+    layer = FusedExperts(module)
+    return grouped_experts(layer, x_TD, layer.rows_of(topk_ids_TK), topk_weights_TK)
 
 
-def grouped_experts(module: nn.Module, x_TD: Tensor, rows_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+def grouped_experts(layer: FusedExperts, x_TD: Tensor, rows_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """`esft_experts_forward` with experts given by their rows in the fused tensors; T may be 0."""
-    trained, params = getattr(module, "trained", None), ()
-    if trained:
-        trained.push()
-        params = (getattr(trained, name) for name in fused_names(module))
-    return _GroupedExperts.apply(module, x_TD, topk_weights_TK, rows_TK, *params)
+    params = ()
+    if layer.trained:
+        layer.trained.write_back()
+        params = layer.trained.parameters()
+    return _GroupedExperts.apply(layer, x_TD, topk_weights_TK, rows_TK, *params)
 
 
 def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """`esft_experts_forward` as a loop over experts, slow and obvious, registered as "esft_reference"."""
-    trained, order = getattr(module, "trained", None), row_order(module)
-    S = trained.num_trained if trained else 0
-    rows_TK = topk_ids_TK if order is None else order.row_of_e[topk_ids_TK]
-    up_name, down_name, *_ = fused_names(module)
+    layer = FusedExperts(module)
+    rows_TK, (up_name, down_name) = layer.rows_of(topk_ids_TK), layer.weight_names
 
     def linear(x: Tensor, name: str, row: int) -> Tensor:
-        source, bias_name = (trained if row < S else module), f"{name}_bias"
-        if row < len(getattr(module, name)):
-            weight = getattr(source, name)[row].to(x.dtype)
+        source = layer.trained.get_parameter if row < layer.num_trained else layer.tensor
+        if row < len(layer.tensor(name)):
+            weight = source(name)[row].to(x.dtype)
         else:
-            weight = module.frozen.rows(name, row, row + 1, x.dtype)[0]
+            weight = layer.frozen.rows(name, row, row + 1, x.dtype)[0]
         y = x @ weight if module.is_transposed else x @ weight.T
-        return y + getattr(source, bias_name)[row].to(x.dtype) if module.has_bias else y
+        return y + source(f"{name}_bias")[row].to(x.dtype) if module.has_bias else y
 
     out_TD = torch.zeros_like(x_TD)
     for row in rows_TK.unique().tolist():
@@ -90,26 +87,26 @@ def _activate(module: nn.Module, h: Tensor) -> Tensor:
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Inputs with a gradient: x_TD, topk_weights_TK and the trained parameters (S, ...) in the order of fused_names."""
+    """Inputs with a gradient: x_TD, topk_weights_TK and the trained parameters (S, ...), as in tensor_names."""
 
     @staticmethod
-    def forward(ctx, module, x_TD, topk_weights_TK, rows_TK, *trained):
-        up_name, down_name, *_ = fused_names(module)
-        up_bias, down_bias = _biases(module)
-        dtype, x_TD = x_TD.dtype, x_TD.to(getattr(module, up_name).dtype)
+    def forward(ctx, layer, x_TD, topk_weights_TK, rows_TK, *trained):
+        module, (up_name, down_name) = layer.module, layer.weight_names
+        up_bias, down_bias = _biases(layer)
+        dtype, x_TD = x_TD.dtype, x_TD.to(layer.tensor(up_name).dtype)
         T, K = rows_TK.shape
         row_N, perm_N = torch.sort(rows_TK.reshape(-1), stable=True)
         inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
-        every_E = torch.arange(len(local_expert_ids(module)), device=row_N.device)
+        every_E = torch.arange(len(layer.local_ids), device=row_N.device)
         offs_E = torch.searchsorted(row_N, every_E, right=True).int()
         # the host must know where each expert's rows begin where it makes matrices (frozen.py) or products one by one
-        ctx.bounds = [0, *offs_E.tolist()] if hasattr(module, "frozen") or not has_kernel(x_TD) else None
+        ctx.bounds = [0, *offs_E.tolist()] if layer.frozen or not has_kernel(x_TD) else None
 
-        h_N = _linear(module, up_name, x_TD.index_select(0, perm_N // K), offs_E, ctx.bounds)
+        h_N = _linear(layer, up_name, x_TD.index_select(0, perm_N // K), offs_E, ctx.bounds)
         if module.has_bias:
             h_N += up_bias[row_N]
         a_NF = _activate(module, h_N)
-        y_ND = _linear(module, down_name, a_NF, offs_E, ctx.bounds)
+        y_ND = _linear(layer, down_name, a_NF, offs_E, ctx.bounds)
         if module.has_bias:
             y_ND += down_bias[row_N]
         if module.has_post_expert_norm:
@@ -117,19 +114,19 @@ class _GroupedExperts(torch.autograd.Function):
         y_ND = y_ND * topk_weights_TK.reshape(-1)[perm_N, None]
         out_TD = y_ND.index_select(0, inverse_N).view(T, K, y_ND.shape[1]).sum(1).to(dtype)
 
-        ctx.module, ctx.dtype, ctx.num_trained = module, dtype, trained[0].shape[0] if trained else 0
+        ctx.layer, ctx.dtype, ctx.num_trained = layer, dtype, trained[0].shape[0] if trained else 0
         ctx.save_for_backward(x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_TD):
-        module, S = ctx.module, ctx.num_trained
+        layer, module, S = ctx.layer, ctx.layer.module, ctx.num_trained
         x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E = ctx.saved_tensors
         _, need_x, need_weights, _, *need_trained = ctx.needs_input_grad
         (T, K), transposed = topk_weights_TK.shape, module.is_transposed
-        up_name, down_name, *_ = fused_names(module)
-        _, down_bias = _biases(module)
+        up_name, down_name = layer.weight_names
+        _, down_bias = _biases(layer)
         # Rows of the trained prefix. On an accelerator reading n would stall the stream, and need not be done:
         # grouped_mm stops at the last offset.
         n = N = len(row_N)
@@ -147,7 +144,7 @@ class _GroupedExperts(torch.autograd.Function):
             a_NF = _activate(module, h_N)
         dweight_N = None
         if module.has_post_expert_norm:
-            y_ND = _linear(module, down_name, a_NF.detach(), offs_E, ctx.bounds)
+            y_ND = _linear(layer, down_name, a_NF.detach(), offs_E, ctx.bounds)
             if module.has_bias:
                 y_ND += down_bias[row_N[:N]]
             with torch.enable_grad():
@@ -156,7 +153,7 @@ class _GroupedExperts(torch.autograd.Function):
             dweight_N = (g_ND * normed_ND.detach()).sum(-1)
             g_ND = torch.autograd.grad(normed_ND, y_ND, (g_ND * weight_N1).to(normed_ND.dtype))[0]
             weight_N1 = torch.ones_like(weight_N1)
-        da_NF = _linear(module, down_name, g_ND, offs_E, ctx.bounds, backward=True)
+        da_NF = _linear(layer, down_name, g_ND, offs_E, ctx.bounds, backward=True)
         if need_weights and dweight_N is None:
             dweight_N = (da_NF * a_NF.detach()).sum(-1)
             if module.has_bias:
@@ -180,34 +177,33 @@ class _GroupedExperts(torch.autograd.Function):
 
         dx_TD = dweight_TK = None
         if need_x:
-            dx_ND = _linear(module, up_name, dh_N, offs_E, ctx.bounds, backward=True)
+            dx_ND = _linear(layer, up_name, dh_N, offs_E, ctx.bounds, backward=True)
             dx_TD = _sum_slots(dx_ND, inverse_N.view(T, K)).to(ctx.dtype)
         if need_weights:
             dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
         return None, dx_TD, dweight_TK, None, *(dtrained or [None] * len(need_trained))
 
 
-def _biases(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    names = fused_names(module)[2:]
-    return tuple(getattr(module, name).data for name in names) or (None, None)
+def _biases(layer: FusedExperts) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(layer.tensor(name).data for name in layer.tensor_names[2:]) or (None, None)
 
 
 def _linear(
-    module: nn.Module, name: str, x_NI: Tensor, offs: Tensor, bounds: list[int] | None, backward: bool = False
+    layer: FusedExperts, name: str, x_NI: Tensor, offs: Tensor, bounds: list[int] | None, backward: bool = False
 ) -> Tensor:
     """Rows of the first len(offs) experts times their matrices in the fused tensor `name`; backward, these transposed.
 
     `bounds` are 0 and the offsets of all experts, on the host. Matrices of experts that are frozen in other storage
     (frozen.py) are made a few at a time, and only where there are rows for them.
     """
-    weight, transposed = getattr(module, name).data, module.is_transposed != backward
+    weight, transposed = layer.tensor(name).data, layer.module.is_transposed != backward
     if len(offs) <= len(weight):
         return _grouped_linear(x_NI, weight[: len(offs)], offs, bounds, transposed)
     y_NO = x_NI.new_empty(len(x_NI), weight.shape[2 if transposed else 1])
-    for start, stop in [(0, len(weight)), *module.frozen.chunks()]:
+    for start, stop in [(0, len(weight)), *layer.frozen.chunks()]:
         low, high = bounds[start], bounds[stop]
         if low < high:
-            part = weight if start < len(weight) else module.frozen.rows(name, start, stop, weight.dtype)
+            part = weight if start < len(weight) else layer.frozen.rows(name, start, stop, weight.dtype)
             here = [bound - low for bound in bounds[start : stop + 1]]
             y_NO[low:high] = _grouped_linear(x_NI[low:high], part, offs[start:stop] - low, here, transposed)
     return y_NO

@@ -36,8 +36,8 @@ from transformers.core_model_loading import (
 from transformers.utils import logging
 
 from deepseek import modeling  # noqa: F401 (registers model type "deepseek")
-from deepseek.experts import find_experts, fused_names, local_expert_ids
-from deepseek.frozen import BLOCKS, Storage, forbid_state_dict, freeze_experts, weight_names
+from deepseek.experts import MoELayer, moe_layers
+from deepseek.frozen import BLOCKS, Storage, forbid_state_dict, freeze_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 
 
@@ -121,8 +121,8 @@ def quantization(config: PreTrainedConfig) -> str | None:
 def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
     """Layers -> GPUs of `free` bytes for a model whose experts take a byte per parameter."""
     empty = empty_model(path)
-    layers = find_experts(empty).values()
-    a_byte = {f"{name}.{key}": torch.int8 for name, module in layers for key in fused_names(module)}
+    layers = moe_layers(empty).values()
+    a_byte = {f"{layer.name}.{key}": torch.int8 for layer in layers for key in layer.tensor_names}
     return infer_auto_device_map(empty, free, empty._no_split_modules, dtype=empty.config.dtype, special_dtypes=a_byte)
 
 
@@ -139,13 +139,10 @@ def _class_that_reads(
     def load(model, state_dict, checkpoint_files, load_config, *args):
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError("expert parallelism and frozen_dtype read *.safetensors only: convert the checkpoint")
-        layers, layer_of = find_experts(model), {}
-        for layer, (_, module) in layers.items():
-            if experts is not None:
-                module.local_ids = sorted(experts[layer])
-            for tensor in fused_names(module):
-                full = getattr(module, tensor)
-                setattr(module, tensor, nn.Parameter(full.new_empty(len(local_expert_ids(module)), *full.shape[1:])))
+        layers, layer_of = moe_layers(model), {}
+        if experts is not None:
+            for layer in layers.values():
+                layer.keep_local(experts[layer.index])
         files = [safe_open(file, "pt") for file in checkpoint_files]
         slices = {key: _Slice(file.get_slice(key)) for file in files for key in file.keys()}  # noqa: SIM118
         if quantization(model.config) == "fp8":
@@ -154,12 +151,13 @@ def _class_that_reads(
             as_they_are = set()
             if frozen is not None and frozen.dtype == "fp8" and block == BLOCKS["fp8"]:
                 in_fp8 = {_layer_of(key) for key in scales if ".experts." in key}
-                as_they_are = {layer for layer in in_fp8 & layers.keys() if _expect_fp8(layers[layer][1])}
+                as_they_are = {layer for layer in in_fp8 & layers.keys() if _expect_fp8(layers[layer])}
             for key in scales:
                 if not (".experts." in key and _layer_of(key) in as_they_are):
                     _spell_out(slices, key, block)
-        for layer, (name, module) in layers.items():
-            layer_of |= {f"{name}.{tensor}": layer for tensor, _ in module.named_parameters(recurse=False)}
+        for layer in layers.values():
+            names = [f"{layer.name}.{name}" for name, _ in layer.module.named_parameters(recurse=False)]
+            layer_of |= dict.fromkeys(names, layer.index)
         mapping = get_model_conversion_mapping(model, None, load_config.hf_quantizer)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         kept_L = _local_slices(model, slices, layer_of, mapping)
@@ -177,7 +175,7 @@ def _class_that_reads(
 
 def _load_and_freeze(model: nn.Module, kept_L: Mapping[int | None, dict], load_config, frozen: Storage) -> tuple:
     """What transformers' `_load_pretrained_model` does, MoE layer by layer, each stored before the next is read."""
-    layers = find_experts(model)
+    layers = moe_layers(model)
     info, offloaded = convert_and_load_state_dict_in_model(model, kept_L[None], load_config, None)
     with no_bars():
         for layer in tqdm(layers, desc=f"experts as {frozen.dtype or 'they are'}", unit="layer"):
@@ -188,7 +186,7 @@ def _load_and_freeze(model: nn.Module, kept_L: Mapping[int | None, dict], load_c
             info.conversion_errors |= one.conversion_errors
             info.error_msgs += one.error_msgs
             if not one.mismatched_keys and not one.conversion_errors:
-                freeze_experts(layers[layer][1], frozen.keep.get(layer, ()), frozen.dtype, frozen.offload, model.dtype)
+                freeze_experts(layers[layer], frozen.keep.get(layer, ()), frozen.dtype, frozen.offload, model.dtype)
     return info, offloaded
 
 
@@ -196,13 +194,14 @@ def _layer_of(key: str) -> int | None:
     return next((int(part) for part in key.split(".") if part.isdecimal()), None)
 
 
-def _expect_fp8(module: nn.Module) -> bool:
+def _expect_fp8(layer: MoELayer) -> bool:
     """Let transformers read the experts of a checkpoint in fp8 as they are, with their scales beside them, where the
     blocks of single matrices stay blocks of the fused ones; whether they do."""
+    module = layer.module
     if module.is_transposed or module.down_proj.shape[2] % BLOCKS["fp8"][0]:
         return False
-    for name in weight_names(module):
-        weight = getattr(module, name)
+    for name in layer.weight_names:
+        weight = layer.tensor(name)
         scales = [math.ceil(size / block) for size, block in zip(weight.shape[1:], BLOCKS["fp8"])]
         setattr(module, name, nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False))
         module.register_parameter(
@@ -300,15 +299,16 @@ def _local_slices(
             sources[name, pattern].append(key)
         else:
             kept[None][key] = slices[key]
-    modules = dict(find_experts(model).values())
+    layers = {layer.name: layer for layer in moe_layers(model).values()}
     for (name, _), keys in sources.items():
-        module, here = modules[name.rpartition(".")[0]], kept[layer_of[name]]
-        if len(keys) == module.num_experts:
-            here |= {keys[expert]: slices[keys[expert]] for expert in local_expert_ids(module)}
-        elif len(keys) == 1 and slices[keys[0]].get_shape()[0] == module.num_experts:
-            here[keys[0]] = _Slice(slices[keys[0]].source, getattr(module, "local_ids", None))
+        layer, here = layers[name.rpartition(".")[0]], kept[layer_of[name]]
+        if len(keys) == layer.num_experts:
+            here |= {keys[expert]: slices[keys[expert]] for expert in layer.local_ids}
+        elif len(keys) == 1 and slices[keys[0]].get_shape()[0] == layer.num_experts:
+            local = None if len(layer.local_ids) == layer.num_experts else layer.local_ids
+            here[keys[0]] = _Slice(slices[keys[0]].source, local)
         else:
-            raise ValueError(f"{name} has {len(keys)} tensors in the checkpoint for {module.num_experts} experts")
+            raise ValueError(f"{name} has {len(keys)} tensors in the checkpoint for {layer.num_experts} experts")
     return kept
 
 

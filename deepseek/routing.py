@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 
 
 @dataclass
@@ -61,7 +61,7 @@ class RouterCapture:
     """
 
     def __init__(self, model: nn.Module, prob: bool = False):
-        self.layers = find_experts(model)
+        self.layers = moe_layers(model)
         self.token_mask: Tensor | None = None
         self._model, self._mask = model, None
         self._sums: dict[tuple[str, int], Tensor] = {}
@@ -78,8 +78,8 @@ class RouterCapture:
 
     def __enter__(self) -> "RouterCapture":
         self._handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for layer, (_, module) in self.layers.items():
-            self._handles.append(module.register_forward_pre_hook(self._count(layer)))
+        for layer in self.layers.values():
+            self._handles.append(layer.module.register_forward_pre_hook(self._count(layer.index)))
         for layer, (module, index) in self._routers.items():
             self._handles.append(module.register_forward_hook(self._count_probs(layer, index)))
         return self
@@ -96,7 +96,7 @@ class RouterCapture:
         self._mask = None if mask is None else mask.reshape(-1).bool()
 
     def _count(self, layer: int):
-        num_experts = self.layers[layer][1].num_experts
+        num_experts = self.layers[layer].num_experts
 
         def hook(_module, args) -> None:
             _, ids_TK, weights_TK, *_ = args
@@ -120,7 +120,7 @@ class RouterCapture:
         return hook
 
     def _count_probs(self, layer: int, index: int):
-        num_experts = self.layers[layer][1].num_experts
+        num_experts = self.layers[layer].num_experts
 
         def hook(_module, _args, output) -> None:
             logits_TE = output[index].detach().float()[:, :num_experts]  # beyond them, ZAYA's router may skip them all
@@ -142,7 +142,9 @@ class RouterCapture:
         tokens = {layer: int(self._sums.get(("tokens", layer), 0)) for layer in self.layers}
         for layer, count in tokens.items():
             if layer not in self._top_k:
-                raise ValueError(f"the experts of layer {layer} ({self.layers[layer][0]}) were never called: no score")
+                raise ValueError(
+                    f"the experts of layer {layer} ({self.layers[layer].name}) were never called: no score"
+                )
             if count != max(tokens.values()) or self._top_k[layer] != max(self._top_k.values()):
                 raise ValueError(f"layer {layer} saw {count} tokens where another saw {max(tokens.values())}")
             if unsound := int(self._sums["unsound", layer]):
@@ -163,12 +165,12 @@ def _routers(model: nn.Module) -> dict[int, tuple[nn.Module, int]]:
     recorders = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
     recorders = [r["router_logits"] for r in recorders if hasattr(r.get("router_logits"), "target_class")]
     routers = {}
-    for layer, (name, _) in find_experts(model).items():
-        block = model.get_submodule(name.rpartition(".")[0])
+    for layer in moe_layers(model).values():
+        block = model.get_submodule(layer.name.rpartition(".")[0])
         for module in block.modules():
             for recorder in recorders:
                 if isinstance(module, recorder.target_class):
-                    routers[layer] = (module, recorder.index)
+                    routers[layer.index] = (module, recorder.index)
     return routers
 
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.files import check_output, suggest, write_json, write_text
 from deepseek.loading import auto_class, empty_model
 from esft import ExpertConfig
@@ -127,7 +127,7 @@ def open_model(path: str) -> nn.Module:
 
 def first_experts(model: nn.Module, count: int | None = None) -> ExpertConfig:
     """`count` experts of every MoE layer (default: `SHARE` of them)."""
-    layers = {layer: module.num_experts for layer, (_, module) in find_experts(model).items()}
+    layers = {index: layer.num_experts for index, layer in moe_layers(model).items()}
     if count and count > min(layers.values()):
         raise ValueError(f"--experts_per_layer {count}: a layer has {min(layers.values())} experts")
     return ExpertConfig({layer: tuple(range(count or max(1, round(SHARE * n)))) for layer, n in layers.items()})

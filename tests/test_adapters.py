@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepseek.experts import find_experts, fused_names
+from deepseek.experts import moe_layers
 from esft import (
     ExpertConfig,
     adapter_tensors,
@@ -55,7 +55,7 @@ def train(model, config, steps=2):
 
 
 def first_and_last(model):
-    layers = list(find_experts(model))
+    layers = list(moe_layers(model))
     return {layers[0]: (5, 2), layers[-1]: (0,)}
 
 
@@ -160,7 +160,7 @@ def test_published_adapters_have_no_prefix_and_no_base(trained, folder, config):
 @pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss"])
 def test_switching_restores_exactly(family, dtype, tmp_path):
     model = make_model(family, dtype)
-    start, last = bits(model), max(find_experts(model))
+    start, last = bits(model), max(moe_layers(model))
     states = {}
     for name, config in {"a": ExpertConfig({last: (1, 2)}), "b": ExpertConfig({last: (2, 7)}, **BOTH)}.items():
         save_adapter(train(model, config), tmp_path / name)
@@ -377,7 +377,7 @@ def test_a_lora_adapter_is_merged(tmp_path):
     """For comparison with `method: lora`: the merged base gives the logits of the peft model that was saved."""
     peft = pytest.importorskip("peft")
     model, base = make_model(), make_model()
-    fused = [f"{name}.{tensor}" for name, m in find_experts(model).values() for tensor in fused_names(m)[:2]]
+    fused = [f"{layer.name}.{tensor}" for layer in moe_layers(model).values() for tensor in layer.weight_names]
     lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=fused))
     with torch.no_grad():
         for name, param in lora.named_parameters():

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepseek.experts import find_experts, fused_names, trained_parameter
+from deepseek.experts import moe_layers, trained_parameter
 from esft import ExpertConfig, RouterCapture, to_esft, unload
 from tests.helpers import FAMILIES, SMALL, make_model
 
@@ -16,7 +16,7 @@ BOTH = {"shared_experts": True, "non_expert_modules": True}
 
 
 def layers_of(model):
-    return list(find_experts(model))
+    return list(moe_layers(model))
 
 
 def pick(model, which="all"):
@@ -37,18 +37,18 @@ def backward(model, ids=IDS):
 def selected(model, config):
     """{state dict key: expert ids in row order} of the fused tensors with trained rows; None: the whole tensor."""
     rows = {}
-    for layer, (name, module) in find_experts(model).items():
-        if config.experts.get(layer):
-            rows |= {f"{name}.{fused}": sorted(config.experts[layer]) for fused in fused_names(module)}
+    for index, layer in moe_layers(model).items():
+        if config.experts.get(index):
+            rows |= {f"{layer.name}.{fused}": sorted(config.experts[index]) for fused in layer.tensor_names}
     return rows
 
 
 def gradients(model):
     """Gradients by state dict key, of a model in training: the trained rows of fused tensors, and whole others."""
     grads = {}
-    for name, module in find_experts(model).values():
-        if hasattr(module, "trained"):
-            grads |= {f"{name}.{fused}": getattr(module.trained, fused).grad for fused in fused_names(module)}
+    for layer in moe_layers(model).values():
+        if layer.trained:
+            grads |= {f"{layer.name}.{fused}": param.grad for fused, param in layer.trained.named_parameters()}
     for name in model.state_dict():
         if name not in grads and isinstance(param := trained_parameter(model, name), Parameter) and param.requires_grad:
             grads[name] = param.grad
@@ -94,7 +94,7 @@ def test_a_step_moves_what_is_selected_and_nothing_else(family, dtype, flags):
 
     rows, before, after = selected(base, config), base.state_dict(), model.state_dict()
     routers = {
-        f"{name.rpartition('.')[0]}.{g}.weight" for name, _ in find_experts(base).values() for g in ("gate", "router")
+        f"{layer.name.rpartition('.')[0]}.{g}.weight" for layer in moe_layers(base).values() for g in ("gate", "router")
     }
     assert before.keys() == after.keys()
     assert any(r in before for r in routers)
@@ -123,8 +123,8 @@ def test_gradient_memory_is_that_of_the_trained_rows():
     model = make_model()
     to_esft(model, ExpertConfig(pick(model)))
     backward(model)
-    for _, module in find_experts(model).values():
-        assert all(getattr(module, name).grad is None for name in fused_names(module))
+    for layer in moe_layers(model).values():
+        assert all(layer.tensor(name).grad is None for name in layer.tensor_names)
     nbytes = sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
     assert nbytes == 2 * 2 * (3 * 16 * 32) * 4  # layers, experts, F * D of three projections, fp32
     assert nbytes == sum(param.nbytes for param in model.parameters() if param.requires_grad)
@@ -191,8 +191,8 @@ def test_gradient_checkpointing_changes_nothing(family, flags):
     model = to_esft(copy.deepcopy(base), config).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
-    for _, module in find_experts(model).values():
-        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    for layer in moe_layers(model).values():
+        layer.module.register_forward_pre_hook(lambda *_: calls.append(1))
     found = gradients(backward(model))
     assert len(calls) > len(layers_of(model))  # there was a second forward
     assert_equal_gradients(found, plain, 1e-6)
@@ -210,9 +210,9 @@ def test_experts_without_a_token(family):
     config = ExpertConfig({layer: (idle[layer], busy[layer]) for layer in slots})
     found = gradients(backward(to_esft(copy.deepcopy(base), config), ids))
     assert_equal_gradients(found, full_gradients(base, config, found, ids))
-    for layer, (name, _) in find_experts(base).items():
-        grad = found[f"{name}.down_proj"]
-        row = sorted(config.experts[layer]).index(idle[layer])
+    for index, layer in moe_layers(base).items():
+        grad = found[f"{layer.name}.down_proj"]
+        row = sorted(config.experts[index]).index(idle[index])
         assert not grad[row].any() and grad[1 - row].any()
     config = ExpertConfig({layer: (expert,) for layer, expert in idle.items()})
     found = gradients(backward(to_esft(copy.deepcopy(base), config), ids))

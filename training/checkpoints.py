@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.files import set_modes, sha256, write_json
 
 MANIFEST = "manifest.json"
@@ -66,11 +66,10 @@ def find_damage(checkpoint: Path) -> str | None:
 def _trained(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, list[str] | None]]:
     """(trained parameter, its name, names of its rows where they are experts)."""
     known = set()
-    for name, module in find_experts(model).values():
-        if hasattr(module, "trained"):
-            for tensor, param in module.trained.named_parameters():
-                known.add(id(param))
-                yield param, f"{name}.{tensor}", [f"{name}.{id}.{tensor}" for id in module.trained.expert_ids]
+    for layer in moe_layers(model).values():
+        for tensor, param in layer.trained.named_parameters() if layer.trained else ():
+            known.add(id(param))
+            yield param, f"{layer.name}.{tensor}", [f"{layer.name}.{id}.{tensor}" for id in layer.trained.expert_ids]
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in known:
             yield param, name, None

@@ -34,8 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from deepseek import expert_parallel
-from deepseek.experts import find_experts, fused_names
-from deepseek.frozen import weight_names
+from deepseek.experts import moe_layers
 from deepseek.gradient_sync import BUCKET_BYTES
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -62,20 +61,16 @@ class Held:
 
 def held(model: nn.Module) -> Held:
     """Count what a model holds that is ready to be trained."""
-    try:
-        modules = dict(find_experts(model).values())
-    except ValueError:  # a dense model, fully fine-tuned
-        modules = {}
     rows, seen, largest = Counter(), set(), 0
-    for module in modules.values():
-        S = module.trained.num_trained if hasattr(module, "trained") else 0
-        for name in fused_names(module):
-            tensor = getattr(module, name)
+    for layer in moe_layers(model, dense_ok=True).values():
+        S = layer.num_trained
+        for name in layer.tensor_names:
+            tensor = layer.tensor(name)
             seen.add(_key(tensor))
             each = tensor.nbytes // max(len(tensor), 1)
             rows["trained"] += S * each
             rows["frozen"] += (len(tensor) - S) * each
-            if name in weight_names(module):
+            if name in layer.weight_names:
                 rows["entries"] += (len(tensor) - S) * tensor[0].numel()
                 largest = max(largest, tensor[0].numel())
 
@@ -268,9 +263,8 @@ class _Tracker(TorchDispatchMode):
             ids = args[1] if len(args) > 1 else kwargs["top_k_index"]
             self.rows = ids.numel()
 
-        with contextlib.suppress(ValueError):  # a dense model
-            for _, module in find_experts(model).values():
-                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for layer in moe_layers(model, dense_ok=True).values():
+            stack.callback(layer.module.register_forward_pre_hook(note, with_kwargs=True).remove)
 
     def at_peak(self, grads: list[Tensor]) -> Counter:
         """Bytes by kind of what is there when the most is."""

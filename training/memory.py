@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from deepseek.expert_parallel import connect_experts
-from deepseek.experts import find_experts, fused_names, train_experts, train_parameters
+from deepseek.experts import moe_layers, train_experts, train_parameters
 from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import auto_class
@@ -232,7 +232,7 @@ class Estimator:
         found: list[tuple[str, object]] = [("activation_checkpointing", True)]
         if self.experts is not None:
             with torch.device("meta"):
-                most = min(module.num_experts for _, module in find_experts(self._model(settings)).values())
+                most = min(layer.num_experts for layer in moe_layers(self._model(settings)).values())
             sizes = range(settings.ep_size + 1, min(settings.world_size, most) + 1)
             found += [("ep_size", size) for size in sizes if settings.world_size % size == 0]
             found += [("shard_dense", True)] * (settings.world_size > 1)
@@ -313,9 +313,9 @@ class Estimator:
             if self.experts is not None:
                 model.requires_grad_(False)
                 train_parameters(model, self.names)
-                for layer, (_, module) in find_experts(model).items():
-                    if self.experts.get(layer):
-                        train_experts(module, self.experts[layer])
+                for layer in moe_layers(model).values():
+                    if self.experts.get(layer.index):
+                        train_experts(layer, self.experts[layer.index])
                 model.set_experts_implementation(IMPLEMENTATION)
             if self.prepare:
                 model = self.prepare(model)
@@ -328,19 +328,16 @@ class Estimator:
         """Leave the experts of one rank: that with the most trained ones. Returns the placements by layer."""
         if ep_size == 1:
             return {}
-        layers = find_experts(model)
+        layers = moe_layers(model)
         trained = {layer: set(ids) for layer, ids in self.experts.items()}
-        placements = place_layers({i: m.num_experts for i, (_, m) in layers.items()}, trained, ep_size)
+        placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, ep_size)
         counts = [
             sum(len(trained.get(i, set()) & set(p[rank])) for i, p in placements.items()) for rank in range(ep_size)
         ]
         rank = counts.index(max(counts))
         placements = {i: (p[rank], *p[:rank], *p[rank + 1 :]) for i, p in placements.items()}  # it becomes rank 0
-        for layer, (_, module) in layers.items():
-            module.local_ids = sorted(placements[layer][0])
-            for name in fused_names(module):
-                full = getattr(module, name)
-                setattr(module, name, nn.Parameter(full.new_empty(len(module.local_ids), *full.shape[1:])))
+        for layer in layers.values():
+            layer.keep_local(placements[layer.index][0])
         return placements
 
 

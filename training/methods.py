@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import esft
-from deepseek.experts import TrainedExperts, find_experts, fused_names, local_expert_ids
-from deepseek.frozen import FrozenExperts, weight_names
+from deepseek.experts import FusedExperts, TrainedExperts, moe_layers
+from deepseek.frozen import FrozenExperts
 
 
 def chosen_experts(config, model: nn.Module) -> esft.ExpertConfig | None:
@@ -23,9 +23,9 @@ def chosen_experts(config, model: nn.Module) -> esft.ExpertConfig | None:
     experts.check(model)
     if config.method == "esft":
         return experts
-    generator, layers = random.Random(config.seed), find_experts(model)
+    generator, layers = random.Random(config.seed), moe_layers(model)
     drawn = {
-        layer: tuple(generator.sample(range(layers[layer][1].num_experts), len(ids)))
+        layer: tuple(generator.sample(range(layers[layer].num_experts), len(ids)))
         for layer, ids in experts.experts.items()
     }
     return dataclasses.replace(experts, experts=drawn)
@@ -48,8 +48,8 @@ def _add_lora(model: nn.Module, config) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("method lora needs peft: python -m pip install -c constraints.txt peft") from error
-    layers = find_experts(model).values()
-    experts_of_block = {name.rpartition(".")[0]: module.num_experts for name, module in layers}
+    layers = moe_layers(model).values()
+    experts_of_block = {layer.name.rpartition(".")[0]: layer.num_experts for layer in layers}
 
     def adapted(name: str, module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
@@ -60,7 +60,7 @@ def _add_lora(model: nn.Module, config) -> nn.Module:
     linear = [name for name, module in model.named_modules() if adapted(name, module)]
     # peft takes these names for experts of an older layout wherever they stand, and would leave the modules out
     taken = tuple(f".{name}" for name in ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
-    fused = [f"{name}.{tensor}" for name, module in layers for tensor in fused_names(module)[:2]]
+    fused = [f"{layer.name}.{tensor}" for layer in layers for tensor in layer.weight_names]
     two_in_one = {r".*\.gate_up_proj": 2}  # rank and alpha of two projections
     lora = LoraConfig(
         r=config.lora_rank,
@@ -92,14 +92,14 @@ def count_trained(model: nn.Module) -> dict:
     nbytes = sum(param.numel() * param.element_size() for param in trained)
     frozen_bytes = 0
     if state := getattr(model, "_esft", None):
-        for layer, (_, module) in find_experts(model).items():
-            frozen_bytes += frozen_experts_bytes(module)
-            each = sum(getattr(module, name).shape[1:].numel() for name in fused_names(module))
-            here = set(local_expert_ids(module))
-            elsewhere = len(set(state.config.experts.get(layer, ())) - here) * each
-            parameters += (module.num_experts - len(here)) * each
-            if hasattr(module, "frozen"):
-                parameters += module.frozen.num_parameters()
+        for layer in moe_layers(model).values():
+            frozen_bytes += frozen_experts_bytes(layer)
+            each = sum(layer.tensor(name).shape[1:].numel() for name in layer.tensor_names)
+            here = set(layer.local_ids)
+            elsewhere = len(set(state.config.experts.get(layer.index, ())) - here) * each
+            parameters += (layer.num_experts - len(here)) * each
+            if layer.frozen:
+                parameters += layer.frozen.num_parameters()
             count, nbytes = count + elsewhere, nbytes + elsewhere * torch.float32.itemsize
     return {
         "parameters": parameters,
@@ -110,11 +110,10 @@ def count_trained(model: nn.Module) -> dict:
     }
 
 
-def frozen_experts_bytes(module: nn.Module) -> int:
-    """Of the matrices of an experts module that are not trained, in whatever form they are stored."""
-    first = module.trained.num_trained if hasattr(module, "trained") else 0
-    rows = sum(getattr(module, name).data[first:].nbytes for name in weight_names(module))
-    return rows + (module.frozen.nbytes() if hasattr(module, "frozen") else 0)
+def frozen_experts_bytes(layer: FusedExperts) -> int:
+    """Bytes of the matrices of a layer that are not trained, in whatever form they are stored."""
+    rows = sum(layer.tensor(name).data[layer.num_trained :].nbytes for name in layer.weight_names)
+    return rows + (layer.frozen.nbytes() if layer.frozen else 0)
 
 
 def trained_table(model: nn.Module, config) -> str:
@@ -122,11 +121,10 @@ def trained_table(model: nn.Module, config) -> str:
     counts = count_trained(model)
     lines = [f"method {config.method}, weights {model.dtype}".replace("torch.", "")]
     if state := getattr(model, "_esft", None):
-        for layer, (_, module) in find_experts(model).items():
-            if ids := sorted(state.config.experts.get(layer, ())):
-                lines.append(f"  layer {layer:>3}: {len(ids):>3} of {module.num_experts} experts  {ids}")
-    stored = [m.frozen for _, m in find_experts(model).values() if hasattr(m, "frozen")] if state else []
-    if stored:
+        for layer in moe_layers(model).values():
+            if ids := sorted(state.config.experts.get(layer.index, ())):
+                lines.append(f"  layer {layer.index:>3}: {len(ids):>3} of {layer.num_experts} experts  {ids}")
+    if stored := [layer.frozen for layer in moe_layers(model).values() if layer.frozen] if state else []:
         where = ", in host memory" if stored[0].offload else ""
         size = counts["frozen_expert_bytes"] / 2**20
         lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {size:,.1f} MiB")

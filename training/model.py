@@ -7,7 +7,7 @@ from torch import nn
 
 import esft
 from deepseek.expert_parallel import connect_experts, shard_dense
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.frozen import Storage
 from deepseek.loading import empty_model, keeps_documents_apart, quantization
 from deepseek.placement import Placement, imbalance, place_layers
@@ -27,7 +27,7 @@ def find_scores(config) -> Path | None:
 
 def place_experts(config, empty: nn.Module, experts: esft.ExpertConfig, ep_size: int, say) -> dict:
     """{layer: Placement} for `ep_size` ranks, by the scores if they can be found, and what is expected of it, said."""
-    num_experts_L = {layer: module.num_experts for layer, (_, module) in find_experts(empty).items()}
+    num_experts_L = {index: layer.num_experts for index, layer in moe_layers(empty).items()}
     load_LE, source = None, "no expert scores found (expert_scores_dir=...), so all experts count the same"
     if (path := find_scores(config)) is not None:
         scores = esft.ExpertScores.load(path)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import esft
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.loading import quantization
 from deepseek.process_groups import Ranks
 from training.data import IGNORE
@@ -40,7 +40,7 @@ def make_estimator(empty: nn.Module, method: str, experts: esft.ExpertConfig | N
         prepare = full if method == "full" else functools.partial(prepare_model, config=how, experts=None)
         return Estimator(empty.config, prepare=prepare)
     experts.check(empty)
-    routed = tuple(f"{name}." for name, _ in find_experts(empty).values())
+    routed = tuple(f"{layer.name}." for layer in moe_layers(empty).values())
     names = [name for name in esft.adapter_views(empty, experts) if not name.startswith(routed)]
     return Estimator(empty.config, experts.experts, names)
 
@@ -90,7 +90,7 @@ def plan_run(config, args, empty: nn.Module, experts: esft.ExpertConfig | None, 
     """
     sizes, choices = [config.ep_size if experts else 1], [config.activation_checkpointing]
     if sizes == ["auto"]:
-        most = min(module.num_experts for _, module in find_experts(empty).values())
+        most = min(layer.num_experts for layer in moe_layers(empty).values())
         sizes = [n for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0 and n <= most]
     if choices[0] in (None, "auto"):
         choices = [False, True]

@@ -37,7 +37,7 @@ from transformers import AutoConfig, DeepseekV2Config, DeepseekV2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.files import suggest, write_json
 from esft import ExpertConfig, RouterCapture, to_esft
 from scripts.experiments.side_by_side import measure
@@ -100,8 +100,8 @@ def build_model(args: argparse.Namespace, device: str) -> nn.Module:
 def random_experts(model: nn.Module, args: argparse.Namespace) -> ExpertConfig:
     """`n_trained` experts of every MoE layer, drawn with the seed."""
     generator = random.Random(args.seed)
-    layers = find_experts(model).items()
-    return ExpertConfig({i: tuple(generator.sample(range(m.num_experts), args.n_trained)) for i, (_, m) in layers})
+    layers = moe_layers(model).items()
+    return ExpertConfig({i: tuple(generator.sample(range(layer.num_experts), args.n_trained)) for i, layer in layers})
 
 
 def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Module:
@@ -110,13 +110,13 @@ def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Modul
         return prepare_model(model, RunConfig("", "", "", method=method, lora_rank=8), None)
     if method == "experts":
         model.requires_grad_(False)
-        for _, module in find_experts(model).values():
-            module.requires_grad_(True)
+        for layer in moe_layers(model).values():
+            layer.module.requires_grad_(True)
         return model
     model = to_esft(model, random_experts(model, args), keep_base=False)
     if method == "floor":
         model.requires_grad_(False)
-        first = next(iter(find_experts(model).values()))[0]
+        first = next(iter(moe_layers(model).values())).name
         block = model.get_submodule(first.rpartition(".")[0])
         block.register_forward_pre_hook(lambda _, inputs: (inputs[0].requires_grad_(), *inputs[1:]))
     return model
@@ -277,8 +277,8 @@ def memory_needed(method: str, args: argparse.Namespace) -> dict[str, int]:
     parts = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
     trained = 0
     if method == "esft":  # its trained rows are fp32
-        for _, module in find_experts(model).values():
-            trained += sum(4 * p.numel() // module.num_experts * args.n_trained for p in module.parameters())
+        for layer in moe_layers(model).values():
+            trained += sum(4 * p.numel() // layer.num_experts * args.n_trained for p in layer.module.parameters())
         parts["masters"] = 0 if args.dtype == "float32" else trained
     elif method not in ("floor", "capture"):
         trained = count_trained(prepare(model, method, args))["gradient_bytes"]

@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from deepseek.experts import find_experts, fused_names, trained_parameter
+from deepseek.experts import FusedExperts, MoELayer, moe_layers, trained_parameter
 from deepseek.files import check_output, suggest, write_json, write_text
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.routing import RouterCounts
@@ -249,9 +249,9 @@ def make_model(family: str, **changes) -> tuple[type, nn.Module]:
     config = small_config(cls.config_class, {**EXCEPTIONS.get(family, {}), **changes})
     model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for _, module in _experts(model):
-            for name in fused_names(module):
-                getattr(module, name).normal_(std=0.05 if name.endswith("bias") else 0.15)
+        for _, experts in _experts(model):
+            for name in experts.tensor_names:
+                experts.tensor(name).normal_(std=0.05 if name.endswith("bias") else 0.15)
         for name, param in model.named_parameters():
             if param.ndim == 2 and re.search(r"\b(gate|router)\.(.+\.)?weight$", name):
                 param.normal_(std=0.15)
@@ -265,8 +265,9 @@ def make_model(family: str, **changes) -> tuple[type, nn.Module]:
     return auto, model.eval()
 
 
-def _experts(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "has_post_expert_norm"))
+def _experts(model: nn.Module) -> Iterable[tuple[str, FusedExperts]]:
+    modules = model.named_modules()
+    return ((name, FusedExperts(module)) for name, module in modules if hasattr(module, "has_post_expert_norm"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def backward(model: nn.Module) -> None:
 
 def digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of every tensor of the state dict; of each expert by itself, as <tensor>.<expert>."""
-    fused = {f"{name}.{tensor}" for name, module in _experts(model) for tensor in fused_names(module)}
+    fused = {f"{name}.{tensor}" for name, experts in _experts(model) for tensor in experts.tensor_names}
     parts: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         parts |= {f"{name}.{e}": row for e, row in enumerate(tensor)} if name in fused else {name: tensor}
@@ -314,8 +315,9 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 def check_layout(model: nn.Module) -> None:
     """The family's own loop over experts knows nothing of the flags that grouped_mm and this project go by."""
-    for name, module in find_experts(model).values():
-        check(hasattr(module, fused_names(module)[0]), f"{name}: has_gate is {module.has_gate}, its tensors say no")
+    for layer in moe_layers(model).values():
+        name, module = layer.name, layer.module
+        check(hasattr(module, layer.tensor_names[0]), f"{name}: has_gate is {module.has_gate}, its tensors say no")
         if module.has_gate:
             width = module.down_proj.shape[1 if module.is_transposed else 2]
             h = torch.full((1, 2 * width), 0.5, requires_grad=True)  # (1, 2F); within all limits that families set
@@ -341,14 +343,14 @@ def count(model: nn.Module) -> RouterCounts:
         capture = RouterCapture(model)
     slots_LE = {}
 
-    def hook(layer: int, module: nn.Module):
+    def hook(layer: MoELayer):
         def add(_module, args) -> None:
             _, ids_TK, weights_TK = args
-            slots_LE[layer] = ids_TK[weights_TK != 0].bincount(minlength=module.num_experts).tolist()
+            slots_LE[layer.index] = ids_TK[weights_TK != 0].bincount(minlength=layer.num_experts).tolist()
 
-        return module.register_forward_pre_hook(add)
+        return layer.module.register_forward_pre_hook(add)
 
-    handles = [hook(layer, module) for layer, (_, module) in capture.layers.items()]
+    handles = [hook(layer) for layer in capture.layers.values()]
     with capture:
         logits(model)
     for handle in handles:
@@ -365,7 +367,7 @@ def count(model: nn.Module) -> RouterCounts:
 def shared_experts(model: nn.Module) -> list[str]:
     """Names of the shared experts' parameters; they stand in the MoE layers and are named so in every family."""
     found = list(adapter_views(model, ExpertConfig({}, shared_experts=True)))
-    layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name, _ in find_experts(model).values())
+    layers = tuple(re.match(r".*?\.\d+\.", layer.name)[0] for layer in moe_layers(model).values())
     for name, _ in model.named_parameters():
         if name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name):
             check(name in found, f"{name} is not taken for a shared expert's")
@@ -377,11 +379,11 @@ def gradients(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
     model.zero_grad()
     backward(model)
     found = {}
-    for layer, (name, module) in find_experts(model).items():
-        if config.experts.get(layer):
-            for tensor in fused_names(module):
-                grad = getattr(module.trained, tensor).grad
-                found |= {f"{name}.{tensor}.{e}": g.clone() for e, g in zip(module.trained.expert_ids, grad)}
+    for layer in moe_layers(model).values():
+        if config.experts.get(layer.index):
+            for tensor, param in layer.trained.named_parameters():
+                rows = zip(layer.trained.expert_ids, param.grad)
+                found |= {f"{layer.name}.{tensor}.{e}": grad.clone() for e, grad in rows}
     for name in shared_experts(model):
         found[name] = trained_parameter(model, name).grad.clone()
     return found
@@ -393,7 +395,7 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     Raises:
         BrokenLifeError: with what broke. Others come from the model, or from this project's refusals.
     """
-    find_experts(model)
+    moe_layers(model)
     model.set_experts_implementation("grouped_mm")
     check_layout(model)
     untouched, base = logits(model), digests(model)
@@ -490,14 +492,14 @@ def run_family(family: str) -> Result:
             warnings.simplefilter("ignore")
             auto, model = make_model(family)
             facts |= describe(model)
-            facts["layers"] = tuple(find_experts(model))
+            facts["layers"] = tuple(moe_layers(model))
             facts["shared"] = bool(shared_experts(model))
             life(model, auto, Path(folder))
     except BrokenLifeError as error:
         return Result(**facts, result=f"fails: {error}")
     except Exception as error:  # of any of sixty families, or a refusal of ours
         reason = " ".join(str(error).split())
-        refused = isinstance(error, ValueError) and "model" in facts and "layers" not in facts  # by find_experts
+        refused = isinstance(error, ValueError) and "model" in facts and "layers" not in facts  # by moe_layers
         return Result(**facts, result=f"refused: {reason}" if refused else f"fails: {type(error).__name__}: {reason}")
     return Result(**facts, result="passes")
 

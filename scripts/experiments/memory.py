@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
 from esft import ExpertConfig
 from scripts.experiments.benchmark import LIKE_V2_LITE, shape_config
@@ -105,9 +105,9 @@ def case_config(shape: str) -> PreTrainedConfig:
 def trained_experts(config: PreTrainedConfig) -> dict[int, list[int]]:
     """A sixth of the experts of every MoE layer, drawn."""
     with torch.device("meta"):
-        layers = find_experts(AutoModelForCausalLM.from_config(config))
+        layers = moe_layers(AutoModelForCausalLM.from_config(config))
     draw = random.Random(0)
-    return {i: sorted(draw.sample(range(m.num_experts), -(-m.num_experts // 6))) for i, (_, m) in layers.items()}
+    return {i: sorted(draw.sample(range(layer.num_experts), -(-layer.num_experts // 6))) for i, layer in layers.items()}
 
 
 def case_settings(case: dict) -> Settings:

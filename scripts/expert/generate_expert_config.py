@@ -30,7 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.files import write_text
 from deepseek.loading import empty_model
 from esft import (
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> ExpertConfig:
 
 def check_scores(scores: ExpertScores, model: nn.Module, path: str, score_function: str) -> None:
     """Raise ValueError where the scores at `path` are not of all MoE layers and experts of `model`."""
-    layers, score_LE = find_experts(model), scores[score_function]
+    layers, score_LE = moe_layers(model), scores[score_function]
     missing = sorted(layers.keys() - score_LE.keys())
     if missing:
         raise ValueError(
@@ -227,7 +227,7 @@ def check_scores(scores: ExpertScores, model: nn.Module, path: str, score_functi
             raise ValueError(
                 f"{path}: scores of layer {layer}, the model's MoE layers are {have}: they are of another model"
             )
-        expected = layers[layer][1].num_experts
+        expected = layers[layer].num_experts
         if len(score_E) != expected:
             raise ValueError(
                 f"{path}: layer {layer} has scores of {len(score_E)} experts, the model has {expected}: they are of "

@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import expert_views, find_experts, fused_names
+from deepseek.experts import moe_layers
 from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation.selection import meta_top_k, name_of
 from scripts.estimate_memory import open_model
@@ -77,8 +77,8 @@ def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, 
     top_k = meta_top_k(scores) or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if "token" not in scores.by_function or not top_k:
         return None
-    layers = find_experts(model)
-    fused = tuple(f"{name}." for name, _ in layers.values())
+    layers = moe_layers(model)
+    fused = tuple(f"{layer.name}." for layer in layers.values())
     first = min(layer for layer, ids in config.experts.items() if ids)
     looked_up = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -93,11 +93,11 @@ def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, 
     for name, size in weights.items():
         number = re.search(r"\.(\d+)\.", name)
         below += size if number and int(number[1]) < first else 0
-    for layer, (_, module) in layers.items():
-        active = top_k * sum(getattr(module, name)[0].numel() for name in fused_names(module))
-        rows = sum(scores["token"][layer][e] for e in config.experts.get(layer, ()))  # share of the routed rows
+    for index, layer in layers.items():
+        active = top_k * sum(layer.tensor(name)[0].numel() for name in layer.tensor_names)
+        rows = sum(scores["token"][index][e] for e in config.experts.get(index, ()))  # share of the routed rows
         forward += active
-        below += active if layer < first else 0
+        below += active if index < first else 0
         trained += active * rows
     again = forward if checkpointing else 0
     return (forward + (forward - below) + trained + again) / (3 * forward + again)
@@ -123,8 +123,8 @@ class Preview:
         )
         self.total = sum(param.numel() for param in model.parameters())
         self.each_L = {  # parameters of an expert
-            layer: sum(view.numel() for view in expert_views(module, 0).values())
-            for layer, (_, module) in find_experts(model).items()
+            index: sum(view.numel() for view in layer.expert_shapes().values())
+            for index, layer in moe_layers(model).items()
         }
         self._kept: dict = {}
 

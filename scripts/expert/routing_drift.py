@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.files import check_output, suggest_path, write_json
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def experts_by_layer(model: nn.Module) -> dict[int, int]:
     """Number of experts of every MoE layer."""
-    return {layer: module.num_experts for layer, (_, module) in find_experts(model).items()}
+    return {index: layer.num_experts for index, layer in moe_layers(model).items()}
 
 
 def eval_samples(dataset: str) -> list[dict]:
@@ -73,7 +73,7 @@ def eval_samples(dataset: str) -> list[dict]:
 @torch.no_grad()
 def routing(model: nn.Module, packs: list[Pack], masks: list[list[bool]]) -> Iterator[dict[int, Tensor]]:
     """{layer: `routed_ids`} of every pack, of the tokens that its mask keeps."""
-    layers, decoder, seen = find_experts(model), model.base_model, {}
+    layers, decoder, seen = moe_layers(model), model.base_model, {}
     device = model.get_input_embeddings().weight.device
 
     def note(layer: int):
@@ -83,7 +83,7 @@ def routing(model: nn.Module, packs: list[Pack], masks: list[list[bool]]) -> Ite
 
         return hook
 
-    handles = [module.register_forward_pre_hook(note(layer)) for layer, (_, module) in layers.items()]
+    handles = [layer.module.register_forward_pre_hook(note(index)) for index, layer in layers.items()]
     try:
         for one, mask in zip(packs, masks):
             seen.clear()

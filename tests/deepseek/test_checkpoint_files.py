@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from deepseek.checkpoint_files import Shard, reserve
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
 from esft import ExpertConfig, merge
 from scripts import merge_adapter as script
@@ -60,7 +60,7 @@ def test_equals_merging_in_memory(family, original, flags, tmp_path):
     make_model(family, dtype, tie_word_embeddings=bool(flags)).save_pretrained(tmp_path / "raw")
     AutoModelForCausalLM.from_pretrained(tmp_path / "raw").save_pretrained(tmp_path / "base", **save)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    first, *_, last = find_experts(model)
+    first, *_, last = moe_layers(model)
     noisy_adapter(model, ExpertConfig({first: (5, 2), last: (0,)}, **flags), tmp_path / "adapter")
     merge(model).save_pretrained(tmp_path / "wanted", **save)
     script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
@@ -98,7 +98,7 @@ def test_a_tied_tensor_stored_twice_is_written_twice(tmp_path):
 
 def assert_merge_is_the_trained_model(base, model, auto, folder):
     """Merge an adapter of all switches, of `model`, which `auto` loaded from `base`; returns what is written."""
-    first, *_, last = find_experts(model)
+    first, *_, last = moe_layers(model)
     noisy_adapter(model, ExpertConfig({first: (1, 0), last: (3,)}, **BOTH), folder / "adapter")
     wanted = check_families.logits(model)
     script.merge_adapter(base, [folder / "adapter"], folder / "out")
@@ -118,7 +118,7 @@ def can_be_merged():
 def test_every_family(family, tmp_path):
     _, model = check_families.make_model(family)
     model.save_pretrained(tmp_path / "base")
-    layers = list(find_experts(model))
+    layers = list(moe_layers(model))
     noisy_adapter(model, ExpertConfig({layers[0]: (1, 0), layers[-1]: (3,)}), tmp_path / "adapter")
     merge(model).save_pretrained(tmp_path / "wanted")
     script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")

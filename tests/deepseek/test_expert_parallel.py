@@ -27,7 +27,7 @@ import esft
 import train
 from deepseek import expert_parallel
 from deepseek.expert_parallel import connect_experts, expert_parallel_forward, gather_to_first
-from deepseek.experts import find_experts, fused_names, local_expert_ids
+from deepseek.experts import moe_layers
 from deepseek.files import write_json, write_jsonl
 from deepseek.gradient_sync import GradientReducer
 from deepseek.grouped_gemm import esft_experts_forward
@@ -196,11 +196,11 @@ def forward(model, inputs: dict[str, Tensor], label_count: int) -> tuple[Tensor,
 
 def gradients(model) -> tuple[dict, dict]:
     experts, known = {}, set()
-    for name, module in find_experts(model).values():
-        for tensor, param in module.trained.named_parameters() if hasattr(module, "trained") else ():
+    for layer in moe_layers(model).values():
+        for tensor, param in layer.trained.named_parameters() if layer.trained else ():
             known.add(id(param))
-            for row, expert in enumerate(module.trained.expert_ids):
-                experts[f"{name}.{expert}.{tensor}"] = None if param.grad is None else param.grad[row].clone()
+            for row, expert in enumerate(layer.trained.expert_ids):
+                experts[f"{layer.name}.{expert}.{tensor}"] = None if param.grad is None else param.grad[row].clone()
     params = {name: param for name, param in model.named_parameters() if param.requires_grad and id(param) not in known}
     return experts, {name: param.grad for name, param in params.items()}
 
@@ -252,7 +252,7 @@ def _take_part(ranks: Ranks, case: Case) -> Step:
             logits.append(out.detach())
     reducer.finish()
     norm = reducer.clip(math.inf)
-    rows = {layer: received[id(module)] for layer, (_, module) in find_experts(model).items() if id(module) in received}
+    rows = {i: received[id(layer.module)] for i, layer in moe_layers(model).items() if id(layer.module) in received}
     return Step(logits, *gradients(model), norm.item(), rows)
 
 
@@ -308,7 +308,7 @@ def assert_near(what: str, found: Tensor | None, wanted: Tensor | None, toleranc
 
 def placed(base: Path, experts: dict, ep_size: int, how: str = "contiguous") -> dict[int, Placement]:
     """Contiguous, or by scores drawn at random."""
-    layers = {layer: module.num_experts for layer, (_, module) in find_experts(empty_model(base)).items()}
+    layers = {index: layer.num_experts for index, layer in moe_layers(empty_model(base)).items()}
     generator = random.Random(0)
     load_LE = {layer: {expert: generator.random() for expert in range(E)} for layer, E in layers.items()}
     trained_L = {int(layer): ids for layer, ids in experts["experts"].items()}
@@ -325,7 +325,7 @@ def test_every_family_takes_the_step_of_one_process(bases, world):
     cases, batches = [], [[batch(rank, 9)] for rank in range(world)]
     for family, size in itertools.product(FAMILIES, sizes(world)):
         base = bases(family)
-        *_, before, last = find_experts(empty_model(base))
+        *_, before, last = moe_layers(empty_model(base))
         chosen = {"experts": {str(before): [5], str(last): [0, 3, 6]}}
         if size == world:
             cases.append(Case(family, base, chosen, placed(base, chosen, size), batches, size))
@@ -439,10 +439,8 @@ def lone_modules(rank: int, tokens: list[tuple[int, int]]) -> None:
     """The experts modules alone, on so many tokens of each rank."""
     ranks, whole, local = joined().with_experts(2, TIMEOUT), make_model(), make_model()
     placements, trained = {layer: ((0, 2, 3, 7), (1, 4, 5, 6)) for layer in (1, 2)}, {1: [3, 4]}
-    for layer, (_, module) in find_experts(local).items():
-        module.local_ids = list(placements[layer][rank])
-        for name in fused_names(module):
-            setattr(module, name, torch.nn.Parameter(getattr(module, name).data[module.local_ids]))
+    for layer in moe_layers(local).values():
+        layer.keep_local(placements[layer.index][rank])
     for model in (whole, local):
         esft.to_esft(model, esft.ExpertConfig(trained), keep_base=False)
     connect_experts(local, placements, trained, ranks)
@@ -452,7 +450,7 @@ def lone_modules(rank: int, tokens: list[tuple[int, int]]) -> None:
         found = []
         for model, forward in ((local, expert_parallel_forward), (whole, esft_experts_forward)):
             leaves = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
-            out_TD = forward(find_experts(model)[layer][1], leaves[0], ids_TK, leaves[1])
+            out_TD = forward(moe_layers(model)[layer].module, leaves[0], ids_TK, leaves[1])
             out_TD.backward(dy_TD)
             found.append([out_TD, *(leaf.grad for leaf in leaves)])
         torch.testing.assert_close(*found)
@@ -550,20 +548,20 @@ def test_what_is_broken_is_seen(bases, broken):
 def test_a_rank_reads_and_holds_its_experts_only(bases, family, changes):
     base = bases(family, **changes)
     whole, _ = load_base_model(base)
-    layers = find_experts(whole)
-    fused = {f"{name}.{tensor}": layer for layer, (name, module) in layers.items() for tensor in fused_names(module)}
+    layers = moe_layers(whole)
+    fused = {f"{layer.name}.{tensor}": index for index, layer in layers.items() for tensor in layer.tensor_names}
     shards = [load_file(path) for path in base.glob("*.safetensors")]
     expert_bytes = sum(whole.get_parameter(name).nbytes for name in fused)
     dense_bytes = sum(tensor.nbytes for shard in shards for tensor in shard.values()) - expert_bytes
     assert len(shards) > 2 and dense_bytes > 0
     for ep_size in (1, 2, 4):
-        placements = place_layers({layer: module.num_experts for layer, (_, module) in layers.items()}, {}, ep_size)
+        placements = place_layers({index: layer.num_experts for index, layer in layers.items()}, {}, ep_size)
         for rank in range(ep_size):
             local = {layer: list(placement[rank]) for layer, placement in placements.items()}
             model, _ = load_base_model(base, experts=local)
             assert model.read_bytes == dense_bytes + expert_bytes // ep_size
             assert type(model) is type(whole)
-            assert local == {layer: local_expert_ids(module) for layer, (_, module) in find_experts(model).items()}
+            assert local == {index: layer.local_ids for index, layer in moe_layers(model).items()}
             wanted = {name: p[local[fused[name]]] if name in fused else p for name, p in whole.named_parameters()}
             assert wanted.keys() == dict(model.named_parameters()).keys()
             for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -573,12 +571,12 @@ def test_a_rank_reads_and_holds_its_experts_only(bases, family, changes):
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_experts_of_any_number_are_read_in_bf16(bases, family):
     whole, _ = load_base_model(bases(family), dtype="bfloat16")
-    local = dict(zip(find_experts(whole), ([6], range(8), [5, 1, 0])))
+    local = dict(zip(moe_layers(whole), ([6], range(8), [5, 1, 0])))
     model, _ = load_base_model(bases(family), dtype="bfloat16", experts=local)
     rows = {
-        f"{name}.{tensor}": sorted(local[layer])
-        for layer, (name, module) in find_experts(model).items()
-        for tensor in fused_names(module)
+        f"{layer.name}.{tensor}": sorted(local[index])
+        for index, layer in moe_layers(model).items()
+        for tensor in layer.tensor_names
     }
     wanted = dict(itertools.chain(whole.named_parameters(), whole.named_buffers()))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -634,10 +632,10 @@ ADAPTED_IDS = torch.arange(3, 23).view(2, 10)
 
 def train_a_little(model) -> None:
     """Move what is trained, each expert in its own way."""
-    for _, module in find_experts(model).values():
-        for _, param in module.trained.named_parameters() if hasattr(module, "trained") else ():
-            param.data += torch.tensor(module.trained.expert_ids).view(-1, *[1] * (param.ndim - 1)) / 100 + 0.01
-    routed = {id(param) for _, module in find_experts(model).values() for param in module.parameters()}
+    for layer in moe_layers(model).values():
+        for param in layer.trained.parameters() if layer.trained else ():
+            param.data += torch.tensor(layer.trained.expert_ids).view(-1, *[1] * (param.ndim - 1)) / 100 + 0.01
+    routed = {id(param) for layer in moe_layers(model).values() for param in layer.module.parameters()}
     for param in model.parameters():
         if param.requires_grad and id(param) not in routed:
             param.data += 0.01
@@ -940,8 +938,7 @@ def nan_on_one_rank(patch, rank):
 def another_expert_moved(patch, rank):
     def move(trainer):
         if rank == 1:
-            _, module = find_experts(trainer.model)[2]
-            module.down_proj.data[-1] += 1
+            moe_layers(trainer.model)[2].module.down_proj.data[-1] += 1
 
     at_step(patch, 2, move)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepseek.experts import expert_views, find_experts, fused_names
+from deepseek.experts import moe_layers
 from esft import ExpertConfig, to_esft, unload
 from tests.helpers import FAMILIES, make_model
 
@@ -17,9 +17,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def prepare(model, experts=(5, 2), **flags):
-    """The model with `experts` of its first MoE layer trainable; (model, experts module)."""
-    layer, (_, module) = next(iter(find_experts(model).items()))
-    return to_esft(model, ExpertConfig({layer: tuple(experts)}, **flags)), module
+    """The model with `experts` of its first MoE layer trainable; (model, MoELayer)."""
+    layer = next(iter(moe_layers(model).values()))
+    return to_esft(model, ExpertConfig({layer.index: tuple(experts)}, **flags)), layer
 
 
 def logits(model):
@@ -44,29 +44,30 @@ def tiny(model_type, **changes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_finds_the_experts(family):
-    layers = find_experts(make_model(family))
+    layers = moe_layers(make_model(family))
     assert list(layers) == {"deepseek_v2": [1, 2], "deepseek_v3": [1, 2], "nemotron_h": [0, 2]}.get(family, [0, 1, 2])
-    assert all(module.num_experts == 8 for _, module in layers.values())
+    assert all(layer.num_experts == 8 for layer in layers.values())
 
 
 def test_refuses_models_without_fused_experts():
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*dense"):
-        find_experts(tiny("llama", **sizes))
+        moe_layers(tiny("llama", **sizes))
     llama4 = tiny("llama4_text", **sizes, num_local_experts=2, intermediate_size_mlp=16, interleave_moe_layer_step=1)
     with pytest.raises(ValueError, match=r"Llama4ForCausalLM.*does not fuse"):
-        find_experts(llama4)
+        moe_layers(llama4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_expert_is_a_plain_ffn(family):
     """The views give an ordinary FFN that computes what the fused module computes when all goes to that expert."""
     model = make_model(family)
-    _, module = next(iter(find_experts(model).values()))
+    layer = next(iter(moe_layers(model).values()))
+    module = layer.module
     x = torch.randn(5, 32)
     for expert in (0, 6):
-        views = expert_views(module, expert)
+        views = layer.expert_views(expert)
 
         def linear(name, x, views=views):
             return nn.functional.linear(x, views[f"{name}.weight"], views.get(f"{name}.bias"))
@@ -87,23 +88,22 @@ def test_one_expert_is_a_plain_ffn(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_views_write_through_and_follow_the_order(family):
     model = make_model(family)
-    before = {
-        expert: copy.deepcopy(expert_views(next(iter(find_experts(model).values()))[1], expert)) for expert in range(8)
-    }
-    _, module = prepare(model)
-    assert module.trained.expert_ids == [2, 5]
+    first = next(iter(moe_layers(model).values()))
+    before = {expert: copy.deepcopy(first.expert_views(expert)) for expert in range(8)}
+    _, layer = prepare(model)
+    assert layer.trained.expert_ids == [2, 5]
     for expert, views in before.items():
-        for name, view in expert_views(module, expert).items():
+        for name, view in layer.expert_views(expert).items():
             assert torch.equal(view, views[name]), (expert, name)
     untouched = logits(model)
-    for view in expert_views(module, 5).values():
+    for view in layer.expert_views(5).values():
         view.mul_(3)
-    module.trained.pull()
+    layer.trained.read_in()
     assert not torch.equal(logits(model), untouched)
     found = model.state_dict()
     unload(model)
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, found[name])]
-    assert len(changed) == len(fused_names(module))
+    assert len(changed) == len(layer.tensor_names)
     assert all(torch.equal(model.state_dict()[n][e], found[n][e]) == (e != 5) for n in changed for e in range(8))
 
 
@@ -138,10 +138,10 @@ MOVES = {
 @pytest.mark.parametrize("flags", [{}, {"shared_experts": True, "non_expert_modules": True}], ids=["experts", "all"])
 @pytest.mark.parametrize("move", MOVES)
 def test_training_reaches_the_forward_after_a_move(move, dtype, flags):
-    model, module = prepare(make_model(dtype=dtype, tie_word_embeddings=bool(flags)), **flags)
+    model, _ = prepare(make_model(dtype=dtype, tie_word_embeddings=bool(flags)), **flags)
     model.dtype_before = dtype
     moved = MOVES[move](model)
-    module = find_experts(moved)[1][1]
+    module = moe_layers(moved)[1].module
     before, value, start = logits(moved), module.trained.down_proj.detach().clone(), copy.deepcopy(moved.state_dict())
     if move in ("nothing", "to", "deepcopy", "load_state_dict", "save and load", "new storage", "inference mode"):
         assert torch.equal(before, logits(unload(prepare(make_model(dtype=dtype, tie_word_embeddings=bool(flags)))[0])))
@@ -168,21 +168,21 @@ def test_training_reaches_the_forward_after_a_move(move, dtype, flags):
 @pytest.mark.parametrize("optimizer", [{}, {"foreach": True}, {"fused": True}], ids=["loop", "foreach", "fused"])
 def test_training_reaches_the_forward_with_any_optimizer(optimizer, dtype):
     """A fused optimizer does not raise the version counter of a parameter; neither does writing to its `.data`."""
-    model, module = prepare(make_model(dtype=dtype))
+    model, layer = prepare(make_model(dtype=dtype))
     start = logits(model)
     step(model, **optimizer)
     after_step = logits(model)
     assert not torch.equal(after_step, start)
-    module.trained.down_proj.data.zero_()
+    layer.trained.down_proj.data.zero_()
     assert not torch.equal(logits(model), after_step)
 
 
-def test_without_push_the_trap_is_real(monkeypatch):
+def test_without_write_back_the_trap_is_real(monkeypatch):
     """What the tests above guard against: after a move, training does not reach the forward."""
-    model, module = prepare(make_model())
+    model, _ = prepare(make_model())
     moved = copy.deepcopy(model)
-    module = find_experts(moved)[1][1]
-    monkeypatch.setattr(type(module.trained), "push", lambda self: None)
+    module = moe_layers(moved)[1].module
+    monkeypatch.setattr(type(module.trained), "write_back", lambda self: None)
     before = logits(moved)
     step(moved)
     assert torch.equal(logits(moved), before)

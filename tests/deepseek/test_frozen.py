@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import esft
 from deepseek import frozen, loading
-from deepseek.experts import find_experts
-from deepseek.frozen import Storage, dequantize, freeze_experts, quantize, thaw_experts, weight_names
+from deepseek.experts import moe_layers
+from deepseek.frozen import Storage, dequantize, freeze_experts, quantize, thaw_experts
 from deepseek.loading import load_base_model
 from tests.helpers import FAMILIES, make_model
 
@@ -25,13 +25,9 @@ needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reaso
 KINDS = [None, "fp8", "int8", pytest.param("nf4", marks=needs_bitsandbytes)]
 
 
-def experts_of(model) -> dict:
-    return {layer: module for layer, (_, module) in find_experts(model).items()}
-
-
 def some_experts(model) -> esft.ExpertConfig:
     """Two experts of every MoE layer but the second."""
-    return esft.ExpertConfig({layer: () if n == 1 else (5, 2) for n, layer in enumerate(find_experts(model))})
+    return esft.ExpertConfig({layer: () if n == 1 else (5, 2) for n, layer in enumerate(moe_layers(model))})
 
 
 # ---- what is stored --------------------------------------------------------------------------------------------------
@@ -89,12 +85,12 @@ def test_a_step_is_that_on_the_stored_values(family, kind):
     plain = copy.deepcopy(model)
     before = model(IDS).logits
     esft.to_esft(model, config, keep_base=False, frozen_dtype=kind, offload_frozen=True)
-    for ours, theirs in zip(experts_of(model).values(), experts_of(plain).values()):
+    for ours, theirs in zip(moe_layers(model).values(), moe_layers(plain).values()):
         store = ours.frozen
-        assert len(ours.down_proj) == store.kept == len(store.order_e) - len(store.stored["down_proj"][0])
-        for name in weight_names(ours):
+        assert len(ours.module.down_proj) == store.kept == len(store.order_e) - len(store.stored["down_proj"][0])
+        for name in ours.weight_names:
             for row in range(store.kept, len(store.order_e)):
-                getattr(theirs, name).data[store.order_e[row]] = store.rows(name, row, row + 1, torch.float32)[0]
+                theirs.tensor(name).data[store.order_e[row]] = store.rows(name, row, row + 1, torch.float32)[0]
     esft.to_esft(plain, config, keep_base=False)
     out, wanted = (one(IDS, labels=IDS) for one in (model, plain))
     assert torch.equal(out.logits, wanted.logits)
@@ -113,18 +109,18 @@ def test_a_step_is_that_on_the_stored_values(family, kind):
 def test_a_step_moves_the_trained_rows_and_no_stored_byte(kind):
     model = make_model(dtype=torch.bfloat16)
     esft.to_esft(model, some_experts(model), keep_base=False, frozen_dtype=kind, offload_frozen=kind is None)
-    held = {layer: copy.deepcopy(module.frozen.stored) for layer, module in experts_of(model).items()}
-    kept = {layer: module.down_proj.data.clone() for layer, module in experts_of(model).items()}
+    held = {index: copy.deepcopy(layer.frozen.stored) for index, layer in moe_layers(model).items()}
+    kept = {index: layer.module.down_proj.data.clone() for index, layer in moe_layers(model).items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(2):
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
     model(IDS)
-    for layer, module in experts_of(model).items():
-        assert module.down_proj.dtype == torch.bfloat16
-        assert torch.equal(module.down_proj.data, kept[layer]) == (not len(kept[layer]))
-        for name, stored in module.frozen.stored.items():
-            for now, before in zip(stored, held[layer][name]):
+    for index, layer in moe_layers(model).items():
+        assert layer.module.down_proj.dtype == torch.bfloat16
+        assert torch.equal(layer.module.down_proj.data, kept[index]) == (not len(kept[index]))
+        for name, stored in layer.frozen.stored.items():
+            for now, before in zip(stored, held[index][name]):
                 assert torch.equal(now.view(torch.uint8), before.view(torch.uint8))
 
 
@@ -136,8 +132,8 @@ def test_casts_and_copies_leave_the_bytes(kind):
     copied = copy.deepcopy(model)
     cast = copy.deepcopy(model).bfloat16()
     for other in (copied, cast):
-        for a, b in zip(experts_of(model).values(), experts_of(other).values()):
-            for name in weight_names(a):
+        for a, b in zip(moe_layers(model).values(), moe_layers(other).values()):
+            for name in a.weight_names:
                 assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8))
                            for x, y in zip(a.frozen.stored[name], b.frozen.stored[name]))  # fmt: skip
     assert torch.equal(copied(IDS).logits, logits)
@@ -151,17 +147,17 @@ def test_an_adapter_that_is_refused_leaves_the_storage_as_it_is(tmp_path):
     tensors = load_file(tmp_path / "adapter.safetensors")
     tensors.popitem()
     save_file(tensors, tmp_path / "adapter.safetensors")
-    for module in experts_of(model).values():
-        freeze_experts(module, (), "int8")
+    for layer in moe_layers(model).values():
+        freeze_experts(layer, (), "int8")
     with pytest.raises(ValueError, match="is missing"):
         esft.add_adapter(model, tmp_path)
-    assert [module.frozen.kept for module in experts_of(model).values()] == [0, 0]
+    assert [layer.frozen.kept for layer in moe_layers(model).values()] == [0, 0]
 
 
 def test_what_is_stored_is_not_stored_otherwise():
     model = make_model()
-    for module in experts_of(model).values():
-        freeze_experts(module, (), "int8")
+    for layer in moe_layers(model).values():
+        freeze_experts(layer, (), "int8")
     for asked in ({"frozen_dtype": "fp8"}, {"offload_frozen": True}):
         with pytest.raises(ValueError, match="are stored as int8 already"):
             esft.to_esft(model, some_experts(model), **asked)
@@ -197,13 +193,13 @@ def test_thawed_experts_compute_with_the_same_values(tmp_path):
     cfg = json.loads((tmp_path / "expert_cfg.json").read_text())
     (tmp_path / "expert_cfg.json").write_text(json.dumps({**cfg, "base": {}}))
     model = make_model()
-    for module in experts_of(model).values():
-        freeze_experts(module, (4,), "int8")
+    for layer in moe_layers(model).values():
+        freeze_experts(layer, (4,), "int8")
     model.set_experts_implementation("esft")
     before = model(IDS).logits
-    for module in experts_of(model).values():
-        thaw_experts(module, (4, 6, 1))
-        assert module.frozen.kept == 3 and len(module.gate_up_proj) == 3
+    for layer in moe_layers(model).values():
+        thaw_experts(layer, (4, 6, 1))
+        assert layer.frozen.kept == 3 and len(layer.module.gate_up_proj) == 3
     assert torch.equal(model(IDS).logits, before)
     esft.add_adapter(model, tmp_path)
     assert not torch.equal(model(IDS).logits, before)
@@ -233,11 +229,11 @@ def saved(tmp_path, tiny_tokenizer):
 def test_reading_is_as_storing_afterwards(saved, family, kind, monkeypatch):
     unstored, total = [], {}
 
-    def counted(module, *args):
-        layers = experts_of(total["model"]).values()
-        full = [one for one in layers if not hasattr(one, "frozen") and one.down_proj.device.type != "meta"]
+    def counted(layer, *args):
+        layers = moe_layers(total["model"]).values()
+        full = [one for one in layers if not one.frozen and one.module.down_proj.device.type != "meta"]
         unstored.append(len(full))
-        freeze_experts(module, *args)
+        freeze_experts(layer, *args)
 
     original = loading._load_and_freeze
     monkeypatch.setattr(loading, "_load_and_freeze", lambda model, *a: original(total.setdefault("model", model), *a))
@@ -247,8 +243,8 @@ def test_reading_is_as_storing_afterwards(saved, family, kind, monkeypatch):
     model, _ = load_base_model(folder, frozen=Storage(kind, keep=keep))
     assert unstored == [1] * len(keep)  # one layer's experts at a time are there in full
     other, _ = load_base_model(folder)
-    for layer, module in experts_of(other).items():
-        freeze_experts(module, keep[layer], kind)
+    for index, layer in moe_layers(other).items():
+        freeze_experts(layer, keep[index], kind)
     other.set_experts_implementation("esft")
     assert torch.equal(model(IDS).logits, other(IDS).logits)
     esft.to_esft(model, {"experts": {str(layer): list(ids) for layer, ids in keep.items()}}, keep_base=False)
@@ -260,9 +256,9 @@ def test_a_rank_stores_its_experts_only(saved):
     whole, _ = load_base_model(folder)
     local = {1: [0, 3, 5], 2: [1, 2]}
     model, _ = load_base_model(folder, experts=local, frozen=Storage("int8", keep={1: [3, 7]}))
-    module = experts_of(model)[1]
-    assert len(module.down_proj) == 1 and torch.equal(module.down_proj[0], experts_of(whole)[1].down_proj[3])
-    full = quantize(experts_of(whole)[1].down_proj.data, "int8")
+    module = moe_layers(model)[1].module
+    assert len(module.down_proj) == 1 and torch.equal(module.down_proj[0], moe_layers(whole)[1].module.down_proj[3])
+    full = quantize(moe_layers(whole)[1].module.down_proj.data, "int8")
     for row, expert in ((1, 0), (2, 5)):
         assert module.frozen.order_e[row] == local[1].index(expert)
         assert torch.equal(module.frozen.stored["down_proj"][0][row - 1], full[0][expert])
@@ -351,7 +347,7 @@ def test_an_fp8_checkpoint_is_held_as_it_is(fp8):
     assert model.dtype == torch.bfloat16 and not getattr(model.config, "quantization_config", None)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters()):
         assert ".experts." in name or torch.equal(ours, theirs), name
-    module = experts_of(model)[1]
+    module = moe_layers(model)[1].module
     values, scale = module.frozen.stored["gate_up_proj"]
     if whole:
         name = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -361,14 +357,15 @@ def test_an_fp8_checkpoint_is_held_as_it_is(fp8):
     else:
         out, wanted = model(IDS).logits, plain(IDS).logits
         assert not torch.equal(out, wanted) and (out - wanted).norm() < 0.2 * wanted.norm()
-    assert module.frozen.nbytes() < 1.01 * sum(getattr(experts_of(plain)[1], n).numel() for n in weight_names(module))
+    unstored = moe_layers(plain)[1]
+    assert module.frozen.nbytes() < 1.01 * sum(unstored.tensor(name).numel() for name in unstored.weight_names)
 
 
 def test_experts_of_an_fp8_checkpoint_are_trained(fp8, tmp_path):
     folder, _, plain, whole = fp8
     config = esft.ExpertConfig({1: (3, 0), 2: (1,)})
     model, _ = load_base_model(folder, frozen=Storage("fp8", keep=config.experts))
-    assert torch.equal(experts_of(model)[1].down_proj[1], experts_of(plain)[1].down_proj[3])
+    assert torch.equal(moe_layers(model)[1].module.down_proj[1], moe_layers(plain)[1].module.down_proj[3])
     esft.to_esft(model, config, keep_base=False)
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

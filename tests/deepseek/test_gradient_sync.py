@@ -9,7 +9,7 @@ from torch import nn
 
 import esft
 from deepseek import gradient_sync as gradients
-from deepseek.experts import find_experts
+from deepseek.experts import moe_layers
 from deepseek.gradient_sync import GradientReducer, split_parameters
 from deepseek.process_groups import Ranks, join
 from tests.helpers import make_model, run_ranks
@@ -96,7 +96,7 @@ def test_one_process_keeps_its_gradients():
 def test_parameters_are_split_into_experts_and_others():
     model = esft.to_esft(make_model(), {"experts": {"1": [2], "2": [0, 5]}, "shared_experts": True})
     experts, others = split_parameters(model)
-    trained = [param for _, module in find_experts(model).values() for param in module.trained.parameters()]
+    trained = [param for layer in moe_layers(model).values() for param in layer.trained.parameters()]
     assert [id(p) for p in experts] == [id(p) for p in trained]
     assert {id(p) for p in experts + others} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(others) == 6 and not {id(p) for p in experts} & {id(p) for p in others}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
-from deepseek.experts import fused_names, train_experts
+from deepseek.experts import FusedExperts, train_experts
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 
 T, D, F, E, K = 24, 16, 8, 6, 2
@@ -64,7 +64,7 @@ def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
     module = use_experts_implementation(**flags)(Experts)(SimpleNamespace(_experts_implementation="grouped_mm"))
     module.to(dtype)
     if trained:
-        train_experts(module, trained)
+        train_experts(FusedExperts(module), trained)
     return module
 
 
@@ -89,8 +89,9 @@ def run(module, implementation, x_TD, ids_TK, weights_TK):
     noise_TD = torch.randn(out_TD.shape, generator=torch.Generator().manual_seed(2)).to(out_TD.dtype)
     if out_TD.requires_grad:
         (out_TD * noise_TD).sum().backward()
-    params = getattr(module, "trained", module)
-    grads = {name: getattr(params, name).grad for name in fused_names(module)}
+    layer = FusedExperts(module)
+    params = layer.trained or module
+    grads = {name: params.get_parameter(name).grad for name in layer.tensor_names}
     return out_TD.detach(), {"x": x_TD.grad, "weights": weights_TK.grad, **grads}
 
 

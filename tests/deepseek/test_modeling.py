@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from deepseek import loading, modeling
-from deepseek.experts import expert_views, find_experts, fused_names
+from deepseek.experts import moe_layers
 from esft import (
     ExpertConfig,
     ExpertScores,
@@ -250,10 +250,10 @@ def test_the_forward_is_the_papers(variant, tmp_path, tiny_tokenizer):
         model.set_experts_implementation(experts)
         assert (logits_of(model)[0] - wanted).abs().max() < 1e-5
     if config["n_routed_experts"]:
-        assert list(find_experts(model)) == mixtures(config)
+        assert list(moe_layers(model)) == mixtures(config)
     else:
         with pytest.raises(ValueError, match=r"DeepseekForCausalLM .* is a dense model"):
-            find_experts(model)
+            moe_layers(model)
 
 
 def test_the_reference_tells_variants_apart(published):
@@ -275,9 +275,9 @@ def test_a_checkpoint_is_read_and_written_bit_for_bit(variant, dtype, tmp_path, 
     assert type(model) is modeling.DeepseekForCausalLM and not model.training and model.dtype == dtype
     text = "User: what is it?"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
-    for layer, (_, module) in (find_experts(model) if variant != "dense" else {}).items():
-        for name, view in expert_views(module, 5).items():
-            assert torch.equal(view, tensors[f"model.layers.{layer}.mlp.experts.5.{name}"])
+    for index, layer in moe_layers(model, dense_ok=variant == "dense").items():
+        for name, view in layer.expert_views(5).items():
+            assert torch.equal(view, tensors[f"model.layers.{index}.mlp.experts.5.{name}"])
     model.save_pretrained(tmp_path / "again")
     assert_same(on_disk(tmp_path / "again"), tensors)
 
@@ -289,7 +289,7 @@ def test_the_published_size_is_that_of_the_published_weights(tmp_path):
     parameters = sum(param.numel() for param in model.parameters())
     assert round(parameters / 1e9, 1) == 16.4
     assert round(2 * parameters / 1e9, 1) == 32.8
-    assert list(find_experts(model)) == list(range(1, 28))
+    assert list(moe_layers(model)) == list(range(1, 28))
 
 
 def test_code_of_the_checkpoint_is_not_run(published):
@@ -306,11 +306,11 @@ def test_some_experts_are_read(published):
     """As expert parallelism reads them."""
     folder, _, tensors = published
     model, _ = load_base_model(folder, experts={1: [6, 0], 2: [3]})
-    (_, first), (_, second) = find_experts(model).values()
-    assert (len(first.down_proj), len(second.down_proj)) == (2, 1)
-    for layer, expert, module in ((1, 0, first), (1, 6, first), (2, 3, second)):
-        for name, view in expert_views(module, expert).items():
-            assert torch.equal(view, tensors[f"model.layers.{layer}.mlp.experts.{expert}.{name}"])
+    layers = moe_layers(model)
+    assert [len(layer.module.down_proj) for layer in layers.values()] == [2, 1]
+    for index, expert in ((1, 0), (1, 6), (2, 3)):
+        for name, view in layers[index].expert_views(expert).items():
+            assert torch.equal(view, tensors[f"model.layers.{index}.mlp.experts.{expert}.{name}"])
 
 
 def test_registering_again_changes_nothing(published):
@@ -441,7 +441,7 @@ def test_scores_training_adapter_and_merge(variant, dtype, tmp_path, tiny_tokeni
         optimizer.step()
         optimizer.zero_grad()
     state = model.state_dict()
-    fused = {f"{name}.{t}": layer for layer, (name, m) in find_experts(model).items() for t in fused_names(m)}
+    fused = {f"{layer.name}.{t}": i for i, layer in moe_layers(model).items() for t in layer.tensor_names}
     assert state.keys() == base_state.keys()
     for name in state:
         if name not in fused:

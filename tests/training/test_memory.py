@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek import expert_parallel
-from deepseek.experts import find_experts, fused_names, train_experts
+from deepseek.experts import moe_layers, train_experts
 from deepseek.frozen import freeze_experts, quantize
 from deepseek.placement import place_layers
 from deepseek.process_groups import join
@@ -34,7 +34,7 @@ def family_config(family: str, **changes):
 def estimator(family: str = "deepseek_v2", ids=TRAINED, **changes) -> Estimator:
     config = family_config(family, **changes)
     with torch.device("meta"):
-        layers = find_experts(AutoModelForCausalLM.from_config(config))
+        layers = moe_layers(AutoModelForCausalLM.from_config(config))
     return Estimator(config, dict.fromkeys(layers, ids))
 
 
@@ -69,7 +69,7 @@ def real_step(family: str, settings: Settings, ids) -> int:
         model.set_experts_implementation("grouped_mm")
         full(model)
     else:
-        to_esft(model, {"experts": dict.fromkeys(find_experts(model), ids)}, keep_base=False)
+        to_esft(model, {"experts": dict.fromkeys(moe_layers(model), ids)}, keep_base=False)
     return noted(model, settings)
 
 
@@ -77,12 +77,10 @@ def rank_step(rank: int, settings: Settings) -> int:
     timeout = timedelta(seconds=60)
     ranks = join(timeout, "gloo").with_experts(settings.ep_size, timeout)
     model = make_model("deepseek_v2")
-    experts = {layer: TRAINED for layer in find_experts(model)}
+    experts = {layer: TRAINED for layer in moe_layers(model)}
     placements = place_layers(dict.fromkeys(experts, 8), experts, settings.ep_size)
-    for layer, (_, module) in find_experts(model).items():
-        module.local_ids = list(placements[layer][rank])
-        for name in fused_names(module):
-            setattr(module, name, nn.Parameter(getattr(module, name).data[module.local_ids]))
+    for layer in moe_layers(model).values():
+        layer.keep_local(placements[layer.index][rank])
     to_esft(model, {"experts": experts}, keep_base=False)
     expert_parallel.connect_experts(model, placements, experts, ranks)
     return noted(model, settings)
@@ -133,13 +131,13 @@ def test_frozen_experts_take_what_they_really_do(kind):
     sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "vocab_size": 512, "n_routed_experts": 24}
     settings = dataclasses.replace(ON_CPU, frozen_dtype=kind, label_share=0.05)
     model, ids = make_model(**sizes).requires_grad_(False), (*TRAINED, 9)
-    modules = [module for _, module in find_experts(model).values()]
-    for module in modules:
-        freeze_experts(module, ids, kind)
-        train_experts(module, ids)
+    layers = list(moe_layers(model).values())
+    for layer in layers:
+        freeze_experts(layer, ids, kind)
+        train_experts(layer, ids)
     model.set_experts_implementation("esft")
-    stored = sum(module.frozen.nbytes() for module in modules)
-    shared = sum(param.nbytes for module in modules for param in module.trained.parameters())  # aliases, in fp32
+    stored = sum(layer.frozen.nbytes() for layer in layers)
+    shared = sum(param.nbytes for layer in layers for param in layer.trained.parameters())  # aliases, in fp32
     found = estimator(ids=ids, **sizes).estimate(settings)
     assert found.weights == pytest.approx(sum(p.nbytes for p in model.parameters()) - shared + stored, rel=0.01)
     moving = found.activations + found.logits + found.gradients + found.transient
@@ -156,7 +154,7 @@ def test_what_is_held_is_what_a_prepared_model_holds(family, dtype):
     model = make_model(family, getattr(torch, dtype))
     weights = sum(param.nbytes for param in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    to_esft(model, {"experts": dict.fromkeys(find_experts(model), TRAINED)}, keep_base=False)
+    to_esft(model, {"experts": dict.fromkeys(moe_layers(model), TRAINED)}, keep_base=False)
     counted = count_trained(model)
     found = estimator(family).estimate(Settings(seq_length=32, dtype=dtype))
     # a router that is kept in fp32 or not, and buffers, are all that may differ
