@@ -57,13 +57,13 @@ class Ranks:
         dist.all_gather_object(gathered, obj, group=self.host)
         return gathered
 
-    def raise_on_all(self, error: BaseException | str | None) -> None:
+    def agree(self, error: BaseException | str | None) -> None:
         """Raise on all ranks where any has an `error`, which is told with the rank it comes from."""
         for rank, found in enumerate(self.gather(error and (str(error) or repr(error)))):
             if found:
                 raise SharedError(f"rank {rank}: {found}" if self.world_size > 1 else found)
 
-    def on_rank_zero(self, function: Callable[[], Any]) -> Any:
+    def on_first(self, function: Callable[[], Any]) -> Any:
         """What `function()` returns on rank 0, on every rank; a ValueError or OSError there is raised on all."""
         if self.world_size == 1:
             return function()
@@ -78,7 +78,7 @@ class Ranks:
             raise SharedError(answer[1])
         return answer[0]
 
-    def run_or_fail_together(self, function: Callable[[], Any]) -> Any:
+    def together(self, function: Callable[[], Any]) -> Any:
         """What `function()` returns here; an error of any rank that a user can mend is raised on all. `function` must
         call no collective, so that a rank that fails keeps none waiting."""
         result = error = None
@@ -86,7 +86,7 @@ class Ranks:
             result = function()
         except (ValueError, OSError, ImportError) as found:
             error = found
-        self.raise_on_all(error)
+        self.agree(error)
         return result
 
     def with_experts(self, ep_size: int, timeout: timedelta) -> "Ranks":

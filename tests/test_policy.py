@@ -1,4 +1,4 @@
-"""Policy as tests: the README's commands parse, its tree is true and its Python runs; imports point one way."""
+"""Policy as tests: printed commands parse, the tree is true, the README's Python runs, imports point one way."""
 
 import ast
 import re
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 # what each part of the tree may import of the project itself; a dotted name allows that module alone
 MAY_IMPORT = {
     "deepseek": {"deepseek"},
@@ -29,16 +30,17 @@ MAY_IMPORT = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language; "" for those without one."""
-    parts = re.split(r"^```(.*)\n", README, flags=re.MULTILINE)[1:]  # fence, text, fence, text, ...
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language in a page; "" for those without one."""
+    parts = re.split(r"^```(.*)\n", page, flags=re.MULTILINE)[1:]  # fence, text, fence, text, ...
     return [text for fence, text in zip(parts[::4], parts[1::4]) if fence.strip() == language]
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    parsed = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in parsed if words and words != ["source", ".venv/bin/activate"]]
+def commands(*pages: str) -> list[list[str]]:
+    """The commands in the pages' bash blocks, as words. What installs or activates an environment is left out."""
+    text = "\n".join(block for page in pages for block in blocks(page, "bash"))
+    parsed = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    return [words for words in parsed if words and words[0] != "source" and words[:3] != ["python", "-m", "pip"]]
 
 
 def load(path: str):
@@ -49,26 +51,32 @@ def load(path: str):
 
 
 def test_the_readme_has_the_commands_it_should():
-    told = {words[1] for words in commands() if words[0] in ("python", "bash")}
-    assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/pipeline.py", "train.py", "eval_multigpu.py"} <= told
+    told = {words[1] for words in commands(README) if words[0] in ("python", "bash")}
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "train.py", "eval_multigpu.py"} <= told
     assert {"scripts/expert/get_expert_scores.py", "scripts/expert/generate_expert_config.py"} <= told
-    assert sum(words[0] == "torchrun" and "train_ep.py" in words for words in commands()) > 1
+    assert any(words[0] == "torchrun" and "train_ep.py" in words for words in commands(README))
 
 
-@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[:2]))
-def test_a_command_of_the_readme_parses(words, monkeypatch):
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1800
+
+
+@pytest.mark.parametrize("words", commands(README, *PAGES.values()), ids=lambda words: " ".join(words[:2]))
+def test_a_printed_command_parses(words, monkeypatch):
     if words[0] == "torchrun":
         launched = get_args_parser().parse_args(words[1:])  # an unknown flag exits
         words = ["python", launched.training_script, *launched.training_script_args]
     assert words[0] in ("bash", "python"), words
     assert (ROOT / words[1]).is_file(), f"{words[1]} is not there"
-    if words[0] == "python":
-        module = load(words[1])
-        if words[1] in ("train.py", "train_ep.py"):
-            monkeypatch.setitem(module.main.__globals__, "run", lambda config: config)
-            module.main(words[2:])  # an unknown key raises
-        else:
-            module.parse_args(words[2:])  # an unknown flag exits
+    if words[0] == "bash" or words[1].startswith("docs/examples/"):
+        assert len(words) == 2, words
+        return
+    module = load(words[1])
+    if words[1] in ("train.py", "train_ep.py"):
+        monkeypatch.setitem(module.main.__globals__, "run", lambda config: config)
+        module.main(words[2:])  # an unknown key raises
+    else:
+        module.parse_args(words[2:])  # an unknown flag exits
 
 
 def test_a_wrong_command_would_not_parse():
@@ -77,8 +85,8 @@ def test_a_wrong_command_would_not_parse():
 
 
 def tree() -> dict[str, bool]:
-    """The paths that the README's tree names -> whether as a folder."""
-    (block,) = [block for block in blocks("") if "esft.py" in block]
+    """The paths that the tree of docs/architecture.md names -> whether as a folder."""
+    (block,) = [block for block in blocks(PAGES["architecture.md"], "") if "esft.py" in block]
     found, folders = {}, []
     for line in block.splitlines():
         indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()
@@ -105,19 +113,34 @@ def test_no_placeholder_is_left_unfilled():
     assert found and not any(found.values()), found
 
 
-def test_the_tree_of_the_readme_is_true():
+def test_the_tree_is_true():
     named = tree()
     for path, folder in named.items():
-        assert (ROOT / path).is_dir() if folder else list(ROOT.glob(path)), f"the README's tree names {path}"
-    code = [path for path in tracked() if path.endswith((".py", ".sh")) and not path.startswith("tests/")]
+        assert (ROOT / path).is_dir() if folder else list(ROOT.glob(path)), (
+            f"the tree of docs/architecture.md names {path}"
+        )
+    code = [path for path in tracked() if path.endswith((".py", ".sh")) and not path.startswith(("tests/", "docs/"))]
     missing = [path for path in code if path not in named and not path.endswith("__init__.py")]
-    assert not missing, f"not in the README's tree: {missing}"
+    assert not missing, f"not in the tree of docs/architecture.md: {missing}"
 
 
 def test_the_table_of_families_is_that_of_the_command():
     page = (ROOT / "results" / "tables" / "families.md").read_text(encoding="utf-8")
     lines = page[page.index("| experts | families that pass |") : page.index("| family | model class")].strip()
-    assert lines in README and lines.count("\n") > 5
+    assert lines in PAGES["families.md"] and lines.count("\n") > 5
+
+
+def test_quoted_tables_are_those_of_the_files():
+    quickstart = (ROOT / "results" / "tables" / "quickstart.md").read_text(encoding="utf-8").partition("\n\n")[0]
+    assert quickstart in README and quickstart in PAGES["paper-in-miniature.md"]
+    paper = (ROOT / "results" / "tables" / "paper_a.md").read_text(encoding="utf-8").split("\n\n")[1]
+    assert paper.startswith("| trained |") and paper in PAGES["paper-in-miniature.md"]
+
+
+def test_the_top_level_holds_the_six_files():
+    assert sorted(path for path in tracked() if "/" not in path and path.endswith(".py")) == [
+        "benchmarks.py", "esft.py", "eval_multigpu.py", "train.py", "train_ep.py", "utils.py"
+    ]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:
@@ -171,7 +194,7 @@ def test_datasets_is_the_library():
 
 
 def test_the_readme_s_python_runs(monkeypatch, tmp_path):
-    (code,) = blocks("python")
+    (code,) = blocks(README, "python")
     base = ROOT / "results" / "models" / "tiny"
     code = code.replace('"results/models/tiny"', repr(str(base))).replace('"results/runs/', f'"{tmp_path}/')
     scope: dict = {}
