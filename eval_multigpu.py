@@ -45,11 +45,11 @@ from benchmarks import EVALUATORS, ByRow, CodeEvaluator, get_evaluator, load_row
 from deepseek.files import check_output, suggest_path, write_json, write_jsonl
 from deepseek.loading import empty_model, plan_devices
 from evaluation import code_runner
-from evaluation import lm_eval_results as suites
 from evaluation.generation import make_batches
 from evaluation.judge import NO_SCORE, RUBRICS, Judge, check_url, grade
-from evaluation.lm_eval_harness import KNOWN, Suite
-from evaluation.results import compare, summarize, table
+from evaluation.lm_eval_harness import KNOWN, Suite, load_suites
+from evaluation.lm_eval_results import evaluate_share
+from evaluation.results import compare, format_results, summarize
 from evaluation.runner import Job, Partial, answer, answer_keys, run_ranks
 from utils import command_parser, environment, note, positive, run_cli
 
@@ -186,8 +186,12 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
 
 def plan_suites(args: argparse.Namespace, jobs: list[Job]) -> tuple[dict[str, list[Suite]], dict[str, Path]]:
     """The suites of each name in --suite, with their data, and where the answers to each suite go. Raises ValueError as
-    `suites.load`, and where two outputs would have one name."""
-    found = suites.load(args, split(args.suite)) if args.suite else {}
+    `load_suites`, and where two outputs would have one name."""
+    found = (
+        load_suites(split(args.suite), task_dir=args.task_dir, allow_code_execution=args.allow_code_execution)
+        if args.suite
+        else {}
+    )
     plan = [suite for loaded in found.values() for suite in loaded]
     suite_paths = {
         suite.name: output_path(args, suite.name.replace("/", "_"), alone=len(plan) == 1 and not jobs) for suite in plan
@@ -320,14 +324,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
         try:
             names = list(loaded)
             shares = [names[rank :: args.world_size] for rank in range(min(args.world_size, len(names)))]
-            work = functools.partial(suites.run_rank, args, suite_paths, loaded if len(shares) == 1 else None)
+            work = functools.partial(evaluate_share, args, suite_paths, loaded if len(shares) == 1 else None)
             for summary in stack.enter_context(contextlib.closing(run_ranks(work, shares, devices))):
                 summaries[summary["dataset"]] = summary
         finally:  # what is done is shown, also where a suite ends the rest
             order = [*(job.name for job in jobs), *suite_paths]
             summaries = {name: summaries[name] for name in order if name in summaries}
             alone = [base for name, base in bases.items() if name not in summaries]
-            if shown := table([*alone, *summaries.values()], bases):
+            if shown := format_results([*alone, *summaries.values()], bases):
                 written = {job.name: job.output_path for job in jobs if not job.base} | suite_paths
                 print(f"{shown}\nwritten to {', '.join(str(written[name]) for name in summaries) or 'the base alone'}")
             if not judge and (instead := stand_ins(args, jobs)):

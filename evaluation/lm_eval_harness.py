@@ -1,9 +1,10 @@
-"""lm-eval, EleutherAI's harness, on a model that is in memory: suites by name, their data, and the answers to them.
+"""lm-eval, EleutherAI's harness, on a model in memory: suites by name, their data, and a model's answers to them.
 
-    load_suites(["mmlu", "mine.yaml"]) -> suites by name;  ask(model, tokenizer, suite, Settings()) -> answers
+    suites = load_suites(["mmlu", "mine.yaml"])["mmlu"]
+    answers = evaluate_suite(model, tokenizer, suites[0], SuiteSettings())
 
-All that touches lm-eval's ways is here; `lm_eval_results.py` makes figures and files of the answers. Log-likelihoods
-are summed in float32 whatever the dtype of the weights: in bf16, lm-eval's default, close choices tie.
+This file knows lm-eval's interface. lm_eval_results.py turns the answers into means, tables and files. Log-likelihoods
+are summed in float32 for any dtype of the weights, because close choices tie in bf16, lm-eval's default.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import torch
@@ -26,79 +28,72 @@ from deepseek.files import suggest, suggest_path
 from utils import sentence
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
-ASKED_FOR = ("Overwriting default num_fewshot", "generation_kwargs")  # lm-eval warns of what the user wanted
-FETCHING = ("datasets", "huggingface_hub", "httpx", "requests", "fsspec")  # whose errors are those of the data
-CODE = {"HF_ALLOW_CODE_EVAL": "1"}  # without it the library that runs generated code refuses to
+EXPECTED = ("Overwriting default num_fewshot", "generation_kwargs")  # warnings of lm-eval about what the user asked for
 
-# ------------------------------------------------------------------------------------------------ tasks
+# ------------------------------------------------------------------------------------------------ suites
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One line of the table: a task of lm-eval, or a group that has a mean of its own."""
+    """One line of the table: a task of lm-eval, or a group of tasks that has a mean of its own."""
 
     name: str
     tasks: dict  # name -> lm-eval's Task
     group: object = None  # lm-eval's Group
 
     def part(self, name: str) -> "Suite":
-        """One of its tasks alone."""
+        """Return one of the tasks as a suite."""
         return Suite(name, {name: self.tasks[name]})
 
-    def weights(self, key: str) -> dict[str, bool] | None:
-        """{"by_size": ..} of a metric that the suite has; None where a group does not aggregate it."""
+    def weighs_by_size(self, key: str) -> bool | None:
+        """Whether tasks count by their samples in the mean of a metric; None if the group has no such mean."""
         if self.group is None:
-            return {"by_size": True}
+            return True
         name, _, filter_name = key.partition(",")
         for metric in self.group.aggregate_metric_list:
             if metric.metric == name and (not metric.filter_list or (filter_name or "none") in metric.filter_list):
-                return {"by_size": metric.weight_by_size}
+                return metric.weight_by_size
         return None
 
 
 def load_suites(
     names: list[str], *, task_dir: str | Path | None = None, allow_code_execution: bool = False
 ) -> dict[str, list[Suite]]:
-    """The suites of each name, with their data. A tag, or a group without a mean, stands for what it is made of.
+    """Return the suites of each name, with their data. A tag, or a group without a mean, stands for its members.
 
-    Raises ValueError, in one sentence: lm-eval is not installed; a name is unknown or doubled; a suite runs generated
-    code and that is not allowed; its data cannot be fetched.
+    A name is a task, group or tag of lm-eval, one of `task_dir`, or the path of a task's YAML file.
+
+    Raises:
+        ValueError: lm-eval is missing, a name is unknown or there twice, the data cannot be fetched, or a suite runs
+            generated code without `allow_code_execution`.
     """
     try:
+        import huggingface_hub
         from lm_eval.tasks import TaskManager
+
+        import datasets
     except ImportError as error:
-        raise ValueError(
-            f"the big suites need lm-eval, which is not installed ({error}): pip install -e '.[suites]' -c "
-            "constraints.txt"
-        ) from error
+        install = "pip install -e '.[suites]' -c constraints.txt"
+        raise ValueError(f"cannot run --suite: lm-eval is not installed ({error}). Install it: {install}") from error
+    for library in (datasets, huggingface_hub):  # the error repeats what they log of it
+        library.utils.logging.set_verbosity(logging.CRITICAL)
     if task_dir is not None and not Path(task_dir).is_dir():
-        raise ValueError(f"--task_dir {task_dir}: no such folder{suggest_path(task_dir)}")
+        raise ValueError(f"cannot read --task_dir {task_dir}: no such folder{suggest_path(task_dir)}")
     if not names:
-        raise ValueError(f"--suite names no suite: give one, or several split by commas, as {', '.join(KNOWN)}")
-    with _captured():
+        raise ValueError(f"cannot run --suite: it names no suite. Give some of {', '.join(KNOWN)}")
+    with _lm_eval_session(allow_code_execution):
         manager = TaskManager(include_path=task_dir and str(task_dir), include_defaults=False)
-        leaves = {name: list(_leaves(manager.task_index, name)) for name in names}
-        if any(None in found and not _is_path(name) for name, found in leaves.items()):  # lm-eval's own take seconds
-            manager = TaskManager(include_path=str(task_dir)) if task_dir else _own_tasks()
-            leaves = {name: list(_leaves(manager.task_index, name)) for name in names}
-    for name, found in leaves.items():
-        if not found or None in found:
-            missing = (
-                f"no such file{suggest_path(name)}" if _is_path(name) else "lm-eval knows no such task, nor --task_dir"
-            )
-            raise ValueError(f"--suite {name}: {missing}{suggest(name, [*KNOWN, *manager.all_tasks])}")
-        if not allow_code_execution and any(leaf.get("unsafe_code", False) is not False for leaf in found):
-            raise _refused(name)
-    suites = {name: _load(manager, name, leaves[name], allow_code_execution) for name in names}
-    tasks = [task for name in names for suite in suites[name] for task in suite.tasks]
-    if doubled := [task for task, n in Counter(tasks).items() if n > 1]:
-        raise ValueError(f"--suite {','.join(names)}: the task {doubled[0]} is in it twice, name it once")
+        if not all(_is_path(name) or name in manager.task_index for name in names):  # lm-eval's own take seconds
+            manager = TaskManager(include_path=str(task_dir)) if task_dir else _default_tasks()
+        suites = {name: _load(manager, name, allow_code_execution) for name in names}
+    tasks = [task for loaded in suites.values() for suite in loaded for task in suite.tasks]
+    if repeated := [task for task, n in Counter(tasks).items() if n > 1]:
+        raise ValueError(f"cannot run --suite {','.join(names)}: it has the task {repeated[0]} twice. Name it once")
     return suites
 
 
 @functools.cache
-def _own_tasks():
-    """Those that come with lm-eval."""
+def _default_tasks():
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -108,146 +103,66 @@ def _is_path(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _refused(name: str) -> ValueError:
-    return ValueError(
-        f"--suite {name} runs the code that the model writes, with your rights: give --allow_code_execution, best in "
-        "a container without network, or leave it out"
-    )
-
-
-def _leaves(index: dict, name: str | dict) -> Iterator[dict | None]:
-    """Configs of the tasks that a name, or a member of a group, stands for, as written; None for an unknown one.
-
-    Nothing is fetched, and no Python named in them is run.
-    """
+def _load(manager, name: str, allow_code_execution: bool) -> list[Suite]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    if isinstance(name, dict):  # a member with settings of its own
-        config, member = name, name.get("group", name.get("task"))
-        if not isinstance(name.get("task"), list) and member in index:
-            own = {key: value for key, value in name.items() if key not in ("task", "group")}
-            yield from (leaf and {**leaf, **own} for leaf in _leaves(index, member))
-            return
-    elif _is_path(name):
-        try:
-            config = load_yaml(Path(name), resolve_func=False)
-        except FileNotFoundError:
-            yield None
-            return
-        except Exception as error:
-            raise ValueError(f"--suite {name} is no task of lm-eval ({sentence(error)})") from error
-        if not isinstance(config.get("task"), str):
-            raise ValueError(
-                f"--suite {name} is no single task: for a group give its name, and its folder by --task_dir"
-            )
-    elif name in index:
-        entry = index[name]
-        if entry.kind.name == "TAG":
-            for task in sorted(entry.tags):
-                yield from _leaves(index, task)
-            return
-        config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
-    else:
-        yield None
-        return
-    if isinstance(config.get("task"), list):
-        for member in config["task"]:
-            yield from _leaves(index, member)
-    else:
-        yield config
-
-
-def _load(manager, name: str, leaves: list[dict], allow_code_execution: bool) -> list[Suite]:
+    if _is_path(name) and not Path(name).is_file():
+        raise ValueError(f"cannot run --suite {name}: no such file{suggest_path(name)}")
     try:
-        with _captured(), _environment(CODE if allow_code_execution else {}):
-            loaded = manager.load([name])
+        written = load_yaml(Path(name), resolve_func=False) if _is_path(name) else name
+        if isinstance(written, dict) and isinstance(written.get("task"), list):
+            raise ValueError("it is a group. Give its name, and its folder with --task_dir")
+        configs = list(_task_configs(manager.task_index, written))
+        if not allow_code_execution and any(config.get("unsafe_code") for config in configs):
+            raise ValueError(
+                "it runs the code that the model writes, with your rights. Give --allow_code_execution, best in a "
+                "container without a network"
+            )
+        loaded = manager.load([name])
     except Exception as error:
         if os.environ.get("ESFT_DEBUG"):
             raise
-        data = sorted({str(leaf["dataset_path"]) for leaf in leaves if leaf.get("dataset_path")})
-        if isinstance(error, ImportError):
-            reason = f"cannot be loaded for want of a library ({sentence(error)})"
-        elif isinstance(error, OSError) or type(error).__module__.split(".")[0] in FETCHING:
-            files = [leaf["dataset_kwargs"].get("data_files") for leaf in leaves if leaf.get("dataset_kwargs")]
-            of = f" {', '.join(map(repr, data[:3]))}{', ...' if len(data) > 3 else ''}" if data else ""
-            of += f" ({files[0]})" if any(files) else ""
-            reason = (
-                f"needs the data set{of}, which could not be fetched ({sentence(error)}): fetch it where there is a "
-                "network and set HF_HOME to that cache, or give a task with files of your own"
-            )
-        else:
-            reason = f"cannot be loaded ({sentence(error)})"
-        raise ValueError(f"--suite {name} {reason}") from error
-    for task in loaded["tasks"].values():
-        if getattr(task, "UNSAFE_CODE", False) and not allow_code_execution:
-            raise _refused(name)
-    group = loaded.get("groups", {}).get(name)
-    return _units(group) if group else [_single(task) for task in loaded["tasks"].values()]
+        raise ValueError(f"cannot run --suite {name}: {sentence(error)}") from error
+    tops = list(loaded["groups"].values())[:1] or loaded["tasks"].values()  # a group comes before its members
+    return [suite for top in tops for suite in _suites_of(top)]
 
 
-def _units(group) -> list[Suite]:
-    if group.has_aggregation:
-        return [Suite(group.name, {task.task_name: task for task in group.get_all_tasks()}, group)]
-    return [
-        unit for member in group for unit in (_units(member) if hasattr(member, "get_all_tasks") else [_single(member)])
-    ]
+def _task_configs(index: dict, member: str | dict) -> Iterator[dict]:
+    """Yield the settings, as written, of every task that a name or a group's member stands for.
+
+    Fetches nothing and runs no Python that the settings name. Raises ValueError for an unknown name.
+    """
+    own = member if isinstance(member, dict) else {}
+    name = own.get("group", own.get("task")) if own else member
+    entry = index.get(name) if isinstance(name, str) else None
+    if entry is None and not own:
+        raise ValueError(f"neither lm-eval nor --task_dir has a task {name}{suggest(name, [*KNOWN, *index])}")
+    written = (entry.cfg or {}) if entry else own
+    parts = sorted(entry.tags) if entry and entry.kind.name == "TAG" else written.get("task")
+    if isinstance(parts, list):
+        for part in parts:
+            yield from _task_configs(index, part)
+    else:
+        yield {**written, **own}
 
 
-def _single(task) -> Suite:
-    return Suite(task.task_name, {task.task_name: task})
+def _suites_of(member) -> list[Suite]:
+    """Return a task, or a group with a mean, as one suite, and any other group as the suites of its members."""
+    from lm_eval.api.group import Group
 
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    kept = {name: os.environ.get(name) for name in changes}
-    os.environ |= changes
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-class _Records(logging.Handler):
-    """Warnings, each kind once, with how often it came."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.found: dict[str, list] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        if not text.startswith(ASKED_FOR):
-            self.found.setdefault(re.sub(r"\d+", "#", text)[:40], [text[:200], 0])[1] += 1
-
-    def sentences(self) -> list[str]:
-        return [f"{text} ({n} times)" if n > 1 else text for text, n in self.found.values()]
-
-
-@contextlib.contextmanager
-def _captured() -> Iterator[_Records]:
-    """Keep what lm-eval, and the retries of a download, would log."""
-    records = _Records()
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
-    kept = [(logger.handlers, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers, logger.propagate = [records if logger.name == "lm_eval" else logging.NullHandler()], False
-    try:
-        yield records
-    finally:
-        for logger, (handlers, propagate) in zip(loggers, kept):
-            logger.handlers, logger.propagate = handlers, propagate
+    if not isinstance(member, Group):
+        return [Suite(member.task_name, {member.task_name: member})]
+    if member.has_aggregation:
+        return [Suite(member.name, {task.task_name: task for task in member.get_all_tasks()}, member)]
+    return [suite for part in member for suite in _suites_of(part)]
 
 
 # ------------------------------------------------------------------------------------------------ answers
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How suites are asked; None leaves it to the task. `n_samples` is of each task, drawn with `seed`."""
+class SuiteSettings:
+    """How suites are asked. None leaves it to the task. `n_samples` is per task, drawn with `seed`."""
 
     n_samples: int | None = None
     batch_size: int = 16
@@ -259,15 +174,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Of one model to one suite: lm-eval's results with its samples, seconds, and what it warned of."""
+class SuiteAnswers:
+    """A model's answers to a suite: lm-eval's results with its samples, the seconds, and lm-eval's warnings."""
 
     results: dict
     seconds: float
     notes: list[str]
 
     def values(self, task: str) -> dict[str, dict[int, object]]:
-        """{metric, with ",filter" where there is one: {number of the sample: value}}, in lm-eval's order."""
+        """Return {metric, with ",filter" if there is one: {number of the sample: value}}, in lm-eval's order."""
         found: dict[str, dict[int, object]] = {}
         for sample in self.results["samples"][task]:
             for metric in sample["metrics"]:
@@ -276,41 +191,24 @@ class Answers:
         return found
 
     def prompts(self, task: str) -> dict[int, str]:
+        """Return the hash of each sample's prompt."""
         return {sample["doc_id"]: sample["prompt_hash"] for sample in self.results["samples"][task]}
 
 
-@contextlib.contextmanager
-def _own_generation_config(model, tokenizer) -> Iterator[None]:
-    """Set the model's aside, whose penalties would change the answers, and keep its end tokens."""
-    kept = model.generation_config
-    eos = kept.eos_token_id if kept.eos_token_id is not None else tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos, bos_token_id=tokenizer.bos_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
-def ask(model, tokenizer, suite: Suite, settings: Settings) -> Answers:
-    """Answer a suite. Raises ValueError where the model's context has no room for the answers."""
+def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> SuiteAnswers:
+    """Return the model's answers. Raises ValueError if the suite cannot be asked, as when the context is too short."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    samples = None
+    samples, start = None, time.perf_counter()
     if settings.n_samples is not None:
         sizes = {name: len(task.eval_docs) for name, task in suite.tasks.items()}
         draw = random.Random(settings.seed).sample
         samples = {n: sorted(draw(range(size), min(settings.n_samples, size))) for n, size in sizes.items()}
-    start = time.perf_counter()
-    changes = {"DISABLE_MULTIPROC": "1", **(CODE if settings.allow_code_execution else {})}
-    with contextlib.ExitStack() as stack:
-        for context in (_own_generation_config(model, tokenizer), _environment(changes)):
-            stack.enter_context(context)
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where its bars go, too
-        records = stack.enter_context(_captured())
+    with _own_generation_config(model, tokenizer), _lm_eval_session(settings.allow_code_execution) as warnings:
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=settings.batch_size, softmax_dtype="float32")
-        records.found.clear()  # that the model is in memory
+        warnings.clear()  # lm-eval warns that the model is in memory
         try:
             results = simple_evaluate(
                 lm,
@@ -322,15 +220,55 @@ def ask(model, tokenizer, suite: Suite, settings: Settings) -> Answers:
                 gen_kwargs={"max_gen_toks": settings.max_new_tokens} if settings.max_new_tokens else None,
                 apply_chat_template=settings.apply_chat_template,
                 confirm_run_unsafe_code=settings.allow_code_execution,
-                bootstrap_iters=100,  # of its own table, for what is no mean
+                bootstrap_iters=100,  # for its own table, where a metric is not a mean
             )
         except (OSError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as error:  # a template, a filter or a metric of the task, or a context that is too short
+        except Exception as error:  # of a template, filter or metric of the task, or of a short context
             if os.environ.get("ESFT_DEBUG"):
                 raise
-            raise ValueError(f"--suite {suite.name} cannot be asked ({sentence(error)})") from error
-    notes, shots = records.sentences(), set(results["n-shot"].values())
-    if settings.num_fewshot is not None and shots != {settings.num_fewshot}:
-        notes.append(f"num_fewshot={settings.num_fewshot} is left aside where a task fixes its own, 0")
-    return Answers(results, time.perf_counter() - start, notes)
+            raise ValueError(f"cannot ask --suite {suite.name}: {sentence(error)}") from error
+        notes = _notes(warnings)
+    if settings.num_fewshot is not None and set(results["n-shot"].values()) != {settings.num_fewshot}:
+        notes.append(f"num_fewshot={settings.num_fewshot} is ignored where a task fixes its own at 0")
+    return SuiteAnswers(results, time.perf_counter() - start, notes)
+
+
+@contextlib.contextmanager
+def _own_generation_config(model, tokenizer) -> Iterator[None]:
+    """Set the model's generation config aside, whose penalties would change the answers, but keep its end tokens."""
+    kept = model.generation_config
+    eos = kept.eos_token_id if kept.eos_token_id is not None else tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=eos, bos_token_id=tokenizer.bos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@contextlib.contextmanager
+def _lm_eval_session(allow_code_execution: bool) -> Iterator[list[logging.LogRecord]]:
+    """Keep lm-eval's warnings in a list and its progress bars on stderr, and leave the environment as it was."""
+    logger, handler = logging.getLogger("lm_eval"), BufferingHandler(capacity=100_000)
+    handler.setLevel(logging.WARNING)
+    handlers, propagate, variables = logger.handlers, logger.propagate, dict(os.environ)
+    logger.handlers, logger.propagate = [handler], False
+    os.environ["DISABLE_MULTIPROC"] = "1"  # for the errors in its own table
+    if allow_code_execution:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the library that runs generated code asks for it
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield handler.buffer
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        os.environ.clear()
+        os.environ.update(variables)
+
+
+def _notes(warnings: list[logging.LogRecord]) -> list[str]:
+    """Return each kind of warning once, with how often it came."""
+    kinds: dict[str, list[str]] = {}
+    for text in (" ".join(record.getMessage().split()) for record in warnings):
+        if not text.startswith(EXPECTED):
+            kinds.setdefault(re.sub(r"\d+", "#", text)[:40], []).append(text[:200])
+    return [texts[0] + (f" ({len(texts)} times)" if len(texts) > 1 else "") for texts in kinds.values()]

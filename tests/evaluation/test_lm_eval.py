@@ -1,4 +1,4 @@
-"""Suites through lm-eval: its figures against sums of our own, pairs of base and adapter, and what is refused."""
+"""Suites through lm-eval: its figures against sums of our own, base and adapter in pairs, and what is refused."""
 
 import json
 import os
@@ -15,12 +15,13 @@ import esft
 import eval_multigpu
 from deepseek.files import read_jsonl
 from evaluation import lm_eval_harness as harness
-from evaluation import lm_eval_results as suites
+from evaluation.lm_eval_harness import KNOWN, Suite, SuiteAnswers, SuiteSettings, evaluate_suite, load_suites
+from evaluation.lm_eval_results import PRIMARY, evaluate_suites, summarize_suite
 from utils import run_cli
 
 lm_eval = pytest.importorskip("lm_eval")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "results" / "models" / "tiny"
 SUMS = [(10, 33), (14, 4), (8, 9), (21, 35), (40, 2), (3, 3), (12, 7), (55, 11), (6, 60), (31, 18), (9, 4), (70, 5)]
 ACC = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
@@ -112,13 +113,14 @@ def greedy(model, tokenizer, prompt: str, steps: int) -> str:
 
 def run(model, tokenizer, tasks, name: str, path: Path, adapter_dir=None, with_base=False, **settings) -> dict:
     allow = settings.get("allow_code_execution", False)
-    found = harness.load_suites([name], task_dir=tasks, allow_code_execution=allow)[name]
-    (summary,) = suites.run(model, tokenizer, found, harness.Settings(**settings), [path], adapter_dir, with_base)
+    found = load_suites([name], task_dir=tasks, allow_code_execution=allow)[name]
+    paths = {suite.name: path for suite in found}
+    (summary,) = evaluate_suites(model, tokenizer, found, SuiteSettings(**settings), paths, adapter_dir, with_base)
     return summary
 
 
-def load(name: str, tasks: Path) -> harness.Suite:
-    (suite,) = harness.load_suites([name], task_dir=tasks)[name]
+def load(name: str, tasks: Path) -> Suite:
+    (suite,) = load_suites([name], task_dir=tasks)[name]
     return suite
 
 
@@ -184,9 +186,9 @@ def bootstrap(values) -> list[float]:
 
 
 def test_a_task_of_one_sample_leaves_a_suite_without_an_interval(base, tasks):
-    (suite,) = harness.load_suites(["mine_by_task"], task_dir=tasks)["mine_by_task"]
-    answers = harness.ask(*base, suite, harness.Settings(n_samples=1))
-    summary = suites.summarize(suite, answers, answers)
+    (suite,) = load_suites(["mine_by_task"], task_dir=tasks)["mine_by_task"]
+    answers = evaluate_suite(*base, suite, SuiteSettings(n_samples=1))
+    summary = summarize_suite(suite, answers, answers)
     assert summary["mean"] is not None and summary["ci95"] is None
     assert summary["against_base"]["ci95"] is None and not summary["against_base"]["certain"]
 
@@ -219,25 +221,25 @@ def test_an_interval_is_that_of_pairs(tasks):
     before = rng.random(300) < 0.5
     after = before ^ (rng.random(300) < 0.05)  # nearly the same samples are right
 
-    def answers(right) -> harness.Answers:
+    def answers(right) -> SuiteAnswers:
         fixed = {"filter": "none", "metrics": ["acc"]}
         samples = [{**fixed, "doc_id": i, "prompt_hash": str(i), "acc": float(v)} for i, v in enumerate(right)]
-        return harness.Answers({"samples": {"mine_choices": samples}}, 1.0, [])
+        return SuiteAnswers({"samples": {"mine_choices": samples}}, 1.0, [])
 
-    low, high = suites.summarize(suite, answers(after), answers(before))["against_base"]["ci95"]
+    low, high = summarize_suite(suite, answers(after), answers(before))["against_base"]["ci95"]
     assert [low, high] == pytest.approx(bootstrap(100 * (after.astype(float) - before)), abs=1e-3)
-    assert suites.summarize(suite, answers(before | True), answers(before))["against_base"]["certain"]
-    single = suites.summarize(suite, answers(after))["ci95"]
+    assert summarize_suite(suite, answers(before | True), answers(before))["against_base"]["certain"]
+    single = summarize_suite(suite, answers(after))["ci95"]
     assert high - low < (single[1] - single[0]) / 1.5  # of samples that are not paired it would be wider than this one
 
 
 def test_models_that_were_asked_other_prompts_are_not_compared(base, tasks):
     suite = load("mine_choices", tasks)
-    one, other = (harness.ask(*base, suite, harness.Settings(n_samples=2, seed=seed)) for seed in (0, 1))
-    same = suites.summarize(suite, one, one)["against_base"]
+    one, other = (evaluate_suite(*base, suite, SuiteSettings(n_samples=2, seed=seed)) for seed in (0, 1))
+    same = summarize_suite(suite, one, one)["against_base"]
     assert (same["difference"], same["ci95"], same["certain"]) == (0.0, [0.0, 0.0], False)
-    with pytest.raises(ValueError, match="mine_choices: the two models were asked other prompts"):
-        suites.summarize(suite, one, other)
+    with pytest.raises(ValueError, match="asked different prompts of mine_choices"):
+        summarize_suite(suite, one, other)
 
 
 @pytest.mark.parametrize("name", ["mine_by_size", "mine_by_task"])
@@ -258,10 +260,10 @@ def test_the_mean_of_a_group_is_lm_eval_s(base, tasks, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["mine_tag", "mine_bundle"])
 def test_a_tag_or_a_group_without_a_mean_is_what_it_is_made_of(tasks, name):
-    found = harness.load_suites([name], task_dir=tasks)[name]
+    found = load_suites([name], task_dir=tasks)[name]
     assert sorted(suite.name for suite in found) == ["mine_few", "mine_many"]
-    with pytest.raises(ValueError, match="the task mine_few is in it twice"):
-        harness.load_suites([name, "mine_few"], task_dir=tasks)
+    with pytest.raises(ValueError, match="it has the task mine_few twice"):
+        load_suites([name, "mine_few"], task_dir=tasks)
 
 
 def test_what_is_no_mean_of_shares_stays_in_its_unit(base, tasks, tmp_path):
@@ -296,16 +298,16 @@ def test_what_a_task_does_not_follow_is_told(base, tasks, tmp_path, capsys):
     fixed = tmp_path / "fixed.yaml"
     fixed.write_text(yaml.safe_dump({**config, "task": "fixed", "num_fewshot": 0}))
     summary = run(model, tokenizer, None, str(fixed), tmp_path / "a.jsonl", num_fewshot=2)
-    assert "num_fewshot=2 is left aside" in capsys.readouterr().err and len(summary["notes"]) == 1
+    assert "num_fewshot=2 is ignored" in capsys.readouterr().err and len(summary["notes"]) == 1
     long = tmp_path / "long.yaml"
     long.write_text(yaml.safe_dump({**config, "task": "long", "doc_to_text": "word " * 3000 + "{{q}}"}))
     summary = run(model, tokenizer, None, str(long), tmp_path / "b.jsonl", n_samples=1)
     assert "Left truncation applied" in summary["notes"][0]
-    with pytest.raises(ValueError, match=r"cannot be asked .*requested max tokens to generate \(4000\)"):
+    with pytest.raises(ValueError, match=r"cannot ask --suite fixed: .*requested max tokens to generate \(4000\)"):
         run(model, tokenizer, None, str(fixed), tmp_path / "c.jsonl", max_new_tokens=4000)
     few = tmp_path / "few.yaml"
     few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
-    with pytest.raises(ValueError, match=r"--suite few cannot be asked .*Sample larger than population"):
+    with pytest.raises(ValueError, match=r"cannot ask --suite few: Sample larger than population"):
         run(model, tokenizer, None, str(few), tmp_path / "c.jsonl", num_fewshot=50)
     assert not list(tmp_path.glob("c.*"))
     summary = run(model, tokenizer, None, str(fixed), tmp_path / "d.jsonl", n_samples=1)
@@ -337,50 +339,48 @@ def test_data_that_cannot_be_fetched_are_named(tasks, tmp_path):
     config = yaml.safe_load((tasks / "mine_choices.yaml").read_text())
     remote = tmp_path / "remote.yaml"
     remote.write_text(yaml.safe_dump({**config, "dataset_path": "nobody/no_such_set", "dataset_kwargs": None}))
-    with pytest.raises(ValueError, match=r"remote.yaml needs the data set 'nobody/no_such_set', which could not be f"):
-        harness.load_suites([str(remote)])
+    with pytest.raises(ValueError, match=r"cannot run --suite .*remote.yaml: .*nobody/no_such_set"):
+        load_suites([str(remote)])
     remote.write_text(yaml.safe_dump({**config, "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}))
-    with pytest.raises(ValueError, match=r"needs the data set 'json' .*gone.jsonl.* could not be fetched"):
-        harness.load_suites([str(remote)])
+    with pytest.raises(ValueError, match=r"remote.yaml: .*gone.jsonl"):
+        load_suites([str(remote)])
     remote.write_text(yaml.safe_dump({**config, "doc_to_target": "{{nothing.of.this}}", "output_type": "no_such"}))
-    with pytest.raises(ValueError, match=r"remote.yaml cannot be loaded .*no_such"):
-        harness.load_suites([str(remote)])
+    with pytest.raises(ValueError, match=r"remote.yaml: .*no_such"):
+        load_suites([str(remote)])
     remote.write_text("task: [")
-    with pytest.raises(ValueError, match=r"remote.yaml is no task of lm-eval"):
-        harness.load_suites([str(remote)])
+    with pytest.raises(ValueError, match=r"cannot run --suite .*remote.yaml: ParserError"):
+        load_suites([str(remote)])
 
 
 def test_wrong_names_are_one_sentence(tasks, tmp_path):
     with pytest.raises(ValueError, match=r"mine_choces.yaml: no such file .did you mean 'mine_choices.yaml'"):
-        harness.load_suites([str(tasks / "mine_choces.yaml")])
-    with pytest.raises(ValueError, match=r"mine_by_size.yaml is no single task: for a group .*--task_dir"):
-        harness.load_suites([str(tasks / "mine_by_size.yaml")])
-    with pytest.raises(ValueError, match=r"--task_dir .*gone: no such folder"):
-        harness.load_suites(["mine_choices"], task_dir=tmp_path / "gone")
-    with pytest.raises(ValueError, match="--suite names no suite"):
-        harness.load_suites([])
+        load_suites([str(tasks / "mine_choces.yaml")])
+    with pytest.raises(ValueError, match=r"mine_by_size.yaml: it is a group. Give its name, .*--task_dir"):
+        load_suites([str(tasks / "mine_by_size.yaml")])
+    with pytest.raises(ValueError, match=r"cannot read --task_dir .*gone: no such folder"):
+        load_suites(["mine_choices"], task_dir=tmp_path / "gone")
+    with pytest.raises(ValueError, match="it names no suite"):
+        load_suites([])
 
 
 def test_lm_eval_has_the_suites_that_the_help_names():
-    index = harness._own_tasks().task_index
-    for name in harness.KNOWN:
-        leaves = list(harness._leaves(index, name))
-        assert leaves and None not in leaves and all(leaf["dataset_path"] for leaf in leaves)
-        if name in suites.PRIMARY:
-            assert suites.PRIMARY[name] in [metric["metric"] for metric in leaves[0]["metric_list"]]
-    assert len(list(harness._leaves(index, "mmlu"))) == 57
-    with pytest.raises(ValueError, match="--suite humaneval runs the code"):
-        harness.load_suites(["humaneval"])
-    with pytest.raises(
-        ValueError, match=r"gms8k: lm-eval knows no such task, nor --task_dir \(did you mean 'gsm8k'\?\)"
-    ):
-        harness.load_suites(["gms8k"])
+    index = harness._default_tasks().task_index
+    for name in KNOWN:
+        leaves = list(harness._task_configs(index, name))
+        assert leaves and all(leaf["dataset_path"] for leaf in leaves)
+        if name in PRIMARY:
+            assert PRIMARY[name] in [metric["metric"] for metric in leaves[0]["metric_list"]]
+    assert len(list(harness._task_configs(index, "mmlu"))) == 57
+    with pytest.raises(ValueError, match="cannot run --suite humaneval: it runs the code"):
+        load_suites(["humaneval"])
+    with pytest.raises(ValueError, match=r"neither lm-eval nor --task_dir has a task gms8k \(did you mean 'gsm8k'\?\)"):
+        load_suites(["gms8k"])
 
 
 def test_without_lm_eval_the_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ValueError, match=r"need lm-eval, which is not installed.*pip install -e '\.\[suites\]'"):
-        harness.load_suites(["mmlu"])
+    with pytest.raises(ValueError, match=r"lm-eval is not installed.*pip install -e '\.\[suites\]'"):
+        load_suites(["mmlu"])
 
 
 def command(tasks: Path, path: Path, *more: str) -> list[dict]:
@@ -431,7 +431,7 @@ def test_what_is_done_is_shown_where_a_suite_ends_the_rest(tasks, tmp_path, caps
     config = yaml.safe_load((tasks / "mine_written.yaml").read_text())
     few = tmp_path / "few.yaml"
     few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
-    with pytest.raises(ValueError, match="--suite few cannot be asked"):
+    with pytest.raises(ValueError, match="cannot ask --suite few"):
         command(tasks, tmp_path / "o.jsonl", "--eval_dataset=intent", f"--suite={few}", "--num_fewshot=50")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["dataset", "intent"]
 
@@ -444,9 +444,9 @@ def test_one_suite_alone_has_the_name_that_was_given(tasks, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--suite=mine_choices,mine_by_size,mine_few"], "the task mine_few is in it twice"),
+        (["--suite=mine_choices,mine_by_size,mine_few"], "has the task mine_few twice"),
         (["--suite=mine_few", "--eval_dataset=TASKS/mine_few.jsonl"], "two of them would be written to"),
-        (["--suite=gone"], "--suite gone: lm-eval knows no such task"),
+        (["--suite=gone"], "cannot run --suite gone: neither lm-eval nor --task_dir has a task gone"),
     ],
 )
 def test_a_wrong_suite_is_one_sentence_before_a_model_is_loaded(flags, sentence, tasks, tmp_path, monkeypatch, capsys):

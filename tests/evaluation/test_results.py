@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from evaluation.results import compare, summarize, table
+from evaluation.results import compare, format_results, summarize
 
 
 def lines(values, metric="exact_match", skills=None) -> list[dict]:
@@ -102,7 +102,7 @@ def test_a_table_shows_gains_losses_and_their_intervals():
     gained = summary("a_long_name_of_a_data_set", [100.0] * 60, half)
     noise = summary("b", [*half[1:], *half[:1]], half)
     lost = summary("c", list(rng.uniform(0, 10, 60)), half, primary="acc_norm,with_a_filter")
-    shown = table([gained, noise, lost]).splitlines()
+    shown = format_results([gained, noise, lost]).splitlines()
     assert [line.split()[0] for line in shown] == ["dataset", "a_long_name_of_a_data_set", "b", "c", "*"]
     for line, s in zip(shown[1:], (gained, noise, lost)):
         c = s["against_base"]
@@ -118,11 +118,11 @@ def test_a_table_says_what_was_left_out_and_what_is_not_in_percent():
     cut = {"truncated": 2, "arguments": {"max_new_tokens": 7}}
     own = summary("mine", [50.0, 50.0, None], tokens_per_second=3.0, **cut)
     likelihood = summary("held_out", [1.0, 1.0], unit="as in lm-eval", higher_is_better=False)
-    shown = table([own, likelihood])
+    shown = format_results([own, likelihood])
     assert "  1 without exact_match, left out\n  2 cut off at 7 tokens\n" in shown
     assert shown.endswith("in the unit of exact_match, less is better")
-    assert "  no interval: a skill or task has a single sample" in table([summary("mine", [50.0])])
+    assert "  no interval: a skill or task has a single sample" in format_results([summary("mine", [50.0])])
     pair = summary("mine", [50.0, 50.0], [0.0, 0.0])
-    assert "mine (base): 2 cut off at 7 tokens" in table([pair], {"mine": {**own, "missing": {}}})
-    both = table([pair, likelihood])
+    assert "mine (base): 2 cut off at 7 tokens" in format_results([pair], {"mine": {**own, "missing": {}}})
+    both = format_results([pair, likelihood])
     assert both.count("dataset") == 2 and both.index("difference") < both.index("mean")
