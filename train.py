@@ -77,20 +77,20 @@ def run(config: RunConfig) -> dict:
             "give device=cpu"
         )
     ranks = join(timeout, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    args = ranks.together(lambda: training_arguments(config))
+    args = ranks.run_or_fail_together(lambda: training_arguments(config))
     first = ranks.rank == 0  # it alone prints and writes
     say = print if first else lambda *_: None
     if not first:
         warnings.simplefilter("ignore")
         logging.disable_progress_bar()
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
-    checkpoint, results = ranks.on_first(lambda: run_folder.find_run(config, packs_per_step))
+    checkpoint, results = ranks.on_rank_zero(lambda: run_folder.find_run(config, packs_per_step))
     if results is not None:
         say(f"{config.output_dir} holds this run already, finished: nothing to do")
         return results
     set_seed(config.seed)
-    tokenizer = ranks.together(lambda: esft.load_tokenizer(config.base_model_path))
-    train_packs, eval_packs = ranks.on_first(lambda: load_data(config, tokenizer))
+    tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
+    train_packs, eval_packs = ranks.on_rank_zero(lambda: load_data(config, tokenizer))
     if args.eval_strategy != "no" and not eval_packs:
         raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
     model, apart, ranks, plan = load_model(config, args, train_packs, ranks, timeout, say)
@@ -154,7 +154,7 @@ def run(config: RunConfig) -> dict:
     if before is not None:
         after = frozen_hashes(model)
         changed = [name for name in before if before[name] != after.get(name)]
-        ranks.agree(
+        ranks.raise_on_all(
             f"verify_frozen: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the "
             "first: this is a bug, so no adapter was saved"
             if changed

@@ -81,7 +81,7 @@ def connect_experts(
 
 
 @dataclass(frozen=True)
-class _Route:
+class Route:
     """What `_Dispatch` and `_Combine` need to send rows and to bring them back."""
 
     group: Any
@@ -92,7 +92,7 @@ class _Route:
     row_R: Tensor  # local expert (row of the fused tensors) of each received row
 
 
-def _make_route(shard: Shard, slot_TK: Tensor) -> _Route:
+def make_route(shard: Shard, slot_TK: Tensor) -> Route:
     slot_N, (E, P) = slot_TK.reshape(-1), (sum(shard.sizes_P), len(shard.sizes_P))
     sorted_N, perm_N = torch.sort(slot_N, stable=True)
     arange = torch.arange(max(E, len(slot_N)), device=slot_N.device)
@@ -103,10 +103,10 @@ def _make_route(shard: Shard, slot_TK: Tensor) -> _Route:
     sent_P = torch.stack([part.sum() for part in count_E.split(shard.sizes_P)])
     sent, received = torch.stack([sent_P, count_PE.view(P, -1).sum(1)]).tolist()  # the host waits here, and only here
     row_R = torch.repeat_interleave(arange[: shard.local].repeat(P), count_PE, output_size=sum(received))
-    return _Route(shard.group, perm_N, inverse_N.view(slot_TK.shape), sent, received, row_R)
+    return Route(shard.group, perm_N, inverse_N.view(slot_TK.shape), sent, received, row_R)
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+def exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
     """(sum(sent), C) -> (sum(received), C): rows to, and from, each rank of the group."""
     out = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
@@ -135,7 +135,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x_TD, weight_TK, route):
         ctx.route, ctx.dtype = route, weight_TK.dtype
         rows = _pack(x_TD, route.perm_N // weight_TK.shape[1], weight_TK.reshape(-1)[route.perm_N])
-        x_RD, weight_R = _unpack(_exchange(rows, route.sent, route.received, route.group), weight_TK.dtype)
+        x_RD, weight_R = _unpack(exchange(rows, route.sent, route.received, route.group), weight_TK.dtype)
         return x_RD, weight_R[:, None]
 
     @staticmethod
@@ -143,7 +143,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, dx_RD, dweight_R1):
         route = ctx.route
         every_R = torch.arange(len(dx_RD), device=dx_RD.device)
-        rows = _exchange(_pack(dx_RD, every_R, dweight_R1[:, 0]), route.received, route.sent, route.group)
+        rows = exchange(_pack(dx_RD, every_R, dweight_R1[:, 0]), route.received, route.sent, route.group)
         dx_ND, dweight_N = _unpack(rows, ctx.dtype)
         return _home(dx_ND, route), dweight_N[route.inverse_TK], None
 
@@ -154,17 +154,17 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD, route):
         ctx.route = route
-        return _home(_exchange(y_RD, route.received, route.sent, route.group), route)
+        return _home(exchange(y_RD, route.received, route.sent, route.group), route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
         route = ctx.route
         dy_ND = dy_TD.index_select(0, route.perm_N // route.inverse_TK.shape[1])
-        return _exchange(dy_ND, route.sent, route.received, route.group), None
+        return exchange(dy_ND, route.sent, route.received, route.group), None
 
 
-def _home(rows_ND: Tensor, route: _Route) -> Tensor:
+def _home(rows_ND: Tensor, route: Route) -> Tensor:
     """Rows as they were sent, summed by token: (N, D) -> (T, D)."""
     rows = rows_ND.index_select(0, route.inverse_TK.reshape(-1))
     return rows.view(*route.inverse_TK.shape, rows_ND.shape[1]).sum(1)
@@ -175,7 +175,7 @@ def expert_parallel_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor
     if torch.is_grad_enabled() and module.shard.trained and not x_TD.requires_grad:
         # The first trained layer: a rank without trained experts in it must take part in the backward of the others.
         x_TD = x_TD.detach().requires_grad_()
-    route = _make_route(module.shard, module.slot_E[topk_ids_TK])
+    route = make_route(module.shard, module.slot_E[topk_ids_TK])
     x_RD, weight_R1 = _Dispatch.apply(x_TD, topk_weights_TK, route)
     y_RD = grouped_experts(FusedExperts(module), x_RD, route.row_R[:, None], weight_R1)
     return _Combine.apply(y_RD, route)

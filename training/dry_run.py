@@ -136,7 +136,7 @@ def step(
     tracker = _Tracker(model, packed)
     on_meta = tracker.device.type == "meta"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_substituted(expert_parallel, _make_route=_even_route, _exchange=_exchange))
+        stack.enter_context(_substituted(expert_parallel, make_route=_even_route, exchange=_even_exchange))
         if on_meta:  # which knows no autocast, that peft asks for, to turn it off
             stack.enter_context(_substituted(torch, autocast=lambda *_, **__: contextlib.nullcontext()))
         stack.enter_context(_substituted(nn.functional, scaled_dot_product_attention=_attention(on_meta)))
@@ -303,17 +303,17 @@ def _substituted(module, **functions):
         vars(module).update(before)
 
 
-def _even_route(shard, slot_TK: Tensor) -> "expert_parallel._Route":
-    """`expert_parallel._make_route` where every rank sends, and receives, the same number of rows."""
+def _even_route(shard, slot_TK: Tensor) -> "expert_parallel.Route":
+    """`expert_parallel.make_route` where every rank sends, and receives, the same number of rows."""
     slot_N, P = slot_TK.reshape(-1), len(shard.sizes_P)
     _, perm_N = torch.sort(slot_N, stable=True)
     inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(len(slot_N), device=slot_N.device))
     share = [(rank + 1) * len(slot_N) // P - rank * len(slot_N) // P for rank in range(P)]
     inverse_TK, row_R = inverse_N.view(slot_TK.shape), torch.empty_like(slot_N)
-    return expert_parallel._Route(shard.group, perm_N, inverse_TK, share, share, row_R)
+    return expert_parallel.Route(shard.group, perm_N, inverse_TK, share, share, row_R)
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+def _even_exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
     return rows.contiguous().new_empty(sum(received), rows.shape[1])
 
 

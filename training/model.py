@@ -52,25 +52,27 @@ def load_model(config, args, packs: list, ranks: Ranks, timeout: timedelta, say)
 
     Under expert parallelism a rank reads its own experts only.
     """
-    empty = ranks.together(lambda: empty_model(config.base_model_path))
+    empty = ranks.run_or_fail_together(lambda: empty_model(config.base_model_path))
     if quantization(empty.config) == "fp8" and config.method in ("full", "lora"):
         raise SharedError(
             f"model {config.base_model_path} is stored in fp8, which method {config.method} cannot train: give its "
             "bfloat16 form, or method=esft"
         )
-    experts = ranks.together(lambda: chosen_experts(config, empty))  # before a large model is loaded in vain
+    experts = ranks.run_or_fail_together(
+        lambda: chosen_experts(config, empty)
+    )  # before a large model is loaded in vain
     plan = plan_run(config, args, empty, experts, packs, ranks, say)
     ranks = ranks.with_experts(plan.ep_size, timeout)
     placements: dict[int, Placement] = {}
     if ranks.ep_size > 1:
-        placements = ranks.on_first(lambda: place_experts(config, empty, experts, ranks.ep_size, say))
+        placements = ranks.on_rank_zero(lambda: place_experts(config, empty, experts, ranks.ep_size, say))
     local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()} or None
     on = args.device if args.device.type == "cuda" else None
     place = {"dtype": config.dtype, "device": on, "experts": local, "attention": config.attn_implementation}
     if experts and (stored_dtype(config, empty) or config.offload_frozen):
         place["frozen"] = Storage(stored_dtype(config, empty), config.offload_frozen, experts.experts)
-    base, _ = ranks.together(lambda: esft.load_base_model(config.base_model_path, **place))
-    model = ranks.together(lambda: prepare_model(base, config, experts))
+    base, _ = ranks.run_or_fail_together(lambda: esft.load_base_model(config.base_model_path, **place))
+    model = ranks.run_or_fail_together(lambda: prepare_model(base, config, experts))
     if placements:
         connect_experts(model, placements, experts.experts, ranks)
         read = ranks.gather(model.read_bytes)

@@ -119,7 +119,7 @@ def plan_run(config, args, empty: nn.Module, experts: esft.ExpertConfig | None, 
             )
         return Plan(ep_size, checkpointing, memory, saving, tried)
 
-    found = ranks.on_first(plan)
+    found = ranks.on_rank_zero(plan)
     if found.tried:
         say(f"  memory of a process (GiB, of {budget / 2**30:,.1f}), estimated: {'; '.join(found.tried)}")
     if found.memory:

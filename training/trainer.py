@@ -183,7 +183,7 @@ class ESFTTrainer(Trainer):
     # a step
 
     def create_optimizer(self, model=None):
-        return self.ranks.together(functools.partial(super().create_optimizer, model))
+        return self.ranks.run_or_fail_together(functools.partial(super().create_optimizer, model))
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         def create():
@@ -193,7 +193,7 @@ class ESFTTrainer(Trainer):
                 kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
                 raise ValueError(f"lr_scheduler_kwargs do not fit lr_scheduler_type={kind}: {error}") from error
 
-        return self.ranks.together(create)
+        return self.ranks.run_or_fail_together(create)
 
     def get_train_dataloader(self):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -294,7 +294,9 @@ class ESFTTrainer(Trainer):
 
     def _agree(self, folder: Path) -> None:
         failure, self._failure = self._failure, None
-        self.ranks.agree(failure and f"{folder} could not be written ({failure}); what was saved before is whole")
+        self.ranks.raise_on_all(
+            failure and f"{folder} could not be written ({failure}); what was saved before is whole"
+        )
 
     def _save_checkpoint(self, model, trial):
         run_dir, writes = Path(self.args.output_dir), self.args.should_save

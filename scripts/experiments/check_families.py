@@ -472,7 +472,7 @@ class Result:
 
 def describe(model: nn.Module) -> dict:
     """What a line of the table says of a model."""
-    module = next(module for _, module in _experts(model))
+    module = next(experts.module for _, experts in _experts(model))
     words = {
         "gate": module.has_gate,
         "no gate": not module.has_gate,

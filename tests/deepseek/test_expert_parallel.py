@@ -118,24 +118,24 @@ def errors(rank: int) -> list:
         raise OSError("no disk")
 
     for attempt in (
-        lambda: ranks.agree("no room" if rank == 1 else None),
-        lambda: ranks.agree(ValueError("odd") if rank else None),
-        lambda: ranks.on_first(no_disk),
+        lambda: ranks.raise_on_all("no room" if rank == 1 else None),
+        lambda: ranks.raise_on_all(ValueError("odd") if rank else None),
+        lambda: ranks.on_rank_zero(no_disk),
     ):
         with pytest.raises(SharedError) as error:
             attempt()
         told.append(str(error.value))
-    ranks.agree(None)
-    return [*told, ranks.on_first(lambda: rank + 7), ranks.gather(rank * 2)]
+    ranks.raise_on_all(None)
+    return [*told, ranks.on_rank_zero(lambda: rank + 7), ranks.gather(rank * 2)]
 
 
 def test_an_error_of_one_rank_is_raised_alike_on_all():
     told = run_ranks(3, errors)
     assert told == [["rank 1: no room", "rank 1: odd", "no disk", 7, [0, 2, 4]]] * 3
     with pytest.raises(SharedError, match=r"^odd$"):  # of one process: no rank to be named
-        Ranks().agree(ValueError("odd"))
-    Ranks().agree(None)
-    assert Ranks().on_first(lambda: 3) == 3 and Ranks().gather("a") == ["a"]
+        Ranks().raise_on_all(ValueError("odd"))
+    Ranks().raise_on_all(None)
+    assert Ranks().on_rank_zero(lambda: 3) == 3 and Ranks().gather("a") == ["a"]
 
 
 # ---- a step: several ranks against one process ----------------------------------------------------------------------
@@ -258,13 +258,13 @@ def _take_part(ranks: Ranks, case: Case) -> Step:
 
 @contextlib.contextmanager
 def counted_rows() -> Iterator[dict[int, int]]:
-    """{id of an experts module: routed rows that came to it}"""
+    """Yield {id of an experts module: routed rows that came to it}."""
     received: dict[int, int] = {}
     original = expert_parallel.grouped_experts
 
-    def grouped_experts(module, x_RD, *args):
-        received[id(module)] = received.get(id(module), 0) + len(x_RD)
-        return original(module, x_RD, *args)
+    def grouped_experts(layer, x_RD, *args):
+        received[id(layer.module)] = received.get(id(layer.module), 0) + len(x_RD)
+        return original(layer, x_RD, *args)
 
     with mock.patch.object(expert_parallel, "grouped_experts", grouped_experts):
         yield received

@@ -55,8 +55,8 @@ def noted(model: nn.Module, settings: Settings) -> int:
         patch.setattr(dry_run, "_attention", lambda _: nn.functional.scaled_dot_product_attention)
         patch.setattr(dry_run._Tracker, "_answer", lambda _, tensor: tensor.item())
         patch.setattr(dry_run, "_grouped_mm", torch.ops.aten._grouped_mm.default)
-        patch.setattr(dry_run, "_even_route", expert_parallel._make_route)
-        patch.setattr(dry_run, "_exchange", expert_parallel._exchange)
+        patch.setattr(dry_run, "_even_route", expert_parallel.make_route)
+        patch.setattr(dry_run, "_even_exchange", expert_parallel.exchange)
         tokens = torch.randint(FAMILIES["deepseek_v2"]["vocab_size"], (settings.batch_size, settings.seq_length))
         empty = torch.empty
         patch.setattr(torch, "empty", lambda *a, **k: tokens if a[:1] == (tokens.shape,) else empty(*a, **k).zero_())

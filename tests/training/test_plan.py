@@ -28,7 +28,7 @@ def plan(files, tmp_path, monkeypatch):
         def gather(self, obj):
             return [obj] * self.world_size
 
-        def on_first(self, function):
+        def on_rank_zero(self, function):
             return function()
 
     def make(world: int, bytes_each: int, **keys):
