@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 REFERENCE = re.compile(r"`([\w/]+\.py):(\d+) \(([\w.]+)\)`")  # `esft.py:12 (to_esft)`
+QUOTE = re.compile(r"^ *```python ([\w/]+\.py)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)  # lines of that file
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = str(ROOT / "results" / "models" / "tiny")
 LAW = str(ROOT / "datasets" / "train" / "law.jsonl")
@@ -63,9 +65,28 @@ def test_a_reference_points_at_the_definition(page):
     assert not wrong, f"{page.name}: {wrong}; run `python tests/test_docs.py`"
 
 
-def test_the_four_guides_show_code_by_line():
+def is_quoted_from(quote: str, source: str) -> bool:
+    """Whether the lines of `quote` stand in `source` one after the other, at any indentation."""
+    wanted, lines = textwrap.dedent(quote).strip().splitlines(), source.splitlines()
+    windows = (lines[start : start + len(wanted)] for start in range(len(lines)))
+    return any(textwrap.dedent("\n".join(window)).splitlines() == wanted for window in windows)
+
+
+def test_the_four_guides_show_code():
     for name in ("architecture", "peft-methods", "memory-optimization", "training-pipeline"):
-        assert len(references(ROOT / "docs" / f"{name}.md")) >= 3, name
+        page = ROOT / "docs" / f"{name}.md"
+        assert len(references(page)) >= 3 and QUOTE.search(page.read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_quote_is_what_the_file_says(page):
+    for path, quote in QUOTE.findall(page.read_text(encoding="utf-8")):
+        assert is_quoted_from(quote, (ROOT / path).read_text(encoding="utf-8")), f"{page.name} quotes {path}:\n{quote}"
+
+
+def test_a_wrong_quote_is_noticed():
+    source = "def f():\n    a = 1\n    b = 2\n"
+    assert is_quoted_from("a = 1\nb = 2\n", source) and not is_quoted_from("a = 1\nb = 3\n", source)
 
 
 def test_definitions_know_methods_and_lines():

@@ -382,72 +382,35 @@ def test_what_cannot_be_pushed_is_one_sentence_and_exit_code_2(api, flags, token
 # ------------------------------------------------------------------------------------------------------------- fetching
 
 
-def shell(script, *arguments, path=None, **environ):
-    environ = {**os.environ, **environ} | ({"PATH": path} if path else {})
+def shell(script, *arguments, **environ):
     command = ["bash", str(ROOT / "scripts" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ}, check=False)
 
 
-def test_download_adapters_prints_its_commands():
-    done = shell("download_adapters.sh", "--dry_run")
+def test_download_prints_its_commands():
+    done = shell("download.sh", "base", "law", "data", DRY_RUN="1")
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and all(words[1] == "download" for words in lines)
-    tasks = ("law", "summary", "translation", "intent", "math", "code")
-    adapters = [f"deepseek-ai/ESFT-{score}-{task}-lite" for task in tasks for score in ("token", "gate")]
-    assert [words[2] for words in lines] == ["deepseek-ai/ESFT-vanilla-lite", *adapters]
-    assert lines[1][3:] == [
-        "--local-dir", "results/checkpoints/ESFT-token-law-lite", "--include", "expert_cfg.json",
-        "--include", "*.safetensors*",
-    ]  # fmt: skip
-    few = shell("download_adapters.sh", "--dry_run", "--no_base", "--score=gate", "law", "math", ADAPTERS="elsewhere")
-    assert [line.split()[2:5] for line in few.stdout.splitlines()] == [
-        [f"deepseek-ai/ESFT-gate-{task}-lite", "--local-dir", f"elsewhere/ESFT-gate-{task}-lite"]
-        for task in ("law", "math")
-    ]
-    assert len(shell("download_adapters.sh", "--dry_run", "--base").stdout.splitlines()) == 1
-
-
-def test_download_datasets_prints_its_commands():
-    done = shell("download_datasets.sh", "--dry_run", "law", "intent", DATASETS="elsewhere")
+    assert done.returncode == 0 and len(lines) == 3 + 2 * 8
+    base = ["deepseek-ai/ESFT-vanilla-lite", "--local-dir", "results/models/ESFT-vanilla-lite"]
+    assert lines[0][1:] == ["download", *base, "--exclude", "*.py"]
+    for words, score in zip(lines[1:3], ("token", "gate")):
+        name = f"ESFT-{score}-law-lite"
+        assert words[2:5] == [f"deepseek-ai/{name}", "--local-dir", f"results/checkpoints/{name}"]
     source = "https://raw.githubusercontent.com/deepseek-ai/ESFT/main/datasets"
-    assert [line.split()[-2:] for line in done.stdout.splitlines()] == [
-        [f"elsewhere/{split}/{task}.jsonl.part", f"{source}/{split}/{task}.jsonl"]
+    assert [words[-2:] for words in lines[3::2]] == [
+        [f"datasets/released/{split}/{task}.jsonl.part", f"{source}/{split}/{task}.jsonl"]
         for split in ("train", "eval")
-        for task in ("law", "intent")
+        for task in ("intent", "law", "summary", "translation")
     ]
 
 
-@pytest.mark.parametrize("script", ["download_adapters.sh", "download_datasets.sh"])
-def test_downloads_explain_themselves_and_refuse_what_they_do_not_know(script):
-    done = shell(script, "--help")
-    assert done.returncode == 0 and "--dry_run" in done.stdout and "TASK" in done.stdout and "set -e" not in done.stdout
-    for argument, message in (("--dryrun", "unrecognized flag --dryrun"), ("laws", "of the task 'laws'; there are")):
-        done = shell(script, argument)
-        assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith("error: ") and message in done.stderr
-
-
-def stand_in(folder, name, code):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
-    (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def test_without_a_network_one_sentence_and_no_half_file(tmp_path):
-    """A curl that writes half a file and fails; one that works; and what is there is not fetched again."""
-    out = "for last; do :; done; while [ $# -gt 1 ]; do [ $1 = --output ] && file=$2; shift; done"
-    fails = stand_in(tmp_path / "bad", "curl", f'{out}; echo half > "$file"; echo "curl: no host" >&2; exit 6')
-    done = shell("download_datasets.sh", "law", path=fails, DATASETS=str(tmp_path / "data"))
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: https://.*train/law\.jsonl could not be fetched; .*", done.stderr.splitlines()[-1])
-    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
-    works = stand_in(tmp_path / "good", "curl", f'{out}; echo "$last" > "$file"')
-    done = shell("download_datasets.sh", "law", path=works, DATASETS=str(tmp_path / "data"))
-    files = {str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*") if path.is_file()}
-    assert done.returncode == 0 and files == {"train/law.jsonl", "eval/law.jsonl"}
-    again = shell("download_datasets.sh", "law", path=fails, DATASETS=str(tmp_path / "data"))
-    assert again.returncode == 0 and "train/law.jsonl is there" in again.stdout
+def test_download_explains_itself_and_refuses_what_it_does_not_know():
+    for arguments in ([], ["--help"]):
+        done = shell("download.sh", *arguments)
+        assert done.returncode == 0 and "DRY_RUN" in done.stdout and "set -e" not in done.stdout
+    done = shell("download.sh", "laws", DRY_RUN="1")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: cannot download 'laws'") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
