@@ -5,6 +5,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,11 @@ def figure_to_svg(figure, label: str) -> str:
     svg = buffer.getvalue()
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :]).replace("#000000", "currentColor")
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def colours_of(labels: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each label, in their order."""
+    return {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
 
 
 def draw_experts(
@@ -129,7 +135,8 @@ def heat_map(axes, score_LE: dict[int, dict[int, float]], column_LE: dict[int, l
                 outlines.append(Rectangle((column - 0.5, row - 0.5), 1, 1))
     top = 100 * max(max(score_E.values()) for score_E in score_LE.values())
     image = axes.imshow(percent_LE, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-    axes.add_collection(PatchCollection(outlines, facecolor="none", edgecolor=MARK, linewidth=1.3))
+    thickness = 1.3 if E <= 96 else 0.5  # cells of many experts are small
+    axes.add_collection(PatchCollection(outlines, facecolor="none", edgecolor=MARK, linewidth=thickness))
     axes.set_xticks(range(0, E, max(1, E // 8)))
     return image
 
@@ -145,10 +152,8 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
             axes.plot(step_N[::thin], loss_N[::thin], color=colours[label], linewidth=0.8, alpha=0.35)
             sums = np.cumsum(np.concatenate([np.zeros(span), loss_N]))
             loss_N = (sums[span:] - sums[:-span]) / np.minimum(np.arange(len(points)) + 1, span)
-        marker = "o" if len(points) <= 40 else ""
-        axes.plot(
-            step_N[::thin], loss_N[::thin], marker, linestyle="-", color=colours[label], label=label, markersize=4
-        )
+        line = {"color": colours[label], "label": label, "marker": "o" if len(points) <= 40 else None, "markersize": 4}
+        axes.plot(step_N[::thin], loss_N[::thin], **line)
     losses = [loss for points in curves.values() for _, loss in points]
     if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
         axes.set_yscale("log")

@@ -2,16 +2,15 @@
 
     python scripts/pipeline.py --base_model_path=MODEL --train_dataset=DATA --methods=esft-token,full [key=value ...]
 
-Each stage is one of the project's commands, printed before it runs, in a process of its own, so that it can be repeated
-by hand and its peak memory is its own. A stage whose command and results are there already is skipped, and training
-goes on from its last checkpoint (every save_steps): after an interruption the same command goes on. Keys, data and
-libraries of all stages are checked before the first one runs. Everything goes below --output_dir:
+Each stage is one of the project's commands, in a process of its own. It is printed before it runs, and you can run it
+by hand. After an interruption the same command goes on: a stage that is done is skipped, and training resumes from its
+last checkpoint (every save_steps). Keys, data and libraries are checked before the first stage. In --output_dir are:
 
     expert_scores/   expert_configs/   checkpoints/<method>/   completions/<method>.<dataset>.jsonl   merged/
     table.md   table.json   expert_scores.png   losses.png
 
-Training keys come last, `learning_rate=1e-4` for all methods or `full:learning_rate=3e-5` for one, which wins.
-`full:save_opt_states=false` spares the disk the optimizer states of a whole model; that method then starts over.
+Training keys come last: `learning_rate=1e-4` for all methods, `full:learning_rate=3e-5` for one, which wins.
+`full:save_opt_states=false` saves the disk space of a whole model's optimizer states; that method cannot resume.
 """
 
 import argparse
@@ -30,41 +29,51 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, suggest, write_json, write_text
-from evaluation.run_folder import TRAINING
-from scripts.pipeline_results import against_full, completions_path, plot_losses, table, table_rows
+from evaluation.figures import colours_of, new_figure, plot_losses, save_figure
+from evaluation.run_folder import METHODS, Run, read_run
 from training.data import load_samples, resolve_dataset
-from utils import ROOT, command_parser, environment, locked, positive, run_cli, run_command, torchrun
+from utils import (
+    ROOT,
+    command_parser,
+    environment,
+    locked,
+    markdown_table,
+    note,
+    positive,
+    run_cli,
+    run_command,
+    torchrun,
+)
 
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
 PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as it is typed in the repository's root
 
 
 class Stages:
-    """Runs commands once each; `stages.json` remembers the command of each output that is whole.
+    """Run commands once each. `stages.json` keeps the command of every finished output.
 
-    A command that runs makes those stale that were given its output, or the folder of it.
+    When a command runs again, the outputs of the commands that read its output are out of date, and run again, too.
     """
 
     def __init__(self, folder: Path, lock: int | None = None):
         self.note, self.lock = folder / "stages.json", lock
         self.done: dict[str, list[str]] = json.loads(self.note.read_text()) if self.note.is_file() else {}
 
-    def run(self, output: Path, script: str, *, processes: int = 1, **flags: object) -> None:
-        """`python script --flag=value ...`, skipped where `output` exists and came from the same command.
+    def run(self, output: Path, script: str, *, processes: int = 1, keys: tuple = (), **flags: object) -> None:
+        """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already.
 
-        A flag that is None or False is left out, True is given without a value, `overrides` (a list) comes last.
-        Several processes are started by torchrun, and share the CPU's cores.
+        A flag that is None or False is left out, and one that is True has no value.
         """
-        overrides = flags.pop("overrides", [])
         given = {key: value for key, value in flags.items() if value is not None and value is not False}
-        words = [script, *(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *overrides]
+        words = [script, *(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *keys]
         command = [*torchrun(processes), *words]
+        shown = shlex.join([PYTHON, *command])
         if output.exists() and self.done.get(str(output)) == command:
-            print(f"[done] {shlex.join([PYTHON, *command])}", flush=True)
+            print(f"[done] {shown}", flush=True)
             return
-        print(f"\n$ {shlex.join([PYTHON, *command])}", flush=True)
+        print(f"\n$ {shown}", flush=True)
         made = {str(output), str(output.parent)}
-        self.done = {k: old for k, old in self.done.items() if not made & {flag.partition("=")[2] for flag in old}}
+        self.done = {k: old for k, old in self.done.items() if not made & {word.partition("=")[2] for word in old}}
         if self.note.is_file():
             write_json(self.note, self.done)
         start = time.perf_counter()
@@ -77,34 +86,29 @@ class Stages:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
+    count = {"type": positive, "metavar": "N"}
+    methods, presets = ", ".join(METHODS), "configs/base.yaml"
+    train_help = "a name (file of datasets/train), a path or a hub id"
+    eval_help = "names (files of datasets/eval), paths or hub ids (default: the name of the training set, and general)"
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="the base model: a folder or a hub id")
-    add("--train_dataset", "--data", required=True, metavar="DATA", help="a name (file of datasets/train), a path or a "
-        "hub id")  # fmt: skip
-    add("--eval_dataset", "--eval_datasets", metavar="DATA[,DATA]", help="names (files of datasets/eval), paths or hub "
-        "ids (default: the name of the training set, and general)")  # fmt: skip
+    add("--train_dataset", "--data", required=True, metavar="DATA", help=train_help)
+    add("--eval_dataset", "--eval_datasets", metavar="DATA[,DATA]", help=eval_help)
     add("--output_dir", metavar="DIR", help="default: results/runs/<name of the training set>")
-    add("--methods", default="esft-token", metavar="METHOD[,METHOD]", help=f"of {', '.join(TRAINING)} (default: "
-        "esft-token)")  # fmt: skip
-    add("--train_config", default="configs/base.yaml", metavar="FILE.yaml", help="training keys (default: "
-        "configs/base.yaml)")  # fmt: skip
-    add("--top_p_token", type=float, default=0.2, metavar="P", help="cumulative token score that is trained (default: "
-        "0.2)")  # fmt: skip
-    add("--top_p_gate", type=float, default=0.1, metavar="P", help="cumulative gate score that is trained (default: "
-        "0.1)")  # fmt: skip
-    add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to score the experts on "
-        "(default: 131072)")  # fmt: skip
-    add("--seq_length", type=positive, default=4096, metavar="N", help="tokens per pack, in scoring and training "
-        "(default: 4096)")  # fmt: skip
+    add("--methods", default="esft-token", metavar="METHOD[,METHOD]", help=f"of {methods} (default: %(default)s)")
+    add("--train_config", default=presets, metavar="FILE.yaml", help="training keys (default: %(default)s)")
+    for function, default in (("token", 0.2), ("gate", 0.1)):
+        top_p_help = f"cumulative {function} score that is trained (default: %(default)s)"
+        add(f"--top_p_{function}", type=float, default=default, metavar="P", help=top_p_help)
+    add("--n_sample_tokens", **count, default=131072, help="tokens to score the experts on (default: %(default)s)")
+    add("--seq_length", **count, default=4096, help="tokens per pack, in scoring and training (default: %(default)s)")
     add("--template", choices=("chat", "released"), default="chat", help="how messages are rendered (default: chat)")
-    add("--max_new_tokens", type=positive, default=512, metavar="N", help="longest answer in evaluation, in tokens "
-        "(default: 512)")  # fmt: skip
-    add("--eval_batch_size", type=positive, default=16, metavar="N", help="samples per batch in evaluation (default: "
-        "16)")  # fmt: skip
-    add("--n_eval_samples", type=positive, metavar="N", help="evaluate on so many samples per data set (default: all)")
-    add("--world_size", type=positive, default=1, metavar="N", help="processes in scoring and evaluation (default: 1)")
-    add("--nproc_per_node", type=positive, default=1, metavar="N", help="processes in training, by torchrun: ESFT by "
-        "train_ep.py, the other methods data parallel (default: 1)")  # fmt: skip
-    add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs per such process (default: 1)")
+    add("--max_new_tokens", **count, default=512, help="longest answer, in tokens (default: %(default)s)")
+    add("--eval_batch_size", **count, default=16, help="samples per batch in evaluation (default: %(default)s)")
+    add("--n_eval_samples", **count, help="evaluate on so many samples per data set (default: all)")
+    add("--world_size", **count, default=1, help="processes in scoring and evaluation (default: 1)")
+    nproc_help = "processes in training: ESFT by train_ep.py, the other methods data parallel (default: 1)"
+    add("--nproc_per_node", **count, default=1, help=nproc_help)
+    add("--gpus_per_rank", **count, default=1, help="GPUs per process of scoring and evaluation (default: 1)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights (default: as stored)")
     add("--seed", type=int, default=0, metavar="N", help="of sampling, selection and training (default: 0)")
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
@@ -112,122 +116,98 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def eval_datasets(args: argparse.Namespace) -> list[str]:
-    """The data sets to evaluate on: those asked for, or those that go by the training set's name and `general`."""
+    """Return the data sets to evaluate on. The default is the one named as the training set, and `general`."""
     if args.eval_dataset:
-        return [name.strip() for name in args.eval_dataset.split(",") if name.strip()]
-    found = []
-    for name in (Path(args.train_dataset).stem, "general"):
-        try:
-            resolve_dataset(name, "eval")
-            found.append(name)
-        except (ValueError, OSError):
-            print(f"note: no datasets/eval/{name}.jsonl; name evaluation sets with --eval_dataset")
-    return found
+        return split(args.eval_dataset)
+    folder = ROOT / "datasets" / "eval"
+    names = [name for name in (Path(args.train_dataset).stem, "general") if (folder / f"{name}.jsonl").is_file()]
+    if len(names) < 2:
+        note(f"evaluated on {' and '.join(names) or 'nothing'} by default; --eval_dataset names other data sets")
+    return names
 
 
 def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, list[str]]:
-    """The overrides for train.py of each method: `key=value` for all methods, or for the one, which wins.
+    """Return the key=value words for train.py, by method.
 
     Raises:
-        ValueError, FileNotFoundError: what train.py would refuse of the keys, and those that are flags here.
+        ValueError, OSError: a word that is not METHOD:KEY=VALUE, a flag of the pipeline, or what train.py refuses.
     """
     from training.config import ALIASES, read_config, training_arguments  # slow, and --help can do without
 
-    for_all: dict[str, str] = {}
-    for_one: dict[str, dict[str, str]] = {method: {} for method in TRAINING}
-    for pair in args.overrides:
-        key, equals, value = pair.partition("=")
-        method, colon, rest = key.rpartition(":")
+    given: dict[str, dict[str, str]] = {method: {} for method in ("", *METHODS)}
+    for word in args.overrides:
+        key, equals, value = word.partition("=")
+        method, _, key = key.rpartition(":")
+        key = ALIASES.get(key, key)
         if not equals:
-            raise ValueError(f"{pair!r}: a training key is written key=value")
-        if colon and method not in TRAINING:
-            raise ValueError(f"{pair!r}: {method!r} is no method{suggest(method, TRAINING)}")
-        key, keys = ALIASES.get(rest, rest), for_one[method] if colon else for_all
-        if key in keys:
-            raise ValueError(f"{pair!r}: {key} is given twice; give it once")
+            raise ValueError(f"cannot read {word!r}: a training key is written key=value. See train.py --help.")
+        if method not in given:
+            raise ValueError(f"cannot read {word!r}: there is no such method{suggest(method, METHODS)}.")
+        if key in given[method]:
+            raise ValueError(f"cannot use {word!r}: {key} is given twice. Give it once.")
         if key in OURS:
-            raise ValueError(f"{pair!r}: the pipeline sets {key} for all its stages; see its own flags (--help)")
-        keys[key] = value
+            raise ValueError(f"cannot use {word!r}: the pipeline sets {key} for all stages. Use its flags (--help).")
+        given[method][key] = value
 
-    overrides = {}
+    words = {}
     for method in methods:
-        function, train_method = TRAINING[method]
+        function, train_method = METHODS[method]
         keys = {"method": train_method, "seq_length": args.seq_length, "template": args.template, "seed": args.seed}
         keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
-        keys |= {"save_opt_states": "true"} | for_all | for_one[method]
+        keys |= {"save_opt_states": "true"} | given[""] | given[method]
+        paths = {"base_model_path": args.base_model_path, "train_dataset": args.train_dataset, "output_dir": "later"}
+        paths |= {"expert_config": "later"} if function else {}
         try:
-            given = {key: yaml.safe_load(str(value)) for key, value in keys.items()}
+            values = {key: yaml.safe_load(str(value)) for key, value in keys.items()}
         except yaml.YAMLError as error:
-            raise ValueError(f"a value among {', '.join(args.overrides)} is not valid YAML") from error
-        given |= {"base_model_path": args.base_model_path, "train_dataset": args.train_dataset, "output_dir": "later"}
-        config = read_config(args.train_config, given | ({"expert_config": "later"} if function else {}))
-        training_arguments(dataclasses.replace(config, device="cpu"))  # this process is to leave the GPUs alone
-        overrides[method] = [f"{key}={value}" for key, value in keys.items()]
-    return overrides
+            raise ValueError(f"cannot read {', '.join(args.overrides)}: a value is not valid YAML.") from error
+        config = read_config(args.train_config, values | paths)
+        training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
+        words[method] = [f"{key}={value}" for key, value in keys.items()]
+    return words
 
 
 def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> None:
-    """Raise ValueError or FileNotFoundError for what would stop a later stage after hours of earlier ones."""
+    """Raise ValueError or OSError for what would stop a later stage after hours of earlier ones."""
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"cannot run method {method!r}{suggest(method, METHODS)}. Choose of {', '.join(METHODS)}.")
     for name in ("top_p_token", "top_p_gate"):
         if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: a share of the scores, above 0 and at most 1")
+            raise ValueError(f"cannot use --{name} {getattr(args, name)}: it is above 0 and at most 1.")
     if "lora" in methods and find_spec("peft") is None:
-        raise ValueError(f"method lora needs peft: {PYTHON} -m pip install -c constraints.txt peft")
+        raise ValueError(f"cannot run lora: it needs peft. Run {PYTHON} -m pip install -c constraints.txt peft.")
     load_samples(args.train_dataset)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):
-        raise ValueError(f"--eval_dataset {args.eval_dataset}: the data sets must have different names")
+        raise ValueError(f"cannot use --eval_dataset {args.eval_dataset}: two have one name. Rename one.")
     for name, dataset in zip(names, datasets):
         load_rows(dataset)
         get_evaluator(name)  # and the libraries of its metrics
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    methods = [name.strip() for name in args.methods.split(",") if name.strip()]
-    for method in methods:
-        if method not in TRAINING:
-            raise ValueError(f"--methods: {method!r}{suggest(method, TRAINING)} is none of {', '.join(TRAINING)}")
-    resolve_dataset(args.train_dataset, "train")
-    folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
-    check_output(folder, folder=True)
-    datasets, overrides = eval_datasets(args), training_keys(args, methods)
-    check(args, methods, datasets)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
-    with locked(folder, "pipeline") as lock:
-        run_stages(args, Stages(folder, lock), folder, methods, datasets, overrides)
+def given(args: argparse.Namespace, names: str) -> dict[str, object]:
+    """Return the flags of these names."""
+    return {name: getattr(args, name) for name in names.split()}
 
 
-def run_stages(
-    args: argparse.Namespace,
-    stages: Stages,
-    folder: Path,
-    methods: list[str],
-    datasets: list[str],
-    overrides: dict[str, list[str]],
-) -> None:
-    """Score, select, train (`overrides`: keys of each method), evaluate, merge; the table and the pictures."""
-    base = args.base_model_path
+def score_and_select(args: argparse.Namespace, stages: Stages, folder: Path, functions: list[str]) -> None:
+    """Score the experts on the training data, and select some by each score function."""
     scores, configs = folder / "expert_scores", folder / "expert_configs"
-    functions = {TRAINING[method][0] for method in methods} - {None}
-
-    if functions:
-        stages.run(
-            scores / "summary.json",
-            "scripts/expert/get_expert_scores.py",
-            eval_dataset=args.train_dataset,
-            base_model_path=base,
-            output_dir=scores,
-            n_sample_tokens=args.n_sample_tokens,
-            seq_length=args.seq_length,
-            world_size=args.world_size,
-            gpus_per_rank=args.gpus_per_rank,
-            template=args.template,
-            seed=args.seed,
-            dtype=args.dtype,
-        )
-    for function in sorted(functions):
+    stages.run(
+        scores / "summary.json",
+        "scripts/expert/get_expert_scores.py",
+        eval_dataset=args.train_dataset,
+        base_model_path=args.base_model_path,
+        output_dir=scores,
+        **given(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype"),
+    )
+    for function in functions:
         stages.run(
             configs / f"{function}.json",
             "scripts/expert/generate_expert_config.py",
@@ -237,71 +217,169 @@ def run_stages(
             score_function=function,
             top_p=args.top_p_token if function == "token" else args.top_p_gate,
         )
-    for method in methods:
-        function, _ = TRAINING[method]
+
+
+def train(args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]]) -> None:
+    """Train each method with its keys."""
+    for method, words in keys.items():
+        function, _ = METHODS[method]
         run = folder / "checkpoints" / method
         stages.run(
             run / "trainer_state.json",
             "train_ep.py" if function and args.nproc_per_node > 1 else "train.py",
             processes=args.nproc_per_node,
-            base_model_path=base,
+            base_model_path=args.base_model_path,
             train_dataset=args.train_dataset,
             train_config=args.train_config,
-            expert_config=configs / f"{function}.json" if function else None,
+            expert_config=folder / "expert_configs" / f"{function}.json" if function else None,
             output_dir=run,
-            overrides=overrides[method],
+            keys=words,
         )
-    for method in ["base", *methods] if datasets else []:
+
+
+def evaluate(args: argparse.Namespace, stages: Stages, folder: Path, methods: list[str], datasets: list[str]) -> None:
+    """Evaluate the base and each method on all data sets."""
+    completions = folder / "completions"
+    for method in ["base", *methods]:
         run = folder / "checkpoints" / method
+        last = f"{method}.{Path(datasets[-1]).stem}.jsonl" if len(datasets) > 1 else f"{method}.jsonl"
         stages.run(
-            completions_path(folder, method, datasets[-1], len(datasets) > 1),
+            completions / last,
             "eval_multigpu.py",
             eval_dataset=",".join(datasets),
-            base_model_path=run if method == "full" else base,
+            base_model_path=run if method == "full" else args.base_model_path,
             adapter_dir=None if method in ("base", "full") else run,
-            output_path=folder / "completions" / f"{method}.jsonl",
-            world_size=args.world_size,
-            gpus_per_rank=args.gpus_per_rank,
-            template=args.template,
-            max_new_tokens=args.max_new_tokens,
-            eval_batch_size=args.eval_batch_size,
+            output_path=completions / f"{method}.jsonl",
+            **given(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
             n_samples=args.n_eval_samples,
-            seed=args.seed,
-            dtype=args.dtype,
+            **given(args, "seed dtype"),
         )
-    first = next((method for method in methods if TRAINING[method][1] == "esft"), None)
-    if first and not args.no_merge:
+
+
+def merge_and_draw(args: argparse.Namespace, stages: Stages, folder: Path, methods: list[str]) -> None:
+    """Merge the first ESFT adapter into the base, and draw the experts of the first method that selects some."""
+    esft = [method for method in methods if METHODS[method][1] == "esft"]
+    if esft and not args.no_merge:
         stages.run(
             folder / "merged" / "config.json",
             "scripts/merge_adapter.py",
-            base_model_path=base,
-            adapter_dir=folder / "checkpoints" / first,
+            base_model_path=args.base_model_path,
+            adapter_dir=folder / "checkpoints" / esft[0],
             output_dir=folder / "merged",
             overwrite=True,
         )
-    pictures = find_spec("matplotlib") is not None
-    if functions and pictures:
-        function = TRAINING[first or "random"][0]
+    functions = [METHODS[method][0] for method in [*esft, *methods] if METHODS[method][0]]
+    if find_spec("matplotlib") is None:
+        note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
+    elif functions:
         stages.run(
             folder / "expert_scores.png",
             "scripts/expert/plot_expert_scores.py",
-            expert_scores_dir=scores,
-            expert_config=configs / f"{function}.json",
-            score_function=function,
+            expert_scores_dir=folder / "expert_scores",
+            expert_config=folder / "expert_configs" / f"{functions[0]}.json",
+            score_function=functions[0],
             output_path=folder / "expert_scores.png",
         )
-    if pictures:
-        plot_losses(folder, methods)
-    else:
-        print(f"note: no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
+
+
+def table_rows(run: Run, methods: list[str], datasets: list[str]) -> list[dict]:
+    """Return a dict per method, the base first: scores by data set, and (but for the base) what training cost."""
+    names, trained = [Path(dataset).stem for dataset in datasets], {model.label: model for model in run.trained}
+    rows = []
+    for method in ["base", *methods]:
+        summaries = {name: run.evaluations[name][method].summary for name in names}
+        row = {name: {key: s[key] for key in ("mean", "ci95", "n", "primary")} for name, s in summaries.items()}
+        rows.append({"method": method, "scores": row})
+        if method != "base":
+            model = trained[method]
+            rows[-1] |= model.results | {"learning_rate": model.settings.get("learning_rate")}
+    return rows
+
+
+def format_table(rows: list[dict]) -> str:
+    """Return the rows in Markdown: scores with 95 % intervals, trained share, step time, peak memory, size on disk."""
+    names = list(rows[0]["scores"])
+    lines = []
+    for row in rows:
+        cells = [row["method"]]
+        for score in row["scores"].values():
+            shown = "-" if score["mean"] is None else f"{score['mean']:.1f}"
+            cells.append(f"{shown} [{score['ci95'][0]:.1f}, {score['ci95'][1]:.1f}]" if score["ci95"] else shown)
+        cost = ["-"] * 4
+        if "steps" in row:
+            cost = [
+                f"{row['trained_parameters'] / row['parameters']:.1%}",
+                f"{row['step_seconds']:.2f}",
+                f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+                f"{row['saved_bytes'] / 2**20:,.2f} MiB",
+            ]
+        lines.append([*cells, *cost])
+    return markdown_table(["method", *names, "trained", "step (s)", "peak memory", "saved"], lines)
+
+
+def against_full(rows: list[dict]) -> str:
+    """Compare each method with full fine-tuning: its score on the task, and what it forgot. "" without these scores.
+
+    The task is the first data set, and the general skills are the last one.
+    """
+    by_method = {row["method"]: [score["mean"] for score in row["scores"].values()] for row in rows}
+    full = next((row for row in rows if row["method"] == "full"), None)
+    if full is None or len(rows[0]["scores"]) < 2 or None in [mean for means in by_method.values() for mean in means]:
+        return ""
+    task, *_, general = rows[0]["scores"]
+    base, of_full = by_method.pop("base"), by_method.pop("full")
+    rate = f"learning rate {full['learning_rate']:g}, " if full["learning_rate"] else ""
+    return "\n".join(
+        f"{method}: {means[0] / max(of_full[0], 1e-9):.0%} of full fine-tuning's {task} score; {general} "
+        f"{means[-1] - base[-1]:+.1f} where full fine-tuning ({rate}{full['steps']} steps) has "
+        f"{of_full[-1] - base[-1]:+.1f}"
+        for method, means in by_method.items()
+    )
+
+
+def write_results(args: argparse.Namespace, folder: Path, methods: list[str], datasets: list[str]) -> None:
+    """Write the losses as a picture, and print and write the table."""
+    run = read_run(folder)
+    if find_spec("matplotlib"):
+        figure, axes = new_figure(11, 4)
+        for ax, key, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss")):
+            curves = {model.label: model.curve(key) for model in run.trained if model.label in methods}
+            plot_losses(ax, curves, title, colours_of(methods))
+        save_figure(figure, folder / "losses.png")
     if datasets:
-        rows = table_rows(folder, methods, datasets)
-        text = table(rows)
-        summary = against_full(rows)
-        write_text(folder / "table.md", text + ("\n\n" + summary if summary else "") + "\n")
+        rows = table_rows(run, methods, datasets)
+        text = "\n\n".join(filter(None, [format_table(rows), against_full(rows)]))
+        write_text(folder / "table.md", f"{text}\n")
         write_json(folder / "table.json", {"rows": rows, "arguments": vars(args), "environment": environment()})
-        print(f"\n{text}\n\n{summary}\n")
+        print(f"\n{text}\n")
     print(f"All of it is in {folder}")
+
+
+def run_stages(
+    args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]], datasets: list[str]
+) -> None:
+    """Score, select, train the methods of `keys`, evaluate, merge; then the table and the pictures."""
+    if functions := sorted({METHODS[method][0] for method in keys} - {None}):
+        score_and_select(args, stages, folder, functions)
+    train(args, stages, folder, keys)
+    if datasets:
+        evaluate(args, stages, folder, list(keys), datasets)
+    merge_and_draw(args, stages, folder, list(keys))
+    write_results(args, folder, list(keys), datasets)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    methods = split(args.methods)
+    resolve_dataset(args.train_dataset, "train")
+    folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
+    check_output(folder, folder=True)
+    datasets = eval_datasets(args)
+    check(args, methods, datasets)
+    keys = training_keys(args, methods)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
+    with locked(folder, "pipeline") as lock:
+        run_stages(args, Stages(folder, lock), folder, keys, datasets)
 
 
 if __name__ == "__main__":

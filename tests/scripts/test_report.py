@@ -1,35 +1,84 @@
-"""scripts/report.py: text stays text, nothing is fetched, parts may miss, and a page shows several runs."""
+"""The report: a page holds what the files of the runs hold, escapes all text, and needs no network."""
 
 import html
 import json
 import re
 import shlex
 import shutil
+import statistics
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import yaml
 
-import train
-from scripts import report, report_charts, report_evaluation
-from training.config import DEFAULTS
+from deepseek.files import write_json, write_jsonl
+from evaluation import figures
+from evaluation.run_folder import read_run
+from scripts import report
 from utils import run_cli
 
-EVIL = "<script>alert(1)</script><img src=http://x.test/a onerror=alert(2)>\"'&\x1b[31m\ud800"
-TRAINING = {"learning_rate": 0.0025, "max_steps": 6, "seed": 0, "eval_strategy": "steps", "eval_steps": 3}
+pytest.importorskip("matplotlib")
+
+EVIL = "<script>alert(1)</script><img src=http://x.test/a onerror=alert(2)>\"'& $x_{$ {{ 7 * 7 }}\x1b[31m"
+EXPERTS = {"1": [5, 2], "2": [7, 0, 3]}
 CONFIG = {
     "base_model_path": "results/models/tiny",
     "train_dataset": "law",
-    "output_dir": "somewhere/with a space",
+    "output_dir": "a folder/with spaces",
     "expert_config": "law.json",
     "seq_length": 256,
     "frozen_dtype": None,
-    "validation_fraction": 0.05,
-    "global_batch_size": 4,
     "save_opt_states": True,
+    "training": {"learning_rate": 0.0025, "max_steps": 6},
 }
+
+
+def write_training(folder: Path, method: str, size: int, finished: bool = True) -> None:
+    """Write a folder of train.py."""
+    results = {"parameters": 5828288, "trained_parameters": size, "steps": 6, "eval_loss": 0.125, "step_seconds": 0.25}
+    results |= {"world_size": 1, "peak_memory_bytes": 609505280, "saved_bytes": 4 * size}
+    note = {"config": {**CONFIG, "method": method}, "results": results if finished else None}
+    environment = {"date": "2026-11-21T05:00:00+00:00", "git": "f76b19c", "device": "cpu (2 cores)"}
+    write_json(folder / "run.json", {**note, "environment": environment})
+    history = [{"step": step, "loss": 3.0 * 0.5**step} for step in range(1, 7)]
+    history += [{"step": 3, "eval_loss": 0.5}, {"step": 6, "eval_loss": 0.25}, {"step": 6, "eval_loss": 0.125}]
+    write_json(folder / "trainer_state.json", {"log_history": history})
+    if method == "esft":
+        write_json(
+            folder / "expert_cfg.json", {"experts": EXPERTS, "shared_experts": True, "non_expert_modules": False}
+        )
+
+
+def write_run(folder: Path) -> Path:
+    """Write a folder of the pipeline: base, esft-token and full on law and general."""
+    write_training(folder / "checkpoints" / "esft-token", "esft", 442368)
+    write_training(folder / "checkpoints" / "full", "full", 5828288)
+    rows = []
+    for number, method in enumerate(("base", "esft-token", "full")):
+        scores = {}
+        for dataset, mean in (("law", 10.25 + 40 * number), ("general", 90.5 - 20 * number)):
+            scores[dataset] = {"mean": mean, "ci95": [mean - 1.5, mean + 1.5], "n": 12, "primary": "rouge_l"}
+            groups = {"copying": {"n": 6, "mean": mean}} if dataset == "general" else {}
+            summary = {"dataset": dataset, **scores[dataset], "failed": 0, "groups": groups}
+            at = folder / "completions" / f"{method}.{dataset}.jsonl"
+            write_json(at.with_suffix(".summary.json"), {**summary, "arguments": {"eval_dataset": "law,general"}})
+            texts = [(f"{dataset} question {i}", f"{method} says {i}", f"gold {i}") for i in range(12)]
+            write_jsonl(at, (
+                {"example": {"prompt": prompt, "raw_prediction": said, "raw_answers": [gold]}, "score": number * i / 22}
+                for i, (prompt, said, gold) in enumerate(texts)
+            ))  # fmt: skip
+        rows.append({"method": method, "scores": scores})
+    by_layer = {layer: {str(e): (1 + (5 * e + int(layer)) % 8) / 36 for e in range(8)} for layer in ("1", "2")}
+    write_json(folder / "expert_scores" / "summary.json", {"token_scores": by_layer, "meta": {"dataset": "law"}})
+    arguments = {"base_model_path": "results/models/tiny", "methods": "esft-token,full", "no_merge": True}
+    write_json(folder / "table.json", {"rows": rows, "arguments": {**arguments, "overrides": ["a=b c"]}})
+    write_json(folder / "stages.json", {"out": ["train.py", "--output_dir=a b", "method=esft"]})
+    return folder
+
+
+def change_json(path: Path, **changes: object) -> None:
+    write_json(path, json.loads(path.read_text()) | changes)
 
 
 @pytest.fixture
@@ -38,233 +87,242 @@ def run(tmp_path):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, figures {key: (value, text)}, text; AssertionError where elements do not nest."""
+    """The tags of a page with their attributes, and its text. Elements must nest."""
 
-    VOID = ("meta", "link", "br", "img", "input")
-
-    def __init__(self, text: str):
+    def __init__(self, source: str):
         super().__init__()
-        self.source, self.tags, self.figures, self.open, self.key, self.words = text, [], {}, [], None, []
-        self.feed(text)
+        self.source, self.tags, self.open, self.words = source, [], [], []
+        self.feed(source)
         self.close()
-        assert not self.open, self.open
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if tag not in self.VOID:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
             self.open.append(tag)
-        if tag == "data":
-            self.key = attrs["data-key"]
-            assert self.key not in self.figures, f"{self.key} is on the page twice"
-            self.figures[self.key] = (float(attrs["value"]), "")
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-        self.key = None if tag == "data" else self.key
 
     def handle_data(self, data):
         self.words.append(data)
-        if self.key:
-            self.figures[self.key] = (self.figures[self.key][0], data)
 
     def of(self, tag: str) -> list[dict]:
         return [attrs for name, attrs in self.tags if name == tag]
 
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
+    def charts(self, start: str) -> list[str]:
+        return [a["aria-label"] for a in self.of("svg") if a["aria-label"].startswith(start)]
+
+    def rows(self, heading: str) -> list[list[str]]:
+        """The cells of each table row with that heading."""
+        found = re.findall(rf'<th scope="row">{re.escape(heading)}</th>(.*?)</tr>', self.source, re.DOTALL)
+        return [[" ".join(re.sub("<[^>]+>", "", c).split()) for c in re.findall("<td.*?</td>", r)] for r in found]
 
 
-def poison(run: Path) -> None:
-    """EVIL wherever a file of the run may hold text."""
-    for path in sorted(run.glob("completions/*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for line in lines:
-            text = EVIL.replace("\ud800", "")  # no line may have that
-            line["example"] = {"prompt": text, "raw_prediction": text, "raw_answers": [text]}
-            line["skill"] = text
-        lines[0] |= {"error": text, "score": None}
-        write(path, lines)
-        summary = path.with_suffix(".summary.json")
-        told = json.loads(summary.read_text())
-        dataset = f"{told['dataset']}{EVIL}"
-        write(
-            summary,
-            {**told, "dataset": dataset, "primary": EVIL, "failed": EVIL, "groups": {EVIL: {"n": 1, "mean": 5}}},
-        )
-    for path in run.glob("checkpoints/*/run.json"):
-        note = json.loads(path.read_text())
-        note["config"] |= {"base_model_path": EVIL, "train_dataset": EVIL, EVIL: EVIL}
-        note["environment"] = dict.fromkeys(("date", "git", "device", EVIL), EVIL)
-        write(path, note)
-    scores = json.loads((run / "expert_scores" / "summary.json").read_text())
-    write(run / "expert_scores" / "summary.json", {**scores, "meta": {"dataset": EVIL}})
-    write(run / "stages.json", {EVIL: [EVIL]})
-    write(run / "table.json", {"rows": [], "arguments": {EVIL: EVIL, "overrides": [EVIL]}})
+def page(*folders, **options) -> Page:
+    return Page(report.page(folders, **options))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the page
 
 
 def test_text_stays_text(run):
     clean = {tag for tag, _ in page(run).tags}
-    poison(run)
+    for path in run.glob("completions/*.jsonl"):
+        example = {"prompt": EVIL, "raw_prediction": EVIL, "raw_answers": [EVIL]}
+        write_jsonl(path, [{"example": example, "skill": EVIL, "score": None, "error": EVIL}] * 12)
+        groups = {EVIL: {"n": 1, "mean": 5}}
+        change_json(path.with_suffix(".summary.json"), dataset=f"law{EVIL}", primary=EVIL, failed=EVIL, groups=groups)
+    for path in run.glob("checkpoints/*/run.json"):
+        config = {**CONFIG, "method": "esft", "base_model_path": EVIL, "train_dataset": EVIL, EVIL: EVIL}
+        change_json(path, config=config, environment=dict.fromkeys(("date", "git", EVIL), EVIL))
+    change_json(run / "expert_scores" / "summary.json", meta={"dataset": EVIL})
+    write_json(run / "stages.json", {EVIL: [EVIL]})
+    write_json(run / "table.json", {"rows": [], "arguments": {EVIL: EVIL, "overrides": [EVIL]}})
     evil = page(run)
-    assert "<script>alert(1)</script>" in evil.text and "<script" not in evil.source
+    assert "<script>alert(1)</script>" in evil.text and "$x_{$ {{ 7 * 7 }}" in evil.text
     assert {tag for tag, _ in evil.tags} <= clean and not {"script", "img", "iframe", "link"} & clean
     assert not [key for _, attrs in evil.tags for key in attrs if key.startswith("on")]
-    assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff]", evil.source)
-    evil.source.encode("utf-8")
-    assert report_charts.esc("a\r\nb\tc\x00<&\"'") == "a\nb\tc\ufffd&lt;&amp;&quot;&#x27;"
+    assert "\x1b" not in evil.source and "\ufffd[31m" in evil.source
 
 
-def test_the_page_asks_the_network_for_nothing(run):
+def test_the_page_needs_no_network(run):
     found = page(run)
     (policy,) = [a["content"] for a in found.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "script-src" not in rules
-    assert all(
-        attrs[key].startswith("#") for _, attrs in found.tags for key in ("href", "src", "action") if key in attrs
-    )
-    assert not re.search(r"url\(|@import|https?:|//[a-z]", found.source)
-    assert "prefers-color-scheme:dark" in found.source and any(a.get("name") == "viewport" for a in found.of("meta"))
+    links = [attrs[key] for _, attrs in found.tags for key in ("href", "xlink:href", "src", "action") if key in attrs]
+    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert not re.search(r"url\((?!#)|@import", found.source)
+    assert "prefers-color-scheme: dark" in found.source and any(a.get("name") == "viewport" for a in found.of("meta"))
 
 
-def test_it_can_be_read_without_eyes(run):
+def test_a_page_can_be_read_without_eyes(run):
     found = page(run)
     assert found.of("html") == [{"lang": "en"}] and len(found.of("h1")) == len(found.of("main")) == 1
     levels = [int(tag[1]) for tag, _ in found.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
-    ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
-    assert len(set(ids)) == len(ids) and {a["href"][1:] for a in found.of("a")} <= set(ids)
-    charts = [attrs for attrs in found.of("svg") if attrs.get("class") == "chart"]
-    assert len(charts) == 6 and all(a["role"] == "img" and len(a["aria-label"]) > 30 for a in charts)
-    assert all("aria-hidden" in a for a in found.of("svg") if a not in charts)
-    assert len(found.of("th")) == len([a for a in found.of("th") if a.get("scope") in ("row", "col")]) > 40
-    scrolls = [a for a in found.of("div") if a.get("class") == "scroll"]
-    assert len(scrolls) >= len(found.of("table")) > 6 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolls)
+    ids = [attrs["id"] for tag, attrs in found.tags if tag == "section"]
+    assert len(set(ids)) == 6 and [a["href"] for a in found.of("a")] == [f"#{id}" for id in ids]
+    assert len(found.of("svg")) == 5 and all(a["role"] == "img" and len(a["aria-label"]) > 30 for a in found.of("svg"))
+
+
+def test_the_numbers_are_those_of_the_files(run):
+    found = page(run)
+    esft, full = found.rows("esft-token"), found.rows("full")
+    assert esft[0][:2] == ["50.2 +25.0", "70.5 +25.0"] and esft[0][2:4] == ["7.6%", "2 to 3 of 8"]
+    assert esft[0][4:] == ["6", "0.0025", "0.1250", "0.25 s", "581.3 MiB", "1.7 MiB"]
+    assert full[0][2:4] == ["100.0%", "all"]
+    assert esft[1] == ["3: 0.5000, 6: 0.1250"], "the last validation loss of a step counts"
+    assert esft[2][:3] == ["50.2", "[48.8, 51.8]", "12"] and found.rows("base")[0][:3] == ["10.2", "[8.8, 11.8]", "12"]
+    assert found.rows("copying") == [["90", "70 -20.0", "50 -40.0"]]
+    assert "esft-token: 2 to 3 of 8 experts per layer, the shared experts" in found.text
+    assert found.rows("2") == [["7, 0, 3"]]
+    assert found.charts("law: ") == ["law: base 10.2; esft-token 50.2; full 90.2"]
+    (losses,) = found.charts("validation loss")
+    assert "esft-token: 0.5 at first, 0.125 at last" in losses
+    assert "table.json says" not in found.text
+    change_json(run / "completions" / "full.law.summary.json", mean=11.5)
+    assert "table.json says 90.25 for full on law" in page(run).text
+
+
+def test_changes_are_of_pairs_and_questions_are_counted(run):
+    right = {"base": range(12), "full": (2, 12, 13, 14), "esft-token": range(1, 13)}
+    for method, indices in right.items():
+        example = {"raw_prediction": "x", "raw_answers": ["x"]}
+        write_jsonl(run / "completions" / f"{method}.general.jsonl", (
+            {"example": {"prompt": str(i), **example}, "score": float(i in indices)} for i in range(40)
+        ))  # fmt: skip
+    found = page(run)
+    difference, interval, verdict, newly, no_longer = found.rows("full")[3][3:]
+    assert (difference, verdict, newly, no_longer) == ("-20.0", "forgotten", "3", "11")
+    spread = 1.96 * 100 * statistics.pstdev([*[-1] * 11, *[1] * 3, *[0] * 26]) / 40**0.5
+    assert [float(x) for x in re.findall(r"[-+.\d]+", interval)] == pytest.approx([-20 - spread, -20 + spread], abs=2.6)
+    assert found.rows("esft-token")[3][5:] == ["uncertain", "1", "1"]
+
+
+def test_the_evaluation_s_own_comparison_is_shown(run):
+    changed = {"difference": 39.5, "ci95": [30.5, 45.5], "certain": True}
+    suite = {"primary": "perplexity", "unit": "as in lm-eval", "higher_is_better": False}
+    for method, more in {"base": {}, "esft-token": {"against_base": changed}, "full": {}}.items():
+        change_json(run / "completions" / f"{method}.law.summary.json", **suite, **more)
+    found = page(run)
+    assert found.rows("esft-token")[2][3:6] == ["+39.5", "[+30.5, +45.5]", "forgotten"]
+    assert '<span class="down">+39.5</span>' in found.source
+    assert found.rows("full")[2][3:6] == ["+80.0", "-", "-"], "the tasks of a suite have weights of their own"
+    assert "perplexity (its own unit, less is better)" in found.text
+
+
+def test_answers_stand_side_by_side_and_long_ones_are_cut(run):
+    found = page(run, count=1)
+    first, *others = re.findall(r"<article.*?</article>", found.source, re.DOTALL)
+    assert len(others) == 5 and "law question 11" in first and "gold 11" in first
+    for method, said in (("base", "incorrect"), ("esft-token", "scores 50 of 100"), ("full", "correct")):
+        assert f"{method} says 11" in first and f">{said}<" in first
+    assert page(run, count=1).source == found.source
+    path = run / "completions" / "full.law.jsonl"
+    path.write_text(path.read_text().replace("full says", "x" * 10_000))
+    assert "characters more)" in page(run).text and "x" * (report.LONGEST + 1) not in page(run).source
+    path.write_text("\n".join(reversed(path.read_text().splitlines())))
+    assert "full is left out: it answers other questions." in page(run).text
+
+
+def test_the_best_the_worst_and_some_random_questions_are_picked(run):
+    (law, _) = read_run(run).evaluations.values()
+    picked = report.pick(law, "base", 2, seed=0)
+    assert list(picked.values()) == ["most gained"] * 2 + ["least gained, or lost"] * 2 + ["drawn at random"] * 2
+    assert list(picked)[:4] == [11, 10, 0, 1]
+    assert report.pick(law, "base", 2, seed=0) == picked
+    assert any(report.pick(law, "base", 2, seed=seed) != picked for seed in (1, 2, 3))
+    assert len(report.pick({"full": law["full"]}, "base", 9, seed=0)) == 12
+
+
+def test_commands_can_be_pasted(run):
+    blocks = re.findall(r'<div class="text command">(.*?)</div>', page(run).source, re.DOTALL)
+    first, stage = (shlex.split(html.unescape(block)) for block in blocks)
+    assert stage == ["python", "train.py", "--output_dir=a b", "method=esft"]
+    assert first[:3] == ["python", "scripts/pipeline.py", "--base_model_path=results/models/tiny"]
+    assert first[-2:] == ["--no_merge", "a=b c"]
+    (block,) = re.findall(
+        r'<div class="text command">(.*?)</div>', page(run / "checkpoints" / "full").source, re.DOTALL
+    )
+    words = shlex.split(html.unescape(block))
+    assert words[:2] == ["python", "train.py"] and "--output_dir=a folder/with spaces" in words
+    assert {"method=full", "save_opt_states=true", "learning_rate=0.0025"} <= set(words)
+    assert not any("frozen_dtype" in word for word in words)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a folder may lack, and several folders
 
 
 @pytest.mark.parametrize(
     "gone, sentence",
     [
-        ("expert_scores", "No scores are here, so the trained experts are listed only."),
-        ("completions", "mine has no evaluation: eval_multigpu.py --adapter_dir="),
+        ("expert_scores", "No scores are here, so the experts are only listed."),
+        ("completions", "mine has no evaluation. This makes one: eval_multigpu.py --adapter_dir="),
         ("checkpoints", "No folder of train.py is here, so only the evaluations follow."),
-        ("checkpoints/full/trainer_state.json", None),
         ("checkpoints/esft-token/expert_cfg.json", "No run here selects experts."),
-        ("completions/base.law.summary.json", None),
         ("table.json", None),
         ("stages.json", None),
+        ("completions/base.law.summary.json", None),
     ],
 )
 def test_what_is_missing_is_left_out(gone, sentence, run):
-    whole = page(run)
-    path = run / gone
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    found = page(run)
-    assert sentence is None or (sentence in found.text and sentence not in whole.text)
-    assert found.figures.items() <= whole.figures.items()
+    whole = page(run).text
+    shutil.rmtree(run / gone) if (run / gone).is_dir() else (run / gone).unlink()
+    assert sentence is None or (sentence in page(run).text and sentence not in whole)
 
 
-def test_no_base_no_answers_no_commands(run):
-    for path in [
-        *run.glob("completions/base.*"),
-        *run.glob("completions/*.jsonl"),
-        run / "table.json",
-        run / "stages.json",
-    ]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(run / "checkpoints")
-    text = page(run).text
-    assert "No base was evaluated beside a trained model" in text and "No answers are here" in text
-    assert "No command was recorded" in text and "No training was found" in text
-
-
-def test_a_run_that_was_broken_off_has_losses_of_its_last_checkpoint(run):
+def test_an_unfinished_run_has_the_losses_of_its_last_checkpoint(run):
     folder = run / "checkpoints" / "full"
-    write_trained(folder, "full", 7, finished=False)
+    write_training(folder, "full", 7, finished=False)
     (folder / "trainer_state.json").unlink()
     for step, loss in ((20, 0.25), (100, 0.75)):  # not in the order of their names
-        write(
-            folder / f"checkpoint-{step}" / "trainer_state.json", {"log_history": [{"step": step, "eval_loss": loss}]}
-        )
-    found = page(run)
-    assert "full was not finished: it has no results yet." in found.text and "not finished" in found.text
-    assert found.figures["full/eval_loss@100"][0] == 0.75 and "full/eval_loss@20" not in found.figures
-    assert "full/steps" not in found.figures
-
-
-def test_a_folder_of_train_py_alone(run):
-    found = page(run / "checkpoints" / "esft-token")
-    assert found.figures["esft-token/steps"][0] == 6 and "listed only" in found.text
-    (command,) = [m for m in re.findall(r"<pre[^>]*>(.*?)</pre>", found.source, re.DOTALL)]
-    words = shlex.split(html.unescape(command).replace("\\\n", " "))
-    assert words[:2] == ["python", "train.py"]
-    pairs = (word.removeprefix("--").partition("=") for word in words[2:])
-    again = train.read_config(None, {key: yaml.safe_load(value) for key, _, value in pairs})
-    config = json.loads((run / "checkpoints" / "esft-token" / "run.json").read_text())["config"]
-    config["training"] = DEFAULTS | {"save_strategy": "steps"} | config["training"]
-    assert again == train.RunConfig(**config)
-
-
-def test_commands_can_be_pasted(run):
-    blocks = re.findall(r"<pre[^>]*>(.*?)</pre>", page(run).source, re.DOTALL)
-    first, stage = (shlex.split(html.unescape(block).replace("\\\n", " ")) for block in blocks)
-    assert stage == ["python", "train.py", "--output_dir=a b", "method=esft"]
-    assert first[:3] == ["python", "scripts/pipeline.py", "--base_model_path=results/models/tiny"]
-    assert first[-2:] == ["--no_merge", "a=b c"]
+        log = [{"step": step, "eval_loss": loss}, {"step": step + 1, "loss": float("nan")}]
+        write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"log_history": log})
+    rows = page(run).rows("full")
+    assert rows[0][-1] == "not finished" and rows[1] == ["100: 0.7500"]
 
 
 def test_several_runs_share_charts_and_keep_their_names(run, tmp_path):
     other = write_run(tmp_path / "yours")
-    write_trained(tmp_path / "alone", "lora", 1000)
+    write_training(tmp_path / "alone", "lora", 1000)
     found = page(run, other, tmp_path / "alone")
-    labels = {"mine/esft-token", "mine/full", "yours/esft-token", "yours/full", "alone"}
-    assert {key.rpartition("/steps")[0] for key in found.figures if key.endswith("/steps")} == labels
-    (chart,) = [a["aria-label"] for a in found.of("svg") if a.get("aria-label", "").startswith("validation loss")]
-    assert all(f"{label}: 0.5 at first, 0.125 at last" in chart for label in labels)
+    (losses,) = found.charts("validation loss")
+    labels = ("mine/esft-token", "mine/full", "yours/esft-token", "yours/full", "alone")
+    assert all(f"{label}: 0.5 at first" in losses and found.rows(label) for label in labels)
     assert "alone has no evaluation" in found.text and "mine has no evaluation" not in found.text
-    (law,) = [a["aria-label"] for a in found.of("svg") if a.get("aria-label", "").startswith("law")]
-    assert "mine/base 10.1" in law and "yours/full 90.1" in law
-    note = json.loads((other / "checkpoints" / "full" / "run.json").read_text())
-    write(other / "checkpoints" / "full" / "run.json", note | {"inputs": {"train_dataset": "another hash"}})
-    charts = [
-        a["aria-label"] for a in page(run, other).of("svg") if a.get("aria-label", "").startswith("validation loss")
-    ]
-    assert len(charts) == 2, "losses on different data are not compared"
+    assert "mine/base 10.2" in found.charts("law")[0] and "yours/full 90.2" in found.charts("law")[0]
+    change_json(other / "checkpoints" / "full" / "run.json", inputs={"train_dataset": "another hash"})
+    assert len(page(run, other).charts("validation loss")) == 2, "losses on different data are not compared"
 
 
-def test_experts_of_another_model_are_refused(run):
-    config = {"experts": {"1": [99]}, "shared_experts": False, "non_expert_modules": False}
-    write(run / "checkpoints" / "esft-token" / "expert_cfg.json", config)
-    with pytest.raises(ValueError, match="scores are of another model"):
-        page(run)
+def test_a_folder_of_train_py_has_the_evaluations_of_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine, other = tmp_path / "mine" / "full", tmp_path / "other" / "full"
+    for folder in (mine, other):
+        shutil.copytree(run / "checkpoints" / "full", folder)
+    for dataset, of in (("law", mine), ("general", other)):
+        for method, between in (("full", ""), ("base", ".base")):
+            path = tmp_path / "results" / "completions" / f"full.{dataset}{between}.summary.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(run / "completions" / f"{method}.{dataset}.summary.json", path)
+            change_json(path, arguments={"base_model_path": "b", "adapter_dir": str(of)})
+    found = page(mine)
+    assert found.rows("full")[0][0] == "90.2 +80.0" and "general" not in found.text
 
 
-def test_answers_stand_side_by_side_and_long_ones_are_cut(run):
-    found = page(run, count=1)
-    (sample, *others) = re.findall(r"<article.*?</article>", found.source, re.DOTALL)
-    assert len(others) == 5 and "law question 11" in sample and "gold 11" in sample
-    for method, verdict in (("base", "incorrect"), ("esft-token", "scores 92 of 100"), ("full", "correct")):
-        assert f"{method} says 11" in sample and f">{verdict}<" in sample
-    assert page(run, count=1).source == found.source
-    path = run / "completions" / "full.law.jsonl"
-    path.write_text(path.read_text().replace("full says", "x" * 10_000))
-    assert "characters more)" in page(run).text and "x" * (report_evaluation.SHOWN + 1) not in page(run).text
+# --------------------------------------------------------------------------------------------------------------------
+# the command
 
 
-def test_answers_to_other_questions_are_left_out(run):
-    path = run / "completions" / "full.law.jsonl"
-    path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    found = page(run)
-    assert "full: left out, since they answer other questions." in found.text and "full says" in found.text
-    law = found.source[found.source.index(">law</h3>", found.source.index('id="answers"')) :].split(">general</h3>")[0]
-    assert "esft-token says" in law and "full says" not in law
-
-
-def test_the_command_writes_one_small_file(run, tmp_path, capsys):
+def test_the_command_writes_one_file(run, tmp_path, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     report.main([str(run), f"--output={tmp_path / 'deep' / 'page.html'}"])
     assert "written to" in capsys.readouterr().out
@@ -274,28 +332,20 @@ def test_the_command_writes_one_small_file(run, tmp_path, capsys):
     assert report.main([str(run)]) == run / "report.html"
 
 
-def test_a_page_on_a_big_model_stays_small(run):
-    by_layer = {str(la): {str(e): (1 + e % 2 * 2) / 512 for e in range(256)} for la in range(61)}
-    write(run / "expert_scores" / "summary.json", {"token_scores": by_layer, "meta": {}})
-    size = len(report.page([run]).encode())
-    assert 200_000 < size < 1_000_000
-
-
 @pytest.mark.parametrize(
     "break_it, sentence",
     [
         (lambda run: shutil.rmtree(run), "no such folder"),
-        (lambda run: [shutil.rmtree(run / name) for name in ("checkpoints", "completions")], "is no run"),
-        (lambda run: (run / "checkpoints" / "full" / "run.json").write_text('{"config": '), "not valid JSON"),
-        (lambda run: (run / "checkpoints" / "full" / "run.json").write_text("[]"), "expected a JSON object"),
-        (lambda run: (run / "checkpoints" / "full" / "run.json").write_text("{}"), "is not train.py's"),
-        (lambda run: (run / "checkpoints" / "full" / "trainer_state.json").write_text("{}"), "is not train.py's"),
-        (lambda run: (run / "completions" / "base.law.summary.json").write_text("{}"), "not a summary"),
-        (lambda run: (run / "completions" / "base.law.jsonl").write_text('{"a": 1}\n'), "base.law.jsonl: line 1"),
-        (lambda run: (run / "table.json").write_text('{"rows": [1]}'), "not what pipeline.py writes"),
-        (lambda run: (run / "stages.json").write_text('{"out": 1}'), "not what pipeline.py writes"),
+        (
+            lambda run: [shutil.rmtree(run / name) for name in ("checkpoints", "completions")],
+            "Give the folder of a run",
+        ),
+        (lambda run: (run / "checkpoints" / "full" / "run.json").write_text('{"config": '), "damaged"),
+        (lambda run: (run / "checkpoints" / "full" / "run.json").write_text("{}"), "of another program"),
+        (lambda run: (run / "completions" / "base.law.summary.json").write_text("[]"), "of another program"),
         (lambda run: (run / "completions" / "base.law.jsonl").write_text('{"a"\n'), "base.law.jsonl:1"),
         (lambda run: (run / "expert_scores" / "summary.json").write_text("{}"), "no scores in it"),
+        (lambda run: change_json(run / "checkpoints/esft-token/expert_cfg.json", experts={"1": [99]}), "expert 99"),
     ],
 )
 def test_what_is_no_run_is_one_sentence(break_it, sentence, run, tmp_path, capsys):
@@ -305,118 +355,44 @@ def test_what_is_no_run_is_one_sentence(break_it, sentence, run, tmp_path, capsy
         run_cli(lambda: report.main([str(run), f"--output={output}"]))
     told = capsys.readouterr().err
     assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1 and sentence in told
-    assert "mine" in told and not output.exists()
+    assert not output.exists()
 
 
-def test_a_folder_twice_is_refused(run):
+def test_a_folder_given_twice_is_refused(run):
     with pytest.raises(ValueError, match="given twice"):
         page(run, run / ".." / "mine")
 
 
-def test_a_folder_of_train_py_has_the_evaluations_that_are_of_it(run, tmp_path, monkeypatch):
-    """Those that eval_multigpu.py wrote where no path was given."""
-    monkeypatch.chdir(tmp_path)
-    mine, other = tmp_path / "mine" / "full", tmp_path / "other" / "full"
-    for folder in (mine, other):
-        shutil.copytree(run / "checkpoints" / "full", folder)
-    assert "eval_multigpu.py --adapter_dir=" in page(mine).source
-    for dataset, of in (("law", mine), ("general", other)):
-        for method, between in (("full", ""), ("base", ".base")):
-            for end in ("jsonl", "summary.json"):
-                path = tmp_path / "results" / "completions" / f"full.{dataset}{between}.{end}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(run / "completions" / f"{method}.{dataset}.{end}", path)
-            told = json.loads(path.read_text())
-            path.write_text(json.dumps({**told, "arguments": {"base_model_path": "b", "adapter_dir": str(of)}}))
-    found = page(mine)
-    assert found.figures["full/law/mean"][0] == pytest.approx(90.1234)
-    assert not any("general" in key for key in found.figures)
-    assert "against the base" in found.source
+# --------------------------------------------------------------------------------------------------------------------
+# figures
 
 
-EXPERTS = {"1": [5, 2], "2": [7, 0, 3]}
+def drawn(curve: list[tuple[int, float]]) -> list:
+    _, axes = figures.new_figure(4, 3, ncols=1)
+    figures.plot_losses(axes, {"a": curve}, "loss", {"a": "red"})
+    return axes.get_lines()
 
 
-def score(layer: int, expert: int) -> float:
-    return round((1 + (5 * expert + layer) % 8) / 36, 4)
+def test_a_curve_has_its_points_and_a_long_one_its_running_mean():
+    (line,) = drawn([(1, 2.0), (5, 1.0), (9, 0.5)])
+    assert line.get_xydata().tolist() == [[1, 2], [5, 1], [9, 0.5]]
+    raw, mean = drawn([(step, float(step % 2)) for step in range(100_000)])
+    assert len(raw.get_xdata()) <= figures.MAX_POINTS and mean.get_ydata()[1:] == pytest.approx(0.5, abs=0.01)
 
 
-def write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps(line) + "\n" for line in value) if path.suffix == ".jsonl" else json.dumps(value)
-    )
+def contrast(a: str, b: str) -> float:
+    """The contrast of two colours, by WCAG 2."""
+
+    def light(colour: str) -> float:
+        channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+
+    low, high = sorted((light(a), light(b)))
+    return (high + 0.05) / (low + 0.05)
 
 
-def write_trained(folder: Path, method: str, size: int, finished: bool = True, steps: int = 6) -> None:
-    config = {**CONFIG, "method": method, "training": TRAINING}
-    results = {
-        "parameters": 5828288,
-        "trained_parameters": size,
-        "gradient_bytes": 4 * size,
-        "optimizer_bytes": 8 * size,
-        "steps": steps,
-        "best_step": 3,
-        "train_loss": 0.21828169645534625 + size,
-        "eval_loss": 0.04721920029455874,
-        "step_seconds": 0.1939645759994164,
-        "world_size": 1,
-        "ep_size": 1,
-        "peak_memory_bytes": 609505280 + size,
-        "estimated_peak_bytes": 78905024,
-        "saved_bytes": 4 * size,
-        "frozen_verified": False,
-    }
-    environment = {"date": "2026-11-21T05:00:00+00:00", "git": "f76b19c", "torch": "2.13.0", "device": "cpu (2 cores)"}
-    write(folder / "run.json", {"config": config, "environment": environment, "results": results if finished else None})
-    history = [{"step": s, "loss": 3.0 * 0.5**s + 1e-4} for s in range(1, steps + 1)]
-    history += [{"step": 3, "eval_loss": 0.5}, {"step": 6, "eval_loss": 0.125}, {"step": 6, "eval_loss": 0.125}]
-    write(folder / "trainer_state.json", {"log_history": [*history, {"step": 6, "train_runtime": 75.5}]})
-    if method == "esft":
-        write(folder / "expert_cfg.json", {"experts": EXPERTS, "shared_experts": False, "non_expert_modules": False})
-
-
-def write_run(folder: Path) -> Path:
-    """A run as the pipeline leaves it: base, esft-token and full on law and general."""
-    rows = []
-    write_trained(folder / "checkpoints" / "esft-token", "esft", 442368)
-    write_trained(folder / "checkpoints" / "full", "full", 5828288)
-    for number, method in enumerate(("base", "esft-token", "full")):
-        row = {"method": method, "scores": {}}
-        for dataset, mean in (("law", 10.1234 + 40 * number), ("general", 90.5678 - 20 * number)):
-            told = {"mean": mean, "ci95": [mean - 1.5, mean + 1.5], "n": 12, "primary": "rouge_l"}
-            groups = (
-                {"copying": {"n": 6, "mean": mean}, "facts": {"n": 6, "mean": mean}} if dataset == "general" else {}
-            )
-            summary = {"dataset": dataset, **told, "failed": 0, "groups": groups}
-            write(folder / "completions" / f"{method}.{dataset}.summary.json", {**summary, "arguments": {
-                "eval_dataset": "law,general"}})  # fmt: skip
-            lines = [
-                {
-                    "example": {"prompt": f"{dataset} question {i}", "raw_prediction": f"{method} says {i}",
-                                "raw_answers": [f"gold {i}"]},
-                    "score": min(1.0, number * i / 12),
-                    "truncated": False,
-                }
-                for i in range(12)
-            ]  # fmt: skip
-            write(folder / "completions" / f"{method}.{dataset}.jsonl", lines)
-            row["scores"][dataset] = told
-        rows.append(row)
-    by_layer = {str(la): {str(e): score(la, e) for e in range(8)} for la in (1, 2)}
-    write(
-        folder / "expert_scores" / "summary.json", {"token_scores": by_layer, "meta": {"dataset": "law", "tokens": 99}}
-    )
-    arguments = {
-        "base_model_path": "results/models/tiny",
-        "methods": "esft-token,full",
-        "no_merge": True,
-        "overrides": ["a=b c"],
-    }
-    write(folder / "table.json", {"rows": rows, "arguments": arguments})
-    write(folder / "stages.json", {"out": ["train.py", "--output_dir=a b", "method=esft"]})
-    return folder
-
-
-def page(*folders, **options) -> Page:
-    return Page(report.page(folders, **options))
+@pytest.mark.parametrize("card", ["#ffffff", "#1a1f28"])
+def test_curves_stand_out_on_a_light_page_and_on_a_dark_one(card):
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
+    assert all(contrast(colour, card) >= 3 for colour in (*figures.COLOURS, figures.BASE))
