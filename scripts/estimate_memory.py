@@ -24,13 +24,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.experts import moe_layers
-from deepseek.files import check_output, suggest, write_json, write_text
-from deepseek.loading import auto_class, empty_model
+from deepseek.files import check_output, write_json, write_text
+from deepseek.loading import auto_class
 from esft import ExpertConfig
 from training.memory import (
     CONTEXT_BYTES,
@@ -41,9 +40,9 @@ from training.memory import (
     Settings,
 )
 from training.plan import make_estimator
-from utils import ROOT, command_parser, environment, positive, run_cli
+from training.published_models import open_model, published_models
+from utils import command_parser, environment, positive, run_cli
 
-PUBLISHED = ROOT / "configs" / "published.json"
 METHODS = ("esft", "full", "lora")
 CARDS = (24, 48, 80, 141)
 GPUS = (1, 8)
@@ -100,29 +99,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # --------------------------------------------------------------------------------------------------------------------
 # one model
-
-
-def published() -> dict[str, tuple[PreTrainedConfig, float]]:
-    """Name -> (config, total parameters in billions as its makers give them), of configs/published.json."""
-    found = {}
-    for name, values in json.loads(PUBLISHED.read_text(encoding="utf-8")).items():
-        billions = values.pop("published_billions")
-        found[name] = (AutoConfig.for_model(values.pop("model_type"), **values), billions)
-    return found
-
-
-def open_model(path: str) -> nn.Module:
-    """The model of a folder, a hub id or a published name, without weights."""
-    known = published()
-    if not Path(path).exists() and (name := path.rpartition("/")[2]) in known:
-        config, _ = known[name]
-        with torch.device("meta"):
-            return auto_class(config).from_config(config)
-    if "/" not in path and not Path(path).exists():
-        raise FileNotFoundError(
-            f"model {path!r}: no such folder, and no name of configs/published.json{suggest(path, known)}"
-        )
-    return empty_model(path)
 
 
 def first_experts(model: nn.Module, count: int | None = None) -> ExpertConfig:
@@ -219,7 +195,7 @@ def make_table() -> tuple[str, list[dict]]:
         "|---" * (3 + len(columns)) + "|",
     ]
     rows = []
-    for name, (config, billions) in published().items():
+    for name, (config, billions) in published_models().items():
         with torch.device("meta"):
             model = auto_class(config).from_config(config)
         count = sum(param.numel() for param in model.parameters())

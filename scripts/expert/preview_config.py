@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.experts import moe_layers
 from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation.selection import meta_top_k, name_of
-from scripts.estimate_memory import open_model
 from scripts.expert.generate_expert_config import check_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, Settings
 from training.plan import make_estimator
+from training.published_models import open_model
 from utils import command_parser, positive, run_cli
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

@@ -22,6 +22,7 @@ from tests.helpers import FAMILIES, make_model, run_ranks
 from training import dry_run, memory
 from training.memory import BATCH, FROZEN_BYTES, Estimator, Settings, full
 from training.methods import count_trained
+from training.published_models import published_models
 
 TRAINED = (0, 5, 3)
 ON_CPU = Settings(seq_length=64, batch_size=2, dtype="float32", device="cpu", accumulation=False)
@@ -181,16 +182,16 @@ def test_bytes_of_frozen_weights_are_those_that_are_stored(kind):
     assert stored == int(weight.numel() * FROZEN_BYTES[kind]) < weight.nbytes / 3
 
 
-@pytest.mark.parametrize("name", list(estimate_memory.published()))
+@pytest.mark.parametrize("name", list(published_models()))
 def test_published_models_have_the_parameters_their_makers_give(name):
-    config, billions = estimate_memory.published()[name]
+    config, billions = published_models()[name]
     with torch.device("meta"):
         count = sum(param.numel() for param in AutoModelForCausalLM.from_config(config).parameters())
     assert count / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_v2_lite_takes_31_gigabytes_of_weights():
-    config, _ = estimate_memory.published()["DeepSeek-V2-Lite"]
+    config, _ = published_models()["DeepSeek-V2-Lite"]
     found = Estimator(config, dict.fromkeys(range(1, 27), range(10))).estimate(Settings(seq_length=128))
     assert found.weights / 1e9 == pytest.approx(31.4, abs=0.05)
     assert found.masters == found.gradients == 26 * 10 * 3 * 1408 * 2048 * 4
