@@ -54,6 +54,25 @@ IMPLEMENTATION = "esft_expert_parallel"
 
 
 @dataclass(frozen=True)
+class Route:
+    """How `_Dispatch` and `_Combine` send rows and bring them back."""
+
+    group: Any
+    perm_N: Tensor  # sent row -> routed row (token * K + k)
+    inverse_TK: Tensor  # routed row -> sent row
+    sent: list[int]  # rows to each rank
+    received: list[int]  # rows from each rank
+    row_R: Tensor  # local expert (row of the fused tensors) of each received row
+
+    def exchange(self, rows: Tensor, back: bool = False) -> Tensor:
+        """Send rows (N, C) and return those received (R, C). With `back`, R rows go home and N return."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        out = rows.new_empty(sum(received), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group)
+        return out
+
+
+@dataclass(frozen=True)
 class Shard:
     """What an experts module knows of its layer's placement."""
 
@@ -61,6 +80,20 @@ class Shard:
     sizes_P: tuple[int, ...]  # experts per rank
     local: int  # experts here
     trained: bool  # on any rank
+
+    def route(self, slot_TK: Tensor) -> Route:
+        """Return the route of each token's K slots."""
+        slot_N, (E, P) = slot_TK.reshape(-1), (sum(self.sizes_P), len(self.sizes_P))
+        sorted_N, perm_N = torch.sort(slot_N, stable=True)
+        arange = torch.arange(max(E, len(slot_N)), device=slot_N.device)
+        inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, arange[: len(slot_N)])
+        count_E = torch.searchsorted(sorted_N, arange[:E], right=True).diff(prepend=arange[:1])
+        count_PE = torch.empty(P * self.local, dtype=count_E.dtype, device=count_E.device)  # by rank and local row
+        dist.all_to_all_single(count_PE, count_E, [self.local] * P, list(self.sizes_P), group=self.group)
+        sent_P = torch.stack([part.sum() for part in count_E.split(self.sizes_P)])
+        sent, received = torch.stack([sent_P, count_PE.view(P, -1).sum(1)]).tolist()  # the host waits only here
+        row_R = torch.repeat_interleave(arange[: self.local].repeat(P), count_PE, output_size=sum(received))
+        return Route(self.group, perm_N, inverse_N.view(slot_TK.shape), sent, received, row_R)
 
 
 def connect_experts(
@@ -78,39 +111,6 @@ def connect_experts(
         sizes = tuple(map(len, placement))
         layer.module.shard = Shard(ranks.experts, sizes, sizes[ranks.expert_rank], bool(trained))
     model.set_experts_implementation(IMPLEMENTATION)
-
-
-@dataclass(frozen=True)
-class Route:
-    """What `_Dispatch` and `_Combine` need to send rows and to bring them back."""
-
-    group: Any
-    perm_N: Tensor  # sent row -> routed row (token * K + k)
-    inverse_TK: Tensor  # routed row -> sent row
-    sent: list[int]  # rows to each rank
-    received: list[int]  # rows from each rank
-    row_R: Tensor  # local expert (row of the fused tensors) of each received row
-
-
-def make_route(shard: Shard, slot_TK: Tensor) -> Route:
-    slot_N, (E, P) = slot_TK.reshape(-1), (sum(shard.sizes_P), len(shard.sizes_P))
-    sorted_N, perm_N = torch.sort(slot_N, stable=True)
-    arange = torch.arange(max(E, len(slot_N)), device=slot_N.device)
-    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, arange[: len(slot_N)])
-    count_E = torch.searchsorted(sorted_N, arange[:E], right=True).diff(prepend=arange[:1])
-    count_PE = torch.empty(P * shard.local, dtype=count_E.dtype, device=count_E.device)  # from each rank, by local row
-    dist.all_to_all_single(count_PE, count_E, [shard.local] * P, list(shard.sizes_P), group=shard.group)
-    sent_P = torch.stack([part.sum() for part in count_E.split(shard.sizes_P)])
-    sent, received = torch.stack([sent_P, count_PE.view(P, -1).sum(1)]).tolist()  # the host waits here, and only here
-    row_R = torch.repeat_interleave(arange[: shard.local].repeat(P), count_PE, output_size=sum(received))
-    return Route(shard.group, perm_N, inverse_N.view(slot_TK.shape), sent, received, row_R)
-
-
-def exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
-    """(sum(sent), C) -> (sum(received), C): rows to, and from, each rank of the group."""
-    out = rows.new_empty(sum(received), rows.shape[1])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
 
 
 def _pack(x_ND: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x_TD, weight_TK, route):
         ctx.route, ctx.dtype = route, weight_TK.dtype
         rows = _pack(x_TD, route.perm_N // weight_TK.shape[1], weight_TK.reshape(-1)[route.perm_N])
-        x_RD, weight_R = _unpack(exchange(rows, route.sent, route.received, route.group), weight_TK.dtype)
+        x_RD, weight_R = _unpack(route.exchange(rows), weight_TK.dtype)
         return x_RD, weight_R[:, None]
 
     @staticmethod
@@ -143,7 +143,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, dx_RD, dweight_R1):
         route = ctx.route
         every_R = torch.arange(len(dx_RD), device=dx_RD.device)
-        rows = exchange(_pack(dx_RD, every_R, dweight_R1[:, 0]), route.received, route.sent, route.group)
+        rows = route.exchange(_pack(dx_RD, every_R, dweight_R1[:, 0]), back=True)
         dx_ND, dweight_N = _unpack(rows, ctx.dtype)
         return _home(dx_ND, route), dweight_N[route.inverse_TK], None
 
@@ -154,14 +154,14 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD, route):
         ctx.route = route
-        return _home(exchange(y_RD, route.received, route.sent, route.group), route)
+        return _home(route.exchange(y_RD, back=True), route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
         route = ctx.route
         dy_ND = dy_TD.index_select(0, route.perm_N // route.inverse_TK.shape[1])
-        return exchange(dy_ND, route.sent, route.received, route.group), None
+        return route.exchange(dy_ND), None
 
 
 def _home(rows_ND: Tensor, route: Route) -> Tensor:
@@ -175,7 +175,7 @@ def expert_parallel_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor
     if torch.is_grad_enabled() and module.shard.trained and not x_TD.requires_grad:
         # The first trained layer: a rank without trained experts in it must take part in the backward of the others.
         x_TD = x_TD.detach().requires_grad_()
-    route = make_route(module.shard, module.slot_E[topk_ids_TK])
+    route = module.shard.route(module.slot_E[topk_ids_TK])
     x_RD, weight_R1 = _Dispatch.apply(x_TD, topk_weights_TK, route)
     y_RD = grouped_experts(FusedExperts(module), x_RD, route.row_R[:, None], weight_R1)
     return _Combine.apply(y_RD, route)

@@ -36,8 +36,8 @@ from training.memory import (
     FRAGMENTATION,
     FROZEN_BYTES,
     OPTIMIZERS,
-    Memory,
-    Settings,
+    MemoryEstimate,
+    MemorySettings,
 )
 from training.plan import make_estimator
 from training.published_models import open_model, published_models
@@ -121,7 +121,7 @@ def chosen(args: argparse.Namespace, model: nn.Module) -> ExpertConfig | None:
     return first_experts(model, args.experts_per_layer)
 
 
-def make_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
+def make_settings(args: argparse.Namespace) -> tuple[MemorySettings, list[str]]:
     """(settings, keys that advice must leave alone)."""
     fixed = []
     if args.ep_size != "auto":
@@ -132,7 +132,7 @@ def make_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         fixed.append("activation_checkpointing")
     if args.gpu_gb <= 0:
         raise ValueError(f"--gpu_gb {args.gpu_gb}: expected a number above 0")
-    settings = Settings(
+    settings = MemorySettings(
         seq_length=args.seq_length,
         batch_size=args.per_device_train_batch_size,
         label_share=args.label_share,
@@ -151,7 +151,7 @@ def make_settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     return settings, fixed
 
 
-def assumptions(settings: Settings) -> list[str]:
+def assumptions(settings: MemorySettings) -> list[str]:
     """What the figures rest on, beside the code that trains."""
     told = [
         "routed rows are spread evenly over experts and ranks; trained experts over ranks within one",
@@ -168,10 +168,12 @@ def assumptions(settings: Settings) -> list[str]:
     return told
 
 
-def report(settings: Settings, memory: Memory, found: list[tuple[Settings, Memory]], gpu_gb: float) -> str:
+def report(
+    settings: MemorySettings, memory: MemoryEstimate, found: list[tuple[MemorySettings, MemoryEstimate]], gpu_gb: float
+) -> str:
     """All that is to be said of one model."""
     fits = memory.peak <= gpu_gb * 2**30
-    lines = [memory.table()]
+    lines = [memory.format_table()]
     verdict = "fits" if fits else "does not fit"
     how = f"with ep_size={settings.ep_size} activation_checkpointing={str(settings.activation_checkpointing).lower()}"
     lines.append(f"{verdict}: {memory.peak / 2**30:,.1f} of {gpu_gb:g} GiB on each of {settings.world_size} GPUs {how}")
@@ -204,7 +206,7 @@ def make_table() -> tuple[str, list[dict]]:
             experts = first_experts(model) if method == "esft" else None
             estimator, cells = make_estimator(model, method, experts), []
             for gpus, card in columns:
-                settings = Settings(world_size=gpus, dtype=dtype)
+                settings = MemorySettings(world_size=gpus, dtype=dtype)
                 found = estimator.advise(settings, int(card * 2**30))
                 cell = {"gpus": gpus, "gpu_gb": card, "fits": bool(found)}
                 if found:
@@ -215,7 +217,7 @@ def make_table() -> tuple[str, list[dict]]:
                         "memory": vars(memory),
                     }
                 cells.append(cell)
-            as_is = [estimator.estimate(Settings(world_size=gpus, dtype=dtype)).peak for gpus in GPUS]
+            as_is = [estimator.estimate(MemorySettings(world_size=gpus, dtype=dtype)).peak for gpus in GPUS]
             rows.append(
                 {"model": name, "parameters": count, "published_billions": billions, "method": method, "dtype": dtype}
             )

@@ -1,39 +1,46 @@
-r"""A training step without weights and without a device: what it would hold, noted storage by storage.
+r"""Trace a training step without weights and without a device, and count what it would hold.
 
-`held` counts what never moves: weights, fp32 masters, what is trained. `run` sends a micro batch forward and back
-through tensors without storage, and so through the very code that trains: the family's modules, our grouped GEMM,
-dispatch and combine, activation checkpointing. A mode under them notes every storage that is made and let go, so that
-nothing has to be known about any family:
+`count_resident` counts what never moves: weights, fp32 masters, trained parameters. `trace_step` sends a micro batch
+forward and back through tensors without storage. It runs the code that trains: the modules of the family, our grouped
+GEMM, dispatch and combine, activation checkpointing. A mode below them notes every storage that is made and let go. It
+needs to know nothing about a family:
 
-    bytes   |         ____/\/\_        activations pile up in the forward, then come the head's logits, then the
-            |    ____/         \/\_    backward's workspaces while the activations go
-            |___/                  \_   -> the highest point, and what lies there, by kind
+    bytes   |         ____/\/\_        Activations pile up in the forward. Then come the logits of the head, then the
+            |    ____/         \/\_    workspaces of the backward while the activations go.
+            |___/                  \_   -> the highest point, and what is there, by kind
             +-------------------------  time
 
-Two devices are told apart, since the code paths differ. For "cuda" the tensors are torch's `meta` ones, and attention
-is a fused kernel, that saves q, k, v, its output and the mask; for "cpu" they are torch's fake ones, that say they are
-on the CPU, and attention is whatever torch takes there. Sizes that depend on the data are expectations: routed rows are
-spread evenly over experts, so a layer's S trained experts of E get S/E of them, and every rank receives as many as it
-sends. A GPU computes with the size of all rows (grouped_gemm.py), so that this matters on the CPU only.
+The code paths of two devices differ. For "cpu" the tensors are torch's fake ones, which say that they are on the CPU,
+and attention takes whatever torch takes there. For "cuda" they are torch's `meta` tensors, and attention is a fused
+kernel that saves q, k, v, its output and the mask.
 
-Legend: T tokens, D hidden, K top-k, N = T*K routed rows, E experts, e of them on this rank, S trained ones of a layer;
-of attention B batch, H heads, C head size.
+Sizes that depend on the data are expectations. Routed rows are spread evenly over the experts, so the S trained experts
+of E get S/E of them, and a rank receives as many rows as it sends. This matters on the CPU only, because a GPU computes
+with the size of all rows (grouped_gemm.py).
+
+No function of torch or of this project is replaced. Modes of torch answer for attention and for values of tensors, and
+the model that is traced, which is private to the trace, gets a `Shard` that needs no other rank.
+
+Legend: T tokens, K top-k, N = T*K routed rows, E experts, e of them on this rank, S trained experts of a layer,
+P ranks; in attention B batch, H heads, C head size.
 """
 
-import contextlib
+import functools
 import warnings
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from deepseek import expert_parallel
+from deepseek.expert_parallel import Route, Shard
 from deepseek.experts import moe_layers
 from deepseek.gradient_sync import BUCKET_BYTES
 
@@ -42,8 +49,8 @@ from deepseek.gradient_sync import BUCKET_BYTES
 
 
 @dataclass(frozen=True)
-class Held:
-    """What stays from step to step, of a model as one process holds it: bytes, where nothing else is said."""
+class Resident:
+    """What one process holds from step to step, in bytes unless a field says otherwise."""
 
     trained_rows: int  # W[:S] of fused experts
     frozen_rows: int  # W[S:]
@@ -56,24 +63,13 @@ class Held:
     largest_matrix: int  # numbers in an expert's largest matrix
     largest_layer: int  # frozen weights of a decoder layer outside its experts
     outside: int  # frozen weights outside decoder layers
-    largest_bucket: int  # of gradients under way between processes
+    largest_bucket: int  # gradients on their way between processes
 
 
-def held(model: nn.Module) -> Held:
+def count_resident(model: nn.Module) -> Resident:
     """Count what a model holds that is ready to be trained."""
-    rows, seen, largest = Counter(), set(), 0
-    for layer in moe_layers(model, dense_ok=True).values():
-        S = layer.num_trained
-        for name in layer.tensor_names:
-            tensor = layer.tensor(name)
-            seen.add(_key(tensor))
-            each = tensor.nbytes // max(len(tensor), 1)
-            rows["trained"] += S * each
-            rows["frozen"] += (len(tensor) - S) * each
-            if name in layer.weight_names:
-                rows["entries"] += (len(tensor) - S) * tensor[0].numel()
-                largest = max(largest, tensor[0].numel())
-
+    seen: set[int] = set()
+    rows, largest = _count_experts(model, seen)
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained, counts, by_layer = Counter(), Counter(), Counter()
     for name, param in model.named_parameters():
@@ -81,9 +77,9 @@ def held(model: nn.Module) -> Held:
             trained[param.element_size()] += param.numel()
             counts["others"] += param.numel() if ".trained." not in name else 0
             counts["embeddings"] += param.numel() if id(param) in embeddings else 0
-        if _key(param) in seen:  # an alias of W[:S], or tied
+        if _storage_key(param) in seen:  # an alias of W[:S], or tied
             continue
-        seen.add(_key(param))
+        seen.add(_storage_key(param))
         if ".trained." in name or name.endswith(".original"):
             counts["masters"] += param.nbytes
         else:
@@ -91,11 +87,11 @@ def held(model: nn.Module) -> Held:
             layer = next((part for part in name.split(".") if part.isdigit()), None)
             by_layer[layer] += param.nbytes if not param.requires_grad else 0
     for buffer in model.buffers():
-        if _key(buffer) not in seen:
-            seen.add(_key(buffer))
+        if _storage_key(buffer) not in seen:
+            seen.add(_storage_key(buffer))
             counts["dense"] += buffer.nbytes
-    sizes = [param.nbytes for param in model.parameters() if param.requires_grad]
-    return Held(
+    gradients = [param.nbytes for param in model.parameters() if param.requires_grad]
+    return Resident(
         trained_rows=rows["trained"],
         frozen_rows=rows["frozen"],
         dense=counts["dense"],
@@ -107,11 +103,28 @@ def held(model: nn.Module) -> Held:
         largest_matrix=largest,
         largest_layer=max((size for layer, size in by_layer.items() if layer is not None), default=0),
         outside=by_layer[None],
-        largest_bucket=max(min(sum(sizes), BUCKET_BYTES), *sizes, 0),
+        largest_bucket=max(min(sum(gradients), BUCKET_BYTES), *gradients, 0),
     )
 
 
-def _key(tensor: Tensor) -> int:
+def _count_experts(model: nn.Module, seen: set[int]) -> tuple[Counter, int]:
+    """Count the rows of the fused experts and note their storages in `seen`. Also return the largest matrix."""
+    rows, largest = Counter(), 0
+    for layer in moe_layers(model, dense_ok=True).values():
+        S = layer.num_trained
+        for name in layer.tensor_names:
+            tensor = layer.tensor(name)
+            seen.add(_storage_key(tensor))
+            each = tensor.nbytes // max(len(tensor), 1)
+            rows["trained"] += S * each
+            rows["frozen"] += (len(tensor) - S) * each
+            if name in layer.weight_names:
+                rows["entries"] += (len(tensor) - S) * tensor[0].numel()
+                largest = max(largest, tensor[0].numel())
+    return rows, largest
+
+
+def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -119,63 +132,94 @@ def _key(tensor: Tensor) -> int:
 # what comes and goes
 
 
-def run(model: nn.Module, device: str, **batch: object) -> Counter:
-    """`step` of a model on `meta`, without storage, as it would be on a device, "cuda" or "cpu"; changes the model."""
+def trace_step(
+    model: nn.Module,
+    device: str,
+    seq_length: int,
+    batch_size: int,
+    label_share: float,
+    packed: bool,
+    accumulation: bool,
+    activation_checkpointing: bool,
+) -> Counter:
+    """Count the bytes that a step of `model`, which is on `meta`, would hold on a device ("cuda" or "cpu").
+
+    The arguments after `model` are those of `memory.MemorySettings`. Changes the model.
+
+    Returns:
+        The bytes at the peak of a forward and backward by kind: gradients, activations, logits, transient. The model's
+        own are not among them.
+    """
+    answers = _Answers(model, device)
+    if activation_checkpointing:  # torch turns such a mode off in the backward, so the recomputation brings its own
+        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: (nullcontext(), answers)}
+        model.activation_checkpointing_enable(how)
     with FakeTensorMode() if device == "cpu" else torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # equal ones, of an alias
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # equal for aliases
         if device == "cpu":
             _move(model)
-        return step(model, **batch)
-
-
-def step(
-    model: nn.Module, seq_length: int, batch_size: int, label_share: float, packed: bool, accumulation: bool
-) -> Counter:
-    """Bytes by kind (gradients, activations, logits, transient) at the peak of a forward and backward, without what the
-    model itself holds; the arguments are those of `memory.Settings`."""
-    tracker = _Tracker(model, packed)
-    on_meta = tracker.device.type == "meta"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_substituted(expert_parallel, make_route=_even_route, exchange=_even_exchange))
-        if on_meta:  # which knows no autocast, that peft asks for, to turn it off
-            stack.enter_context(_substituted(torch, autocast=lambda *_, **__: contextlib.nullcontext()))
-        stack.enter_context(_substituted(nn.functional, scaled_dot_product_attention=_attention(on_meta)))
-        tracker.watch_head(model, stack)
-        tracker.watch_rows(model, stack)
-        if accumulation:
-            for param in model.parameters():
-                if param.requires_grad:
-                    param.grad = torch.empty_like(param)
-                    tracker.know(param.grad)
-        stack.enter_context(tracker)
-        shape, kind = (batch_size, seq_length), {"dtype": torch.long, "device": tracker.device}
-        inputs = {"input_ids": torch.empty(shape, **kind), "position_ids": torch.empty(shape, **kind)}
+        tracker = _FakeTracker(model, packed)
+        for layer in moe_layers(model, dense_ok=True).values():
+            layer.module.register_forward_pre_hook(tracker.note_rows, with_kwargs=True)
+            if layer.shard:
+                layer.module.shard = _EvenShard(**vars(layer.shard))
         labels_each = max(1, round(label_share * seq_length))
-        labels = torch.empty(batch_size * labels_each, **kind)
-        kept = torch.empty(labels_each, **kind)
-        logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+        shapes = [(batch_size, seq_length)] * 2 + [(labels_each,), (batch_size * labels_each,)]
+        batch = [torch.empty(shape, dtype=torch.long, device=tracker.device) for shape in shapes]
+        with answers:
+            return record_step(model, tracker, accumulation, *batch)
+
+
+def record_step(
+    model: nn.Module,
+    tracker: "StorageTracker",
+    accumulation: bool,
+    ids_BT: Tensor,
+    position_ids_BT: Tensor,
+    kept: Tensor,
+    labels: Tensor,
+) -> Counter:
+    """Run one step under a tracker and count what it holds at its peak, as `trace_step` does.
+
+    Args:
+        accumulation: gradients are there before the forward.
+        kept: positions of a pack that have logits.
+        labels: one for each of them in all packs.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(tracker.enter_head)
+    if accumulation:
+        for param in model.parameters():
+            if param.requires_grad:
+                param.grad = torch.empty_like(param)
+                tracker.leave_out(param.grad)
+    with tracker:
+        for tensor in (ids_BT, position_ids_BT, kept, labels):
+            tracker.note(tensor)
+        inputs = {"input_ids": ids_BT, "position_ids": position_ids_BT, "logits_to_keep": kept}
+        logits = model(**inputs, use_cache=False).logits
         tracker.phase = "logits"
-        # as trainer.py has it, which lets go of the model's outputs before the backward
+        # as in trainer.py, which lets go of the model's outputs before the backward
         logits = logits.flatten(0, 1).float()
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         del logits
-        torch.autograd.backward(loss)  # not loss.backward(), in which a default device would not hold
+        loss.backward()
         del loss
-    return tracker.at_peak([p.grad for p in model.parameters() if p.grad is not None])
+    hook.remove()
+    return tracker.at_peak([param.grad for param in model.parameters() if param.grad is not None])
 
 
 def _move(model: nn.Module) -> None:
-    """From `meta` to the device of the mode at work, ties and aliases kept, which Module.to would refuse or lose."""
-    storages: dict[int, Tensor] = {}
-    params: dict[int, nn.Parameter] = {}
+    """Move a model from `meta` to fake CPU tensors. Module.to would refuse, and would lose ties and aliases."""
+
+    @functools.cache
+    def flat(key: int, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def moved(tensor: Tensor) -> Tensor:
-        key = _key(tensor)
-        if key not in storages:
-            storages[key] = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8, device="cpu")
-        flat = storages[key].view(tensor.dtype)
-        return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        storage = flat(_storage_key(tensor), tensor.untyped_storage().nbytes()).view(tensor.dtype)
+        return storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
+    params: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
@@ -187,47 +231,35 @@ def _move(model: nn.Module) -> None:
                 module._buffers[name] = moved(buffer)
 
 
-class _Tracker(TorchDispatchMode):
-    """Notes when every storage is made and let go, and by what part of the step. Answers what only data could tell."""
+class StorageTracker(TorchDispatchMode):
+    """Note when each storage is made and let go, and in which part of the step."""
 
-    def __init__(self, model: nn.Module, packed: bool):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.packed = packed
-        self.device = next(model.parameters()).device
-        self.phase, self.rows = "forward", 0
+        self.phase = "forward"  # then logits, then backward
         self.made: list[tuple[int, str]] = []  # bytes, phase
         self.events: list[int] = []  # number of what was made, or ~number of what was let go
         self.alive: dict[int, tuple[int, weakref.ref | None]] = {}  # storage -> number, or -1 for what was there before
-        self.known: list = []  # storages of the model, so that none of their addresses is used again
+        self.before: list = []  # storages that were there before: kept, or their addresses would be used again
         self.forward_ends = 0
         for tensor in (*model.parameters(), *model.buffers()):
-            self.know(tensor)
+            self.leave_out(tensor)
 
-    def know(self, tensor: Tensor) -> None:
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count this tensor."""
         storage = tensor.untyped_storage()
-        self.known.append(storage)
+        self.before.append(storage)
         self.alive[storage._cdata] = (-1, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return self._answer(args[0])
-        if func is torch.ops.aten._grouped_mm.default:  # torch's own stand-in knows no fp32
-            func = _grouped_mm
         out = func(*args, **kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self.note(leaf)
         return out
 
-    def _answer(self, tensor: Tensor) -> bool | int | float:
-        if tensor.dtype == torch.bool:  # "is there one document only?"
-            return not self.packed
-        if tensor.dtype == torch.int32 and self.rows:  # offs_E[S - 1]: rows of the first S of e experts
-            e = tensor.untyped_storage().nbytes() // tensor.element_size()
-            return self.rows * (tensor.storage_offset() + 1) // e
-        return 0.0 if tensor.dtype.is_floating_point else 0
-
-    def _see(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor) -> None:
+        """Count the tensor's storage from now until it is let go."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive or not storage.nbytes():
@@ -242,79 +274,68 @@ class _Tracker(TorchDispatchMode):
 
         self.alive[key] = (number, weakref.ref(storage, gone))
 
-    def watch_head(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
-        """Between decoder and loss stands the head: what it makes are logits, in the backward until its input has a
-        gradient."""
+    def enter_head(self, _, args: tuple) -> None:
+        """Hook of the head: what follows are logits, in the backward until the head's input has its gradient."""
+        self.phase, self.forward_ends = "logits", len(self.events)
+        if args[0].requires_grad:
+            args[0].register_hook(self._leave_head)
 
-        def enter(_, args):
-            self.phase, self.forward_ends = "logits", len(self.events)
-            if args[0].requires_grad:
-                args[0].register_hook(leave)
+    def _leave_head(self, _) -> None:
+        self.phase = "backward"
 
-        def leave(grad):
-            self.phase = "backward"
-
-        stack.callback(model.get_output_embeddings().register_forward_pre_hook(enter).remove)
-
-    def watch_rows(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
-        """Note how many rows are routed."""
-
-        def note(_, args, kwargs):
-            ids = args[1] if len(args) > 1 else kwargs["top_k_index"]
-            self.rows = ids.numel()
-
-        for layer in moe_layers(model, dense_ok=True).values():
-            stack.callback(layer.module.register_forward_pre_hook(note, with_kwargs=True).remove)
-
-    def at_peak(self, grads: list[Tensor]) -> Counter:
-        """Bytes by kind of what is there when the most is."""
+    def at_peak(self, gradients: list[Tensor]) -> Counter:
+        """Count by kind the bytes that are there when the most is."""
         begun = {event: at for at, event in enumerate(self.events) if event >= 0}
         ended = {~event: at for at, event in enumerate(self.events) if event < 0}
         heights = list(accumulate(self.made[e][0] if e >= 0 else -self.made[~e][0] for e in self.events))
         peak_at = heights.index(max(heights))
-        of_grads = {self.alive.get(_key(grad), (-1,))[0] for grad in grads}
+        of_gradients = {self.alive.get(_storage_key(grad), (-1,))[0] for grad in gradients}
         kinds = Counter()
         for number, (size, phase) in enumerate(self.made):
             end = ended.get(number, len(self.events))
-            if begun[number] <= peak_at < end:
-                if number in of_grads:
-                    kind = "gradients"
-                elif phase == "logits":
-                    kind = "logits"
-                elif phase == "forward" and end > self.forward_ends:
-                    kind = "activations"
-                else:
-                    kind = "transient"
-                kinds[kind] += size
+            if not begun[number] <= peak_at < end:
+                continue
+            if number in of_gradients:
+                kinds["gradients"] += size
+            elif phase == "logits":
+                kinds["logits"] += size
+            elif phase == "forward" and end > self.forward_ends:
+                kinds["activations"] += size
+            else:
+                kinds["transient"] += size
         return kinds
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# stand-ins for what cannot run without data, other processes, or a device
+# answers for what cannot run without data, other processes, or a device
 
 
-@contextlib.contextmanager
-def _substituted(module, **functions):
-    before = {name: getattr(module, name) for name in functions}
-    vars(module).update(functions)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
+class _FakeTracker(StorageTracker):
+    """Track a model without storage, and answer where the model asks for a value that only data could tell."""
 
+    def __init__(self, model: nn.Module, packed: bool):
+        super().__init__(model)
+        self.packed, self.rows = packed, 0
+        self.device = next(model.parameters()).device
 
-def _even_route(shard, slot_TK: Tensor) -> "expert_parallel.Route":
-    """`expert_parallel.make_route` where every rank sends, and receives, the same number of rows."""
-    slot_N, P = slot_TK.reshape(-1), len(shard.sizes_P)
-    _, perm_N = torch.sort(slot_N, stable=True)
-    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(len(slot_N), device=slot_N.device))
-    share = [(rank + 1) * len(slot_N) // P - rank * len(slot_N) // P for rank in range(P)]
-    inverse_TK, row_R = inverse_N.view(slot_TK.shape), torch.empty_like(slot_N)
-    return expert_parallel.Route(shard.group, perm_N, inverse_TK, share, share, row_R)
+    def note_rows(self, _, args: tuple, kwargs: dict) -> None:
+        """Hook of an experts module: note how many rows are routed."""
+        self.rows = (args[1] if len(args) > 1 else kwargs["top_k_index"]).numel()
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._answer(args[0])
+        if func is torch.ops.aten._grouped_mm.default:  # torch's own fake one refuses fp32
+            func = _grouped_mm
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
-def _even_exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
-    return rows.contiguous().new_empty(sum(received), rows.shape[1])
+    def _answer(self, tensor: Tensor) -> bool | int | float:
+        if tensor.dtype == torch.bool:  # "is there one document only?"
+            return not self.packed
+        if tensor.dtype == torch.int32 and self.rows:  # offs_E[S - 1], the rows of the first S of e experts
+            e = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return self.rows * (tensor.storage_offset() + 1) // e
+        return 0.0 if tensor.dtype.is_floating_point else 0
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias=None, out_dtype=None) -> Tensor:
@@ -322,12 +343,56 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias=None, out_dtype=None) -
     return a.new_empty(len(a), b.shape[-1]) if b.ndim == 3 else a.new_empty(len(offs), len(a), b.shape[-1])
 
 
-class _Attention(torch.autograd.Function):
-    """What a fused kernel holds: q, k, v (B, H, T, C), the output in the order of tokens, and a number per row."""
+class _EvenRoute(Route):
+    """A route without other ranks."""
+
+    def exchange(self, rows: Tensor, back: bool = False) -> Tensor:
+        return rows.contiguous().new_empty(sum(self.sent if back else self.received), rows.shape[1])
+
+
+class _EvenShard(Shard):
+    """A shard of which every rank sends, and receives, the same number of rows."""
+
+    def route(self, slot_TK: Tensor) -> Route:
+        slot_N, P = slot_TK.reshape(-1), len(self.sizes_P)
+        N = len(slot_N)
+        _, perm_N = torch.sort(slot_N, stable=True)
+        inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(N, device=slot_N.device))
+        share = [(rank + 1) * N // P - rank * N // P for rank in range(P)]
+        return _EvenRoute(self.group, perm_N, inverse_N.view(slot_TK.shape), share, share, torch.empty_like(slot_N))
+
+
+class _Answers(TorchFunctionMode):
+    """Answer as the device would where the model asks torch for attention, or for the device of a weight."""
+
+    def __init__(self, model: nn.Module, device: str):
+        super().__init__()
+        self.on_gpu, self.adapted = device == "cuda", set()
+        if self.on_gpu and any("lora_" in name for name, _ in model.named_parameters()):
+            self.adapted = {id(p) for layer in moe_layers(model).values() for p in layer.module.parameters()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs or {})
+        if self.adapted and func == Tensor.device.__get__ and id(args[0]) in self.adapted:
+            return torch.device("cuda")  # peft hands it to torch.autocast, which does not know `meta`
+        return func(*args, **kwargs or {})
+
+    def _attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+        options = {"is_causal": is_causal, "enable_gqa": enable_gqa}
+        if self.on_gpu or _fuses(q, k, v, attn_mask, dropout_p, **options):
+            return _FusedAttention.apply(q, k, v, attn_mask)
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, scale=scale, **options)[
+            0
+        ]
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Hold what a fused kernel holds: q, k, v (B, H, T, C), the output in the order of tokens, and a number per row."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        if mask is not None and mask.dtype == torch.bool:  # torch makes numbers of it, and keeps them for the backward
+        if mask is not None and mask.dtype == torch.bool:  # torch turns it into numbers and keeps them
             mask = torch.empty_like(mask, dtype=q.dtype)
         B, H, T, _ = q.shape
         out = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
@@ -341,22 +406,8 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-def _attention(on_meta: bool):
-    """torch's scaled_dot_product_attention as the device would run it."""
-
-    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        options = {"is_causal": is_causal, "enable_gqa": enable_gqa}
-        if on_meta or _fuses(q, k, v, attn_mask, dropout_p, **options):
-            return _Attention.apply(q, k, v, attn_mask)
-        options["scale"] = scale
-        out, _ = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, **options)
-        return out
-
-    return attend
-
-
 def _fuses(q, k, v, mask, dropout_p, is_causal, enable_gqa) -> bool:
-    """Whether torch would take a fused kernel on the CPU: asked of torch, with small tensors."""
+    """Ask torch with small tensors whether it would take a fused kernel on the CPU."""
     with _disable_current_modes(), torch.device("cpu"):
         q, k, v = (torch.zeros(1, t.shape[1], 2, t.shape[3], dtype=t.dtype, requires_grad=True) for t in (q, k, v))
         mask = None if mask is None else torch.ones(1, 1, 2, 2, dtype=mask.dtype)

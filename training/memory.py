@@ -29,7 +29,15 @@ from training import dry_run
 CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, kernels, and workspaces of cuBLAS and NCCL
 FRAGMENTATION = 0.05  # of a GPU's memory in use, that the caching allocator holds and cannot use
 SHORTEST = 512  # tokens of a pack, below which no advice goes
-BATCH = ("seq_length", "batch_size", "label_share", "packed", "accumulation")  # the settings that a dry run takes
+TRACED = (  # the settings that a dry run takes
+    "device",
+    "seq_length",
+    "batch_size",
+    "label_share",
+    "packed",
+    "accumulation",
+    "activation_checkpointing",
+)
 DTYPES = ("bfloat16", "float32")
 FROZEN_BYTES = {kind: 1 + 4 / math.prod(block) for kind, block in BLOCKS.items()} | {"nf4": 0.5 + 4 / NF4_BLOCK}
 # bytes of state per trained parameter; a factor times the parameter's own size where torch keeps them in its dtype
@@ -48,7 +56,7 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class MemorySettings:
     """What the memory of a run depends on, beside the model and what is trained; all for one process.
 
     seq_length and batch_size are tokens of a pack and packs of a micro batch; label_share is the share of tokens that
@@ -88,7 +96,7 @@ class Settings:
         if self.world_size % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size} does not divide the {self.world_size} processes")
 
-    def changed_from(self, other: "Settings") -> str:
+    def changed_from(self, other: "MemorySettings") -> str:
         """`key=value` of what differs, as train.py takes them."""
         pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
         told = [f"{k}={str(v).lower() if v is True else v}" for k, v in pairs if v != getattr(other, k)]
@@ -96,7 +104,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one process at the moment of its peak, by kind; `peak` is their sum.
 
     experts, dense: weights in the dtype the model computes in (or quantized), routed experts and all else; masters:
@@ -129,7 +137,7 @@ class Memory:
         unit, name, told = self._told()
         return ", ".join(f"{label} {size / unit:,.1f}" for label, size in told.items() if size) + f" {name}"
 
-    def table(self) -> str:
+    def format_table(self) -> str:
         """A line per kind, in GiB (or in MiB, where all is small)."""
         unit, name, told = self._told()
         return "\n".join(f"  {label:<20}{size / unit:>10,.2f} {name}" for label, size in told.items())
@@ -162,7 +170,7 @@ class Estimator:
         experts: {layer: ids of the experts to train}; None where `prepare` does it all.
         names: parameters outside the routed experts that are trained with them.
         prepare: what else makes a model (without storage) trainable, and returns it: `methods.prepare_model` for LoRA,
-            `full` for full fine-tuning.
+            `train_everything` for full fine-tuning.
 
     Raises:
         ValueError: a model that has no fused experts where they are to be trained, or ep_size with another method.
@@ -176,16 +184,16 @@ class Estimator:
         prepare: Callable[[nn.Module], nn.Module] | None = None,
     ):
         self.config, self.experts, self.names, self.prepare = config, experts, names, prepare
-        self._kept: dict[tuple, dry_run.Held] = {}
+        self._kept: dict[tuple, dry_run.Resident] = {}
         self._runs: dict[tuple, Counter] = {}
 
-    def estimate(self, s: Settings) -> Memory:
+    def estimate(self, s: MemorySettings) -> MemoryEstimate:
         """Of the process that has most to hold."""
         if self.experts is None and (s.ep_size > 1 or s.shard_dense or s.frozen_dtype or s.offload_frozen):
             raise ValueError("ep_size, shard_dense, frozen_dtype and offload_frozen are for methods esft and random")
         return self._sum(s, Counter(self._moving(s)))
 
-    def _sum(self, s: Settings, moving: Counter) -> Memory:
+    def _sum(self, s: MemorySettings, moving: Counter) -> MemoryEstimate:
         """What is held, counted, and `moving` of a step."""
         held, host = self._held(s), 0
         experts, dense = held.trained_rows + held.frozen_rows, held.dense
@@ -216,10 +224,10 @@ class Estimator:
         optimizer = self._states(held, s.optim)
         used = experts + dense + held.masters + optimizer + sum(kinds.values())
         overhead = CONTEXT_BYTES + int(FRAGMENTATION * used) if s.device == "cuda" else 0
-        return Memory(experts, dense, held.masters, optimizer=optimizer, overhead=overhead, host=host, **kinds)
+        return MemoryEstimate(experts, dense, held.masters, optimizer=optimizer, overhead=overhead, host=host, **kinds)
 
     @staticmethod
-    def _states(held: dry_run.Held, optim: str) -> int:
+    def _states(held: dry_run.Resident, optim: str) -> int:
         """Bytes of optimizer states."""
         state = OPTIMIZERS[optim]
         total = sum(int(count * state(size)) for size, count in held.trained.items())
@@ -227,7 +235,7 @@ class Estimator:
             total += int(held.embeddings * (OPTIMIZERS["paged_adamw_32bit"](4) - state(4)))
         return total
 
-    def ladder(self, settings: Settings, fixed: Collection[str] = ()) -> Iterator[tuple[str, object]]:
+    def ladder(self, settings: MemorySettings, fixed: Collection[str] = ()) -> Iterator[tuple[str, object]]:
         """(key, value) that save memory, the least costly in time (or in quality) first; none of the keys `fixed`."""
         found: list[tuple[str, object]] = [("activation_checkpointing", True)]
         if self.experts is not None:
@@ -247,15 +255,15 @@ class Estimator:
         yield from ((key, value) for key, value in found if key not in fixed and getattr(settings, key) != value)
 
     def advise(
-        self, settings: Settings, memory_bytes: int, fixed: Collection[str] = ()
-    ) -> list[tuple[Settings, Memory]]:
-        """Settings that fit into `memory_bytes`, the nearest to what was asked for first; empty where none does.
+        self, settings: MemorySettings, memory_bytes: int, fixed: Collection[str] = ()
+    ) -> list[tuple[MemorySettings, MemoryEstimate]]:
+        """Return settings that fit into `memory_bytes`, the nearest to what was asked for first; empty where none does.
 
         What was asked for alone, where it fits. Else every single step of `ladder` that suffices; where none does, the
         shortest run of steps from its beginning that does, without those of them that are not needed.
         """
 
-        def fits(changes: dict) -> tuple[Settings, Memory] | None:
+        def fits(changes: dict) -> tuple[MemorySettings, MemoryEstimate] | None:
             changed = dataclasses.replace(settings, **changes)
             if self._sum(changed, Counter()).peak > memory_bytes:  # without a step to run
                 return None
@@ -265,7 +273,7 @@ class Estimator:
         if found := fits({}):
             return [found]
         ladder = list(self.ladder(settings, fixed))
-        singles: dict[str, tuple[Settings, Memory]] = {}
+        singles: dict[str, tuple[MemorySettings, MemoryEstimate]] = {}
         for key, value in ladder:
             if key not in singles and (found := fits({key: value})):
                 singles[key] = found
@@ -284,28 +292,25 @@ class Estimator:
 
     # ---- the run
 
-    def _model(self, settings: Settings) -> nn.Module:
+    def _model(self, settings: MemorySettings) -> nn.Module:
         config = copy.deepcopy(self.config)
         return auto_class(config).from_config(config, dtype=getattr(torch, settings.dtype))
 
-    def _held(self, s: Settings) -> dry_run.Held:
+    def _held(self, s: MemorySettings) -> dry_run.Resident:
         key = (s.dtype, s.ep_size)
         if key not in self._kept:
-            self._kept[key] = dry_run.held(self._prepared(s))
+            self._kept[key] = dry_run.count_resident(self._prepared(s))
         return self._kept[key]
 
-    def _moving(self, s: Settings) -> Counter:
+    def _moving(self, s: MemorySettings) -> Counter:
         """Bytes by kind that come and go, at their peak."""
-        batch = {key: getattr(s, key) for key in BATCH}
-        key = (*batch.values(), s.dtype, s.ep_size, s.device, s.activation_checkpointing)
+        traced = {key: getattr(s, key) for key in TRACED}
+        key = (*traced.values(), s.dtype, s.ep_size)
         if key not in self._runs:
-            model = self._prepared(s)
-            if s.activation_checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            self._runs[key] = dry_run.run(model, s.device, **batch)
+            self._runs[key] = dry_run.trace_step(self._prepared(s), **traced)
         return self._runs[key]
 
-    def _prepared(self, s: Settings) -> nn.Module:
+    def _prepared(self, s: MemorySettings) -> nn.Module:
         """The model on `meta` as one process trains it."""
         with torch.device("meta"):
             model = self._model(s)
@@ -341,6 +346,6 @@ class Estimator:
         return placements
 
 
-def full(model: nn.Module) -> nn.Module:
+def train_everything(model: nn.Module) -> nn.Module:
     """`prepare` of full fine-tuning."""
     return model.requires_grad_(True)

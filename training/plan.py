@@ -18,7 +18,7 @@ from deepseek.experts import moe_layers
 from deepseek.loading import quantization
 from deepseek.process_groups import Ranks
 from training.data import IGNORE
-from training.memory import Estimator, Memory, Settings, full
+from training.memory import Estimator, MemoryEstimate, MemorySettings, train_everything
 from training.methods import prepare_model
 
 
@@ -28,7 +28,7 @@ class Plan:
 
     ep_size: int
     activation_checkpointing: bool
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
     saving: str = ""  # keys that would save memory, the least costly first
     tried: list[str] = field(default_factory=list)  # peaks, as text; the last is this plan's
 
@@ -37,7 +37,7 @@ def make_estimator(empty: nn.Module, method: str, experts: esft.ExpertConfig | N
     """The estimator of training `empty`, a model without weights, by a method of train.py."""
     if experts is None:
         how = SimpleNamespace(method=method, lora_rank=lora_rank, lora_alpha=lora_rank, dtype="float32")
-        prepare = full if method == "full" else functools.partial(prepare_model, config=how, experts=None)
+        prepare = train_everything if method == "full" else functools.partial(prepare_model, config=how, experts=None)
         return Estimator(empty.config, prepare=prepare)
     experts.check(empty)
     routed = tuple(f"{layer.name}." for layer in moe_layers(empty).values())
@@ -63,10 +63,10 @@ def stored_dtype(config, empty: nn.Module) -> str | None:
     return config.frozen_dtype or ("fp8" if quantization(empty.config) == "fp8" else None)
 
 
-def settings_of(config, args, empty: nn.Module, packs: list, ranks: Ranks) -> Settings:
+def settings_of(config, args, empty: nn.Module, packs: list, ranks: Ranks) -> MemorySettings:
     """What the memory of a run depends on, with the longest pack and the largest share of labels in `packs`."""
     dtype = config.dtype if config.dtype != "auto" else str(empty.config.dtype or torch.float32).removeprefix("torch.")
-    return Settings(
+    return MemorySettings(
         seq_length=max(map(len, packs)),
         batch_size=args.per_device_train_batch_size,
         label_share=max(sum(label != IGNORE for label in pack.labels) / len(pack) for pack in packs),

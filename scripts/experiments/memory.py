@@ -34,7 +34,7 @@ from deepseek.files import check_output, write_json, write_text
 from esft import ExpertConfig
 from scripts.experiments.benchmark import LIKE_V2_LITE, shape_config
 from train import RunConfig
-from training.memory import Estimator, Memory, Settings, full
+from training.memory import Estimator, MemoryEstimate, MemorySettings, train_everything
 from training.methods import prepare_model
 from utils import ROOT, command_parser, environment, positive, run_cli
 
@@ -110,9 +110,9 @@ def trained_experts(config: PreTrainedConfig) -> dict[int, list[int]]:
     return {i: sorted(draw.sample(range(layer.num_experts), -(-layer.num_experts // 6))) for i, layer in layers.items()}
 
 
-def case_settings(case: dict) -> Settings:
+def case_settings(case: dict) -> MemorySettings:
     batch_size, seq_length = TOKENS[case["shape"]]
-    return Settings(
+    return MemorySettings(
         seq_length=seq_length,
         batch_size=batch_size,
         accumulation=case["accumulation"],
@@ -122,14 +122,14 @@ def case_settings(case: dict) -> Settings:
     )
 
 
-def estimate(case: dict) -> Memory:
+def estimate(case: dict) -> MemoryEstimate:
     """Memory of a case, as estimated."""
     config = case_config(case["shape"])
     if case["method"] == "esft":
         estimator = Estimator(config, trained_experts(config))
     else:
         lora = functools.partial(prepare_model, config=RunConfig("", "", "", method="lora"), experts=None)
-        estimator = Estimator(config, prepare=full if case["method"] == "full" else lora)
+        estimator = Estimator(config, prepare=train_everything if case["method"] == "full" else lora)
     return estimator.estimate(case_settings(case))
 
 
@@ -137,7 +137,7 @@ def estimate(case: dict) -> Memory:
 # the process that trains
 
 
-def train(config: PreTrainedConfig, settings: Settings, method: str, steps: int) -> None:
+def train(config: PreTrainedConfig, settings: MemorySettings, method: str, steps: int) -> None:
     """Steps of a random model as trainer.py makes them, on one process."""
     torch.manual_seed(0)
     experts = ExpertConfig({i: tuple(ids) for i, ids in trained_experts(config).items()})

@@ -32,7 +32,7 @@ from deepseek.experts import moe_layers
 from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation.selection import meta_top_k, name_of
 from scripts.expert.generate_expert_config import check_scores
-from training.memory import FROZEN_BYTES, OPTIMIZERS, Settings
+from training.memory import FROZEN_BYTES, OPTIMIZERS, MemorySettings
 from training.plan import make_estimator
 from training.published_models import open_model
 from utils import command_parser, positive, run_cli
@@ -108,7 +108,7 @@ class Preview:
 
     def __init__(self, model: nn.Module, scores: ExpertScores, args: argparse.Namespace):
         self.model, self.scores = model, scores
-        self.settings = Settings(
+        self.settings = MemorySettings(
             seq_length=args.seq_length,
             batch_size=args.per_device_train_batch_size,
             accumulation=not args.one_micro_batch,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +20,14 @@ from esft import to_esft
 from scripts import estimate_memory
 from scripts.experiments import memory as experiment
 from tests.helpers import FAMILIES, make_model, run_ranks
-from training import dry_run, memory
-from training.memory import BATCH, FROZEN_BYTES, Estimator, Settings, full
-from training.methods import count_trained
+from training import memory
+from training.dry_run import StorageTracker, record_step
+from training.memory import FROZEN_BYTES, Estimator, MemorySettings, train_everything
+from training.methods import count_trained, prepare_model
 from training.published_models import published_models
 
 TRAINED = (0, 5, 3)
-ON_CPU = Settings(seq_length=64, batch_size=2, dtype="float32", device="cpu", accumulation=False)
+ON_CPU = MemorySettings(seq_length=64, batch_size=2, dtype="float32", device="cpu", accumulation=False)
 
 
 def family_config(family: str, **changes):
@@ -48,33 +50,28 @@ def wide():
 # against real runs
 
 
-def noted(model: nn.Module, settings: Settings) -> int:
+def noted(model: nn.Module, settings: MemorySettings) -> int:
     """Peak bytes of a step of a model that has weights, its storages noted in the same way."""
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run, "_attention", lambda _: nn.functional.scaled_dot_product_attention)
-        patch.setattr(dry_run._Tracker, "_answer", lambda _, tensor: tensor.item())
-        patch.setattr(dry_run, "_grouped_mm", torch.ops.aten._grouped_mm.default)
-        patch.setattr(dry_run, "_even_route", expert_parallel.make_route)
-        patch.setattr(dry_run, "_even_exchange", expert_parallel.exchange)
-        tokens = torch.randint(FAMILIES["deepseek_v2"]["vocab_size"], (settings.batch_size, settings.seq_length))
-        empty = torch.empty
-        patch.setattr(torch, "empty", lambda *a, **k: tokens if a[:1] == (tokens.shape,) else empty(*a, **k).zero_())
-        return dry_run.step(model.train(), **{key: getattr(settings, key) for key in BATCH}).total()
+    B, T = settings.batch_size, settings.seq_length
+    kept = max(1, round(settings.label_share * T))
+    ids_BT = torch.randint(FAMILIES["deepseek_v2"]["vocab_size"], (B, T))
+    rest = (torch.zeros(shape, dtype=torch.long) for shape in [(B, T), (kept,), (B * kept,)])
+    return record_step(model.train(), StorageTracker(model), settings.accumulation, ids_BT, *rest).total()
 
 
-def real_step(family: str, settings: Settings, ids) -> int:
+def real_step(family: str, settings: MemorySettings, ids) -> int:
     model = make_model(family)
     if ids is None:
         model.set_experts_implementation("grouped_mm")
-        full(model)
+        train_everything(model)
     else:
         to_esft(model, {"experts": dict.fromkeys(moe_layers(model), ids)}, keep_base=False)
     return noted(model, settings)
 
 
-def rank_step(rank: int, settings: Settings) -> int:
+def rank_step(rank: int, settings: MemorySettings) -> int:
     timeout = timedelta(seconds=60)
     ranks = join(timeout, "gloo").with_experts(settings.ep_size, timeout)
     model = make_model("deepseek_v2")
@@ -101,7 +98,7 @@ def test_a_step_without_storage_holds_what_a_real_one_does(family, checkpointing
     settings = dataclasses.replace(ON_CPU, activation_checkpointing=checkpointing)
     real = real_step(family, settings, TRAINED)
     assert estimator(family)._moving(settings).total() == pytest.approx(real, rel=0.05)
-    more = Estimator(family_config(family), prepare=full)._moving(settings).total()
+    more = Estimator(family_config(family), prepare=train_everything)._moving(settings).total()
     assert more == pytest.approx(real_step(family, settings, None), rel=0.05)
     assert more > 1.2 * real  # so that the two could not be taken for each other
 
@@ -146,6 +143,39 @@ def test_frozen_experts_take_what_they_really_do(kind):
     assert found.experts < 0.5 * estimator(ids=ids, **sizes).estimate(ON_CPU).experts
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("method", ["esft", "full", "lora"])
+def test_an_estimate_replaces_no_function(method, device, checkpointing):
+    """Training runs in the same process: what it calls must be the same before, during and after an estimate."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    seen = []
+
+    def functions() -> dict:
+        owners = (torch, nn.functional, torch._C._nn, torch.Tensor, torch.UntypedStorage, expert_parallel, nn.Module)
+        return {(str(owner), name): id(value) for owner in owners for name, value in list(vars(owner).items())}
+
+    class Watched(Estimator):
+        def _prepared(self, s):
+            model = super()._prepared(s)
+            model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(functions()))
+            model.get_output_embeddings().register_full_backward_hook(lambda *_: seen.append(functions()))
+            return model
+
+    config = family_config("deepseek_v2")
+    how = SimpleNamespace(method="lora", lora_rank=2, lora_alpha=2)
+    prepare = {"esft": None, "full": train_everything, "lora": lambda model: prepare_model(model, how, None)}[method]
+    experts = {1: TRAINED, 2: TRAINED} if method == "esft" else None
+    before = functions()
+    settings = MemorySettings(32, device=device, activation_checkpointing=checkpointing)
+    Watched(config, experts, prepare=prepare).estimate(settings)
+    assert len(seen) >= 2 and all(during == before for during in seen) and functions() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", None)
+        assert functions() != before
+
+
 # against what is counted
 
 
@@ -157,7 +187,7 @@ def test_what_is_held_is_what_a_prepared_model_holds(family, dtype):
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     to_esft(model, {"experts": dict.fromkeys(moe_layers(model), TRAINED)}, keep_base=False)
     counted = count_trained(model)
-    found = estimator(family).estimate(Settings(seq_length=32, dtype=dtype))
+    found = estimator(family).estimate(MemorySettings(seq_length=32, dtype=dtype))
     # a router that is kept in fp32 or not, and buffers, are all that may differ
     assert found.weights == pytest.approx(weights + buffers, rel=0.01)
     assert found.gradients == counted["gradient_bytes"]
@@ -166,13 +196,13 @@ def test_what_is_held_is_what_a_prepared_model_holds(family, dtype):
 
 
 def test_parts_add_up_to_the_peak(wide):
-    found = wide.estimate(Settings(seq_length=64, offload_frozen=True))
+    found = wide.estimate(MemorySettings(seq_length=64, offload_frozen=True))
     parts = {key: size for key, size in vars(found).items() if key != "host"}
     assert all(size >= 0 for size in parts.values()) and found.host > 0
     assert found.peak == sum(parts.values())
     assert found.overhead > memory.CONTEXT_BYTES
     assert wide.estimate(dataclasses.replace(ON_CPU, seq_length=32)).overhead == 0
-    assert "peak" in found.table() and "in host memory" in found.table()
+    assert "peak" in found.format_table() and "in host memory" in found.format_table()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
@@ -192,7 +222,7 @@ def test_published_models_have_the_parameters_their_makers_give(name):
 
 def test_v2_lite_takes_31_gigabytes_of_weights():
     config, _ = published_models()["DeepSeek-V2-Lite"]
-    found = Estimator(config, dict.fromkeys(range(1, 27), range(10))).estimate(Settings(seq_length=128))
+    found = Estimator(config, dict.fromkeys(range(1, 27), range(10))).estimate(MemorySettings(seq_length=128))
     assert found.weights / 1e9 == pytest.approx(31.4, abs=0.05)
     assert found.masters == found.gradients == 26 * 10 * 3 * 1408 * 2048 * 4
 
@@ -200,8 +230,8 @@ def test_v2_lite_takes_31_gigabytes_of_weights():
 # the right way
 
 
-def peak(wide, **changes) -> memory.Memory:
-    return wide.estimate(Settings(**{"seq_length": 128, "world_size": 4, **changes}))
+def peak(wide, **changes) -> memory.MemoryEstimate:
+    return wide.estimate(MemorySettings(**{"seq_length": 128, "world_size": 4, **changes}))
 
 
 def test_more_tokens_take_more(wide):
@@ -222,7 +252,7 @@ def test_sharing_experts_takes_less_of_them_and_nothing_else(wide):
 
 
 def test_less_is_trained_less_is_held(wide):
-    whole = Estimator(wide.config, prepare=full).estimate(Settings(seq_length=128, world_size=4))
+    whole = Estimator(wide.config, prepare=train_everything).estimate(MemorySettings(seq_length=128, world_size=4))
     found = peak(wide)
     assert found.peak < whole.peak and found.gradients < whole.gradients and found.optimizer < whole.optimizer
 
@@ -265,19 +295,19 @@ def test_a_mask_between_documents_is_kept_for_the_backward(wide):
 )
 def test_settings_that_cannot_be_are_refused(wrong, told):
     with pytest.raises(ValueError, match=told):
-        Settings(**wrong)
+        MemorySettings(**wrong)
 
 
 def test_full_fine_tuning_is_not_sharded(wide):
     with pytest.raises(ValueError, match="for methods esft"):
-        Estimator(wide.config, prepare=full).estimate(Settings(world_size=2, ep_size=2))
+        Estimator(wide.config, prepare=train_everything).estimate(MemorySettings(world_size=2, ep_size=2))
 
 
 # advice
 
 
 def test_advice_is_what_was_asked_where_it_fits(wide):
-    asked = Settings(seq_length=1024)
+    asked = MemorySettings(seq_length=1024)
     need = wide.estimate(asked).peak
     ((settings, found),) = wide.advise(asked, need)
     assert settings == asked and found.peak == need
@@ -285,7 +315,7 @@ def test_advice_is_what_was_asked_where_it_fits(wide):
 
 
 def test_advice_fits_and_comes_in_order_of_cost(wide):
-    asked = Settings(seq_length=1024, world_size=4)
+    asked = MemorySettings(seq_length=1024, world_size=4)
     need = wide.estimate(asked).peak
     found = wide.advise(asked, need - 2**20)
     order = [key for key, _ in wide.ladder(asked)]
@@ -295,7 +325,7 @@ def test_advice_fits_and_comes_in_order_of_cost(wide):
 
 
 def test_advice_takes_several_changes_where_no_single_one_does(wide):
-    asked = Settings(seq_length=4096, world_size=4)
+    asked = MemorySettings(seq_length=4096, world_size=4)
     least = min(wide.estimate(dataclasses.replace(asked, **dict([step]))).peak for step in wide.ladder(asked))
     ((settings, found),) = wide.advise(asked, least - 2**20)
     assert found.peak < least and len(settings.changed_from(asked).split()) > 1
@@ -307,7 +337,7 @@ def test_advice_takes_several_changes_where_no_single_one_does(wide):
 
 
 def test_no_advice_where_nothing_fits(wide):
-    assert wide.advise(Settings(), memory.CONTEXT_BYTES) == []
+    assert wide.advise(MemorySettings(), memory.CONTEXT_BYTES) == []
 
 
 # the command
