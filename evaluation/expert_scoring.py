@@ -1,9 +1,17 @@
-"""Pack a task's data and count where its tokens are routed, pack by pack."""
+"""Sample a task's documents, pack them, and count where the model's routers send their tokens, pack by pack.
 
-import argparse
+    packs = sample_packs(SampleSettings("law"), tokenizer)
+    counts = count_packs(packs, "results/models/tiny", devices=[["cpu"]])      # -> evaluation/selection.py
+
+The counts are the same for any number of processes. A pack goes through the model alone, so its numbers do not depend
+on the others. They are integers, so they add exactly.
+"""
+
+import contextlib
+import functools
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,47 +23,81 @@ from tqdm import tqdm
 from deepseek.loading import keeps_documents_apart, load_base_model
 from deepseek.routing import RouterCapture, RouterCounts
 from evaluation.selection import PackCounts
+from evaluation.workers import run_ranks
 from training.data import Encoded, Pack, collate, encode, load_samples, pack
 from utils import note
 
 
-def sample_packs(
-    args: argparse.Namespace, tokenizer, seq_length: int, samples: list[dict] | None = None
-) -> tuple[list[Pack], list[list[bool]]]:
-    """Packs of whole documents with at least n_sample_tokens tokens (all documents, if they have fewer), and for each
-    pack which of its tokens to count. `samples` are those of the training data, by default."""
-    samples = load_samples(args.eval_dataset) if samples is None else samples
-    order = list(range(len(samples)))
-    random.Random(args.seed).shuffle(order)
+@dataclass(frozen=True)
+class SampleSettings:
+    """Which documents of a data set are sampled, and how they become packs."""
+
+    dataset: str
+    n_sample_tokens: int = 131072
+    seq_length: int = 4096
+    overlong: str = "error"
+    template: str = "chat"
+    skip_template_tokens: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MaskedPack:
+    """A pack, and which of its tokens count."""
+
+    pack: Pack
+    mask: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.pack)
+
+    def documents(self) -> list["MaskedPack"]:
+        """Return each document as a pack of its own, for a model that does not keep documents apart."""
+        documents = self.pack.documents()
+        ends = accumulate(map(len, documents))
+        return [MaskedPack(document, self.mask[end - len(document) : end]) for document, end in zip(documents, ends)]
+
+
+def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None = None) -> list[MaskedPack]:
+    """Pack whole documents in a seeded order until they have `n_sample_tokens`, or all documents if they have fewer.
+
+    `samples` replaces the training data of `settings.dataset`.
+    """
+    samples = load_samples(settings.dataset) if samples is None else samples
+    order, tokens = list(range(len(samples))), 0
+    random.Random(settings.seed).shuffle(order)
     encoded: list[Encoded] = []
     masks: list[list[bool]] = []
-    tokens = 0
     for i in order:
-        if tokens >= args.n_sample_tokens:
+        if tokens >= settings.n_sample_tokens:
             break
         messages = samples[i]["messages"]
-        document = encode(messages, tokenizer, args.template)
-        if len(document) > seq_length and args.overlong == "error":
+        document = encode(messages, tokenizer, settings.template)
+        if len(document) > settings.seq_length and settings.overlong == "error":
             raise ValueError(
-                f"data set {args.eval_dataset!r}: sample {i + 1} has {len(document)} tokens, more than seq_length "
-                f"{seq_length}: give --overlong truncate or a larger --seq_length"
+                f"cannot pack sample {i + 1} of {settings.dataset!r}: it has {len(document)} tokens, more than "
+                f"seq_length {settings.seq_length}. Give --overlong truncate or a larger --seq_length"
             )
+        mask = [True] * len(document)
+        if settings.skip_template_tokens:
+            mask = content_mask(messages, document, tokenizer, settings.template)
         encoded.append(document)
-        skip = args.skip_template_tokens
-        masks.append(content_mask(messages, document, tokenizer, args.template) if skip else [True] * len(document))
-        tokens += min(len(document), seq_length)
-    packs = pack(encoded, seq_length, args.overlong, args.seed)
+        masks.append(mask)
+        tokens += min(len(document), settings.seq_length)
+    packs = pack(encoded, settings.seq_length, settings.overlong, settings.seed)
     if not packs:
-        raise ValueError(f"no answer begins within seq_length {seq_length}: give a larger --seq_length")
-    if tokens < args.n_sample_tokens:
-        note(f"{args.eval_dataset} has {tokens} tokens, fewer than n_sample_tokens {args.n_sample_tokens}: all count")
-    return packs, [[keep for i in p.samples for keep in masks[i][:seq_length]] for p in packs]
+        raise ValueError(f"cannot pack {settings.dataset!r}: no answer begins within seq_length {settings.seq_length}")
+    if tokens < settings.n_sample_tokens:
+        note(
+            f"{settings.dataset} has {tokens} tokens, fewer than n_sample_tokens {settings.n_sample_tokens}: all count"
+        )
+    return [MaskedPack(p, [keep for i in p.samples for keep in masks[i][: settings.seq_length]]) for p in packs]
 
 
 def content_mask(messages: list[dict], document: Encoded, tokenizer, template: str) -> list[bool]:
-    """Which tokens of an encoded conversation hold text of its messages' contents, and not of the template.
+    """Return which tokens of a conversation hold text of its messages' contents, and not of the template.
 
-    The template's own text is found by encoding the conversation with marks for contents.
+    The template's own text is what remains between marks, if the conversation is encoded with a mark for each content.
     """
     marks = [f"7340{number}0437" for number in range(len(messages))]
     marked = encode([{**m, "content": mark} for m, mark in zip(messages, marks)], tokenizer, template)
@@ -72,14 +114,14 @@ def content_mask(messages: list[dict], document: Encoded, tokenizer, template: s
             at = -1
     if at != len(text) or len(between) != len(messages) + 1 or not text.startswith(between[0]):
         raise ValueError(
-            f"the template does not show the sample that begins {messages[0]['content'][:40]!r} as it is, so its "
-            "template tokens cannot be told: leave out --skip_template_tokens"
+            f"cannot find the template's tokens in the sample that begins {messages[0]['content'][:40]!r}, whose text "
+            "the template changes. Leave out --skip_template_tokens"
         )
     return [any(start < b and end > a for a, b in inside) for start, end in spans]
 
 
 def _text_and_spans(document: Encoded, tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The text of the tokens, and [start, end) of each in it; parts of one character share its place."""
+    """Return the text of the tokens and each token's [start, end) in it. Parts of one character share its place."""
     stream, text, spans = DecodeStream(skip_special_tokens=False), "", []
     for token in document.input_ids:
         chunk = stream.step(tokenizer.backend_tokenizer, token) or ""
@@ -88,73 +130,49 @@ def _text_and_spans(document: Encoded, tokenizer) -> tuple[str, list[tuple[int, 
     return text, spans
 
 
-@dataclass
-class Counted:
-    """What was counted in a pack, or in a document of one: the pack's number, tokens that the model read, counts."""
+def count_packs(
+    packs: list[MaskedPack], base_model_path: str, *, devices: list[list[str]], dtype: str = "auto", prob: bool = False
+) -> PackCounts:
+    """Count the routing of every pack under a progress bar, with a process and a model for each entry of `devices`."""
+    numbered = list(enumerate(packs))
+    shares = [numbered[rank :: len(devices)] for rank in range(len(devices))]
+    work = functools.partial(count_share, base_model_path, dtype, prob)
+    bar, counts_P = None, {}
+    with contextlib.closing(run_ranks(work, shares, devices)) as messages:
+        for message in messages:
+            bar = bar or tqdm(total=sum(map(len, packs)), unit="tok", unit_scale=True, desc="scoring")
+            if message is not None:
+                number, counts = message
+                counts_P[number] = counts
+                bar.update(len(packs[number]))
+    bar.close()
+    return PackCounts.of([counts_P[number] for number in range(len(packs))])
 
-    pack: int
-    length: int
-    counts: RouterCounts
+
+def count_share(
+    base_model_path: str, dtype: str, prob: bool, share: list[tuple[int, MaskedPack]], devices: list[str]
+) -> Iterator[tuple[int, RouterCounts] | None]:
+    """Yield None when the model is loaded, then (number, counts) of each pack of one process."""
+    model, _ = load_base_model(base_model_path, dtype=dtype, device=devices if len(devices) > 1 else devices[0])
+    yield None
+    numbers, packs = zip(*share)
+    yield from zip(numbers, count_routing(model, packs, prob))
 
 
 @torch.no_grad()
-def count_routing(
-    model: nn.Module, packs: list[Pack], masks: list[list[bool]], numbers: list[int], prob: bool = False
-) -> Iterator[Counted | None]:
-    """Forward each pack alone. Yields None, then what was counted in each pack when it is done."""
-    decoder = model.base_model  # without lm_head
-    device = model.get_input_embeddings().weight.device
-    yield None
-    for one, mask, number in zip(packs, masks, numbers):
-        batch = collate([one], pad_token_id=0)  # nothing is padded
-        with RouterCapture(decoder, prob) as capture:
-            capture.token_mask = torch.tensor([mask])
-            decoder(
-                input_ids=batch["input_ids"].to(device),
-                position_ids=batch["position_ids"].to(device),
-                use_cache=False,
-            )
-        yield Counted(number, len(one), capture.counts())
+def count_routing(model: nn.Module, packs: list[MaskedPack], prob: bool = False) -> Iterator[RouterCounts]:
+    """Yield the counts of each pack. Each goes through the decoder alone, without lm_head."""
+    apart = keeps_documents_apart(model)
+    for masked in packs:
+        with RouterCapture(model.base_model, prob) as capture:
+            for part in [masked] if apart else masked.documents():
+                capture.token_mask = torch.tensor([part.mask])
+                forward_pack(model, part.pack)
+        yield capture.counts()
 
 
-def run_rank(
-    rank: int, args: argparse.Namespace, devices: list[list[str]], packs: list[Pack], masks: list[list[bool]]
-) -> Iterator[Counted | None]:
-    """Load the model and yield from `count_routing` of the packs rank::world_size."""
-    threads = torch.get_num_threads()
-    if devices[rank] == ["cpu"]:
-        torch.set_num_threads(1)
-    try:
-        device = devices[rank] if len(devices[rank]) > 1 else devices[rank][0]
-        model, _ = load_base_model(args.base_model_path, dtype=args.dtype, device=device)
-        numbers = list(range(len(packs)))[rank :: len(devices)]
-        packs, masks = packs[rank :: len(devices)], masks[rank :: len(devices)]
-        if not keeps_documents_apart(model):
-            packs, masks, numbers = one_by_one(packs, masks, numbers)
-        yield from count_routing(model, packs, masks, numbers, args.prob)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def one_by_one(packs: list[Pack], masks: list[list[bool]], numbers: list[int]) -> tuple[list, list, list]:
-    """(documents as packs of their own, their masks, the numbers of the packs they are of)."""
-    documents, kept, of = [], [], []
-    for one, mask, number in zip(packs, masks, numbers):
-        ends = list(accumulate(map(len, one.documents())))
-        documents += one.documents()
-        kept += [mask[end - len(document) : end] for document, end in zip(one.documents(), ends)]
-        of += [number] * len(ends)
-    return documents, kept, of
-
-
-def collect(messages: Iterable[Counted | None], total: int) -> PackCounts:
-    """The counts of each pack, under a progress bar over `total` tokens that starts when a model is loaded."""
-    bar, counts_P = None, {}
-    for message in messages:
-        bar = bar or tqdm(total=total, unit="tok", unit_scale=True, desc="scoring")
-        if message is not None:
-            before = counts_P.get(message.pack)
-            counts_P[message.pack] = before + message.counts if before else message.counts
-            bar.update(message.length)
-    bar.close()
-    return PackCounts.of([counts_P[number] for number in sorted(counts_P)])
+def forward_pack(model: nn.Module, one: Pack) -> None:
+    """Run one pack through the decoder."""
+    batch, device = collate([one], pad_token_id=0), model.get_input_embeddings().weight.device  # nothing is padded
+    inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
+    model.base_model(**inputs, use_cache=False)

@@ -1,15 +1,15 @@
-"""Selection that can be questioned: how certain a set of experts is, and how much two sets, or two routings, share.
+"""How certain is a selection of experts, how much do two selections share, and where do tokens go after training?
 
-Routing is counted pack by pack (`PackCounts`), so that the tokens of a task can be drawn again: a bootstrap draws as
-many packs as there are, with replacement, selects experts by the paper's cut, and does so a thousand times. An expert
-that is in nearly every such set, or in nearly none, is certain; one that comes and goes lies at the cut, and another
-sample of the same data would have decided otherwise.
+Routing is counted pack by pack (`PackCounts`), so the tokens of a task can be drawn again. A bootstrap draws as many
+packs as there are, with replacement, selects experts by the paper's rule, and repeats this a thousand times. An expert
+in nearly all of these sets, or in nearly none, is certain. Another sample of the same data could decide otherwise about
+the rest.
 
-    counts_BLE = times_BP @ counts_PLE      times_BP: how often draw b took pack p; every draw is one row of a product
+    counts_BLE = times_BP @ counts_PLE      times_BP: how often draw b takes pack p
 
-Packs hold whole documents, so that tokens of one document stay together, as the bootstrap needs it. Two sets of
-experts are compared by Jaccard = shared / in either, over all layers at once (no mean of layers, in which a layer with
-two experts would weigh as much as one with twenty), beside what two random sets of these sizes would share.
+Packs hold whole documents, so the tokens of a document are drawn together. Two selections are compared by Jaccard,
+shared / in either, over all layers at once, beside what two random selections of these sizes would share. (In a mean
+over layers, a layer with two experts would weigh as much as one with twenty.)
 
 Legend: P packs, B draws, L MoE layers, E experts, T tokens, K top-k.
 """
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek.files import atomic_path
@@ -30,18 +30,21 @@ from deepseek.routing import RouterCounts, read_logs
 from esft import ExpertConfig, ExpertScores, select_experts
 
 PACKS_NAME = "packs.safetensors"  # beside summary.json
-SURE = (0.05, 0.95)  # a share of the draws between these is neither out nor in
+KINDS = {"token": "slots", "gate": "gates", "prob": "probs"}  # score function -> what it is the sum of
+UNCERTAIN = (0.05, 0.95)  # shares of the draws between which an expert is neither in nor out
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-AT_ONCE = 2**24  # numbers of a chunk of draws, 128 MiB
+AT_ONCE = 2**24  # counts in a chunk of draws, 128 MiB
 
-# --------------------------------------------------------------------------------------------------------------------
-# counts by pack
+# ------------------------------------------------------------------------------------------------ counts by pack
 
 
 @dataclass(frozen=True)
 class PackCounts:
-    """`RouterCounts` of each pack: `layers` are the L decoder layers, `sums` has "slots", "gates" and perhaps "probs",
-    int64 (P, L, E), the latter two in units of 1 / RouterCounts.UNIT; tokens_P int64 (P)."""
+    """The `RouterCounts` of each pack.
+
+    `layers` are the decoder layers. `sums` has int64 (P, L, E) under "slots", "gates" and perhaps "probs". The last two
+    are in units of 1 / RouterCounts.UNIT.
+    """
 
     top_k: int
     layers: list[int]
@@ -53,7 +56,7 @@ class PackCounts:
 
     @classmethod
     def of(cls, counts_P: list[RouterCounts]) -> "PackCounts":
-        """Of the counts of each pack, in their order."""
+        """Join the counts of the packs."""
         layers = sorted(counts_P[0].slots_LE)
         every = {"slots": "slots_LE", "gates": "gates_LE", "probs": "probs_LE"}
         sums = {
@@ -64,13 +67,13 @@ class PackCounts:
         return cls(counts_P[0].top_k, layers, torch.tensor([counts.tokens for counts in counts_P]), sums)
 
     def total(self) -> RouterCounts:
-        """The counts of all packs together."""
+        """Return the counts of all packs together."""
         found = {kind: dict(zip(self.layers, sums_PLE.sum(0).tolist())) for kind, sums_PLE in self.sums.items()}
         tokens = int(self.tokens_P.sum())
         return RouterCounts(self.top_k, tokens, found["slots"], found["gates"], found.get("probs", {}))
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; counts of a pack are far below 2**31, sums of gate weights are not."""
+        """Write a safetensors file. The slots of a pack fit into 32 bits, the sums of gate weights do not."""
         tensors = {kind: sums_PLE.contiguous() for kind, sums_PLE in self.sums.items()}
         tensors["slots"] = tensors["slots"].int()
         tensors |= {"tokens": self.tokens_P, "layers": torch.tensor(self.layers), "top_k": torch.tensor(self.top_k)}
@@ -79,35 +82,30 @@ class PackCounts:
 
     @classmethod
     def load(cls, folder: str | Path) -> "PackCounts":
-        """Read what get_expert_scores.py left in `folder`, or the released raw logs there, whose lines are packs.
-
-        Raises:
-            ValueError, FileNotFoundError: neither is there, the file is damaged, or is not of the summary beside it.
-        """
+        """Read what get_expert_scores.py wrote to a folder, or the released raw logs in it, with a line per pack."""
         folder = Path(folder)
         path = folder / PACKS_NAME
         if not path.is_file():
             if any(folder.glob("expert_weights_*.txt")) or any(folder.glob("rank_*/expert_weights_*.txt")):
                 return cls._of_logs(folder)
             raise FileNotFoundError(
-                f"{folder}: no {PACKS_NAME} in it, which holds the counts of each pack: score the experts again with "
+                f"cannot find the counts of each pack in {folder}: no {PACKS_NAME}. Score the experts again with "
                 "scripts/expert/get_expert_scores.py"
             )
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = load_file(path)
             sums = {kind: tensors[kind].long() for kind in ("slots", "gates", "probs") if kind in tensors}
             packs = cls(int(tensors["top_k"]), tensors["layers"].tolist(), tensors["tokens"], sums)
             scores = ExpertScores.from_counts(packs.total())
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); score the experts again") from error
+            raise ValueError(f"cannot read {path}: it is damaged ({error}). Score the experts again") from error
         if scores.by_function != ExpertScores.load(folder).by_function:
-            raise ValueError(f"{path} is not of the scores in summary.json beside it: score the experts again")
+            raise ValueError(f"cannot use {path}: summary.json beside it has other scores. Score the experts again")
         return packs
 
     @classmethod
     def _of_logs(cls, folder: Path) -> "PackCounts":
-        every = read_logs(folder)  # checks each line
+        every = read_logs(folder)  # checks every line
         num_experts = len(next(iter(every.slots_LE.values())))
         layers = sorted(every.slots_LE)
         ranks = sorted(path for path in folder.glob("rank_*") if path.is_dir()) or [folder]
@@ -125,32 +123,31 @@ class PackCounts:
         return cls(every.top_k, layers, tokens_P, {"slots": torch.stack(slots_L, 1), "gates": torch.stack(gates_L, 1)})
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# stability
+# ------------------------------------------------------------------------------------------------ stability
 
 
 def as_sets(config: ExpertConfig, layers: list[int], num_experts: int) -> Tensor:
-    """bool (L, E): the experts that a config selects."""
+    """Return the selected experts as bool (L, E)."""
     sets_LE = torch.zeros(len(layers), num_experts, dtype=torch.bool)
     for row, layer in enumerate(layers):
         sets_LE[row, list(config.experts.get(layer, ()))] = True
     return sets_LE
 
 
-def cut(score_LE: Tensor, top_p: float) -> Tensor:
-    """bool (..., L, E): `select_experts`' cumulative cut of float64 scores, for many tables of scores at once."""
+def select_cumulative(score_LE: Tensor, top_p: float) -> Tensor:
+    """Return bool (..., L, E): what `select_experts` selects by its cumulative rule, for many tables at once."""
     ranked_LE, ids_LE = score_LE.sort(dim=-1, descending=True, stable=True)
     before_LE = ranked_LE.cumsum(-1).roll(1, -1)
     before_LE[..., 0] = 0
     return torch.zeros_like(score_LE, dtype=torch.bool).scatter(-1, ids_LE, before_LE < top_p)
 
 
-def drawn_sets(packs: PackCounts, times_BP: Tensor, score_function: str, top_p: float) -> Tensor:
-    """bool (B, L, E): the experts selected on each draw, with the rounding of `ExpertScores.from_counts`.
+def bootstrap_selections(packs: PackCounts, times_BP: Tensor, score_function: str, top_p: float) -> Tensor:
+    """Return bool (B, L, E): the experts selected on each draw, with scores rounded as `ExpertScores` rounds them.
 
-    times_BP (B, P): how often each pack is in the draw. Sums stay below 2**53, so that float64 is exact.
+    times_BP says how often each pack is in a draw. The sums stay below 2**53, so float64 is exact.
     """
-    counts_PLE = packs.sums[{"token": "slots", "gate": "gates", "prob": "probs"}[score_function]]
+    counts_PLE = packs.sums[KINDS[score_function]]
     P, L, E = counts_PLE.shape
     digits = max(4, 2 + math.ceil(math.log10(E)))
     flat_PN, times_BP = counts_PLE.reshape(P, -1).double(), times_BP.double()
@@ -161,21 +158,21 @@ def drawn_sets(packs: PackCounts, times_BP: Tensor, score_function: str, top_p: 
             total_BLE = counts_BLE.sum(-1, keepdim=True).clamp(min=1)
         else:
             total_BLE = (part_BP @ packs.tokens_P.double()).clamp(min=1)[:, None, None] * RouterCounts.UNIT
-        found.append(cut((counts_BLE / total_BLE).round(decimals=digits), top_p))
+        found.append(select_cumulative((counts_BLE / total_BLE).round(decimals=digits), top_p))
     return torch.cat(found)
 
 
 def jaccard(a_LE: Tensor, b_LE: Tensor) -> Tensor:
-    """(...) Jaccard of sets bool (..., L, E), over all layers at once; two empty sets are equal."""
+    """Return the Jaccard (...) of sets bool (..., L, E) over all layers at once. Two empty sets are equal."""
     both, either = (a_LE & b_LE).sum((-2, -1)), (a_LE | b_LE).sum((-2, -1))
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def expected_jaccard(sizes: list[tuple[int, int, int]]) -> tuple[float, float, float]:
-    """(mean, 2.5 % and 97.5 % quantiles) of Jaccard of two random sets, exactly.
+    """Return the exact mean and the 2.5 % and 97.5 % quantiles of the Jaccard of two random sets.
 
-    `sizes` has (a, b, E) of every layer: a and b of E experts are drawn, so that what they share is hypergeometric; its
-    sum over layers is a convolution.
+    `sizes` has (a, b, E) for each layer: a and b of E experts are drawn. What they share is hypergeometric, and its sum
+    over the layers is a convolution.
     """
     chance = torch.ones(1, dtype=torch.float64)
     for a, b, E in sizes:
@@ -189,15 +186,15 @@ def expected_jaccard(sizes: list[tuple[int, int, int]]) -> tuple[float, float, f
     return (chance * value).sum().item(), low, high
 
 
-def times_drawn(num_packs: int, size: int, draws: int, seed: int) -> Tensor:
-    """(draws, num_packs): how often each pack is among `size` that are drawn with replacement."""
+def bootstrap_counts(num_packs: int, size: int, draws: int, seed: int) -> Tensor:
+    """Return (draws, num_packs): how often each pack is among `size` packs drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(num_packs, (draws, size), generator=generator)
     return torch.zeros(draws, num_packs).scatter_add(1, drawn, torch.ones(draws, size))
 
 
 def split_draws(num_packs: int, size: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Twice (draws, num_packs): `size` packs each, without replacement, that share none."""
+    """Return two (draws, num_packs): `size` packs each, drawn without replacement, with none in common."""
     generator, first, second = random.Random(seed), torch.zeros(draws, num_packs), torch.zeros(draws, num_packs)
     for row in range(draws):
         both = generator.sample(range(num_packs), 2 * size)
@@ -207,49 +204,25 @@ def split_draws(num_packs: int, size: int, draws: int, seed: int) -> tuple[Tenso
 
 
 def stability(packs: PackCounts, score_function: str, top_p: float, draws: int = 1000, seed: int = 0) -> dict:
-    """How certain the set is that `select_experts` takes of all packs. Numbers, ready for JSON:
+    """Return how certain the experts are that `select_experts` selects on all packs, as numbers for JSON:
 
-    selected: {layer: ids}; frequency: {layer: [share of the draws that select expert e]}; jaccard: mean and 95 %
-    interval of a bootstrap draw's set with the set of all tokens, and by layer; uncertain: [(layer, expert, frequency)]
-    within `SURE`, likeliest first; random_jaccard: of two random sets of these sizes; growth: for a sample of each of
-    `SHARES`, Jaccard of its set with that of all tokens (drawn with replacement) and, up to a half, with that of as
-    many other packs (neither holds a pack of the other: what a second sample of the data would give).
-
-    Raises:
-        ValueError: a single pack, the score is not there, or a value out of its range.
+    selected: {layer: ids};  frequency: {layer: [share of the draws that select expert e]}
+    jaccard, jaccard_ci95, jaccard_by_layer: of a draw's selection with that on all packs
+    random_jaccard: of two random selections of these sizes;  growth: see `growth_of_stability`
+    uncertain: [(layer, expert, frequency)] within `UNCERTAIN`, the most frequent first
     """
     if len(packs) < 2:
-        raise ValueError("one pack cannot be drawn again: score more tokens, or with a shorter --seq_length")
+        raise ValueError("cannot draw one pack again. Score more tokens, or with a shorter --seq_length")
     scores = ExpertScores.from_counts(packs.total())
     config = select_experts(scores, score_function=score_function, top_p=top_p)
     layers, (P, _, E) = packs.layers, packs.sums["slots"].shape
     all_LE = as_sets(config, layers, E)
-    drawn_BLE = drawn_sets(packs, times_drawn(P, P, draws, seed), score_function, top_p)
+    drawn_BLE = bootstrap_selections(packs, bootstrap_counts(P, P, draws, seed), score_function, top_p)
     frequency_LE = drawn_BLE.double().mean(0)
     found_B = jaccard(drawn_BLE, all_LE).double()
     by_layer_L = jaccard(drawn_BLE.unsqueeze(-2), all_LE.unsqueeze(-2)).double().mean(0)
-    unsure = ((frequency_LE > SURE[0]) & (frequency_LE < SURE[1])).nonzero().tolist()
+    unsure = ((frequency_LE > UNCERTAIN[0]) & (frequency_LE < UNCERTAIN[1])).nonzero().tolist()
     uncertain = sorted(((layers[row], e, frequency_LE[row, e].item()) for row, e in unsure), key=lambda x: -x[2])
-    growth = []
-    for number, share in enumerate(SHARES):
-        size = max(1, int(share * P))
-        some_BLE = drawn_sets(packs, times_drawn(P, size, draws, seed + number + 1), score_function, top_p)
-        other = None
-        if 2 * size <= P:
-            first, second = (
-                drawn_sets(packs, times, score_function, top_p) for times in split_draws(P, size, draws, seed)
-            )
-            other = jaccard(first, second).mean().item()
-        growth.append(
-            {
-                "share": share,
-                "packs": size,
-                "tokens": round(size * int(packs.tokens_P.sum()) / P),
-                "jaccard_with_all": jaccard(some_BLE, all_LE).mean().item(),
-                "jaccard_with_other_packs": other,
-            }
-        )
-    low, high = found_B.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {
         "score_function": score_function,
         "top_p": top_p,
@@ -260,105 +233,83 @@ def stability(packs: PackCounts, score_function: str, top_p: float, draws: int =
         "num_experts": E,
         "selected": {layer: list(ids) for layer, ids in config.experts.items()},
         "jaccard": found_B.mean().item(),
-        "jaccard_ci95": [low, high],
+        "jaccard_ci95": found_B.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist(),
         "jaccard_by_layer": dict(zip(layers, by_layer_L.tolist())),
         "random_jaccard": expected_jaccard([(len(ids), len(ids), E) for ids in config.experts.values()])[0],
         "frequency": dict(zip(layers, frequency_LE.tolist())),
         "uncertain": uncertain,
-        "growth": growth,
+        "growth": growth_of_stability(packs, all_LE, score_function, top_p, draws, seed),
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# overlap of several selections
+def growth_of_stability(
+    packs: PackCounts, all_LE: Tensor, score_function: str, top_p: float, draws: int, seed: int
+) -> list[dict]:
+    """Return for a sample of each of `SHARES` the Jaccard of its selection with two others.
+
+    "jaccard_with_all": with the selection on all packs; the sample is drawn with replacement.
+    "jaccard_with_other_packs": with that on as many packs of which it has none, as a second sample of the data would
+    be; None for more than half of the packs.
+    """
+    P, rows = len(packs), []
+    for number, share in enumerate(SHARES, start=1):
+        size, other = max(1, int(share * P)), None
+        some_BLE = bootstrap_selections(packs, bootstrap_counts(P, size, draws, seed + number), score_function, top_p)
+        if 2 * size <= P:
+            halves = split_draws(P, size, draws, seed)
+            first, second = (bootstrap_selections(packs, times, score_function, top_p) for times in halves)
+            other = jaccard(first, second).mean().item()
+        rows.append(
+            {
+                "share": share,
+                "packs": size,
+                "tokens": round(size * int(packs.tokens_P.sum()) / P),
+                "jaccard_with_all": jaccard(some_BLE, all_LE).mean().item(),
+                "jaccard_with_other_packs": other,
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ several selections
 
 
 def correlation(a_LE: dict[int, dict[int, float]], b_LE: dict[int, dict[int, float]]) -> float:
-    """Pearson's, of two tasks' scores of the experts, each layer's mean taken off, over all layers; NaN where one of
-    them is the same for all experts of each layer."""
+    """Return Pearson's correlation of two tasks' scores within layers: each layer's mean is taken off first.
 
-    def centred(score_LE: dict[int, dict[int, float]]) -> Tensor:
+    NaN if the scores of one task do not differ within layers.
+    """
+
+    def centered(score_LE: dict[int, dict[int, float]]) -> Tensor:
         rows = [torch.tensor([score_LE[la][e] for e in sorted(score_LE[la])]).double() for la in sorted(score_LE)]
         return torch.cat([row - row.mean() for row in rows])
 
-    a, b = centred(a_LE), centred(b_LE)
+    a, b = centered(a_LE), centered(b_LE)
     return (a @ b / (a.norm() * b.norm())).item()
 
 
 def overlap(configs: list[ExpertConfig], num_experts: dict[int, int]) -> list[list[dict]]:
-    """[i][j] -> {"jaccard", "shared", "random_jaccard", "random_ci95"} of every two selections."""
+    """Return [i][j] -> {"jaccard", "shared", "random_jaccard", "random_ci95"} of every two selections."""
 
     def pair(a: ExpertConfig, b: ExpertConfig) -> dict:
         a_L, b_L = ({layer: set(config.experts.get(layer, ())) for layer in num_experts} for config in (a, b))
         shared = sum(len(a_L[layer] & b_L[layer]) for layer in num_experts)
         either = sum(len(a_L[layer] | b_L[layer]) for layer in num_experts)
         mean, low, high = expected_jaccard([(len(a_L[la]), len(b_L[la]), E) for la, E in num_experts.items()])
-        return {
-            "jaccard": shared / either if either else 1.0,
-            "shared": shared,
-            "random_jaccard": mean,
-            "random_ci95": [low, high],
-        }
+        found = {"jaccard": shared / either if either else 1.0, "shared": shared}
+        return {**found, "random_jaccard": mean, "random_ci95": [low, high]}
 
     return [[pair(a, b) for b in configs] for a in configs]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# routing before and after
-
-
-def routed_ids(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    """int16 (T, K), on the CPU: the experts that tokens go to, or `num_experts` where a weight of 0 says that a token
-    skips its expert (ZAYA)."""
-    return torch.where(weights_TK != 0, ids_TK, num_experts).to("cpu", torch.int16)
-
-
-def routed(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """bool (T, E) of `routed_ids`."""
-    sets_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool)
-    return sets_TE.scatter(1, ids_TK.long(), True)[:, :num_experts]
-
-
-@dataclass
-class Drift:
-    """Routing of the same tokens before and after, of one layer, added up: before_E and after_E are routed slots,
-    changed those of `before` that `after` does not have."""
-
-    before_E: Tensor | int = 0
-    after_E: Tensor | int = 0
-    changed: int = 0
-
-    def add(self, before_TE: Tensor, after_TE: Tensor) -> None:
-        self.before_E = self.before_E + before_TE.sum(0)
-        self.after_E = self.after_E + after_TE.sum(0)
-        self.changed += int((before_TE & ~after_TE).sum())
-
-    def report(self, trained: list[int]) -> dict:
-        """total_variation: half the sum of |differences| of the token scores, 0 to 1; changed: share of routed slots;
-        trained_before, trained_after: share of slots on the experts `trained`."""
-        before, after = self.before_E.sum().item(), self.after_E.sum().item()
-        gap_E = self.before_E / before - self.after_E / after
-        return {
-            "total_variation": gap_E.abs().sum().item() / 2,
-            "changed": self.changed / before,
-            "trained_before": self.before_E[trained].sum().item() / before,
-            "trained_after": self.after_E[trained].sum().item() / after,
-        }
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# selections of several tasks, and controls
-
-
 def ranked_experts(scores: ExpertScores, score_function: str) -> dict[int, list[int]]:
-    """All experts of each layer, best first; a tie goes to the lower id."""
+    """Return all experts of each layer, best first. A tie goes to the lower id."""
     score_LE = sorted(scores[score_function].items())
     return {layer: sorted(score_E, key=lambda e: (-score_E[e], e)) for layer, score_E in score_LE}
 
 
 def union_of(configs: list[ExpertConfig]) -> ExpertConfig:
-    """Every expert that one of several selections (best first) has, by its best rank in them; a tie goes to the lower
-    id, so that the order of the selections does not matter."""
+    """Join selections (best first), ordered by an expert's best rank in one of them. A tie goes to the lower id."""
     experts = {}
     for layer in sorted(set().union(*(config.experts for config in configs))):
         rank: dict[int, int] = {}
@@ -370,21 +321,58 @@ def union_of(configs: list[ExpertConfig]) -> ExpertConfig:
 
 
 def even_counts(config: ExpertConfig, num_experts: dict[int, int]) -> dict[int, int]:
-    """As many experts as `config` has in all, the same number in every layer; what is left over goes, one each, to the
-    layers in which it has most (the lower one in a tie)."""
+    """Spread as many experts as `config` has evenly over the layers.
+
+    The remainder goes, one each, to the layers in which `config` has most. A tie goes to the lower layer.
+    """
     each, left = divmod(sum(map(len, config.experts.values())), len(num_experts))
     by_size = sorted(num_experts, key=lambda layer: (-len(config.experts.get(layer, ())), layer))
     return {layer: each + (layer in by_size[:left]) for layer in num_experts}
 
 
-def meta_top_k(scores: ExpertScores) -> int | None:
-    """Experts per token, where the scores tell."""
-    found = scores.meta.get("top_k")
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def name_of(path: str | Path) -> str:
-    """What to call scores or a config in a table: the last part of its path that says something."""
+def short_name(path: str | Path) -> str:
+    """Return what to call scores or a config in a table: the last part of the path that says something."""
     parts = [part for part in re.split(r"[/\\]", str(path)) if part not in ("", ".")]
     dull = ("summary.json", "expert_scores", "expert_cfg.json", "expert_configs")
     return Path(next((part for part in reversed(parts) if part not in dull), str(path))).stem
+
+
+# ------------------------------------------------------------------------------------------------ after training
+
+
+def routed_ids(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+    """Return int16 (T, K) on the CPU: the experts of each token. A weight of 0, where ZAYA's tokens skip their expert,
+    becomes `num_experts`."""
+    return torch.where(weights_TK != 0, ids_TK, num_experts).to("cpu", torch.int16)
+
+
+def routed(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Return `routed_ids` as bool (T, E)."""
+    sets_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool)
+    return sets_TE.scatter(1, ids_TK.long(), True)[:, :num_experts]
+
+
+@dataclass
+class Drift:
+    """The routed slots of one layer before and after training, on the same tokens; `changed` went elsewhere after."""
+
+    before_E: Tensor | int = 0
+    after_E: Tensor | int = 0
+    changed: int = 0
+
+    def add(self, before_TE: Tensor, after_TE: Tensor) -> None:
+        self.before_E = self.before_E + before_TE.sum(0)
+        self.after_E = self.after_E + after_TE.sum(0)
+        self.changed += int((before_TE & ~after_TE).sum())
+
+    def report(self, trained: list[int] | None) -> dict:
+        """Return total_variation (half the sum of |differences| of the token scores, 0 to 1), the share of slots that
+        changed, and the shares of slots on the experts `trained` before and after (None without them)."""
+        before, after = self.before_E.sum().item(), self.after_E.sum().item()
+        gap_E = self.before_E / before - self.after_E / after
+        return {
+            "total_variation": gap_E.abs().sum().item() / 2,
+            "changed": self.changed / before,
+            "trained_before": None if trained is None else self.before_E[trained].sum().item() / before,
+            "trained_after": None if trained is None else self.after_E[trained].sum().item() / after,
+        }

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.files import check_output
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
 from evaluation.figures import new_figure, save_figure
-from evaluation.selection import SURE, PackCounts, correlation, name_of, overlap, stability
+from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
 from scripts.expert.generate_expert_config import split_list, top_p_of
 from utils import command_parser, positive, run_cli
 
@@ -67,9 +67,10 @@ def stability_table(found: dict) -> str:
         lines.append(f"{layer:>5}{len(ids):>10}{len(unsure):>11}{found['jaccard_by_layer'][layer]:>9.2f}  {shown}")
     low, high = found["jaccard_ci95"]
     selected = sum(map(len, found["selected"].values()))
+    unsure_from, unsure_to = UNCERTAIN
     inside = sum(e in found["selected"][layer] for layer, e, _ in found["uncertain"])
     lines += [
-        f"  * not in the set of all tokens; uncertain is what {SURE[0]:.0%} to {SURE[1]:.0%} of the draws select",
+        f"  * not in the set of all tokens; uncertain is what {unsure_from:.0%} to {unsure_to:.0%} of the draws select",
         f"bootstrap sets and the set of all tokens: Jaccard {found['jaccard']:.3f} [{low:.3f}, {high:.3f}]; random "
         f"sets of these sizes {found['random_jaccard']:.3f}",
         f"{selected} experts are selected, {selected - inside} of them certain; {len(found['uncertain']) - inside} "
@@ -195,7 +196,7 @@ def compare(args: argparse.Namespace) -> dict:
 
 def names_of(paths: list[str]) -> list[str]:
     """Short names, or the paths where those would be the same."""
-    short = [name_of(path) for path in paths]
+    short = [short_name(path) for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
@@ -273,7 +274,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise ValueError(f"{folder} has no score {args.score_function!r}: get_expert_scores.py --prob adds it")
         found = stability(packs, args.score_function, top_p_of(args), args.n_bootstrap, args.seed)
         text = stability_table(found)
-        title = f"Selection by {args.score_function} score, top_p {found['top_p']:g}, {name_of(folder)}"
+        title = f"Selection by {args.score_function} score, top_p {found['top_p']:g}, {short_name(folder)}"
         figure = draw_stability(found, title) if args.output_path else None
     else:
         found = compare(args)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import moe_layers
 from esft import ExpertConfig, ExpertScores, select_experts
-from evaluation.selection import meta_top_k, name_of
+from evaluation.selection import short_name
 from scripts.expert.generate_expert_config import check_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, MemorySettings
 from training.plan import make_estimator
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, checkpointing: bool) -> float | None:
     """FLOPs of a step of ESFT / of full fine-tuning, as above; None where nothing tells the experts per token."""
-    top_k = meta_top_k(scores) or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    top_k = scores.meta.get("top_k") or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if "token" not in scores.by_function or not top_k:
         return None
     layers = moe_layers(model)
@@ -190,7 +190,7 @@ def table(rows: list[dict]) -> str:
 
 def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
     """The command that writes the config of a row."""
-    name = Path(dataset).stem if dataset else name_of(args.expert_scores_dir)
+    name = Path(dataset).stem if dataset else short_name(args.expert_scores_dir)
     flags = {
         "expert_scores_dir": args.expert_scores_dir,
         "score_function": row["score_function"],

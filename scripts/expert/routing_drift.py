@@ -1,22 +1,23 @@
-r"""After training, where do the tokens go? The routing of the base and of the base with an adapter, on the same tokens.
+r"""After training, where do the tokens go? Compare the routing of a base and of the base with an adapter.
 
     python scripts/expert/routing_drift.py --base_model_path=results/models/tiny --adapter_dir=results/checkpoints/law \
         --eval_dataset=law --n_sample_tokens=16384 --seq_length=256 --output_dir=results/drift/law
 
-ESFT leaves routers alone, but the layers above a trained expert see other hidden states, and send tokens elsewhere.
-Per layer: the total variation distance of the token scores (half the sum of their absolute differences: how much of the
-load moved, 0 to 1); the share of routed slots that changed (a token's K experts, as sets: tokens may trade places while
-the load stays); and the share of slots on the trained experts, before and after. Up to the first trained layer nothing
-changes.
+ESFT leaves the routers alone, but the layers above a trained expert see other hidden states and route otherwise. On the
+same tokens, each layer has:
 
-Tokens are sampled and packed as get_expert_scores.py does. --split=eval takes a data set of datasets/eval (general,
-say: prompts with their first gold answer). --adapter_dir may also be a LoRA, or a whole fine-tuned model, which have no
-trained experts to look at. Writes drift.json and, with matplotlib, drift.png.
+    total variation   how much of the load moved, 0 to 1: half the sum of |differences| of the token scores
+    slots changed     the share of routed slots that changed. Tokens may trade places while the load stays.
+    slots on trained  the share of slots on the trained experts, before and after
+
+Nothing changes up to the first trained layer. Tokens are sampled as get_expert_scores.py does it. --split=eval takes a
+data set of datasets/eval: prompts with their first gold answer. --adapter_dir may also be a LoRA or a whole fine-tuned
+model, which have no trained experts. Writes drift.json and, if matplotlib is installed, drift.png.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,16 +26,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import moe_layers
+from deepseek.experts import MoELayer, moe_layers
 from deepseek.files import check_output, suggest_path, write_json
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
-from evaluation.expert_scoring import one_by_one
+from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
-from evaluation.selection import Drift, name_of, routed, routed_ids
-from scripts.expert.get_expert_scores import add_shared_flags, sample_packs
-from training.data import Pack, collate, load_samples, read_rows
-from utils import command_parser, environment, run_cli
+from evaluation.selection import Drift, routed, routed_ids, short_name
+from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
+from training.data import read_rows
+from utils import command_parser, environment, note, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,85 +43,91 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--adapter_dir", required=True, metavar="DIR", help="adapter, LoRA, or whole fine-tuned model")
-    add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME", help="data set whose tokens are routed: a "
+    add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME", help="data set to route: a "
         "name in datasets/<split>, a path (.jsonl, .json, .parquet) or a hub id")  # fmt: skip
-    add("--split", choices=("train", "eval"), default="train", help="shape of its rows: training data, or prompt and "
+    add("--split", choices=("train", "eval"), default="train", help="its rows are training data, or prompts with "
         "answers (default: train)")  # fmt: skip
-    add("--output_dir", required=True, metavar="DIR", help="folder that gets drift.json and drift.png")
+    add("--output_dir", required=True, metavar="DIR", help="folder for drift.json and drift.png")
     add_shared_flags(parser)
     return parser.parse_args(argv)
 
 
 def experts_by_layer(model: nn.Module) -> dict[int, int]:
-    """Number of experts of every MoE layer."""
+    """Return the number of experts of every MoE layer."""
     return {index: layer.num_experts for index, layer in moe_layers(model).items()}
 
 
 def eval_samples(dataset: str) -> list[dict]:
-    """Rows of an evaluation set as conversations: the prompt, and its first gold answer."""
+    """Return the rows of an evaluation set as conversations: the prompt and its first gold answer."""
     samples = []
     for where, row in read_rows(dataset, "eval"):
         answers = row.get("raw_answers") or row.get("answers") or []
         if not isinstance(row.get("prompt"), str) or not answers:
-            raise ValueError(f'{where}: a row of evaluation data needs "prompt" and "answers"')
+            raise ValueError(f'cannot read {where}: a row of evaluation data needs "prompt" and "answers"')
         turns = (("user", row["prompt"]), ("assistant", str(answers[0])))
         samples.append({"messages": [{"role": role, "content": text} for role, text in turns]})
     if not samples:
-        raise ValueError(f"data set {dataset!r} has no rows")
+        raise ValueError(f"cannot read data set {dataset!r}: it has no rows")
     return samples
 
 
 @torch.no_grad()
-def routing(model: nn.Module, packs: list[Pack], masks: list[list[bool]]) -> Iterator[dict[int, Tensor]]:
-    """{layer: `routed_ids`} of every pack, of the tokens that its mask keeps."""
-    layers, decoder, seen = moe_layers(model), model.base_model, {}
-    device = model.get_input_embeddings().weight.device
+def routing(model: nn.Module, packs: list[MaskedPack]) -> Iterator[dict[int, Tensor]]:
+    """Yield {layer: `routed_ids`} of the tokens that count in each pack."""
+    layers, seen = moe_layers(model), {}
 
-    def note(layer: int):
-        def hook(module, args) -> None:
+    def see(layer: MoELayer):
+        def hook(_module, args) -> None:
             _, ids_TK, weights_TK, *_ = args
-            seen[layer] = routed_ids(ids_TK, weights_TK, module.num_experts)
+            seen[layer.index] = routed_ids(ids_TK, weights_TK, layer.num_experts)
 
         return hook
 
-    handles = [layer.module.register_forward_pre_hook(note(index)) for index, layer in layers.items()]
+    handles = [layer.module.register_forward_pre_hook(see(layer)) for layer in layers.values()]
     try:
-        for one, mask in zip(packs, masks):
+        for one in packs:
             seen.clear()
-            batch = collate([one], pad_token_id=0)
-            inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
-            decoder(**inputs, use_cache=False)
+            forward_pack(model, one.pack)
             if missing := sorted(layers.keys() - seen.keys()):
-                raise ValueError(f"the experts of layer {missing[0]} were never called: their routing cannot be seen")
-            yield {layer: seen[layer][torch.tensor(mask)] for layer in layers}
+                raise ValueError(f"cannot see the routing of layer {missing[0]}: its experts were never called")
+            yield {layer: seen[layer][torch.tensor(one.mask)] for layer in layers}
     finally:
         for handle in handles:
             handle.remove()
 
 
-def measure(base: nn.Module, change, packs: list[Pack], masks: list[list[bool]]) -> dict[int, Drift]:
-    """Drift of each layer; `change` makes the model to compare with of `base`, in place or not.
+def measure(base: nn.Module, change: Callable[[nn.Module], nn.Module], packs: list[MaskedPack]) -> dict[int, Drift]:
+    """Return the drift of each layer. `change` makes the model to compare with out of the base, in place or not.
 
-    The base's routing is kept, so that an adapter can be put in place and the model is there once.
+    The base's routing is kept, so there is one model at a time.
     """
     if not keeps_documents_apart(base):
-        packs, masks, _ = one_by_one(packs, masks, [0] * len(packs))
-    total, before = sum(map(len, packs)), []
-    with tqdm(total=2 * total, unit="tok", unit_scale=True, desc="routing") as bar:
-        for one, ids_L in zip(packs, routing(base, packs, masks)):
+        packs = [document for one in packs for document in one.documents()]
+    before = []
+    with tqdm(total=2 * sum(map(len, packs)), unit="tok", unit_scale=True, desc="routing") as bar:
+        for one, ids_L in zip(packs, routing(base, packs)):
             before.append(ids_L)
             bar.update(len(one))
         num_experts_L = experts_by_layer(base)
         changed, drift_L = change(base), {layer: Drift() for layer in num_experts_L}
-        for one, old_L, new_L in zip(packs, before, routing(changed, packs, masks)):
+        for one, old_L, new_L in zip(packs, before, routing(changed, packs)):
             for layer, drift in drift_L.items():
                 drift.add(*(routed(ids_L[layer], num_experts_L[layer]) for ids_L in (old_L, new_L)))
             bar.update(len(one))
     return drift_L
 
 
-def table(result: dict) -> str:
-    """A line per layer, and the mean over layers."""
+def make_report(drift_L: dict[int, Drift], config: ExpertConfig | None) -> dict:
+    """Return {"trained": ids by layer, "layers": `Drift.report` by layer, "mean": over layers}; shares may be None."""
+    trained = {layer: sorted(config.experts.get(layer, ())) for layer in drift_L} if config else {}
+    layers = {layer: drift.report(trained.get(layer)) for layer, drift in drift_L.items()}
+    rows = list(layers.values())
+    mean = {key: None if rows[0][key] is None else sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {"trained": trained, "layers": layers, "mean": mean}
+
+
+def format_drift(result: dict) -> str:
+    """Return a line per layer, and the mean over layers."""
     lines = [
         f"{'':>5}{'':>9}{'total':>11}{'slots':>10}{'slots on trained experts':>27}",
         f"{'layer':>5}{'trained':>9}{'variation':>11}{'changed':>10}{'before':>14}{'after':>13}",
@@ -136,7 +143,7 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict):
-    """-> the matplotlib figure: what moved, and the load of the trained experts."""
+    """Return a figure of what moved, and of the load of the trained experts."""
     figure, (left, right) = new_figure(10.5, 4.2)
     layers = list(result["layers"])
     rows, places = list(result["layers"].values()), range(len(layers))
@@ -166,7 +173,7 @@ def draw(result: dict):
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, axis="y")
     figure.suptitle(
-        f"Routing of {result['dataset']}, {result['tokens']:,} tokens, before and after {name_of(result['adapter'])}"
+        f"Routing of {result['dataset']}, {result['tokens']:,} tokens, before and after {short_name(result['adapter'])}"
     )
     return figure
 
@@ -176,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict:
     output, adapter = Path(args.output_dir) / "drift.json", Path(args.adapter_dir)
     check_output(output)
     if not adapter.is_dir():
-        raise ValueError(f"--adapter_dir {adapter}: no such folder{suggest_path(adapter)}")
+        raise ValueError(f"cannot read --adapter_dir {adapter}: no such folder{suggest_path(adapter)}")
     whole = (adapter / "config.json").is_file()
     config = None if whole or is_lora(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)
@@ -184,10 +191,9 @@ def main(argv: list[str] | None = None) -> dict:
     if config:
         config.check(empty)
     if whole and experts_by_layer(empty_model(adapter)) != experts_by_layer(empty):
-        raise ValueError(f"{adapter} is a model with other layers or experts than {args.base_model_path}")
-    context = getattr(empty.config.get_text_config(), "max_position_embeddings", None) or args.seq_length
-    samples = eval_samples(args.eval_dataset) if args.split == "eval" else load_samples(args.eval_dataset)
-    packs, masks = sample_packs(args, tokenizer, min(args.seq_length, context), samples)
+        raise ValueError(f"cannot compare {adapter}: it has other layers or experts than {args.base_model_path}")
+    samples = eval_samples(args.eval_dataset) if args.split == "eval" else None
+    packs = sample_packs(sample_settings(args, empty), tokenizer, samples)
 
     place = {"dtype": args.dtype, "device": device if len(device) > 1 else device[0]}
     base, _ = load_base_model(args.base_model_path, **place)
@@ -195,37 +201,25 @@ def main(argv: list[str] | None = None) -> dict:
     def change(model: nn.Module) -> nn.Module:
         if not whole:
             return add_adapter(model, adapter)
-        alike = {**place, "dtype": str(model.dtype).removeprefix("torch.")}  # or rounding would look like drift
-        return load_base_model(adapter, **alike)[0]
+        same = {**place, "dtype": str(model.dtype).removeprefix("torch.")}  # rounding would look like drift
+        return load_base_model(adapter, **same)[0]
 
-    drift_L = measure(base, change, packs, masks)
-    trained = {layer: sorted(config.experts.get(layer, ())) if config else [] for layer in drift_L}
-    layers = {layer: drift.report(trained[layer]) for layer, drift in drift_L.items()}
-    if config is None:
-        layers = {layer: row | {"trained_before": None, "trained_after": None} for layer, row in layers.items()}
-    mean = {
-        key: None if first is None else sum(row[key] for row in layers.values()) / len(layers)
-        for key, first in next(iter(layers.values())).items()
-    }
-    result = {
+    result = make_report(measure(base, change, packs), config) | {
         "base_model": args.base_model_path,
         "adapter": args.adapter_dir,
         "dataset": args.eval_dataset,
         "split": args.split,
-        "tokens": sum(map(sum, masks)),
-        "trained": trained if config else {},
-        "layers": layers,
-        "mean": mean,
+        "tokens": sum(sum(one.mask) for one in packs),
         "settings": vars(args),
         "environment": environment(),
     }
     write_json(output, result)
-    print(table(result))
+    print(format_drift(result))
     print(f"written to {output}")
     try:
         figure = draw(result)
-    except ValueError as error:
-        print(f"note: {error}", file=sys.stderr)
+    except ValueError as error:  # matplotlib is missing
+        note(str(error))
     else:
         save_figure(figure, output.with_suffix(".png"))
         print(f"written to {output.with_suffix('.png')}")

@@ -21,25 +21,25 @@ from esft import (
     to_esft,
     unload,
 )
-from evaluation import expert_scoring
+from evaluation.expert_scoring import SampleSettings, count_routing, sample_packs
 from evaluation.selection import (
     PACKS_NAME,
     Drift,
     PackCounts,
+    bootstrap_counts,
+    bootstrap_selections,
     correlation,
-    cut,
-    drawn_sets,
     even_counts,
     expected_jaccard,
     jaccard,
-    name_of,
     overlap,
     ranked_experts,
     routed,
     routed_ids,
+    select_cumulative,
+    short_name,
     split_draws,
     stability,
-    times_drawn,
     union_of,
 )
 from scripts.expert import compare_scores, generate_expert_config, get_expert_scores, preview_config, routing_drift
@@ -86,10 +86,10 @@ def test_pack_counts_add_up_and_survive_the_file(tmp_path):
     assert packs.total().slots_LE[1][3] == sum(int(packs.sums["slots"][p, 0, 3]) for p in range(5))
 
     make_packs(5, 1.0, seed=1).save(tmp_path / PACKS_NAME)
-    with pytest.raises(ValueError, match="not of the scores"):
+    with pytest.raises(ValueError, match="has other scores"):
         PackCounts.load(tmp_path)
     (tmp_path / PACKS_NAME).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=f"{PACKS_NAME} is damaged"):
+    with pytest.raises(ValueError, match=f"{PACKS_NAME}: it is damaged"):
         PackCounts.load(tmp_path)
     (tmp_path / PACKS_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"get_expert_scores\.py"):
@@ -117,7 +117,7 @@ def test_the_cut_of_many_tables_is_that_of_select_experts():
         rows = [[round(x / (sum(row) or 1), 4) if sum(row) else 1 / E for x in row] for row in rows]
         top_p = rng.choice([0.05, 0.2, 0.5, 0.9, 1.0])
         config = select_experts(scores_of(rows), top_p=top_p)
-        found = cut(torch.tensor([rows] * 2, dtype=torch.float64), top_p)
+        found = select_cumulative(torch.tensor([rows] * 2, dtype=torch.float64), top_p)
         for sets_LE in found:
             assert {la: set(sets_LE[la].nonzero().flatten().tolist()) for la in range(L)} == {
                 la: set(ids) for la, ids in config.experts.items()
@@ -127,9 +127,9 @@ def test_the_cut_of_many_tables_is_that_of_select_experts():
 @pytest.mark.parametrize("function", ["token", "gate"])
 def test_a_draw_is_selected_on_as_its_packs_would_be_alone(function):
     packs = make_packs(9, 1.5)
-    times_BP = times_drawn(9, 9, 20, seed=1)
+    times_BP = bootstrap_counts(9, 9, 20, seed=1)
     assert (times_BP.sum(1) == 9).all() and times_BP.max() > 1
-    found = drawn_sets(packs, times_BP, function, 0.3)
+    found = bootstrap_selections(packs, times_BP, function, 0.3)
     for times_P, sets_LE in zip(times_BP, found):
         chosen = [p for p, n in enumerate(times_P.int().tolist()) for _ in range(n)]
         some = PackCounts(K, packs.layers, packs.tokens_P[chosen], {k: v[chosen] for k, v in packs.sums.items()})
@@ -140,7 +140,7 @@ def test_a_draw_is_selected_on_as_its_packs_would_be_alone(function):
 def test_a_draw_rounds_as_the_scores_do():
     slots = torch.tensor([[[10000, 10001, 29999, 50000]]])  # 0.1 and 0.1: a tie, which the lower id wins
     packs = PackCounts(1, [1], torch.tensor([100000]), {"slots": slots, "gates": slots})
-    assert drawn_sets(packs, torch.ones(1, 1), "token", 0.85)[0].tolist() == [[True, False, True, True]]
+    assert bootstrap_selections(packs, torch.ones(1, 1), "token", 0.85)[0].tolist() == [[True, False, True, True]]
 
 
 def test_equal_packs_are_certain_and_noisy_ones_are_not():
@@ -160,7 +160,7 @@ def test_equal_packs_are_certain_and_noisy_ones_are_not():
     growth = [row["jaccard_with_all"] for row in noisy["growth"]]
     assert growth[0] < growth[2] < growth[4] and noisy["growth"][-1]["packs"] == 32
     assert stability(make_packs(32, 3.0), "token", 0.4, draws=300) == noisy
-    with pytest.raises(ValueError, match="one pack"):
+    with pytest.raises(ValueError, match="cannot draw one pack again"):
         stability(one, "token", 0.4)
 
 
@@ -200,8 +200,8 @@ def test_overlap_and_correlation_by_hand():
 
 
 def test_names_of_paths():
-    assert name_of("results/expert_scores/law/") == name_of("results/expert_scores/law/summary.json") == "law"
-    assert name_of("shared/intent/expert_scores") == "intent" and name_of("a/law.json") == "law"
+    assert short_name("results/expert_scores/law/") == short_name("results/expert_scores/law/summary.json") == "law"
+    assert short_name("shared/intent/expert_scores") == "intent" and short_name("a/law.json") == "law"
 
 
 # --------------------------------------------------------------------------------------------------- the two commands
@@ -459,13 +459,10 @@ def test_routing_drifts_above_what_was_changed_and_nowhere_else(tasks, tiny_mode
     assert result["mean"]["changed"] == pytest.approx(second["changed"] / 2)
     assert f"{second['changed']:.1%}" in capsys.readouterr().out
 
-    argv = ["--eval_dataset", tasks / "a.jsonl", "--model", "m", "--output_dir", "o", "--n_sample_tokens", 1000]
-    args = get_expert_scores.parse_args([str(x) for x in argv])
-    packs, masks = get_expert_scores.sample_packs(args, load_tokenizer(tiny_model_dir), 128)
-    shares = []
+    settings = SampleSettings(str(tasks / "a.jsonl"), n_sample_tokens=1000, seq_length=128)
+    packs, shares = sample_packs(settings, load_tokenizer(tiny_model_dir)), []
     for model in (make_model(), add_adapter(make_model(), adapter / "changed")):  # as scoring counts
-        every = list(expert_scoring.count_routing(model, packs, masks, list(range(len(packs)))))
-        slots_E = PackCounts.of([one.counts for one in every[1:]]).total().slots_LE[2]
+        slots_E = PackCounts.of(list(count_routing(model, packs))).total().slots_LE[2]
         shares.append(slots_E[0] / sum(slots_E))
     assert [second["trained_before"], second["trained_after"]] == pytest.approx(shares) and shares[0] != shares[1]
 

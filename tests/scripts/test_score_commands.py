@@ -13,7 +13,7 @@ from evaluation import expert_scoring
 from evaluation.selection import PackCounts
 from scripts.expert import get_expert_scores, plot_expert_scores
 from tests.helpers import make_model, refused
-from training.data import Encoded, Pack, encode
+from training.data import Encoded, encode
 
 WORDS = ["what", "is", "it", "yes", "no", "0", "12", "345"]
 
@@ -86,12 +86,9 @@ def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, t
     shutil.copytree(tiny_model_dir, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
     flags = ["--eval_dataset", data, "--model", broken, "--output_dir", tmp_path / "out", "--seq_length", 64]
-
-    def main(argv: list[str]) -> None:  # one rank in a process of its own
-        list(get_expert_scores.run_ranks(get_expert_scores.parse_args(argv), [["cpu"]], [Pack()], [[]]))
-
-    refused(capsys, main, flags, "cannot be loaded")
-    refused(capsys, get_expert_scores.main, [*flags, "--device", "cpu"], "cannot be loaded")
+    for world_size, rank in ((1, ""), (2, "rank ")):
+        more = ["--device", "cpu", "--world_size", world_size]
+        refused(capsys, get_expert_scores.main, [*flags, *more], rank, "cannot be loaded")
     assert not (tmp_path / "out").exists()
 
 
