@@ -9,7 +9,8 @@ import esft
 from deepseek.expert_parallel import connect_experts, shard_dense
 from deepseek.experts import moe_layers
 from deepseek.frozen import Storage
-from deepseek.loading import empty_model, keeps_documents_apart, quantization
+from deepseek.loading import empty_model, keeps_documents_apart
+from deepseek.partial_loading import quantization
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.process_groups import Ranks, SharedError
 from training.methods import chosen_experts, prepare_model

@@ -15,7 +15,7 @@ from torch import nn
 
 import esft
 from deepseek.experts import moe_layers
-from deepseek.loading import quantization
+from deepseek.partial_loading import quantization
 from deepseek.process_groups import Ranks
 from training.data import IGNORE
 from training.memory import Estimator, MemoryEstimate, MemorySettings, train_everything

@@ -38,7 +38,7 @@ from deepseek.adapters import BASE_NAME
 from deepseek.expert_parallel import gather_to_first
 from deepseek.files import set_modes, write_json
 from deepseek.gradient_sync import GradientReducer
-from deepseek.loading import no_bars
+from deepseek.partial_loading import no_bars
 from deepseek.process_groups import Ranks, SharedError, lost_contact
 from training import checkpoints, data
 

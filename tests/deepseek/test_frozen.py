@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import esft
-from deepseek import frozen, loading
+from deepseek import frozen, partial_loading
 from deepseek.experts import moe_layers
 from deepseek.frozen import Storage, dequantize, freeze_experts, quantize, thaw_experts
 from deepseek.loading import load_base_model
@@ -235,9 +235,10 @@ def test_reading_is_as_storing_afterwards(saved, family, kind, monkeypatch):
         unstored.append(len(full))
         freeze_experts(layer, *args)
 
-    original = loading._load_and_freeze
-    monkeypatch.setattr(loading, "_load_and_freeze", lambda model, *a: original(total.setdefault("model", model), *a))
-    monkeypatch.setattr(loading, "freeze_experts", counted)
+    original = partial_loading.load_and_freeze
+    watched = lambda model, *args: original(total.setdefault("model", model), *args)  # noqa: E731
+    monkeypatch.setattr(partial_loading, "load_and_freeze", watched)
+    monkeypatch.setattr(partial_loading, "freeze_experts", counted)
     folder = saved(family)
     keep = {layer: ids for layer, ids in some_experts(make_model(family)).experts.items()}
     model, _ = load_base_model(folder, frozen=Storage(kind, keep=keep))
