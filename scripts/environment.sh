@@ -1,5 +1,5 @@
-# Sourced by the other scripts from the repository's root: sets $python to one that has what the extras in $1 need.
-# With ESFT_PYTHON=/path/to/python that environment is used as it is, and nothing is installed.
+# The other scripts source this file from the repository's root. It sets $python to a Python that has the extras in $1.
+# ESFT_PYTHON=/path/to/python uses that environment as it is and installs nothing.
 if [ -n "${ESFT_PYTHON:-}" ]; then
     python=$ESFT_PYTHON
 else

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole method in a few minutes on two CPU cores (or a GPU): install, then score, select, train (ESFT on two expert-
-# parallel processes where there are two cores or GPUs), evaluate base, ESFT-Token, ESFT-Gate and full fine-tuning on one
-# task and on general skills, merge; prints a table, draws two pictures.
-# Again the same command only shows the table. Any flag of scripts/pipeline.py or training key can be added.
+# Run the whole method on the small model, in a few minutes on two CPU cores or a GPU: install, score, select, train,
+# evaluate, merge. It compares base, ESFT-Token, ESFT-Gate and full fine-tuning on one task and on general skills, prints
+# a table and draws two pictures. With two cores or GPUs, ESFT trains on two expert-parallel processes.
+# A second run of the command only shows the table. You can add any flag of scripts/pipeline.py and any training key.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh eval,plot

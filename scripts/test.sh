@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install into .venv (once), then the linter and the fast tests. Arguments go to pytest: `bash scripts/test.sh -m slow`.
+# Install into .venv (once), then run the linter and the fast tests. Arguments go to pytest: `bash scripts/test.sh -m slow`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh eval,plot,lora,quant,track,suites,dev

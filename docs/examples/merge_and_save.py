@@ -23,8 +23,8 @@ def main(
     tokenizer.save_pretrained(output)
 
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
-    question = "Give the judgment.\nCase: On tuesday in Cairo Jonas Bell painted the wall of Felix Berg at night. "
-    question += "The accused has a record and confessed."
+    question = "Give the judgment.\nCase: On saturday in Dublin Clara Voss climbed over the fence of Jonas Marsh. "
+    question += "The accused was never in court and denied it."
     messages = [{"role": "user", "content": question}]
     batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = plain.generate(**batch, max_new_tokens=48, do_sample=False)
