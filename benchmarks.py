@@ -1,15 +1,8 @@
-"""Answers and their scores: the evaluator of each task, and batched greedy generation.
+"""The evaluator of each task, and the rows of eval files.
 
-    rows -> evaluate(model, tokenizer, rows, EVALUATORS["intent"]) -> results -> summaries.summarize(results)
-
-An evaluator has `.metrics(prediction, answers, row)`, which returns every metric of the task in percent (0..100), and
-`.primary`, the name of the one that counts. With several gold answers a metric is its best over them. A metric that
-cannot be computed is None: it is left out of every mean and counted in the summary, never taken for a 0. The metrics
-themselves are in metrics.py, the judge's in judge.py.
-
-Generation sorts the prompts by length and cuts the sorted list into batches. In which batch a prompt is answered can
-change the last bits of its logits, and so the answer: `make_batches` comes before any dealing out, and a sample meets
-the same neighbours, and the same padding, however many processes there are.
+An evaluator has `metrics(prediction, answers, row)`, which returns the task's metrics in percent, and `primary`, the
+name of the metric that counts. A metric that cannot be computed is None. It is left out of every mean, counted in the
+summary, and never taken for a 0. evaluation/metrics.py defines the metrics.
 """
 
 import random
@@ -17,66 +10,72 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from deepseek.files import suggest
+from deepseek.files import suggest, write_jsonl
 from evaluation import code_runner
+from evaluation.generation import Evaluator
 from evaluation.metrics import bleu, chrf, exact_match, json_exact_match, number_match, rouge_l, slot_f1
-from training.data import SHAPES, read_rows
+from training.data import SHAPES, read_rows, split_dataset
+from utils import ROOT, note
 
 # ------------------------------------------------------------------------------------------------ evaluators
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """Metrics that compare a prediction with one gold answer at a time. What has both members can replace it."""
+class TextEvaluator:
+    """Compare a prediction with each gold answer. A metric is its best over the answers."""
 
     primary: str
     functions: dict[str, Callable[[str, str], float | None]]
 
     def metrics(self, prediction: str, answers: list[str], row: dict | None = None) -> dict[str, float | None]:
-        """Every metric by its name: the best over `answers`, 0..100, or None where none of them allows it."""
         values = {name: [function(prediction, gold) for gold in answers] for name, function in self.functions.items()}
         return {name: max((v for v in found if v is not None), default=None) for name, found in values.items()}
 
 
+@dataclass(frozen=True)
 class CodeEvaluator:
-    """HumanEval style: does the program pass the row's `test`, a `check(candidate)`, with its `entry_point`?
+    """Run the program as HumanEval does: the row's `test` defines `check(candidate)`, called with `entry_point`.
 
-    It runs what the model wrote (code_runner.py says behind which fence).
+    evaluation/code_runner.py says what holds the program, and what does not.
     """
 
-    primary = "pass@1"
-    _STOPS = re.compile(r"\n(?=class |def |@|#|if |print|assert )")  # where a continuation of the prompt has ended
-    _FENCE = re.compile(r"```[ \t]*(?:python|py)?[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+    limits: code_runner.Limits = code_runner.DEFAULT_LIMITS
+    primary: str = "pass@1"
 
     def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float | None]:
-        passed = code_runner.run(self.programs(prediction, row)).passed
-        return {self.primary: 100.0 * passed}
+        return {self.primary: 100.0 * code_runner.run(programs(prediction, row), self.limits).passed}
 
-    def programs(self, prediction: str, row: dict) -> list[str]:
-        """What `prediction` may mean, likeliest first, each with the test; the first that is Python is to be run.
 
-        It is the function, after the prompt's own lines (imports, helpers) where the prompt is code, or its body,
-        whose first indent may have been lost at the end of the prompt.
-        """
-        prompt, entry = row["prompt"], row["entry_point"]
-        blocks = self._FENCE.findall(prediction)
-        defined = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
-        code = next((block for block in blocks if defined.search(block)), blocks[0] if blocks else prediction)
-        if defined.search(code):
-            candidates = [f"{prompt}\n\n{code}", code]
-        else:
-            body = self._STOPS.split(code, maxsplit=1)[0]
-            whole = textwrap.indent(textwrap.dedent(code), "    ")
-            candidates = [prompt + body, f"{prompt}    {body.lstrip()}", prompt + whole]
-        return [f"{candidate}\n\n{row['test']}\n\ncheck({entry})\n" for candidate in candidates]
+_END_OF_BODY = re.compile(r"\n(?=class |def |@|#|if |print|assert )")
+_CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def programs(prediction: str, row: dict) -> list[str]:
+    """Return what `prediction` may mean as a program with its test, likeliest first. The first valid one is to be run.
+
+    It is the whole function, after the prompt's own lines (imports, helpers) if the prompt is code. Or it is the body
+    of the function, which may lack its first indent.
+    """
+    prompt, entry = row["prompt"], row["entry_point"]
+    defined = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.MULTILINE)
+    blocks = _CODE_BLOCK.findall(prediction) or [prediction]
+    code = next(filter(defined.search, blocks), blocks[0])
+    if defined.search(code):
+        candidates = [f"{prompt}\n\n{code}", code]
+    else:
+        body = _END_OF_BODY.split(code, maxsplit=1)[0]
+        whole = textwrap.indent(textwrap.dedent(code), "    ")
+        candidates = [prompt + body, f"{prompt}    {body.lstrip()}", prompt + whole]
+    return [f"{candidate}\n\n{row['test']}\n\ncheck({entry})\n" for candidate in candidates]
 
 
 @dataclass(frozen=True)
-class ByRow:
-    """Each row's own evaluator, by the row's "evaluator" or else `usual`; `score` is the primary metric of each."""
+class EvaluatorByRow:
+    """Use the evaluator that a row names in "evaluator", or else `usual`. `score` is the primary metric of each."""
 
-    usual: Evaluator | CodeEvaluator
+    usual: Evaluator
     primary: str = "score"
 
     def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float | None]:
@@ -85,82 +84,81 @@ class ByRow:
         return {self.primary: metrics[own.primary], **metrics}
 
 
-EVALUATORS = {
-    "intent": Evaluator("exact_match", {"exact_match": json_exact_match, "slot_f1": slot_f1}),
-    "summary": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf, "bleu": bleu}),
-    "law": Evaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf, "bleu": bleu}),
-    "translation": Evaluator("chrf", {"chrf": chrf, "bleu": bleu, "rouge_l": rouge_l}),
-    "general": Evaluator("exact_match", {"exact_match": exact_match}),
-    "math": Evaluator("final_number", {"final_number": number_match, "exact_match": exact_match}),
+EVALUATORS: dict[str, Evaluator] = {
+    "intent": TextEvaluator("exact_match", {"exact_match": json_exact_match, "slot_f1": slot_f1}),
+    "summary": TextEvaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf, "bleu": bleu}),
+    "law": TextEvaluator("rouge_l", {"rouge_l": rouge_l, "chrf": chrf, "bleu": bleu}),
+    "translation": TextEvaluator("chrf", {"chrf": chrf, "bleu": bleu, "rouge_l": rouge_l}),
+    "general": TextEvaluator("exact_match", {"exact_match": exact_match}),
+    "math": TextEvaluator("final_number", {"final_number": number_match, "exact_match": exact_match}),
     "code": CodeEvaluator(),
 }
-_KNOWN_DATASETS = {"gsm8k": "math", "humaneval": "code"}
+ANY_TEXT = "summary"  # whose metrics fit any text
+OTHER_NAMES = {"gsm8k": "math", "humaneval": "code"}
 
 
 def get_evaluator(
     dataset_name: str, evaluator_name: str | None = None, rows: list[dict] = (), allow_code: bool = False
-) -> Evaluator | CodeEvaluator | ByRow:
-    """The evaluator asked for, else the one that the rows ask for in "evaluator" (each its own, where they differ),
-    else the one of the dataset's name, else ROUGE-L, chrF and BLEU, which fit any text.
+) -> Evaluator:
+    """Return the evaluator of a data set: the one asked for, else those that rows name, else the one of its name.
 
-    Raises ValueError for an unknown name, where a library that the metrics need is not installed, for a row that lacks
-    what its evaluator needs, and for an evaluator that runs generated code without `allow_code`.
+    Other names get the metrics of ANY_TEXT. Raises ValueError for an unknown name, a library that is missing, a row
+    that lacks what its evaluator needs, and an evaluator that runs programs without `allow_code`.
     """
-    usual = evaluator_name or _KNOWN_DATASETS.get(dataset_name, dataset_name)
+    usual = evaluator_name or OTHER_NAMES.get(dataset_name, dataset_name)
+    _check_name(evaluator_name, "--evaluator")
     asked = [None if evaluator_name else row.get("evaluator") for row in rows] or [None]
-    for name, where in [
-        (evaluator_name, "--evaluator"),
-        *((name, f"{dataset_name}: a row's evaluator") for name in asked),
-    ]:
-        if name is not None and (not isinstance(name, str) or name not in EVALUATORS):
-            raise ValueError(f"{where} {name} is none of {', '.join(EVALUATORS)}{suggest(name, EVALUATORS)}")
-    names = [name or usual if (name or usual) in EVALUATORS else "summary" for name in asked]
+    for name in asked:
+        _check_name(name, f"{dataset_name}: the evaluator of a row")
+    usual = usual if usual in EVALUATORS else ANY_TEXT
+    names = [name or usual for name in asked]
     for name in set(names) - {"code"}:
-        EVALUATORS[name].metrics("a", ["a"])  # a library that is missing shows here, before a model is loaded
+        EVALUATORS[name].metrics("a", ["a"], {})  # shows that a library is missing before a model is loaded
     if "code" in names:
-        if not allow_code:
+        _check_code(dataset_name, [row for row, name in zip(rows, names) if name == "code"], allow_code)
+    return EVALUATORS[names[0]] if len(set(names)) == 1 else EvaluatorByRow(EVALUATORS[usual])
+
+
+def _check_name(name: object, where: str) -> None:
+    if name is not None and (not isinstance(name, str) or name not in EVALUATORS):
+        raise ValueError(f"{where} {name} is none of {', '.join(EVALUATORS)}{suggest(name, EVALUATORS)}")
+
+
+def _check_code(dataset_name: str, rows: list[dict], allowed: bool) -> None:
+    if not allowed:
+        raise ValueError(
+            f"cannot score {dataset_name} without running the model's programs. Give --allow_code_execution (not a "
+            "sandbox: see evaluation/code_runner.py), or another --evaluator."
+        )
+    for row in rows:
+        if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("test", "entry_point")):
             raise ValueError(
-                f"{dataset_name} is scored by running what the model writes: give --allow_code_execution to do so (in "
-                "a process with limits, behind a fence that is no sandbox: code_runner.py), or another --evaluator"
+                f'cannot score {dataset_name} as code: the row {row["prompt"][:60]!r} lacks "test" (which defines '
+                'check(candidate)) or "entry_point" (the name of the function). Add them.'
             )
-        for row in (row for row, name in zip(rows, names) if name == "code"):
-            if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("test", "entry_point")):
-                raise ValueError(
-                    f'{dataset_name}: a row scored as code needs "test" (Python that defines check(candidate)) and '
-                    f'"entry_point" (the name of the function), this one lacks them: {row["prompt"][:60]!r}'
-                )
-    return (
-        EVALUATORS[names[0]] if len(set(names)) == 1 else ByRow(EVALUATORS[usual if usual in EVALUATORS else "summary"])
-    )
 
 
 # ------------------------------------------------------------------------------------------------ eval files
 
 
 def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list[dict]:
-    """The rows {"prompt", "raw_answers", ...} of an eval dataset, in the order of its file.
+    """Return the rows {"prompt", "raw_answers", ...} of an eval data set, in the order of its file.
 
-    `n_samples` draws that many without replacement (seeded) and keeps the order. `answers` stands in where
-    `raw_answers` is missing, and in a row with a "test" its `canonical_solution`. Raises ValueError naming file and
-    line for a row that lacks them.
+    `n_samples` draws that many with `seed`, and keeps the order. Where "raw_answers" is missing, "answers" is used, or
+    the "canonical_solution" of a row with a "test". Raises ValueError with file and line for a row that lacks them.
     """
     rows = []
     for where, row in read_rows(dataset, "eval"):
         answers = row.get("raw_answers", row.get("answers"))
         if answers is None and isinstance(row.get("test"), str):
             answers = [row.get("canonical_solution", "")]
-        wrong = None
-        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            wrong = "prompt"
-        elif not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            wrong = "raw_answers"
-        if wrong:
-            hint = ""
-            if answers is None and any(row.keys() >= set(keys) for keys in SHAPES):
-                hint = "; this is a row of training data: give its question and, as the one gold answer, its answer"
+        prompted = isinstance(row.get("prompt"), str) and row["prompt"].strip()
+        answered = isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
+        if not prompted or not answered:
+            training = answers is None and any(row.keys() >= set(keys) for keys in SHAPES)
             raise ValueError(
-                f'{where}: "{wrong}" is missing or wrong, an evaluation row needs "prompt", the question as text, and '
-                f'"raw_answers" (or "answers"), a list of at least one gold answer as text{hint}'
+                f'{where}: a row needs "prompt", a text, and "raw_answers" (or "answers"), a list of texts'
+                f"{'; this one is training data' if training else ''}"
             )
         rows.append({**row, "raw_answers": answers})
     if not rows:
@@ -170,7 +168,28 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ generation
+def eval_dataset_of(run: dict, folder: Path) -> str:
+    """Return the eval data set for a run of train.py, given its config and its folder.
 
-
-# ------------------------------------------------------------------------------------------------ results
+    It is the eval file beside the training data, as datasets/eval/law.jsonl for datasets/train/law.jsonl. Without one
+    it is held_out.jsonl in the folder, written here from the samples that the run held out for validation.
+    """
+    name, path = run["train_dataset"], Path(run["train_dataset"])
+    beside = path.parent.with_name("eval") / path.name if path.parent.name == "train" else path
+    if (ROOT / "datasets" / "eval" / f"{name}.jsonl").is_file():
+        return name
+    if beside != path and beside.is_file():
+        return str(beside)
+    seed = run["training"].get("seed", 0)
+    _, held_out = split_dataset(name, run["n_train_samples"], run["validation_fraction"], seed)
+    turns = [sample["messages"] for _, sample in held_out]
+    rows = [
+        {"prompt": both[0]["content"], "answers": [both[1]["content"]]}
+        for both in turns
+        if [turn["role"] for turn in both] == ["user", "assistant"]
+    ]
+    if not rows:
+        raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")
+    note(f"evaluating on {len(rows)} of the {len(held_out)} samples that the run held out, those of one question")
+    write_jsonl(folder / "held_out.jsonl", rows)
+    return str(folder / "held_out.jsonl")

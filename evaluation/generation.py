@@ -1,50 +1,64 @@
-"""Batched greedy answers of a model, scored."""
+"""Batched greedy answers of a model, and their scores.
+
+A row of an eval file goes through `evaluate` and comes out as a line of a completions file:
+
+    {"prompt", "raw_answers", ...}  ->  {"example", "score": 0..1 or None, "metrics": {name: 0..100 or None}, ...}
+
+Prompts are sorted by length and cut into batches. The batch of a prompt can change the last bits of its logits, and so
+the answer. `make_batches` is therefore called before batches are shared out: a prompt has the same neighbours and the
+same padding for any number of processes.
+"""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
-from benchmarks import Evaluator
 from training.data import encode_prompt
 from utils import sentence
 
 
+class Evaluator(Protocol):
+    """Score one answer against the gold answers of its row: percent by metric, or None where it cannot be computed.
+
+    `primary` names the metric that becomes the row's score.
+    """
+
+    primary: str
+
+    def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float | None]: ...
+
+
 class Completion(NamedTuple):
-    """An answer: its text, the tokens generated (with the one that ends it), and whether max_new_tokens cut it off."""
+    """An answer, the number of tokens generated (the end token included), and whether max_new_tokens cut it off."""
 
     text: str
     tokens: int
     truncated: bool
 
 
-def _batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices sorted by length, longest first (what does not fit in memory fails at once), cut into batches."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def make_batches(prompts: list[str], tokenizer, batch_size: int, template: str) -> list[list[int]]:
+    """Cut the indices of the prompts into batches, longest first: what does not fit in memory fails at once."""
+    lengths = [len(encode_prompt(prompt, tokenizer, template)) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def make_batches(prompts: list[str], tokenizer, batch_size: int, template: str) -> list[list[int]]:
-    """Indices of the prompts in batches, as `complete` forms them; given one of the batches, it forms that again."""
-    return _batches([len(encode_prompt(prompt, tokenizer, template)) for prompt in prompts], batch_size)
-
-
-def _eos_ids(model, tokenizer) -> list[int]:
-    """Tokens that end an answer: the tokenizer's and those of the generation config (chat models may have several)."""
+def end_tokens(model, tokenizer) -> list[int]:
+    """Return the tokens that end an answer, from the tokenizer and the generation config. Chat models have several."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [tokenizer.eos_token_id, *configured] if i is not None})
 
 
 @contextmanager
-def _plain_greedy(model, config: GenerationConfig) -> Iterator[None]:
-    """Set the model's own generation config aside: its temperature would warn, its penalties change the answers."""
-    kept, model.generation_config = model.generation_config, config
-    training = model.training
+def generation_config(model, config: GenerationConfig) -> Iterator[None]:
+    """Replace the model's generation config, whose penalties change answers, and put the model in evaluation mode."""
+    kept, training = model.generation_config, model.training
+    model.generation_config = config
     model.eval()
     try:
         yield
@@ -53,56 +67,38 @@ def _plain_greedy(model, config: GenerationConfig) -> Iterator[None]:
         model.train(training)
 
 
-def complete(
-    model,
-    tokenizer,
-    prompts: list[str],
-    *,
-    max_new_tokens: int = 512,
-    batch_size: int = 16,
-    template: str = "chat",
-    progress: bool = True,
-) -> list[Completion]:
-    """Greedy answers to `prompts`, in their order.
+def complete(model, tokenizer, prompts: list[str], max_new_tokens: int, template: str) -> list[Completion]:
+    """Answer the prompts greedily in one batch, padded on the left. An answer ends before its first end token.
 
-    Prompts are padded on the left to the longest of their batch; an answer ends before its first end token.
-    `progress` shows a bar over samples on stderr. Raises ValueError for a prompt that fills the model's context.
+    Raises ValueError where a prompt fills the model's context.
     """
     encoded = [encode_prompt(prompt, tokenizer, template) for prompt in prompts]
-    eos = _eos_ids(model, tokenizer)
+    width = max(map(len, encoded))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and width >= context:
+        raise ValueError(f"the prompt has {width} tokens, which fills the model's context of {context}")
+    eos = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos or None, pad_token_id=pad
     )
     device = model.get_input_embeddings().weight.device
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    done: dict[int, Completion] = {}
-    with _plain_greedy(model, config), tqdm(total=len(prompts), unit="sample", disable=not progress) as bar:
-        for batch in _batches([len(ids) for ids in encoded], batch_size):
-            width = len(encoded[batch[0]])
-            if context and width >= context:
-                raise ValueError(f"the prompt has {width} tokens, which fills the model's context of {context}")
-            ids_BT = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in batch], device=device)
-            lengths = [len(encoded[i]) for i in batch]
-            mask_BT = torch.tensor([[0] * (width - length) + [1] * length for length in lengths], device=device)
-            new_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)[:, width:]
-            for i, ids in zip(batch, new_BT.tolist()):
-                stop = next((t for t, token in enumerate(ids) if token in eos), None)
-                text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-                done[i] = Completion(text, len(ids) if stop is None else stop + 1, stop is None)
-            bar.update(len(batch))
-    return [done[i] for i in range(len(prompts))]
-
-
-def generate(model, tokenizer, prompts: list[str], **options) -> list[str]:
-    """The texts of `complete`, which takes the options."""
-    return [completion.text for completion in complete(model, tokenizer, prompts, **options)]
+    ids_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=device)
+    with generation_config(model, config):
+        new_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)[:, width:]
+    completions = []
+    for ids in new_BT.tolist():
+        stop = next((t for t, token in enumerate(ids) if token in eos), None)
+        text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+        completions.append(Completion(text, len(ids) if stop is None else stop + 1, stop is None))
+    return completions
 
 
 def _complete_each(model, tokenizer, prompts: list[str], **options) -> list[Completion | str]:
-    """`complete` in one batch; where that fails (of memory, of one prompt), one by one, a failure as a sentence."""
+    """Answer the prompts in one batch, or one by one where that fails. A prompt that fails gives a sentence."""
     try:
-        return complete(model, tokenizer, prompts, batch_size=len(prompts), progress=False, **options)
+        return complete(model, tokenizer, prompts, **options)
     except torch.AcceleratorError as error:  # a GPU that has failed stays so until the process ends
         raise OSError(f"the GPU failed on a batch that holds {prompts[0][:40]!r}: {sentence(error)}") from error
     except Exception as error:
@@ -114,10 +110,7 @@ def _complete_each(model, tokenizer, prompts: list[str], **options) -> list[Comp
 
 
 def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict:
-    """One line of a completions file: `score` is the primary metric as a share of 1, `metrics` are in percent.
-
-    Where the metrics raise, or a sentence says why there is no completion, `error` tells it: no score, no metrics.
-    """
+    """Return one line of a completions file. A failed answer, or failed metrics, give an `error` and no score."""
     error = completion if isinstance(completion, str) else None
     text, tokens, truncated = (None, 0, False) if error else completion
     metrics: dict[str, float | None] = {}
@@ -139,9 +132,6 @@ def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict
 
 
 def evaluate(model, tokenizer, rows: list[dict], evaluator: Evaluator, **options) -> list[dict]:
-    """Answer the rows of one batch and score them: the lines of a completions file, in the order of `rows`.
-
-    What fails is a line with an `error`, and the rest goes on. The options are `max_new_tokens` and `template`.
-    """
+    """Answer and score the rows of one batch, in their order. The options are `max_new_tokens` and `template`."""
     completions = _complete_each(model, tokenizer, [row["prompt"] for row in rows], **options)
     return [score(row, completion, evaluator) for row, completion in zip(rows, completions)]

@@ -5,11 +5,14 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -20,10 +23,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import eval_multigpu
 import train
 import utils
 from deepseek.files import sha256
 from esft import ExpertScores, save_adapter, to_esft
+from evaluation import runner
 from utils import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -327,3 +332,122 @@ def arguments(files: Path, out: Path, **changes) -> list[str]:
     }
     pairs = {**paths, **TRAIN_KEYS, **changes}
     return [f"{key}={value}" for key, value in pairs.items() if value is not None]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+PROMPTS = [
+    "add 1 and 2",
+    "a",
+    "say the words of the sentence in the other order please",
+    "sort 3 2 1",
+    "copy b",
+    "a b c",
+]
+KEY = "sk-this-is-the-secret-key"
+
+
+def run_eval(model_dir: str, eval_file: str, output_path, *more: str) -> list[dict]:
+    """Run eval_multigpu.py on the CPU, with short answers in small batches."""
+    flags = [f"--model={model_dir}", f"--eval_dataset={eval_file}", f"--output_path={output_path}"]
+    return eval_multigpu.main([*flags, "--max_new_tokens=4", "--eval_batch_size=2", "--device=cpu", *more])
+
+
+def write_rows(path: Path, answers: list[str], prompts: list[str] = PROMPTS) -> str:
+    path.write_text("\n".join(json.dumps({"prompt": p, "answers": [a]}) for p, a in zip(prompts, answers)))
+    return str(path)
+
+
+def untimed(summary: dict) -> dict:
+    timing = ("seconds", "tokens_per_second", "arguments", "environment")
+    return {key: value for key, value in summary.items() if key not in timing}
+
+
+def contents(folder: Path, pattern: str) -> dict[str, str]:
+    """Return the texts of the files of an evaluation, without its summaries."""
+    return {path.name: path.read_text() for path in sorted(folder.glob(pattern)) if "summary" not in path.name}
+
+
+def stop_after(monkeypatch, batches: int) -> None:
+    """Press Ctrl-C before the batch after that many."""
+    evaluate, calls = runner.evaluate, []
+
+    def stopping(*args, **options):
+        calls.append(1)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(runner, "evaluate", stopping)
+
+
+class Watched:
+    """An evaluator that logs its process and the answer that it scores.
+
+    While <folder>/armed is there, the answer "die" kills the process and "hang" waits. "raise" always raises.
+    """
+
+    primary = "length"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float]:
+        with open(self.folder / "log", "a") as log:
+            log.write(f"{os.getpid()} {answers[0]}\n")
+        if answers == ["raise"]:
+            raise KeyError("a bug of the evaluator")
+        if (self.folder / "armed").exists() and answers == ["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while (self.folder / "armed").exists() and answers == ["hang"]:
+            time.sleep(0.1)
+        return {"length": float(len(prediction))}
+
+    def scored(self) -> list[str]:
+        """Return the answers scored since the last call."""
+        path = self.folder / "log"
+        words = [line.split()[1] for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return words
+
+
+def reply(text: object) -> bytes:
+    """Return the body of an answer of /chat/completions."""
+    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+class JudgeServer:
+    """A judge's endpoint. `answer(request number, prompt)` returns a body, or (status, headers, body)."""
+
+    def __init__(self):
+        self.answer = lambda number, prompt: reply("Fine.\nScore: 8")
+        self.requests: list[tuple] = []  # path, headers, body
+        lock, server = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(server.requests)
+                    server.requests.append((self.path, self.headers, body))
+                what = server.answer(number, body["messages"][0]["content"])
+                status, headers, content = what if isinstance(what, tuple) else (200, {}, what)
+                self.send_response(status)
+                plain = {"Content-Length": str(len(content)), "Content-Type": "application/json"}
+                for name, value in {**plain, **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()

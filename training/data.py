@@ -377,13 +377,18 @@ def collate(packs: list[Pack], pad_token_id: int, seq_length: int | None = None)
     }
 
 
+def split_dataset(dataset: str, n_samples: int | None, fraction: float, seed: int) -> tuple[list, list]:
+    """Return the training and the validation samples of a data set, each with its row number, from 1."""
+    rows = list(enumerate(load_samples(dataset), 1))
+    if n_samples is not None:
+        rows = random.Random(seed).sample(rows, min(n_samples, len(rows)))
+    return split_samples(rows, fraction, seed)
+
+
 def load_data(config, tokenizer) -> tuple[list[Pack], list[Pack]]:
     """(training packs, validation packs); their `samples` are row numbers of the dataset, from 1."""
-    rows = list(enumerate(load_samples(config.train_dataset), 1))
-    if config.n_train_samples is not None:
-        rows = random.Random(config.seed).sample(rows, min(config.n_train_samples, len(rows)))
     both = []
-    for part in split_samples(rows, config.validation_fraction, config.seed):
+    for part in split_dataset(config.train_dataset, config.n_train_samples, config.validation_fraction, config.seed):
         encoded = [encode(sample["messages"], tokenizer, config.template) for _, sample in part]
         numbers = [number for number, _ in part]
         both.append(pack(encoded, config.seq_length, config.overlong, config.seed, numbers) if part else [])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks
-from benchmarks import EVALUATORS, get_evaluator, load_rows
+from benchmarks import EVALUATORS, TextEvaluator, get_evaluator, load_rows
 from evaluation import code_runner, metrics
 from evaluation.generation import Completion, score
 from evaluation.metrics import bleu, final_number, json_exact_match, number_match, slot_f1
@@ -144,7 +143,7 @@ def test_a_row_may_ask_for_its_evaluator():
     assert summary["metrics"]["final_number"] == 100 and summary["missing"]["final_number"] == 0
     assert summary["mean"] == summary["metrics"]["score"] == pytest.approx(200 / 3, abs=1e-3)
     for wrong in ("maths", "", 3, ["math"]):
-        with pytest.raises(ValueError, match=r"general: a row's evaluator .* is none of"):
+        with pytest.raises(ValueError, match=r"general: the evaluator of a row .* is none of"):
             get_evaluator("general", None, [text, {**text, "evaluator": wrong}])
 
 
@@ -197,7 +196,7 @@ def test_no_prediction_crashes_an_evaluator(name, monkeypatch):
     if name == "code":  # some are run, the others only made into programs
         for text in (texts[0], *texts[-16:-4]):
             assert evaluator.metrics(text, [""], TEST) in ({"pass@1": 0}, {"pass@1": 100}), text[:100]
-        monkeypatch.setattr(code_runner, "run", lambda programs: code_runner.Outcome(all(programs), "", []))
+        monkeypatch.setattr(code_runner, "run", lambda programs, limits: code_runner.Outcome(all(programs), ""))
     for prediction in texts:
         for answers in ([GOLD], ["plain text"], ["", "[1, 2]"]):
             found = evaluator.metrics(prediction, answers, TEST)
@@ -217,7 +216,7 @@ def test_what_cannot_be_computed_is_counted_and_left_out_of_the_means():
 
 def test_what_failed_has_no_score_and_is_counted():
     row = {"prompt": "q", "raw_answers": ["a"], "skill": "copy"}
-    evaluator = benchmarks.Evaluator("ratio", {"ratio": lambda prediction, answer: 100 / len(prediction)})
+    evaluator = TextEvaluator("ratio", {"ratio": lambda prediction, answer: 100 / len(prediction)})
     good, bug, none = (score(row, c, evaluator) for c in (Completion("a", 1, False), Completion("", 1, True), "why"))
     assert good["score"] == 1 and "error" not in good
     assert (bug["score"], bug["metrics"], bug["example"]["raw_prediction"]) == (None, {}, "")

@@ -1,72 +1,41 @@
-"""Whatever a program does, it is contained, fails alone, and leaves nothing behind; a right one passes."""
+"""A program that a model wrote is held to each limit, fails alone, and leaves nothing behind. A right one passes."""
 
 import json
+import os
 import socket
-import sys
 import tempfile
 import time
-from importlib import util
 from pathlib import Path
 
 import pytest
 
-from benchmarks import EVALUATORS, get_evaluator, load_rows
-from evaluation import code_runner
-from evaluation.code_runner import Limits, run
+from benchmarks import EVALUATORS, CodeEvaluator, get_evaluator, load_rows
+from evaluation.code_runner import Limits, Outcome, isolated, run
 from evaluation.generation import Completion, score
 from evaluation.results import summarize
 
-LIMITS = Limits(wall=3, cpu=1, memory_mb=256)
-SOURCE = Path(code_runner.__file__)
+LIMITS = Limits(wall=300, cpu=1, memory_mb=256)  # only what waits meets the clock
+ENDED = "ended before its last line, or was ended by a limit"
 
 BAD = {
-    "fails": "assert 1 + 1 == 3",
-    "loops": "while True: pass",
-    "loops, deaf to signals": "import signal\nfor s in (24, 15): signal.signal(s, lambda *_: 0)\nwhile True: pass",
-    "leaves the process group and loops": "import os\nos.setsid()\nwhile True: pass",
-    "forks": "import os\nwhile True: os.fork()",
-    "starts processes": "import subprocess, sys\nwhile True: subprocess.Popen([sys.executable, '-c', 'while 1: pass'])",
-    "calls a shell": "import os\nassert os.system('true') == 0",
-    "allocates without end": "x = []\nwhile True: x.append(bytearray(10**7))",
-    "allocates at once": "x = 'x' * 10**11",
-    "writes without end": "f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6)",
-    "writes files without end": "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'w').write('x' * 10**6)",
-    "prints gigabytes": "while True: print('x' * 10**6)",
-    "prints errors": "import sys\nwhile True: sys.stderr.write('x' * 10**6)",
-    "opens a socket": "import socket\nsocket.socket()",
-    "connects": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}')",
-    "lists home": "import os\nos.listdir({home!r})",
-    "reads home": "open({secret!r}).read()",
-    "reads home by a link": "import os\nos.symlink({secret!r}, 'x')\nopen('x').read()",
-    "reads home by a raw descriptor": "import os\nos.open({secret!r}, os.O_RDONLY)",
-    "reads home by ..": "import os\nopen('../' * 20 + {secret!r}).read()",
-    "reads the environment of its parent": "import os\nopen(f'/proc/{{os.getppid()}}/environ').read()",
-    "writes home": "open({home!r} + '/new', 'w')",
-    "deletes": "import os\nos.remove({secret!r})",
-    "deletes a tree": "import shutil\nshutil.rmtree({home!r}, ignore_errors=False)",
-    "opens a folder of the library": "import os\nos.open(os.path.dirname(os.__file__), os.O_RDONLY)",
-    "renames": "import os\nos.rename({secret!r}, 'x')",
-    "kills its parent": "import os\nos.kill(os.getppid(), 9)",
-    "kills its parent by a descriptor": "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
-    "kills all": "import os\nos.killpg(0, 9)",
-    "calls C": "import ctypes\nctypes.CDLL(None).system(b'true')",
-    "leaves early": "import os\nos._exit(0)",
-    "leaves early, politely": "import sys\nsys.exit(0)",
-    "says it passed": """import os
-for i in range(3, 40):
-    try: os.write(i, b'{{"token": "", "passed": true, "reason": "", "fence": []}}\\n')
-    except OSError: pass
-os._exit(0)""",
-    "floods the pipe": "import os\nfor i in range(3, 40):\n    try:\n        while 1: os.write(i, b'x' * 999)\n"
-    "    except OSError: pass",
-    "closes the pipe": "import os\nos.closerange(0, 99)",
-    "crashes": "import sys\nsys.setrecursionlimit(10**8)\nf = lambda: f()\nf()",
-    "has a strange error": "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E",
-    "is no Python": "def f(:",
-    "is nested": "(" * 100_000,
-    "holds half a character": "x = '\ud800'",
-    "holds a zero": "x = 1\0",
-    "raises limits": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+    "fails": ("assert 1 + 1 == 3", "AssertionError"),
+    "uses too much CPU time": ("while True: pass", ENDED),
+    "allocates without end": ("x = []\nwhile True: x.append(bytearray(10**7))", "MemoryError"),
+    "allocates at once": ("x = 'x' * 10**11", "MemoryError"),
+    "writes without end": ("f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6)", "OSError: [Errno 27]"),
+    "prints without end": ("while True: print('x' * 10**6)", ENDED),
+    "leaves early": ("import os\nos._exit(0)", ENDED),
+    "leaves early, politely": ("import sys\nsys.exit(0)", "SystemExit: 0"),
+    "claims success": (
+        "import os\nfor i in range(3, 40):\n    try: os.write(i, b'x')\n    except OSError: pass",
+        ENDED,
+    ),
+    "crashes": ("import sys\nsys.setrecursionlimit(10**8)\nf = lambda: f()\nf()", ENDED),
+    "has a strange error": ("class E(Exception):\n    def __str__(self): raise SystemExit\nraise E", "an error"),
+    "is not Python": ("def f(:", "SyntaxError"),
+    "is nested": ("(" * 100_000, "SyntaxError"),
+    "holds half a character": ("x = '\ud800'", "UnicodeEncodeError"),
+    "holds a zero": ("x = 1\0", "SyntaxError"),
 }
 GOOD = {
     "nothing": "",
@@ -75,110 +44,74 @@ GOOD = {
     "dataclass": "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 3\nassert A().x == 3",
     "its own files": "import os, tempfile\nopen('a', 'w').write('b')\nassert open('a').read() == 'b'\n"
     "assert os.listdir() == ['a']\nassert os.path.expanduser('~') == os.getcwd() == tempfile.gettempdir()",
-    "removes its own tree": "import os, shutil\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nshutil.rmtree('a')\n"
-    "assert os.listdir() == []",
     "main is not run": "if __name__ == '__main__':\n    raise SystemExit",
     "input is empty": "import sys\nassert sys.stdin.read() == ''",
+    "no key": "import os\nassert sorted(os.environ) == ['HOME', 'LANG', 'PATH', 'TMPDIR'], os.environ",
 }
 
 
-@pytest.fixture
-def secret(tmp_path, monkeypatch) -> Path:
-    """A file in a home folder that is not to be touched; temporary folders are made beside it, and nowhere else."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    path = tmp_path / "home" / "secret"
-    path.parent.mkdir()
-    path.write_text("the secret")
-    return path
-
-
-def fill(program: str, secret: Path, port: int) -> str:
-    return program.format(home=str(secret.parent), secret=str(secret), port=port) if "{" in program else program
-
-
-def assert_contained(runner, program: str, secret: Path, limits: Limits) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(0)
-        start = time.monotonic()
-        outcome = runner([fill(program, secret, listener.getsockname()[1])], limits)
-        assert not outcome.passed and outcome.reason and "\n" not in outcome.reason and len(outcome.reason) <= 300
-        assert time.monotonic() - start < limits.wall + 6
-        with pytest.raises(BlockingIOError):
-            listener.accept()
-    assert secret.read_text() == "the secret" and len(list(secret.parent.iterdir())) == 1
-    assert not list(Path(tempfile.gettempdir()).iterdir())
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The place of temporary folders, which must be empty at the end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    yield tmp_path
+    assert not list(tmp_path.glob("code.*"))
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_program_is_contained(name, secret):
-    assert_contained(run, BAD[name], secret, LIMITS)
-    assert run(["x = 1"], LIMITS).passed
+def test_a_bad_program_fails_at_its_limit(name):
+    program, reason = BAD[name]
+    outcome = run([program], LIMITS)
+    said = "MemoryError" if name == "is nested" and "MemoryError" in outcome.reason else reason
+    assert not outcome.passed and outcome.reason.startswith(said) and len(outcome.reason) <= 300
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_program_passes(name):
-    outcome = run([GOOD[name]], LIMITS)
-    assert outcome.passed and outcome.reason == "", outcome
+    assert run([GOOD[name]], LIMITS) == (True, "")
 
 
-def test_a_program_that_waits_is_ended_by_the_clock(secret):
-    start = time.monotonic()
-    outcome = run(["import time\ntime.sleep(60)"], LIMITS._replace(wall=1))
-    assert outcome == (False, "not done after 1 s", []) and time.monotonic() - start < 5
+def test_the_first_program_that_is_valid_is_run():
+    assert run(["def f(:", "x = 1", "raise ValueError"], LIMITS).passed
+    assert run(["raise ValueError('no  good')", "x = 1"], LIMITS) == (False, "ValueError: no good")
 
 
-# without what the machine's kernel gives, limits and the audit hook are left; those that use up their time are not
-# tried again, and one is the kernel's alone
-NOT_AGAIN = ("loops", "prints", "crashes", "kills its parent by a descriptor")
+def test_a_program_that_waits_is_ended_by_the_clock():
+    outcome = run(["import time\ntime.sleep(10**6)"], LIMITS._replace(wall=1))
+    assert outcome == (False, "not done after 1 s")
 
 
-@pytest.mark.parametrize("name", [name for name in BAD if not any(word in name for word in NOT_AGAIN)])
-def test_the_hook_alone_contains_it_too(name, secret, tmp_path):
-    text = SOURCE.read_text(encoding="utf-8")
-    assert text.count('sys.platform == "linux"') == 1
-    (tmp_path / "bare.py").write_text(text.replace('sys.platform == "linux"', "False"), encoding="utf-8")
-    spec = util.spec_from_file_location("bare", tmp_path / "bare.py")
-    bare = util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
-    good = bare.run(["x = 1"], LIMITS)
-    assert good.passed and good.fence == []
-    assert_contained(bare.run, BAD[name], secret, LIMITS)
+@pytest.mark.skipif(os.geteuid() == 0, reason="the number of processes of root is not limited")
+def test_a_program_starts_no_process():
+    assert run(["import os\nos.fork()"], LIMITS).reason.startswith("BlockingIOError")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what Linux adds")
-def test_the_kernel_contains_what_gets_around_the_hook(secret, tmp_path):
-    fence = run(["x = 1"], LIMITS).fence
-    if set(fence) != {"namespaces", "landlock"}:
-        pytest.skip(f"this machine has {fence} only")
-    text = SOURCE.read_text(encoding="utf-8")
-    assert text.count("            sys.addaudithook(") == 1
-    (tmp_path / "unhooked.py").write_text(
-        text.replace("            sys.addaudithook(", "            ("), encoding="utf-8"
+@pytest.mark.skipif(not isolated(), reason="this machine does not allow unshare")
+def test_a_program_has_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connect = f"import socket\nsocket.create_connection(('127.0.0.1', {listener.getsockname()[1]}))"
+        assert run([connect], LIMITS).reason.startswith("OSError")
+
+
+@pytest.mark.skipif(not isolated(), reason="this machine does not allow unshare")
+def test_what_a_program_started_ends_with_it(tmp_path):
+    log = tmp_path / "log"
+    program = (
+        f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: open({str(log)!r}, 'a').write('x')\n"
     )
-    spec = util.spec_from_file_location("unhooked", tmp_path / "unhooked.py")
-    unhooked = util.module_from_spec(spec)
-    spec.loader.exec_module(unhooked)
-    assert unhooked.run(["import socket\nsocket.socket()"], LIMITS).passed  # so the hook is off
-    for name in (
-        "connects", "lists home", "reads home", "writes home", "deletes", "deletes a tree", "renames",
-        "kills its parent by a descriptor", "reads the environment of its parent",
-    ):  # fmt: skip
-        assert_contained(unhooked.run, BAD[name], secret, LIMITS)
-    for name in ("kills its parent", "kills all"):  # reaches nobody: we are here
-        unhooked.run([BAD[name]], LIMITS)
-    assert not unhooked.run(
-        ["import os\nassert os.fork() == 0 or os.wait()\nos.execv('/bin/ls', ['ls'])"], LIMITS
-    ).passed
-    forks = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    assert_contained(unhooked.run, forks, secret, LIMITS._replace(wall=1))
+    program += f"while not os.path.exists({str(log)!r}): time.sleep(0.01)"
+    limits = LIMITS._replace(cpu=60, file_mb=100)
+    outcome = run([program], limits)
+    if outcome.passed:  # else the machine allows no fork
+        size = log.stat().st_size
+        time.sleep(0.5)
+        assert log.stat().st_size == size
 
 
-def test_no_key_is_in_its_environment(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    assert run(
-        ["import os\nassert sorted(os.environ) == ['HOME', 'LANG', 'PATH', 'TMPDIR'], os.environ"], LIMITS
-    ).passed
+def test_no_limit_gets_in_the_way_of_another_program():
+    assert [run([program], LIMITS).passed for program in ("while True: pass", "x = 1")] == [False, True]
+    assert isinstance(run(["x = 1"]), Outcome)
 
 
 # ------------------------------------------------------------------------------------------------ the evaluator
@@ -212,27 +145,20 @@ ROW = {
         ("\ud800", False),
     ],
 )
-def test_a_solution_passes_in_the_forms_that_models_give(prediction, passes, monkeypatch):
-    monkeypatch.setattr(code_runner.run, "__defaults__", (LIMITS,))
-    assert EVALUATORS["code"].metrics(prediction, [""], ROW) == {"pass@1": 100.0 * passes}
+def test_a_solution_passes_in_the_forms_that_models_give(prediction, passes):
+    assert CodeEvaluator(LIMITS).metrics(prediction, [""], ROW) == {"pass@1": 100.0 * passes}
 
 
 def test_a_prompt_in_words_works_too():
-    row = {**ROW, "prompt": "Write a function add(a, b) in Python."}
-    assert EVALUATORS["code"].metrics("```python\ndef add(a, b):\n    return a + b\n```", [""], row)["pass@1"] == 100
-    assert EVALUATORS["code"].metrics("    return a + b", [""], row)["pass@1"] == 0
+    row, evaluator = {**ROW, "prompt": "Write a function add(a, b) in Python."}, CodeEvaluator(LIMITS)
+    assert evaluator.metrics("```python\ndef add(a, b):\n    return a + b\n```", [""], row)["pass@1"] == 100
+    assert evaluator.metrics("    return a + b", [""], row)["pass@1"] == 0
 
 
-def test_a_sample_that_is_contained_scores_0_and_the_rest_goes_on(monkeypatch):
-    monkeypatch.setattr(code_runner.run, "__defaults__", (LIMITS,))
+def test_a_sample_that_is_ended_scores_0_and_the_rest_goes_on():
     row = {**ROW, "raw_answers": [""]}
-    answers = [
-        "    return a + b",
-        "    import os; os.kill(os.getppid(), 9)",
-        "    while True: pass",
-        "    return a + b",
-    ]
-    results = [score(row, Completion(text, 1, False), EVALUATORS["code"]) for text in answers]
+    answers = ["    return a + b", "    import os; os._exit(0)", "    while True: pass", "    return a + b"]
+    results = [score(row, Completion(text, 1, False), CodeEvaluator(LIMITS)) for text in answers]
     assert [result["score"] for result in results] == [1, 0, 0, 1] and summarize(results)["mean"] == 50
 
 
@@ -242,11 +168,10 @@ def test_programs_are_run_only_when_allowed(tmp_path):
     rows = load_rows(str(path))
     assert rows[0]["raw_answers"] == [ROW["canonical_solution"]]
     for name, asked in (("humaneval", None), ("mine", "code")):
-        with pytest.raises(ValueError, match=r"--allow_code_execution") as error:
+        with pytest.raises(ValueError, match=r"--allow_code_execution"):
             get_evaluator(name, asked, rows)
-        assert str(error.value).count(". ") == 0
         assert get_evaluator(name, asked, rows, True) is EVALUATORS["code"]
     with pytest.raises(ValueError, match="--allow_code_execution"):
         get_evaluator("mine", None, [{**rows[0], "evaluator": "code"}])
-    with pytest.raises(ValueError, match='needs "test"'):
+    with pytest.raises(ValueError, match='lacks "test"'):
         get_evaluator("humaneval", None, [{"prompt": "q", "raw_answers": ["a"]}], True)

@@ -1,91 +1,21 @@
-"""The judge against a local server that is slow, refuses, breaks off and talks nonsense: a grade or None, never a 0."""
+"""The judge against a local server that refuses, breaks off and talks nonsense: a grade or None, never a 0."""
 
-import itertools
-import json
-import socket
+import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from evaluation.judge import (
-    NO_SCORE,
-    RUBRICS,
-    Judge,
-    _retry_after,
-    check_url,
-    grade,
-    is_chinese,
-    judge_prompt,
-    read_score,
-)
-
-KEY = "sk-this-is-the-secret-key"
-
-
-def reply(text: object) -> bytes:
-    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-
-class Server:
-    """`answer(request number, prompt)` gives what the handler is to do: bytes, (status, headers, bytes) or a function
-    of the handler."""
-
-    def __init__(self):
-        self.answer = lambda number, prompt: reply("Fine.\nScore: 8")
-        self.requests, self.most, self._open = [], 0, 0
-        numbers, lock, server = itertools.count(), threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    server._open += 1
-                    server.most = max(server.most, server._open)
-                    server.requests.append((time.monotonic(), self.path, dict(self.headers), body))
-                    number = next(numbers)
-                try:
-                    what = server.answer(number, body["messages"][0]["content"])
-                    if callable(what):
-                        return what(self)
-                    status, headers, content = what if isinstance(what, tuple) else (200, {}, what)
-                    self.send_response(status)
-                    for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(content)
-                except OSError:
-                    pass  # the client has gone
-                finally:
-                    with lock:
-                        server._open -= 1
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+from evaluation.judge import NO_SCORE, Judge, check_url, grade
+from evaluation.rubrics import RUBRICS, is_chinese, judge_prompt, read_score
+from tests.helpers import KEY, JudgeServer, reply
 
 
 @pytest.fixture
 def make(server, tmp_path):
     def make(**options) -> Judge:
-        options = {"first_wait": 0.01, "timeout": 5, "key": KEY, "cache": tmp_path / "cache", **options}
-        return Judge("grader", server.url, **options)
+        options = {"timeout": 60, "max_retries": 0, "key": KEY, "cache": tmp_path / "cache", **options}
+        return Judge("grader", base_url=server.url, **options)
 
     return make
 
@@ -94,42 +24,23 @@ def scores(judge: Judge, prompts: list) -> list:
     return judge.scores(prompts, progress=False)
 
 
-def drop(handler) -> None:
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def cut(handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "500")
-    handler.end_headers()
-    handler.wfile.write(reply("Score: 8")[:20])
-    handler.wfile.flush()
-    drop(handler)
-
-
-def drip(handler) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(200):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.05)
+# ------------------------------------------------------------------------------------------------ calls
 
 
 def test_scores_come_in_order_from_one_call_each(server, make):
-    server.answer = lambda number, prompt: (time.sleep(0.05 * (int(prompt) % 3)), reply(f"Score: {prompt}"))[1]
+    server.answer = lambda number, prompt: reply(f"Score: {prompt}")
     judge = make()
     assert scores(judge, ["3", "10", None, "0", "7", "3"]) == [30, 100, None, 0, 70, 30]
     assert len(server.requests) == 4 and not judge.reasons
-    _, path, headers, body = server.requests[0]
+    path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body["model"] == "grader" and body["temperature"] == 0
 
 
 def test_calls_are_made_at_the_same_time(server, make):
-    server.answer = lambda number, prompt: (time.sleep(0.3), reply("Score: 5"))[1]
+    meeting = threading.Barrier(4, timeout=60)
+    server.answer = lambda number, prompt: (meeting.wait(), reply("Score: 5"))[1]
     assert scores(make(parallel=4), [str(i) for i in range(8)]) == [50] * 8
-    assert server.most == 4
 
 
 def test_a_second_run_asks_nothing(server, make):
@@ -139,7 +50,7 @@ def test_a_second_run_asks_nothing(server, make):
     assert scores(again, ["b", "a"]) == [None, 40] and again.reasons == {NO_SCORE: 1}
     assert len(server.requests) == 2
     assert scores(make(), ["c"]) == [40] and len(server.requests) == 3
-    other = Judge("another", server.url, key=KEY, cache=again.cache)
+    other = Judge("another", base_url=server.url, key=KEY, cache=again.cache)
     assert scores(other, ["a"]) == [40] and len(server.requests) == 4
 
 
@@ -153,85 +64,69 @@ def test_a_broken_cache_is_asked_again(server, make, tmp_path):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_may_pass_is_tried_again(server, make, status):
+    server.answer = lambda number, prompt: (status, {}, b"later") if number == 0 else reply("Score: 9")
+    assert scores(make(max_retries=1), ["a"]) == [90] and len(server.requests) == 2
+
+
 @pytest.mark.parametrize(
     "failure",
     [
-        (429, {}, b"slow down"),
-        (500, {}, b"oops"),
-        (503, {}, b""),
-        b"<html>garbage</html>",
-        b"",
-        reply("Score: 8")[:-9],
-        b"[" * 100_000,
-        b'{"choices": []}',
-        b'{"error": "overloaded"}',
-        b'"text"',
-        drop,
-        cut,
-        (200, {"Content-Length": "x"}, b"y"),
-        lambda handler: handler.wfile.write(b"not HTTP at all\r\n\r\n"),
+        (429, {}, b"slow down"), (500, {}, b"oops"), b"<html>garbage</html>", b"", reply("Score: 8")[:-9],
+        b'{"choices": []}', b'{"error": "overloaded"}', b'"text"', reply(None), reply(8), reply(["Score: 8"]),
+        (200, {"Content-Type": "text/html"}, b"<html>garbage</html>"),
     ],
-    ids=lambda failure: getattr(failure, "__name__", str(failure))[:20],
-)
-def test_what_may_pass_is_tried_again_and_then_is_none(server, make, failure):
-    server.answer = lambda number, prompt: failure if number < 2 else reply("Score: 9")
-    assert scores(make(), ["a"]) == [90] and len(server.requests) == 3
+    ids=lambda failure: str(failure)[:25],
+)  # fmt: skip
+def test_a_failure_is_none_and_is_not_kept(server, make, failure):
     server.answer = lambda number, prompt: failure
-    judge = make(attempts=3)
-    assert scores(judge, ["b", "b"]) == [None, None] and len(server.requests) == 6
-    assert sum(judge.reasons.values()) == 2
-    server.answer = lambda number, prompt: reply("Score: 1")
-    assert scores(make(), ["b"]) == [10]  # a failure is not kept
-
-
-@pytest.mark.parametrize("hang", [lambda handler: time.sleep(2), drip], ids=["silent", "drips"])
-def test_a_slow_server_has_only_so_long(server, make, hang):
-    server.answer = lambda number, prompt: hang if prompt == "slow" else reply("Score: 2")
-    start, judge = time.monotonic(), make(timeout=0.3, attempts=2)
-    assert scores(judge, ["slow", "x"]) == [None, 20] and time.monotonic() - start < 1.9
-    assert "imeout" in next(iter(judge.reasons)) or "timed out" in next(iter(judge.reasons))
-
-
-def test_waiting_grows_and_retry_after_is_kept_to(server, make):
-    server.answer = lambda number, prompt: (500, {}, b"") if number < 3 else reply("Score: 2")
-    assert scores(make(first_wait=0.1), ["a"]) == [20]
-    times = [request[0] for request in server.requests]
-    assert [round(b - a, 1) for a, b in itertools.pairwise(times)] == pytest.approx([0.1, 0.2, 0.4], abs=0.11)
-    server.requests.clear()
-    server.answer = lambda number, prompt: (429, {"Retry-After": "0.7"}, b"") if number < 5 else reply("Score: 2")
-    assert scores(make(), ["b"]) == [20]
-    assert server.requests[1][0] - server.requests[0][0] >= 0.7
-
-
-def test_a_wait_that_is_too_long_is_a_failure_at_once(server, make):
-    server.answer = lambda number, prompt: (429, {"Retry-After": "3600"}, b"")
     judge = make()
-    assert scores(judge, ["a"]) == [None] and len(server.requests) == 1
-    assert judge.reasons == {"HTTP 429, to be tried again in 3600 s": 1}
+    assert scores(judge, ["a", "a"]) == [None, None] and sum(judge.reasons.values()) == 2
+    server.answer = lambda number, prompt: reply("Score: 1")
+    assert scores(make(), ["a"]) == [10]
 
 
-def test_retry_after_is_seconds_or_a_date():
-    soon = datetime.now(timezone.utc) + timedelta(seconds=30)
-    assert _retry_after("2") == 2 and _retry_after("0.5") == 0.5
-    assert 25 < _retry_after(format_datetime(soon, usegmt=True)) <= 30
-    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [_retry_after(text) for text in (None, "", "soon", "-1", "nan", "inf", "9" * 5000)] == [None] * 7
+@pytest.mark.parametrize("text", ["", "no score", "Score: 11", "Score: -1", "Score: 1e9", "\ud800"])
+def test_a_reply_without_a_score_is_none(server, make, text):
+    server.answer = lambda number, prompt: reply(text)
+    judge = make()
+    assert scores(judge, ["a"]) == [None] and judge.reasons == {NO_SCORE: 1}
+
+
+def test_a_slow_server_has_only_so_long(server, make):
+    over = threading.Event()
+    server.answer = lambda number, prompt: (prompt == "slow" and over.wait(60), reply("Score: 2"))[1]
+    judge = make(timeout=1)
+    assert scores(judge, ["slow"]) == [None] and "timed out" in next(iter(judge.reasons))
+    over.set()
 
 
 def test_a_refusal_of_one_sample_spares_the_others(server, make):
-    server.answer = lambda number, prompt: (400, {}, b"unsafe content") if prompt == "bad" else reply("Score: 2")
+    refusal = b'{"error": {"message": "unsafe content"}}'
+    server.answer = lambda number, prompt: (400, {}, refusal) if prompt == "bad" else reply("Score: 2")
     judge = make()
     assert scores(judge, ["a", "bad", "b"]) == [20, None, 20] and len(server.requests) == 3
-    assert judge.reasons == {"HTTP 400 Bad Request: unsafe content": 1}
+    assert judge.reasons == {"Error code: 400 - unsafe content": 1}
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 307])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_of_all_ends_the_calls(server, make, status):
-    server.answer = lambda number, prompt: (status, {"Location": "http://127.0.0.1:9/else"}, b"no")
+    server.answer = lambda number, prompt: (status, {}, b"no")
     judge = make(parallel=1)
     assert scores(judge, ["a", "b", "c"]) == [None] * 3 and len(server.requests) == 1
-    with pytest.raises(ValueError, match=rf"the judge grader at http.*: HTTP {status}"):
+    assert sum(judge.reasons.values()) == 3
+    with pytest.raises(ValueError, match=rf"the judge grader at http.* does not answer: Error code: {status}"):
         make().check()
+
+
+def test_a_server_that_has_gone_is_told_before_any_work(server, make):
+    server.close()
+    judge = make(parallel=1)
+    with pytest.raises(ValueError, match="does not answer: Connection error"):
+        judge.check()
+    assert scores(judge, ["a", "b"]) == [None, None] and judge.reasons == {"Connection error.": 2}
+    server.http = JudgeServer().http  # the fixture closes it
 
 
 def test_check_asks_once_and_is_kept(server, make):
@@ -242,50 +137,41 @@ def test_check_asks_once_and_is_kept(server, make):
 
 def test_a_model_that_has_its_own_temperature(server, make):
     def answer(number, prompt):
-        body = server.requests[number][3]
-        return (400, {}, b"'temperature' is not supported") if "temperature" in body else reply("Score: 6")
+        unsupported = (400, {}, b'{"error": {"message": "\'temperature\' is not supported"}}')
+        return unsupported if "temperature" in server.requests[number][2] else reply("Score: 6")
 
     server.answer = answer
     assert scores(make(parallel=1), ["a", "b"]) == [60, 60] and len(server.requests) == 3
 
 
-@pytest.mark.parametrize(
-    "text", [None, 8, ["Score: 8"], "", "no score", "Score: 11", "Score: -1", "Score: 1e9", "\ud800"]
-)
-def test_a_reply_without_a_score_is_none(server, make, text):
-    server.answer = lambda number, prompt: reply(text)
-    judge = make(attempts=2)
-    assert scores(judge, ["a"]) == [None] and sum(judge.reasons.values()) == 1
+def test_a_missing_library_is_one_sentence(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"--judge_model needs openai.*pip install"):
+        make()
 
 
-def test_a_reply_without_end_is_given_up(server, make):
-    server.answer = lambda number, prompt: b" " * 3_000_000
-    judge = make()
-    assert scores(judge, ["a"]) == [None] and "more than" in next(iter(judge.reasons)) and len(server.requests) == 1
+# ------------------------------------------------------------------------------------------------ the key
 
 
 def test_the_key_is_nowhere_but_in_its_header(server, make, tmp_path, capfd, caplog):
     caplog.set_level("DEBUG")
 
     def answer(number, prompt):
-        sent = server.requests[number][2]["Authorization"]
-        if prompt == "error":
-            return (400, {}, f"bad key: {sent}".encode())
-        if prompt == "down":
-            return (500, {}, sent.encode())
-        return reply(f"You sent {sent}.\nScore: 3")
+        sent = server.requests[number][1]["Authorization"]
+        error = b'{"error": {"message": "bad key: %s"}}' % sent.encode()
+        return (400, {}, error) if prompt == "error" else reply(f"You sent {sent}.\nScore: 3")
 
     server.answer = answer
-    judge = make(attempts=2)
-    assert scores(judge, ["ok", "error", "down"]) == [30, None, None]
-    assert any("***" in reason for reason in judge.reasons)
+    judge = make()
+    assert scores(judge, ["ok", "error"]) == [30, None]
+    assert judge.reasons == {"Error code: 400 - bad key: Bearer ***": 1}
     texts = [str(judge), repr(judge), str(judge.reasons), caplog.text, *capfd.readouterr()]
     texts += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert any("You sent Bearer ***" in text for text in texts) and not any(KEY in text for text in texts)
-    server.answer = lambda number, prompt: (401, {}, f"wrong: {KEY}".encode())
-    with pytest.raises(ValueError) as error:
+    server.answer = lambda number, prompt: (401, {}, b'{"error": {"message": "wrong: %s"}}' % KEY.encode())
+    with pytest.raises(ValueError, match=r"wrong: \*\*\*") as error:
         make(cache=tmp_path / "other").check()
-    assert "***" in str(error.value) and KEY not in str(error.value) and error.value.__cause__ is None
+    assert KEY not in str(error.value) and error.value.__cause__ is None
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"{KEY} {KEY}", f"{KEY}ü"])
@@ -296,18 +182,19 @@ def test_a_key_that_cannot_be_one_is_refused_without_being_shown(make, key):
 
 
 def test_the_key_does_not_follow_a_redirect(server, make):
-    other = Server()
-    server.answer = lambda number, prompt: (307, {"Location": f"{other.url}/chat/completions"}, b"")
-    assert scores(make(), ["a"]) == [None] and not other.requests
-    other.http.shutdown()
-    other.http.server_close()
+    other = JudgeServer()
+    elsewhere = other.url.replace("127.0.0.1", "localhost")
+    server.answer = lambda number, prompt: (307, {"Location": f"{elsewhere}/chat/completions"}, b"")
+    scores(make(), ["a"])
+    assert "Authorization" in server.requests[0][1]
+    assert not any("Authorization" in headers for _, headers, _ in other.requests)
+    other.close()
 
 
 def test_addresses():
     assert check_url("https://api.openai.com/v1/") == "https://api.openai.com/v1"
     assert check_url("http://[::1]:8000/v1/chat/completions") == "http://[::1]:8000/v1"
     for url in (
-        "",
         "api.openai.com",
         "file:///etc/passwd",
         "https://u:secret@h/v1",
@@ -334,11 +221,10 @@ def test_the_score_in_a_reply(text, score):
 
 
 @pytest.mark.parametrize(
-    "text", ["8" + "\n" * 10**5 + "x", "Score" + "* " * 10**5 + "x", "Score:" * 10**5, "9 " * 10**5]
+    "text", ["8" + "\n" * 10**6 + "x", "Score" + "* " * 10**6 + "x", "Score:" * 10**6, "9 " * 10**6]
 )
-def test_a_long_reply_is_read_at_once(text):
-    start = time.monotonic()
-    assert read_score(text) is None and time.monotonic() - start < 2
+def test_a_long_reply_is_read_in_linear_time(text):
+    assert read_score(text) is None  # hours, if the pattern were tried again at each character
 
 
 def test_the_prompt_is_in_the_row_s_language_and_cannot_be_closed():

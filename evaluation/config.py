@@ -1,0 +1,120 @@
+"""The flags of eval_multigpu.py, with their defaults and their help."""
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from deepseek.files import check_output
+from evaluation.judge import check_url
+from evaluation.lm_eval_harness import KNOWN
+
+COUNTS = (
+    "world_size", "gpus_per_rank", "max_new_tokens", "eval_batch_size", "n_samples", "judge_parallel",
+    "suite_max_new_tokens",
+)  # fmt: skip
+FOR_DATASETS = ("max_new_tokens", "template", "evaluator", "judge_model", "judge_base_url")
+FOR_SUITES = ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template")
+
+
+def _flag(default: object, text: str, metavar: str | None = None, *aliases: str) -> object:
+    metadata = {"help": text, "aliases": list(aliases)}
+    return field(default=default, metadata={**metadata, "metavar": metavar} if metavar else metadata)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate, and how. Raises ValueError for a value out of range and for flags that contradict."""
+
+    base_model_path: str = field(
+        metadata={
+            "help": "folder or hub id of the base model; a folder of train.py knows its base and its task",
+            "aliases": ["--model"],
+            "metavar": "MODEL",
+        }
+    )
+    adapter_dir: str | None = _flag(None, "folder of an adapter to put on the base", "DIR")
+    with_base: bool = _flag(False, "answer without the adapter too, and print what it changed with 95 %% intervals")
+    eval_dataset: str = _flag(
+        "", "names in datasets/eval, paths (.jsonl, .json, .parquet) or hub ids", "NAME[,NAME]", "--eval_datasets"
+    )
+    suite: str = _flag("", f"names that lm-eval knows ({', '.join(KNOWN)}, ...) or task files (.yaml)", "NAME[,NAME]")
+    output_path: str | None = _flag(
+        None, "the answers (.jsonl); without it results/completions/<adapter or model>.<data set>.jsonl", "FILE"
+    )
+    world_size: int = _flag(
+        1, "processes, each with a whole model; on the CPU give as many as there are cores; results do not change", "N"
+    )
+    gpus_per_rank: int = _flag(1, "GPUs over which each process spreads its model", "N")
+    max_new_tokens: int = _flag(512, "longest answer, in tokens", "N")
+    eval_batch_size: int = _flag(16, "samples per batch and process", "N")
+    n_samples: int | None = _flag(None, "draw this many samples of each data set, and of each task of a suite", "N")
+    template: Literal["chat", "released"] = _flag(
+        "chat", "how prompts are rendered: the tokenizer's chat template, or that of the published checkpoints"
+    )
+    evaluator: str | None = _flag(
+        None,
+        "metrics for every data set: intent, summary, law, translation, general, math or code; without it those that "
+        "rows name, else those of the data set's name, else ROUGE-L, chrF and BLEU",
+        "NAME",
+    )
+    allow_code_execution: bool = _flag(
+        False, "run the programs that the model writes; this is not a sandbox, see evaluation/code_runner.py"
+    )
+    judge_model: str | None = _flag(None, "model that grades summary, law and translation", "NAME")
+    judge_base_url: str | None = _flag(
+        None, "an OpenAI-compatible endpoint, without /chat/completions; without it OpenAI's", "URL"
+    )
+    judge_key_env: str = _flag("OPENAI_API_KEY", "environment variable that holds the judge's key", "NAME")
+    judge_cache: str = _flag("results/completions/judge_cache", "folder that keeps the judge's replies", "DIR")
+    judge_parallel: int = _flag(8, "calls to the judge at a time", "N")
+    task_dir: str | None = _flag(None, "folder of your own task files for --suite", "DIR")
+    num_fewshot: int | None = _flag(None, "few-shot examples of a suite, where its tasks do not fix them", "N")
+    suite_max_new_tokens: int | None = _flag(None, "longest answer to a suite, in tokens; else the task's own", "N")
+    apply_chat_template: bool = _flag(False, "ask suites through the tokenizer's chat template")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("auto", "type of the weights; auto: as stored")
+    device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where to run; auto: the GPUs if there are any")
+    seed: int = _flag(0, "seed of --n_samples and of the bootstrap intervals", "N")
+
+    @property
+    def datasets(self) -> list[str]:
+        return _split(self.eval_dataset)
+
+    @property
+    def suites(self) -> list[str]:
+        return _split(self.suite)
+
+    def __post_init__(self):
+        for name in COUNTS:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"--num_fewshot {self.num_fewshot} must be at least 0")
+        if self.output_path and Path(self.output_path).suffix != ".jsonl":
+            raise ValueError(f"--output_path {self.output_path} must end in .jsonl")
+        if self.judge_base_url and not self.judge_model:
+            raise ValueError("--judge_base_url needs --judge_model, the name of the model that grades there")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.judge_key_env):  # not shown: it may be the key itself
+            raise ValueError("--judge_key_env is the NAME of an environment variable (capitals, digits, _), not a key")
+
+    def check(self) -> None:
+        """Check what depends on the run that base_model_path may name, and what is to be written."""
+        if not self.datasets and not self.suites:
+            raise ValueError("nothing to evaluate on: give --eval_dataset, --suite or both")
+        if self.with_base and not self.adapter_dir:
+            raise ValueError("--with_base compares an adapter with its base: give --adapter_dir too")
+        default = {flag.name: flag.default for flag in fields(self)}
+        for names, given, needed in (
+            (FOR_DATASETS, self.datasets, "--eval_dataset"),
+            (FOR_SUITES, self.suites, "--suite"),
+        ):
+            unused = [name for name in names if getattr(self, name) != default[name]]
+            if unused and not given:
+                raise ValueError(f"--{unused[0]} has an effect only with {needed}: give that too, or leave it out")
+        if self.judge_model:
+            check_url(self.judge_base_url)
+            check_output(self.judge_cache, folder=True)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
