@@ -1,20 +1,21 @@
-"""Speed and memory of the ways to fine-tune, side by side in one run, on a random DeepSeek-V2 of a named shape.
+"""Compare the speed and memory of ways to fine-tune, side by side in one run, on a random DeepSeek-V2 of a named shape.
 
     python scripts/experiments/benchmark.py --shape 36m --device cpu --threads 2
 
-    full      every parameter, transformers' own grouped_mm
-    experts   all routed experts and nothing else, transformers' own grouped_mm
+    full      every parameter, with transformers' own grouped_mm
+    experts   all routed experts and nothing else, with transformers' own grouped_mm
     lora      rank 8 on the linear layers and the fused experts, through peft (train.py's method)
     esft      --n_trained experts per layer, drawn with --seed
     floor     no training: the forward, and the backward through all activations down to the input of the first MoE
               block, on ESFT's kernels; no weight gradient, no optimizer
     capture   what RouterCapture adds to a forward without gradient and without the lm_head
 
-A step is forward, backward, optimizer step and zero_grad, on new random tokens with a label everywhere, so nothing is
-spent on padding. Every method is a process of its own, so that its peak memory is its own. The processes take turns:
-in every round each does `--steps` steps while the others wait, so that noise of the machine meets all of them, and a
-ratio compares turns of one round. (Where they do not fit the device together, they run one after the other.) Shown are
-medians over rounds, and the range of a ratio. Memory on a CPU is the resident set, Python and libraries included.
+A step is forward, backward, optimizer step and zero_grad. Its tokens are new and random, and every token has a label,
+so nothing is spent on padding. Every method runs in a process of its own, which gives it a peak memory of its own. The
+processes take turns: in every round each does `--steps` steps while the others wait. Noise of the machine then meets
+all of them, and a ratio compares turns of one round. Processes that do not fit the device together run one after the
+other. The table shows medians over rounds, and the range of each ratio. Memory on a CPU is the resident set, with
+Python and libraries.
 """
 
 import argparse
@@ -40,23 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.experts import moe_layers
 from deepseek.files import suggest, write_json
 from esft import ExpertConfig, RouterCapture, to_esft
+from scripts.experiments.common import LIKE_V2_LITE, TINY
 from scripts.experiments.side_by_side import measure
 from train import RunConfig
 from training.methods import count_trained, prepare_model
-from utils import ROOT, command_parser, environment, run_cli
+from utils import command_parser, environment, positive, run_cli
 
 METHODS = ("full", "experts", "lora", "esft", "floor")
-TINY = ROOT / "results" / "models" / "tiny"
-LIKE_V2_LITE = {
-    "first_k_dense_replace": 1,
-    "q_lora_rank": None,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "n_group": 1,
-    "topk_group": 1,
-}
-# Heads of 36m: queries and values of one width, so that attention runs in torch's fused kernel on a CPU as on a GPU.
+# The heads of 36m have queries and values of one width, which torch's fused attention needs on a CPU.
 DIMENSIONS = {
     "vocab_size": {"tiny": 1536, "36m": 2048, "v2-lite": 102400},
     "hidden_size": {"tiny": 128, "36m": 256, "v2-lite": 2048},
@@ -77,14 +69,14 @@ SHAPES = tuple(DIMENSIONS["vocab_size"])
 
 
 def shape_config(shape: str) -> DeepseekV2Config:
-    """The configuration of a named shape; that of results/models/tiny where it was built."""
-    if shape == "tiny" and (TINY / "config.json").is_file():
+    """Return the configuration of a named shape; for "tiny", that of results/models/tiny."""
+    if shape == "tiny":
         return AutoConfig.from_pretrained(TINY)
     return DeepseekV2Config(**LIKE_V2_LITE, **{key: sizes[shape] for key, sizes in DIMENSIONS.items()})
 
 
 def build_model(args: argparse.Namespace, device: str) -> nn.Module:
-    """A random model of the shape, made on `device`, in training mode, the same for every method."""
+    """Return a random model of the shape on `device`, in training mode. It is the same for every method."""
     torch.manual_seed(args.seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, args.dtype))  # v2-lite must not pass through fp32
@@ -98,14 +90,14 @@ def build_model(args: argparse.Namespace, device: str) -> nn.Module:
 
 
 def random_experts(model: nn.Module, args: argparse.Namespace) -> ExpertConfig:
-    """`n_trained` experts of every MoE layer, drawn with the seed."""
+    """Draw `n_trained` experts of every MoE layer."""
     generator = random.Random(args.seed)
     layers = moe_layers(model).items()
     return ExpertConfig({i: tuple(generator.sample(range(layer.num_experts), args.n_trained)) for i, layer in layers})
 
 
 def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Module:
-    """Make trainable what `method` trains."""
+    """Return the model with what `method` trains made trainable."""
     if method in ("full", "lora"):
         return prepare_model(model, RunConfig("", "", "", method=method, lora_rank=8), None)
     if method == "experts":
@@ -123,14 +115,14 @@ def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Modul
 
 
 def batches(args: argparse.Namespace, vocab_size: int) -> Iterator[Tensor]:
-    """Token ids (batch_size, seq_length) without end, the same for every method."""
+    """Yield token ids (batch_size, seq_length) without end, the same for every method."""
     generator = torch.Generator().manual_seed(args.seed)
     while True:
         yield torch.randint(vocab_size, (args.batch_size, args.seq_length), generator=generator).to(args.device)
 
 
 def routed_share(model: nn.Module, config: ExpertConfig, ids_BT: Tensor) -> float:
-    """Share of a batch's routed rows that reach the experts of `config`."""
+    """Return the share of a batch's routed rows that reach the experts of `config`."""
     with torch.no_grad(), RouterCapture(model.base_model) as capture:
         model.base_model(ids_BT, use_cache=False)
     slots_LE = capture.counts().slots_LE
@@ -138,7 +130,7 @@ def routed_share(model: nn.Module, config: ExpertConfig, ids_BT: Tensor) -> floa
 
 
 def memory_bytes(device: str) -> tuple[int, int]:
-    """(now, peak so far) of this process: allocated on the GPU, or resident on a CPU."""
+    """Return the bytes of this process now and at its peak: allocated on the GPU, or resident on a CPU."""
     if device == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -146,7 +138,7 @@ def memory_bytes(device: str) -> tuple[int, int]:
 
 
 def seconds(fn: Callable[[], object], device: str) -> float:
-    """Wall time of `fn`, with the GPU's queue empty before and after."""
+    """Return the wall time of `fn`, with the GPU's queue empty before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -157,7 +149,7 @@ def seconds(fn: Callable[[], object], device: str) -> float:
 
 
 class Method:
-    """A prepared model, its optimizer and data: what a process of a method holds."""
+    """A prepared model with its optimizer and data, as the process of a method holds them."""
 
     def __init__(self, method: str, args: argparse.Namespace):
         self.args, self.model = args, build_model(args, args.device)
@@ -183,7 +175,7 @@ class Method:
             self.optimizer.zero_grad(set_to_none=True)
 
     def turn(self, steps: int) -> float:
-        """Seconds of `steps` steps."""
+        """Return the seconds that `steps` steps took."""
         data = list(itertools.islice(self.batches, steps))
         return seconds(lambda: [self.step(ids_BT) for ids_BT in data], self.args.device)
 
@@ -191,7 +183,7 @@ class Method:
         return {**self.facts, "peak_memory_bytes": memory_bytes(self.args.device)[1]}
 
     def profile(self, _) -> str:
-        """torch.profiler's table of one step."""
+        """Return torch.profiler's table of one step."""
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] if self.args.device == "cuda" else []
         with torch.profiler.profile(activities=kinds) as profiler:
@@ -201,14 +193,14 @@ class Method:
 
 
 class Capture:
-    """The same forward with and without RouterCapture, in pairs that swap their order."""
+    """The same forward with and without RouterCapture, in pairs of alternating order."""
 
     def __init__(self, _method: str, args: argparse.Namespace):
         self.args, self.decoder = args, build_model(args, args.device).base_model.eval()
         self.batches, self.number = batches(args, self.decoder.config.vocab_size), 0
 
     def turn(self, steps: int) -> list[float]:
-        """Per pair: seconds with / seconds without."""
+        """Return seconds with / seconds without, for each pair."""
         return [self._pair(ids_BT) for ids_BT in itertools.islice(self.batches, steps)]
 
     @torch.no_grad()
@@ -225,7 +217,7 @@ class Capture:
 
 
 def make(method: str, args: argparse.Namespace) -> Method | Capture:
-    """What a method's process holds."""
+    """Return what the process of a method holds."""
     return (Capture if method == "capture" else Method)(method, args)
 
 
@@ -238,7 +230,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summarize(results: dict[str, dict], args: argparse.Namespace) -> dict[str, dict]:
-    """Turns (seconds per round) -> tokens per second, and its ratios to full and floor round by round."""
+    """Turn the seconds of each round into tokens per second, and ratios to full and floor within a round."""
     tokens = args.batch_size * args.seq_length * args.steps
     rates = {method: [tokens / taken for taken in result.pop("turns")] for method, result in results.items()}
     for method, result in results.items():
@@ -250,8 +242,8 @@ def summarize(results: dict[str, dict], args: argparse.Namespace) -> dict[str, d
     return results
 
 
-def table(results: dict[str, dict]) -> str:
-    """The comparison, one method per line."""
+def format_results(results: dict[str, dict]) -> str:
+    """Return the comparison as text, one method per line."""
     lines = [
         "method    tokens/s  of full                of floor               "
         " peak MiB  before  gradients  optimizer  trained"
@@ -272,11 +264,11 @@ def table(results: dict[str, dict]) -> str:
 
 
 def memory_needed(method: str, args: argparse.Namespace) -> dict[str, int]:
-    """Bytes of what a method holds without activations, counted on a model that has no storage."""
+    """Return the bytes that a method holds besides activations, counted on a model without storage."""
     model = build_model(args, "meta")
     parts = {"weights": sum(p.numel() * p.element_size() for p in model.parameters())}
     trained = 0
-    if method == "esft":  # its trained rows are fp32
+    if method == "esft":  # the trained rows are fp32
         for layer in moe_layers(model).values():
             trained += sum(4 * p.numel() // layer.num_experts * args.n_trained for p in layer.module.parameters())
         parts["masters"] = 0 if args.dtype == "float32" else trained
@@ -286,10 +278,10 @@ def memory_needed(method: str, args: argparse.Namespace) -> dict[str, int]:
 
 
 def plan(methods: list[str], args: argparse.Namespace) -> list[list[str]]:
-    """Print the memory arithmetic, and group the methods that run side by side: all, or one at a time if they must.
+    """Print the memory that each method needs. Return the groups of methods that run side by side: all, or one each.
 
     Raises:
-        ValueError: a method cannot fit the device even without activations.
+        ValueError: a method does not fit the device even without activations.
     """
     cuda = args.device == "cuda"
     have = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
@@ -302,8 +294,8 @@ def plan(methods: list[str], args: argparse.Namespace) -> list[list[str]]:
     worst = max(needed, key=needed.get)
     if needed[worst] > have:
         raise ValueError(
-            f"method {worst} of --shape {args.shape} needs {needed[worst] / 2**30:,.1f} GiB without activations, "
-            f"{args.device} has {have / 2**30:,.1f}: leave it out of --methods, or take a smaller shape"
+            f"cannot run method {worst} of --shape {args.shape}: it needs {needed[worst] / 2**30:,.1f} GiB without "
+            f"activations, {args.device} has {have / 2**30:,.1f}. Leave it out of --methods, or take a smaller shape."
         )
     return [methods] if sum(needed.values()) < 0.5 * have else [[method] for method in methods]
 
@@ -312,8 +304,30 @@ def plan(methods: list[str], args: argparse.Namespace) -> list[list[str]]:
 # command
 
 
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="36m", help="default: %(default)s; v2-lite is DeepSeek-V2-Lite's, 15.7B")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU, if there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: float32 on a CPU, else "
+        "bfloat16")  # fmt: skip
+    add("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
+    add("--n_trained", type=positive, help="experts per layer that esft trains (default: 10 of 64, as a share)")
+    add("--batch_size", type=positive, default=8, help="rows per step (default: %(default)s)")
+    add("--seq_length", type=positive, default=256, help="tokens per row (default: %(default)s)")
+    add("--steps", type=positive, default=3, help="steps per turn (default: %(default)s)")
+    add("--rounds", type=positive, default=7, help="turns of every method (default: %(default)s)")
+    add("--warmup", type=int, default=2, help="steps of every method before the first round (default: %(default)s)")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="fused, as in train.py (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of weights, tokens and trained experts (default: %(default)s)")
+    add("--threads", type=positive, default=os.cpu_count(), help="CPU threads of each process (default: all cores)")
+    add("--output_path", help="the JSON (default: results/benchmarks/<shape>_<device>.json)")
+    add("--profile", action="store_true", help="also print torch.profiler's table of a step of each method")
+    return parser.parse_args(argv)
+
+
 def resolve(args: argparse.Namespace) -> list[str]:
-    """Fill in the defaults that depend on others; returns the methods.
+    """Fill in the defaults that depend on other flags, and return the methods.
 
     Raises:
         ValueError: an unknown method, a number out of range, or no GPU.
@@ -322,12 +336,9 @@ def resolve(args: argparse.Namespace) -> list[str]:
     for method in methods:
         if method not in METHODS:
             known = ", ".join(METHODS)
-            raise ValueError(f"--methods: unknown method {method!r}{suggest(method, METHODS)}: give some of {known}")
-    for flag in ("batch_size", "seq_length", "steps", "rounds", "threads"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} is {getattr(args, flag)}, expected at least 1")
+            raise ValueError(f"cannot run method {method!r}{suggest(method, METHODS)}. Give some of {known}.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; give --device cpu or mend the installation")
+        raise ValueError("cannot use --device cuda: torch finds no GPU. Give --device cpu.")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
@@ -335,35 +346,13 @@ def resolve(args: argparse.Namespace) -> list[str]:
     num_experts = shape_config(args.shape).n_routed_experts
     args.n_trained = max(1, round(num_experts * 10 / 64)) if args.n_trained is None else args.n_trained
     if not 1 <= args.n_trained <= num_experts:
-        raise ValueError(f"--n_trained is {args.n_trained}, expected 1 to {num_experts}, the experts of a layer")
+        raise ValueError(f"cannot train {args.n_trained} experts of a layer: it has {num_experts}. Change --n_trained.")
     args.output_path = args.output_path or f"results/benchmarks/{args.shape}_{args.device}.json"
     return methods
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(__doc__)
-    add = parser.add_argument
-    add("--shape", choices=SHAPES, default="36m", help="default: %(default)s; v2-lite is DeepSeek-V2-Lite's, 15.7B")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="default: float32 on a CPU, else bfloat16",
-    )
-    add("--methods", default=",".join(METHODS), help="comma-separated (default: %(default)s)")
-    add("--n_trained", type=int, help="experts per layer that esft trains (default: 10 of 64, as a share)")
-    add("--batch_size", type=int, default=8, help="rows per step (default: %(default)s)")
-    add("--seq_length", type=int, default=256, help="tokens per row (default: %(default)s)")
-    add("--steps", type=int, default=3, help="steps per turn (default: %(default)s)")
-    add("--rounds", type=int, default=7, help="turns of every method (default: %(default)s)")
-    add("--warmup", type=int, default=2, help="steps of every method before the first round (default: %(default)s)")
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="fused, as in train.py (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, tokens and trained experts (default: %(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads of each process (default: all cores)")
-    add("--output_path", help="the JSON (default: results/benchmarks/<shape>_<device>.json)")
-    add("--profile", action="store_true", help="also print torch.profiler's table of a step of each method")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     methods = resolve(args)
     groups = plan(methods, args)
     results: dict[str, dict] = {}
@@ -374,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
 
     tokens = f"{args.batch_size} x {args.seq_length} tokens a step"
     print(f"\n{args.shape} on {args.device}, {args.dtype}, {tokens}, {args.threads} threads, {args.optimizer}")
-    print(table(results))
+    print(format_results(results))
     if "esft" in results:
         share = results["esft"]["routed_share"]
         print(f"esft trains {args.n_trained} experts of each layer, which get {share:.1%} of the routed rows")
