@@ -1,20 +1,21 @@
-"""Take each model family whose experts transformers fuses through the life of an adapter, on a tiny random model.
+"""Take a tiny random model of every family that transformers fuses through the life of an adapter.
 
     python scripts/experiments/check_families.py --output=results/tables/families
     python scripts/experiments/check_families.py --families=gpt_oss,nemotron_h
 
-A family is a folder of transformers' models whose code decorates an experts module with `use_experts_implementation`.
-The smallest model of it is built from its own config class: numbers of well-known names are made small (SMALL), and
-what a config demands beyond that stands in EXCEPTIONS. Then, in fp32 on the CPU:
+A family is a folder of transformers' models that decorates an experts module with `use_experts_implementation`. The
+smallest model of the family is built from its own config class. SMALL gives well-known names small numbers. EXCEPTIONS
+holds what a config needs beyond that. Then these steps must hold, in fp32 on the CPU:
 
-    layout     the layout flags are true: the library's grouped_mm, which goes by them, gives what the family's own loop
-               over the experts gives, which does not; the gate pairs the columns that `is_concatenated` says
-    score      routing is counted as it reaches the experts; scores, and experts selected by them
-    to_esft    the logits keep their bits; gradients of single experts are those of the reference loop
-    train      three steps of AdamW with weight decay move every trained expert, and nothing else, by hash
-    unload     every tensor has the bits of the base again
-    adapter    saved and added to the base it gives the logits of the trained model, bit for bit
-    merge      so does what save_pretrained writes and the Auto class loads, which holds the adapter's tensors by name
+    layout     The layout flags are true. The library's grouped_mm, which reads them, gives what the family's own loop
+               over experts gives. The gate uses the columns that `is_concatenated` says.
+    score      Routing is counted as it reaches the experts. It gives scores, and the scores select experts.
+    to_esft    The logits keep their bits. The gradients of single experts are those of the reference loop.
+    train      Three steps of AdamW with weight decay change every trained expert, and nothing else, by hash.
+    unload     Every tensor has the bits of the base again.
+    adapter    The base with the saved adapter gives the logits of the trained model, bit for bit.
+    merge      So does the merged checkpoint, written by save_pretrained and loaded by the Auto class. It holds the
+               adapter's tensors by name.
 """
 
 import argparse
@@ -66,7 +67,7 @@ from esft import (
     to_esft,
     unload,
 )
-from utils import command_parser, environment, run_cli
+from utils import command_parser, environment, markdown_table, run_cli
 
 AUTO_CLASSES = {
     AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -76,92 +77,37 @@ AUTO_CLASSES = {
 OUTPUT = "results/tables/families"
 SUFFIXES = (".md", ".json")
 
-SMALL = {
-    "vocab_size": 128,
-    "unpadded_vocab_size": 128,
-    "vocab_size_per_layer_input": 128,
-    "hidden_size": 32,
-    "hidden_size_per_layer_input": 8,
-    "text_hidden_size": 32,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # feed forward
-    "intermediate_size": 32,
-    "dense_intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "shared_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "shared_experts_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "num_dense_layers": 1,
-    "expert_layer_period": 2,
-    # routing
-    "num_experts": 8,
-    "n_routed_experts": 8,
-    "num_local_experts": 8,
-    "moe_num_experts": 8,
-    "num_experts_per_tok": 2,
-    "top_k_experts": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "router_hidden_size": 16,
-    # attention
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "sliding_window": 16,
-    "sliding_window_size": 16,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "o_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "index_n_heads": 2,
-    "index_head_dim": 8,
-    "index_topk": 8,
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    # linear attention and state spaces
-    "linear_num_heads": 4,
-    "linear_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "mamba_n_heads": 4,
-    "mamba_num_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_head_dim": 8,
-    "mamba_d_state": 8,
-    "mamba_dt_rank": 4,
-    "ssm_state_size": 8,
-    # images and sound, which are not run
-    "depth": 2,
-    "num_heads": 4,
-    "out_hidden_size": 32,
-    "image_size": 32,
-    "patch_size": 8,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 16,
-    "d_model": 32,
-    "output_dim": 32,
-    "downsample_hidden_size": 8,
-    "projector_hidden_size": 32,
-    "projection_hidden_dim": 32,
-    "position_embedding_size": 64,
-    "num_position_embeddings": 64,
+SMALL_NAMES = {  # a small number -> the names in configs that get it
+    0: "pad_token_id",
+    1: "bos_token_id first_k_dense_replace num_dense_layers n_group topk_group attn_layer_offset encoder_layers",
+    2: (
+        "eos_token_id expert_layer_period num_experts_per_tok top_k_experts moe_topk moe_k num_key_value_heads "
+        "swa_num_key_value_heads index_n_heads attn_layer_period linear_num_key_heads depth"
+    ),
+    4: (
+        "num_hidden_layers num_attention_heads swa_num_attention_heads linear_num_heads linear_num_value_heads "
+        "mamba_n_heads mamba_num_heads mamba_dt_rank num_heads encoder_attention_heads"
+    ),
+    8: (
+        "hidden_size_per_layer_input num_experts n_routed_experts num_local_experts moe_num_experts head_dim "
+        "swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim index_topk linear_head_dim "
+        "linear_key_head_dim linear_value_head_dim mamba_head_dim mamba_d_state ssm_state_size patch_size "
+        "downsample_hidden_size"
+    ),
+    16: (
+        "moe_intermediate_size shared_intermediate_size shared_expert_intermediate_size "
+        "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size sliding_window "
+        "sliding_window_size kv_lora_rank q_lora_rank o_lora_rank mamba_d_head encoder_ffn_dim"
+    ),
+    32: (
+        "hidden_size text_hidden_size intermediate_size dense_intermediate_size out_hidden_size image_size "
+        "d_model output_dim projector_hidden_size projection_hidden_dim"
+    ),
+    64: "position_embedding_size num_position_embeddings",
+    128: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
+    256: "max_position_embeddings",
 }
+SMALL = {name: number for number, names in SMALL_NAMES.items() for name in names.split()}
 MEDIA_TOKEN = 127  # the id of every image, video and sound token; no input has it
 SPARSE = ["dense", "sparse", "sparse", "sparse"]
 EXCEPTIONS: dict[str, dict] = {
@@ -203,7 +149,7 @@ EXCEPTIONS: dict[str, dict] = {
 
 
 def discover() -> dict[str, list[str]]:
-    """Family -> names of its experts classes that transformers fuses, in alphabetical order of the families."""
+    """Return the experts classes that transformers fuses, by family in alphabetical order."""
     found = {}
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         if names := re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text("utf-8"), re.MULTILINE):
@@ -212,25 +158,25 @@ def discover() -> dict[str, list[str]]:
 
 
 def model_class(family: str) -> tuple[type, type]:
-    """(Auto class, model class): a causal language model if the family has one.
+    """Return (Auto class, model class), a causal language model if the family has one.
 
     Raises:
-        ValueError: no Auto class that gives logits over the tokens of a text has a model of this family.
+        ValueError: the family has no model that gives logits over the tokens of a text.
     """
     types = [name for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) == family]
     for auto, mapping in AUTO_CLASSES.items():
         for name in types:
             if CONFIG_MAPPING[name] in mapping:
                 return auto, mapping[CONFIG_MAPPING[name]]
-    raise ValueError(f"none of {', '.join(auto.__name__ for auto in AUTO_CLASSES)} has a model of {family}")
+    raise ValueError(f"{', '.join(auto.__name__ for auto in AUTO_CLASSES)} have no model of {family}")
 
 
 def small_config(cls: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
-    """A config with SMALL's values for all names it has, then `changes`, which nest as the configs do."""
+    """Return a config with SMALL's values for the names it has, then `changes`, which nest as the configs do."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in SMALL.items() if name in names}
     values |= dict.fromkeys((name for name in names if re.search("(image|video|audio).*token_i", name)), MEDIA_TOKEN)
-    if "kv_lora_rank" in names:  # latent attention: the head's sizes follow from its parts
+    if "kv_lora_rank" in names:  # latent attention: the head's size is the sum of its parts
         values.pop("head_dim", None)
         values["num_key_value_heads"] = values["num_attention_heads"]
     for name, sub in cls.sub_configs.items():
@@ -240,9 +186,9 @@ def small_config(cls: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig
 
 
 def make_model(family: str, **changes) -> tuple[type, nn.Module]:
-    """(Auto class, random model of the family in fp32), such that the experts matter and tokens go to many of them.
+    """Return (Auto class, random model of the family in fp32), with weights large enough that every expert matters.
 
-    Buffers that change the routing, which are zeros in a new model, are set, too.
+    Buffers that change the routing are zeros in a new model. They are set as well.
     """
     torch.manual_seed(0)
     auto, cls = model_class(family)
@@ -260,7 +206,9 @@ def make_model(family: str, **changes) -> tuple[type, nn.Module]:
                 buffer.normal_(std=0.05)
             elif name.endswith("tid2eid"):  # experts by token id
                 buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) % SMALL["n_routed_experts"])
-            elif name.endswith("balancing_biases"):  # of the experts, and of skipping them, which alone has -1 when new
+            elif name.endswith(
+                "balancing_biases"
+            ):  # for the experts, and for skipping them, which is -1 in a new model
                 buffer.fill_(-1)
     return auto, model.eval()
 
@@ -275,7 +223,7 @@ def _experts(model: nn.Module) -> Iterable[tuple[str, FusedExperts]]:
 
 
 class BrokenLifeError(Exception):
-    """A step did not give what it should."""
+    """A step of the life gave a wrong result."""
 
 
 def check(holds: bool, sentence: str) -> None:
@@ -284,7 +232,7 @@ def check(holds: bool, sentence: str) -> None:
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether two tensors are equal within fp32 rounding, relative to the largest value."""
+    """Return whether two tensors are equal within fp32 rounding, relative to the largest value."""
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
@@ -302,7 +250,7 @@ def backward(model: nn.Module) -> None:
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every tensor of the state dict; of each expert by itself, as <tensor>.<expert>."""
+    """Return the SHA-256 of every tensor of the state dict, and of each expert apart as <tensor>.<expert>."""
     fused = {f"{name}.{tensor}" for name, experts in _experts(model) for tensor in experts.tensor_names}
     parts: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -314,7 +262,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def check_layout(model: nn.Module) -> None:
-    """The family's own loop over experts knows nothing of the flags that grouped_mm and this project go by."""
+    """Compare the family's own loop over experts, which ignores the layout flags, with grouped_mm, which reads them."""
     for layer in moe_layers(model).values():
         name, module = layer.name, layer.module
         check(hasattr(module, layer.tensor_names[0]), f"{name}: has_gate is {module.has_gate}, its tensors say no")
@@ -336,7 +284,7 @@ def check_layout(model: nn.Module) -> None:
 
 
 def count(model: nn.Module) -> RouterCounts:
-    """Counted routing, with router probabilities where the family has them, checked against a count of our own."""
+    """Return the counted routing, checked against a plain count. Add router probabilities where the family has them."""
     try:
         capture = RouterCapture(model, prob=True)
     except ValueError:  # not of this family
@@ -365,7 +313,7 @@ def count(model: nn.Module) -> RouterCounts:
 
 
 def shared_experts(model: nn.Module) -> list[str]:
-    """Names of the shared experts' parameters; they stand in the MoE layers and are named so in every family."""
+    """Return the names of the shared experts' parameters, checked by their names in the MoE layers."""
     found = list(adapter_views(model, ExpertConfig({}, shared_experts=True)))
     layers = tuple(re.match(r".*?\.\d+\.", layer.name)[0] for layer in moe_layers(model).values())
     for name, _ in model.named_parameters():
@@ -375,7 +323,7 @@ def shared_experts(model: nn.Module) -> list[str]:
 
 
 def gradients(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
-    """Of single experts, and of what else is trained, by name."""
+    """Return the gradients of single experts and of everything else that is trained, by name."""
     model.zero_grad()
     backward(model)
     found = {}
@@ -390,10 +338,10 @@ def gradients(model: nn.Module, config: ExpertConfig) -> dict[str, Tensor]:
 
 
 def life(model: nn.Module, auto: type, folder: Path) -> None:
-    """The whole of it, as the module's docstring says. `folder` is an empty one.
+    """Run all steps of the module's docstring, with files in the empty `folder`.
 
     Raises:
-        BrokenLifeError: with what broke. Others come from the model, or from this project's refusals.
+        BrokenLifeError: a step gave a wrong result. Other errors come from the model, or are refusals of the project.
     """
     moe_layers(model)
     model.set_experts_implementation("grouped_mm")
@@ -440,14 +388,12 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     reloaded = auto.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     reloaded.set_experts_implementation("grouped_mm")
     check(digests(reloaded) == digests(model), "the merged checkpoint, loaded again, is not the trained model")
-    reloaded = copy.deepcopy(
-        reloaded
-    )  # out of the mapped file, where tensors lie at any address, and so round otherwise
+    reloaded = copy.deepcopy(reloaded)  # aligned memory: tensors of the mapped file would round differently
     check(torch.equal(logits(reloaded), trained), "the merged checkpoint gives other logits than the trained model")
 
 
 def check_names(folder: Path, adapter: dict[str, Tensor]) -> None:
-    """Where the checkpoint of a model has a tensor of an adapter's name, it is that tensor."""
+    """Check that a checkpoint's tensors with names of the adapter are the adapter's."""
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in adapter.keys() & set(file.keys()):
@@ -460,7 +406,7 @@ def check_names(folder: Path, adapter: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the table. `result` is "passes" or why not."""
+    """A row of the table. `result` is "passes" or the reason against it."""
 
     family: str
     model: str = ""
@@ -471,7 +417,7 @@ class Result:
 
 
 def describe(model: nn.Module) -> dict:
-    """What a line of the table says of a model."""
+    """Return a model's class and layout for the table."""
     module = next(experts.module for _, experts in _experts(model))
     words = {
         "gate": module.has_gate,
@@ -485,7 +431,7 @@ def describe(model: nn.Module) -> dict:
 
 
 def run_family(family: str) -> Result:
-    """Build a family's tiny model and take it through its life; whatever goes wrong is in the result."""
+    """Take a family's tiny model through its life, and return what happened."""
     facts: dict = {"family": family}
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -497,47 +443,44 @@ def run_family(family: str) -> Result:
             life(model, auto, Path(folder))
     except BrokenLifeError as error:
         return Result(**facts, result=f"fails: {error}")
-    except Exception as error:  # of any of sixty families, or a refusal of ours
+    except Exception as error:  # sixty families can raise anything
         reason = " ".join(str(error).split())
         refused = isinstance(error, ValueError) and "model" in facts and "layers" not in facts  # by moe_layers
         return Result(**facts, result=f"refused: {reason}" if refused else f"fails: {type(error).__name__}: {reason}")
     return Result(**facts, result="passes")
 
 
-def table(results: list[Result]) -> str:
-    """Markdown: a line per family."""
-    head = ("family", "model class", "layout", "MoE layers", "shared experts", "result")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def format_families(results: list[Result]) -> str:
+    """Return Markdown with one line per family."""
+    head = ["family", "model class", "layout", "MoE layers", "shared experts", "result"]
+    rows = []
     for r in results:
         layers, shared = ", ".join(map(str, r.layers)) or "-", "yes" if r.shared else "-"
-        lines.append(f"| {r.family} | {r.model or '-'} | {r.layout or '-'} | {layers} | {shared} | {r.result} |")
-    return "\n".join(lines)
+        rows.append([r.family, r.model or "-", r.layout or "-", layers, shared, r.result])
+    return markdown_table(head, rows)
 
 
-def by_layout(results: list[Result]) -> str:
-    """Markdown: a line per layout with the families that pass, and one per family that does not."""
+def format_layouts(results: list[Result]) -> str:
+    """Return Markdown with one line per layout and the families that pass, and one per family that does not."""
     passing: dict[str, list[str]] = {}
     for r in results:
         if r.result == "passes":
             passing.setdefault(r.layout, []).append(r.family)
-    lines = ["| experts | families that pass |", "|---|---|"]
-    lines += [
-        f"| {layout} | {', '.join(names)} |" for layout, names in sorted(passing.items(), key=lambda p: -len(p[1]))
-    ]
-    lines += [f"| {r.family}: | {r.result} |" for r in results if r.result != "passes"]
-    return "\n".join(lines)
+    rows = [[layout, ", ".join(names)] for layout, names in sorted(passing.items(), key=lambda pair: -len(pair[1]))]
+    rows += [[f"{r.family}:", r.result] for r in results if r.result != "passes"]
+    return markdown_table(["experts", "families that pass"], rows)
 
 
 def report(results: list[Result], known: int, command: str) -> str:
-    """The Markdown page."""
+    """Return the page of the results as Markdown."""
     facts = environment()
     parts = [
         "# Every family that transformers fuses",
         "A tiny random model of each, taken through the life of an adapter in fp32 on the CPU: scores, selection, "
         "training, adapter, merged checkpoint (`scripts/experiments/check_families.py` says what has to hold). Layout "
         "is that of the experts' tensors; layers are those of the tiny model.",
-        by_layout(results),
-        table(results),
+        format_layouts(results),
+        format_families(results),
         f"{len(results)} of {known} families: {', '.join(f'{n} {kind}' for kind, n in kinds(results).items())}.",
         f"`{command}`, {facts['date'][:10]}, transformers {facts['transformers']}, torch {facts['torch']}, "
         f"python {facts['python']}, {facts['device']}.",
@@ -546,7 +489,7 @@ def report(results: list[Result], known: int, command: str) -> str:
 
 
 def kinds(results: list[Result]) -> dict[str, int]:
-    """Results by their first word: how many pass, are refused or fail."""
+    """Count the results that pass, are refused or fail."""
     words = [result.result.split(":")[0] for result in results]
     return {{"passes": "pass", "fails": "fail"}.get(word, word): words.count(word) for word in sorted(set(words))}
 
@@ -559,23 +502,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--families", metavar="NAME[,NAME]", help="the families to check (default: all)")
-    add("--output", metavar="PATH", help="where the table (.md) and its figures (.json) go, without the suffix "
-        f"(default: {OUTPUT} for all families, nowhere for some)")  # fmt: skip
+    add("--output", metavar="PATH", help="write PATH.md and PATH.json (default: "
+        f"{OUTPUT} for all families; print only for some)")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
-    """Returns a result per family."""
+    """Check the families and return their results."""
     args, known = parse_args(argv), discover()
     families = args.families.split(",") if args.families else list(known)
     for family in families:
         if family not in known:
-            raise ValueError(f"--families: no family {family!r} with fused experts{suggest(family, known)}")
+            raise ValueError(f"cannot check {family!r}: transformers has no such fused family{suggest(family, known)}")
     stem = args.output or (None if args.families else OUTPUT)
     outputs = [Path(f"{stem}{suffix}") for suffix in SUFFIXES] if stem else []
     for output in outputs:
         check_output(output)
-    torch.set_num_threads(1)  # bits that are compared may differ by the number of threads
+    torch.set_num_threads(1)  # the number of threads can change the bits that are compared
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = []
