@@ -1,22 +1,22 @@
-"""The paper in miniature: its comparisons and ablations on results/models/tiny, with several seeds, as tables.
+"""Repeat the paper's comparisons and ablations on results/models/tiny, with several seeds, as tables.
 
     python scripts/experiments/paper.py --parts=r,a,b,c,d,e,f --output=results/tables/paper
 
     r  learning rates: what each method learns and keeps at each, on law, with the first seed
     a  base, full, LoRA, ESFT-Token, ESFT-Gate and random experts on four tasks and the general skills (table 1)
-    b  what is trained: relevant experts, + shared experts, shared only, + all else (the ablation of section 6)
-    c  how many: top_p, and n_sample_tokens to select by
-    d  how fine: bases with 16, 32 and 64 experts of equal size together (pretrained first, 20 minutes each)
-    e  memory and storage of a's methods, and the time of a step, measured in turns
+    b  which parts are trained: selected experts, shared experts, non-expert modules (the ablation of section 6)
+    c  how many experts: top_p, and the n_sample_tokens that select them
+    d  how fine experts are: bases with 16, 32 and 64 experts of equal total size (pretrained first, 20 minutes each)
+    e  memory and storage of the methods in a, and the time of a step, measured in turns
     f  which tasks use the same experts
 
-A run is training and evaluation of one method on one task with one seed, which draws the order of the data (and random
-experts). Each has a file in --work_dir when it is done; after an interruption the same command goes on, and gives the
-same tables. One whose data, base or versions are others is made again; after a change of the code remove the folder.
+A run trains and evaluates one method on one task with one seed. The seed draws the order of the data, and random
+experts. A finished run has a file in --work_dir. After an interruption the same command continues and gives the same
+tables. A run is made again when its data, base or versions change. After a change of the code, remove the folder.
 
-How much is forgotten is first of all a matter of the learning rate, so methods are compared at equal forgetting: each
-has one rate for all tasks, the largest in r that costs at most 5 points of the general skills on law. Random experts
-have the rate of the chosen ones. Brackets are 95 % t intervals of the mean over seeds.
+Forgetting depends on the learning rate more than on anything else. Methods are therefore compared at equal forgetting.
+Each has one rate for all tasks, the largest in r that costs at most 5 points of the general skills on law. Random
+experts have the rate of the selected ones. Brackets are 95 % t intervals of the mean over seeds.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from deepseek.files import check_output, suggest, write_json, write_text
 from esft import ExpertScores, select_experts
 from evaluation.selection import overlap
 from scripts.experiments import paper_results
-from scripts.experiments.paper_results import interval, markdown
+from scripts.experiments.paper_results import interval
 from scripts.experiments.paper_runs import GATE, TASKS, TINY, Lab, Run
-from utils import command_parser, environment, locked, note, positive, run_cli
+from utils import command_parser, environment, locked, markdown_table, note, positive, run_cli
 
 PARTS = "rabcdef"
-TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")  # rates of part r
-FORGOTTEN = 5.0  # points of general skills that a rate may cost on law
+TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")  # learning rates of part r
+FORGOTTEN = 5.0  # points of general skills that a learning rate may cost on law
 ROUNDS, TIMED_STEPS = 5, 40  # of part e
 
 # ---- the parts: what is run, and the tables of it --------------------------------------------------------------------
@@ -88,9 +88,9 @@ def grains_of(base: Callable[[int], str], task: str, seed: int) -> dict[str, Run
 
 
 def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Iterable[str], seeds: list[int]) -> tuple:
-    """(runs, their table): a line per name, with the score on each task, the mean over tasks and general skills.
+    """Return runs and their table: one line per name, with the score on each task, their mean and general skills.
 
-    The mean over tasks, and general skills, are taken per seed first.
+    The mean over tasks and the general skills are computed per seed first.
     """
     tasks = list(tasks)
     runs = {(name, task, seed): run for task in tasks for seed in seeds for name, run in named(task, seed).items()}
@@ -110,7 +110,7 @@ def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Ite
                 [name, *(interval(by_task[task]) for task in tasks), interval(average), interval(general), shown]
             )
             rows.append({"name": name, "tasks": by_task, "average": average, "general": general, "share": share})
-        return markdown(["trained", *tasks, "average", "general", "share"], lines), rows
+        return markdown_table(["trained", *tasks, "average", "general", "share"], lines), rows
 
     return list(runs.values()), table
 
@@ -139,7 +139,7 @@ def part_r(lab: Lab):
             rate = f"**{row['learning_rate']}**" if taken else row["learning_rate"]
             loss = f"{row['validation_loss']:.4f}"
             lines.append([row["name"], rate, loss, interval(row["average"]), interval(row["general"])])
-        return markdown(["trained", "learning rate", "validation loss", "law", "general"], lines), rows
+        return markdown_table(["trained", "learning rate", "validation loss", "law", "general"], lines), rows
 
     return [base, *runs.values()], table
 
@@ -164,7 +164,7 @@ def part_e(lab: Lab):
     named = {name: run for name, run in methods_of("law", lab.args.seeds[0]).items() if name != "base"}
 
     def table() -> tuple[str, list[dict]]:
-        """Rounds in which every method takes its turn, alone on the machine; a ratio is of one round."""
+        """Time every method in each round, one at a time. A ratio compares two methods of one round."""
         rounds = [
             {name: lab.timed(run, number, TIMED_STEPS) for name, run in named.items()}
             for number in tqdm(range(ROUNDS), unit="round", desc="timing")
@@ -177,7 +177,7 @@ def part_e(lab: Lab):
             step = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
             lines.append([name, step, f"{peak:,.0f} MiB", f"{saved:,.2f} MiB"])
             rows.append(row)
-        return markdown(["trained", "time of a step / full's", "peak memory", "saved"], lines), rows
+        return markdown_table(["trained", "time of a step / full's", "peak memory", "saved"], lines), rows
 
     return [], table
 
@@ -191,7 +191,7 @@ def part_f(lab: Lab):
         shared = overlap([select_experts(one) for one in scores], sizes)
         rows = [{"name": a, **{b: cell["jaccard"] for b, cell in zip(names, row)}} for a, row in zip(names, shared)]
         lines = [[row["name"], *(f"{row[b]:.2f}" for b in names)] for row in rows]
-        return markdown(["Jaccard index", *names], lines), rows
+        return markdown_table(["Jaccard index", *names], lines), rows
 
     return [], table
 
@@ -208,7 +208,7 @@ TITLES = {
 
 
 def made_by(lab: Lab, part: str) -> str:
-    """The command of a part's table, and when and with what the results in it were made."""
+    """Return the command of a part's table, and the dates and versions of its results."""
     used = lab.used or [environment()]
     dates = sorted({facts["date"][:10] for facts in used})
     kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
@@ -225,34 +225,49 @@ def made_by(lab: Lab, part: str) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--parts", default="r,a,b,c,e,f", metavar="LIST", help="of r and a to f, by commas (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="runs of everything (default: 0 1 2)")
+    add("--parts", default="r,a,b,c,e,f", metavar="LIST", help="parts, separated by commas (default: %(default)s)")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="one run of everything for each (default: 0 1 2)",
+    )
     add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run (default: %(default)s)")
-    add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="of b, c and d (default: law "
+    add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="tasks of b, c and d (default: law "
         "summary)")  # fmt: skip
-    add("--pretrain_tokens", type=positive, default=5_500_000, metavar="N", help="of d's bases (default: %(default)s)")
-    add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, of one thread each (default: 2)")
-    add("--work_dir", default="results/runs/paper", metavar="DIR", help="of what is done (default: %(default)s)")
-    add("--output", metavar="STEM", help="writes STEM_a.md, STEM_a.json, ..., and of all parts that are there "
-        "STEM_claims.md and pictures (default: prints only)")  # fmt: skip
+    add(
+        "--pretrain_tokens",
+        type=positive,
+        default=5_500_000,
+        metavar="N",
+        help="tokens to pretrain the bases of d (default: %(default)s)",
+    )
+    add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, with one thread each (default: 2)")
+    add(
+        "--work_dir", default="results/runs/paper", metavar="DIR", help="folder of finished runs (default: %(default)s)"
+    )
+    add("--output", metavar="STEM", help="write STEM_a.md, STEM_a.json, ..., and from all parts that exist "
+        "STEM_claims.md and pictures (default: print only)")  # fmt: skip
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     for part in args.parts:
         if part not in PARTS or len(part) != 1:
-            raise ValueError(f"--parts: {part!r} is none of {', '.join(PARTS)}")
+            raise ValueError(f"cannot run part {part!r}. Give some of {', '.join(PARTS)} in --parts.")
     for name in ("seeds", "ablation_tasks"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
-            raise ValueError(f"--{name}: one is given twice")
+            raise ValueError(f"cannot use --{name}: a value is given twice. Give it once.")
     if min(args.seeds) < 0:
-        raise ValueError(f"--seeds: {min(args.seeds)} is below 0")
+        raise ValueError(f"cannot use seed {min(args.seeds)}: it is below 0. Change --seeds.")
     for task in args.ablation_tasks:
         if task not in TASKS:
-            raise ValueError(f"--ablation_tasks: no task {task!r}{suggest(task, TASKS)}")
+            raise ValueError(f"cannot run task {task!r}{suggest(task, TASKS)}. Give some of {', '.join(TASKS)}.")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, str]:
-    """Returns the table of each part."""
+    """Run the parts, and return the table of each."""
     args = parse_args(argv)
     check_output(args.work_dir, folder=True)
     if args.output:
@@ -269,7 +284,7 @@ def run_parts(lab: Lab) -> dict[str, str]:
     parts = {part: globals()[f"part_{part}"](lab) for part in args.parts}
     runs = {run.name: run for runs, _ in parts.values() for run in runs}.values()
     for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
-        lab.scores(base, task, tokens)  # before runs that need them at the same time
+        lab.scores(base, task, tokens)  # before several runs need them at the same time
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", desc="paper") as bar:
         waiting = [pool.submit(lab.result, run) for run in runs]
         try:

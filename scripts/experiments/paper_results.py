@@ -1,50 +1,43 @@
-"""What the runs of paper.py come to: intervals over seeds, the paper's claims with what came out, pictures.
+"""The results of paper.py: intervals over seeds, the paper's claims beside what came out, and pictures.
 
-The rows are those of a part's table, {"name", "tasks": {task: [per seed]}, "average": [per seed], "general":
-[per seed], "share": [per run]}, in percent; a base, which has no seed, has one value.
+The rows of a part's table are {"name", "tasks": {task: [per seed]}, "average": [per seed], "general": [per seed],
+"share": [per run]}, in percent. A base has no seed and one value.
 
-A claim is a difference between two rows, seed by seed, with its 95 % t interval over seeds. It holds where the interval
-lies on the paper's side of 0, does not hold where it lies on the other, and else so many seeds do not decide.
+A claim is a difference between two rows, seed by seed, with its 95 % t interval over seeds. It holds if the interval
+lies on the paper's side of 0, and does not hold if it lies on the other side. Otherwise the seeds do not decide it.
 """
 
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek.files import write_json, write_text
-from evaluation.figures import save_figure
-from utils import note
+from evaluation.figures import new_figure, save_figure
+from utils import markdown_table, note
 
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
 TASKS, GENERAL = "average", "general"
 
 
 def half_width(values: list[float]) -> float:
-    """Of the 95 % t interval of the mean; 0 for one value, which has none."""
+    """Half-width of the 95 % t interval of the mean; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     return T95[min(len(values), len(T95)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interval(values: list[float], form: str = ".1f") -> str:
-    """Mean and 95 % t interval; of one value the value alone."""
+    """Return the mean and its 95 % t interval as text, or a single value alone."""
     mean, half = statistics.fmean(values), half_width(values)
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]" if len(values) > 1 else f"{mean:{form}}"
 
 
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
 def largest_rate(rows: list[dict], name: str, kept: float) -> str | None:
-    """Of a method's rates: the largest that leaves at least `kept` of the general skills (%), and all smaller ones."""
+    """Return a method's largest rate that, like all smaller ones, keeps at least `kept` % of the general skills."""
     own = sorted((row for row in rows if row["name"] == name), key=lambda row: float(row["learning_rate"]))
     keeping = itertools.takewhile(lambda row: row[GENERAL][0] >= kept, own)
     return max((row["learning_rate"] for row in keeping), key=float, default=None)
@@ -64,8 +57,11 @@ MORE, LESS, AS_GOOD, LITTLE = "more", "less", "as good", "little"
 
 @dataclass(frozen=True)
 class Claim:
-    """`one` minus `other`, rows of a part: the paper says that it is above 0 (MORE), below (LESS), not below (AS_GOOD)
-    or next to nothing (LITTLE). `paper`: its own difference, in points; None where it draws it without a number."""
+    """A claim of the paper about the row `one` minus the row `other` of a part.
+
+    `kind` says that the difference is above 0 (MORE), below 0 (LESS), not below 0 (AS_GOOD) or near 0 (LITTLE).
+    `paper` is the paper's own difference in points, or None where it shows a picture without a number.
+    """
 
     part: str
     text: str
@@ -77,7 +73,7 @@ class Claim:
 
 
 def of_table_1(text: str, one: str, other: str, key: str, kind: str) -> Claim:
-    """A claim on methods; over the four tasks that are here, too."""
+    """Return a claim about two methods, with the paper's difference over the four tasks that are here too."""
     tasks = statistics.fmean(PAPER_TASKS[one]) - statistics.fmean(PAPER_TASKS[other])
     general = PAPER_GENERAL[one] - PAPER_GENERAL[other]
     return Claim("a", text, one, other, key, kind, tasks if key == TASKS else general)
@@ -119,13 +115,13 @@ token meets experts of one width with 64 and 32 of them (6 of 48, 3 of 96; share
 
 
 def differences(rows: list[dict], claim: Claim) -> list[float]:
-    """Per seed, in percentage points."""
+    """Return the differences per seed, in percentage points."""
     by_name = {row["name"]: row for row in rows}
     return [a - b for a, b in zip(by_name[claim.one][claim.key], by_name[claim.other][claim.key], strict=True)]
 
 
 def verdict(values: list[float], kind: str) -> str:
-    """Whether a claim of this kind holds, of its differences by seed."""
+    """Return whether a claim of this kind holds, given its differences by seed."""
     if len(values) < 2:
         return "one seed"
     mean, half = statistics.fmean(values), half_width(values)
@@ -139,7 +135,7 @@ def verdict(values: list[float], kind: str) -> str:
 
 
 def claims_table(parts: dict[str, list[dict]]) -> tuple[str, list[dict]]:
-    """(table, rows) of the claims that the parts at hand, {letter: rows}, can tell of."""
+    """Return the table and the rows of the claims about `parts`, {letter: rows}."""
     rows = []
     for claim in CLAIMS:
         if claim.part in parts:
@@ -156,121 +152,96 @@ def claims_table(parts: dict[str, list[dict]]) -> tuple[str, list[dict]]:
         ]
         for r in rows
     ]
-    return markdown(["claim", "difference on", "paper", "here", "holds here?"], lines), rows
+    return markdown_table(["claim", "difference on", "paper", "here", "holds here?"], lines), rows
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw(path: str | Path, size: tuple[float, float], draw_on: Callable) -> None:
-    """Save what `draw_on(figure)` draws as a picture (.png)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def gains_and_losses(rows: list[dict], title: str):
+    """Draw methods: score on the tasks (up) against general skills (right), with intervals over seeds."""
+    figure, axes = new_figure(6.4, 4.8, ncols=1)
+    for number, row in enumerate(rows):
+        x, y = row[GENERAL], row[TASKS]
+        axes.errorbar(
+            statistics.fmean(x), statistics.fmean(y), xerr=half_width(x), yerr=half_width(y),
+            fmt="osD^vPX*"[number % 8], color=f"C{number}", capsize=3, label=row["name"],
+        )  # fmt: skip
+    axes.set(xlabel="general skills (%)", ylabel="mean of the tasks (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
 
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw_on(figure)
-    save_figure(figure, path)
+
+def frontier(rows: list[dict], title: str):
+    """Draw methods at several learning rates: score on the task (up) against general skills (right)."""
+    figure, axes = new_figure(6.4, 4.8, ncols=1)
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+        points = [(row[GENERAL][0], row[TASKS][0], row["learning_rate"]) for row in rows if row["name"] == name]
+        axes.plot(*list(zip(*points))[:2], "osD^v"[number % 5] + "-", color=f"C{number}", label=name)
+        for x, y, rate in points:
+            axes.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, color=f"C{number}")
+    axes.set(xlabel="general skills (%)", ylabel="task (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
 
 
-def gains_and_losses(rows: list[dict], title: str) -> Callable:
-    """Of methods: learned on the tasks (up) against kept of the general skills (right), with intervals over seeds."""
-
-    def draw_on(figure) -> None:
-        axes = figure.subplots()
-        for number, row in enumerate(rows):
-            x, y = row[GENERAL], row[TASKS]
-            axes.errorbar(
-                statistics.fmean(x), statistics.fmean(y), xerr=half_width(x), yerr=half_width(y),
-                fmt="osD^vPX*"[number % 8], color=f"C{number}", capsize=3, label=row["name"],
-            )  # fmt: skip
-        axes.set(xlabel="general skills (%)", ylabel="mean of the tasks (%)", title=title)
+def curves(series: dict[str, list[tuple[float, dict]]], title: str, xlabel: str):
+    """Draw tasks and general skills over what is varied, {label: [(x, row)]}."""
+    figure, panels = new_figure(9, 3.6)
+    for axes, key, ylabel in zip(panels, (TASKS, GENERAL), ("mean of the tasks (%)", "general skills (%)")):
+        for label, points in series.items():
+            x, rows = zip(*points)
+            means = [statistics.fmean(row[key]) for row in rows]
+            halves = [half_width(row[key]) for row in rows]
+            axes.errorbar(x, means, yerr=halves, fmt="o-", capsize=3, label=label)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-    return draw_on
-
-
-def frontier(rows: list[dict], title: str) -> Callable:
-    """Of methods at several learning rates: what is learned (up) against what is kept (right)."""
-
-    def draw_on(figure) -> None:
-        axes = figure.subplots()
-        for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-            points = [(row[GENERAL][0], row[TASKS][0], row["learning_rate"]) for row in rows if row["name"] == name]
-            axes.plot(*list(zip(*points))[:2], "osD^v"[number % 5] + "-", color=f"C{number}", label=name)
-            for x, y, rate in points:
-                axes.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, color=f"C{number}")
-        axes.set(xlabel="general skills (%)", ylabel="task (%)", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-    return draw_on
+    panels[0].legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
 
 
-def curves(series: dict[str, list[tuple[float, dict]]], title: str, xlabel: str) -> Callable:
-    """Tasks and general skills over what is varied, {label: [(x, row)]}."""
-
-    def draw_on(figure) -> None:
-        panels = figure.subplots(1, 2)
-        for axes, key, ylabel in zip(panels, (TASKS, GENERAL), ("mean of the tasks (%)", "general skills (%)")):
-            for label, points in series.items():
-                x = [x for x, _ in points]
-                values = [row[key] for _, row in points]
-                axes.errorbar(
-                    x, list(map(statistics.fmean, values)), yerr=list(map(half_width, values)), fmt="o-", capsize=3,
-                    label=label,
-                )  # fmt: skip
-            axes.set(xlabel=xlabel, ylabel=ylabel)
-            axes.grid(alpha=0.3)
-        panels[0].legend(fontsize=8)
-        figure.suptitle(title)
-
-    return draw_on
-
-
-def overlap(rows: list[dict], title: str) -> Callable:
+def overlap(rows: list[dict], title: str):
+    """Draw how many experts each pair of tasks shares."""
     names = [row["name"] for row in rows]
-
-    def draw_on(figure) -> None:
-        axes = figure.subplots()
-        axes.imshow([[row[name] for name in names] for row in rows], cmap="Blues", vmin=0, vmax=1)
-        for i, row in enumerate(rows):
-            for j, name in enumerate(names):
-                axes.text(j, i, f"{row[name]:.2f}", ha="center", va="center", color="k" if row[name] < 0.6 else "w")
-        axes.set_xticks(range(len(names)), names, rotation=30)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_title(title)
-
-    return draw_on
+    figure, axes = new_figure(5, 4.2, ncols=1)
+    axes.imshow([[row[name] for name in names] for row in rows], cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(rows):
+        for j, name in enumerate(names):
+            axes.text(j, i, f"{row[name]:.2f}", ha="center", va="center", color="k" if row[name] < 0.6 else "w")
+    axes.set_xticks(range(len(names)), names, rotation=30)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    return figure
 
 
 def pictures(stem: str, parts: dict[str, list[dict]]) -> None:
-    """STEM_a.png, ..., of the parts that are better looked at."""
+    """Save STEM_a.png, ..., for the parts that have a picture."""
+    figures = {}
     if "r" in parts:
-        draw(f"{stem}_r.png", (6.4, 4.8), frontier(parts["r"], "Law and general skills at each learning rate"))
-    titles = {"a": "What methods learn, and what they keep", "b": "What is trained"}
-    for part, title in titles.items():
+        figures["r"] = frontier(parts["r"], "Law and general skills at each learning rate")
+    for part, title in {"a": "What methods learn, and what they keep", "b": "What is trained"}.items():
         if part in parts:
-            draw(f"{stem}_{part}.png", (6.4, 4.8), gains_and_losses(parts[part], title))
+            figures[part] = gains_and_losses(parts[part], title)
     if "c" in parts:
-        swept = {row["name"]: row for row in parts["c"] if row["name"].startswith("top_p ")}
-        points = [(float(name.split()[1]), row) for name, row in swept.items()]
-        draw(f"{stem}_c.png", (9, 3.6), curves({"esft-token": points}, "How many experts are trained", "top_p"))
+        swept = [row for row in parts["c"] if row["name"].startswith("top_p ")]
+        points = [(float(row["name"].split()[1]), row) for row in swept]
+        figures["c"] = curves({"esft-token": points}, "How many experts are trained", "top_p")
     if "d" in parts:
-        methods = dict.fromkeys(row["name"].split(": ")[1] for row in parts["d"])
-        varied = {
-            method: [(int(row["name"].split()[0]), row) for row in parts["d"] if row["name"].endswith(f": {method}")]
-            for method in methods
-        }
-        draw(f"{stem}_d.png", (9, 3.6), curves(varied, "Experts of a layer, of equal size together", "experts"))
+        varied: dict[str, list] = {}
+        for row in parts["d"]:  # "64 experts: full"
+            varied.setdefault(row["name"].split(": ")[1], []).append((int(row["name"].split()[0]), row))
+        figures["d"] = curves(varied, "Experts of a layer, of equal size together", "experts")
     if "f" in parts:
-        draw(f"{stem}_f.png", (5, 4.2), overlap(parts["f"], "Experts that tasks share (Jaccard index)"))
+        figures["f"] = overlap(parts["f"], "Experts that tasks share (Jaccard index)")
+    for part, figure in figures.items():
+        save_figure(figure, f"{stem}_{part}.png")
 
 
 def conclude(stem: str) -> str:
-    """Write STEM_claims.md, STEM_claims.json and the pictures, of all parts whose STEM_<part>.json is there; return
-    the table of the claims."""
+    """Write STEM_claims.md, STEM_claims.json and the pictures from every STEM_<part>.json; return the claims' table."""
     paths = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
     found = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in paths.items() if path.is_file()}
     parts = {part: told["rows"] for part, told in found.items()}

@@ -1,7 +1,7 @@
-"""The runs of paper.py: what one is, the commands that make it, and the files that keep its result.
+"""The runs of paper.py: the settings of a run, the commands that make it, and the files that keep its result.
 
-A Lab runs commands below a folder, which it has for itself. A result is made in a hidden folder and kept as one file,
-with what it was made of; it is made again where its data, base or versions are others.
+A Lab runs commands and keeps their results below a folder of its own. A result is made in a hidden folder and kept in
+one file, together with digests of what it was made from. It is made again when its data, base or versions change.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +21,18 @@ import yaml
 
 from deepseek.files import read_jsonl, sha256, write_json, write_jsonl
 from esft import ExpertConfig, ExpertScores, select_experts
-from utils import ROOT, environment
+from utils import ROOT, environment, run_command
 
 TINY = "results/models/tiny"
 TASKS = ("intent", "summary", "law", "translation")
-RATES = {"esft": "2e-3", "random": "2e-3", "lora": "1e-3", "full": "5e-4"}  # of part r
-ALL_ELSE_RATE = RATES["full"]  # where what full fine-tuning trains beside experts is trained, too
-GATE = {"score": "gate", "top_p": 0.1, "learning_rate": "4e-3"}  # the paper's pair, as token and 0.2 are
+RATES = {"esft": "2e-3", "random": "2e-3", "lora": "1e-3", "full": "5e-4"}  # chosen by part r
+ALL_ELSE_RATE = RATES["full"]  # for runs that train non-expert modules as well
+GATE = {"score": "gate", "top_p": 0.1, "learning_rate": "4e-3"}  # the paper pairs gate with 0.1, token with 0.2
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training and its evaluation; `method` base is no training."""
+    """One training and its evaluation. The method "base" evaluates without training."""
 
     task: str
     method: str = "esft"
@@ -68,23 +66,19 @@ class Run:
 
 
 class Lab:
-    """Runs commands below a folder, each result once."""
+    """Runs commands below a folder, and makes each result once."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.work_dir).resolve()
-        for left in self.folder.glob("*/.*-*"):  # of a runner that was killed, whose training ends with it
+        for left in self.folder.glob("*/.*-*"):  # left by a runner that was killed
             shutil.rmtree(left, ignore_errors=True)
         self.used: list[dict] = []  # environments of the results that were read or made
 
     def command(self, *words: object) -> None:
-        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
-        ended = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
-        if ended.returncode:
-            said = [line for line in ended.stderr.splitlines() if line.strip()] or ["nothing was said"]
-            raise ChildProcessError(f"{' '.join(map(str, words))} ended with {ended.returncode}: {said[-1]}")
+        run_command(words, quiet=True, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ})
 
     def base(self, experts: int) -> str:
-        """The folder of a base with so many experts per layer, pretrained where it is not there yet."""
+        """Return the folder of a base with this number of experts per layer. Pretrain it if it is missing."""
         if experts == 64:
             return TINY
         folder = self.folder / f"tiny{experts}-{self.args.pretrain_tokens}"
@@ -106,8 +100,7 @@ class Lab:
         return folder
 
     def samples(self, task: str) -> str:
-        """A data set of whole samples: the task's training data; of the general skills, which nothing here trains on,
-        the questions with their answers."""
+        """Return a data set to score experts on: the task's training data, or questions and answers of "general"."""
         if task != "general":
             return task
         path = self.folder / "general.jsonl"
@@ -117,7 +110,7 @@ class Lab:
         return str(path)
 
     def experts(self, run: Run) -> Path:
-        """The expert config of a run."""
+        """Write the expert config of a run, and return its path."""
         chosen = ExpertConfig({})
         if run.experts:
             scores = ExpertScores.load(self.scores(run.base, run.task, run.n_sample_tokens))
@@ -128,16 +121,16 @@ class Lab:
         return path
 
     def made_of(self, run: Run) -> dict:
-        """What decides a result beside the run and the code."""
-        settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # a comment is none
-        del settings["learning_rate"]  # every run gives its own
+        """Return what decides a result besides the run and the code."""
+        settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # without its comments
+        del settings["learning_rate"]  # every run sets its own
         data = data_of(run.task), f"datasets/eval/{run.task}.jsonl", data_of("general")
         return {"settings": settings, **inputs(run.base, *data)}
 
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
-        """What `make` gives in a folder of its own, from `path` where it was made before, of the same."""
+        """Return the result kept in `path`, if it was made from the same; else call `make` with a fresh folder."""
         made_of = self.made_of(run)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is made again
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # an unreadable result is made again
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["made_of"] == made_of:
                 self.used.append(found["environment"])
@@ -150,7 +143,7 @@ class Lab:
         return found
 
     def result(self, run: Run) -> dict:
-        """Scores in percent by data set, and what training took; from its file where it was run before."""
+        """Return the scores in percent by data set, and the results of training, from its file if it was run before."""
         steps = "" if run.method == "base" else f"-{self.args.steps}"
         return self.kept(self.folder / "results" / f"{run.name}{steps}.json", run, functools.partial(self._run, run))
 
@@ -174,7 +167,7 @@ class Lab:
         return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
 
     def train(self, run: Run, out: Path, steps: int) -> dict:
-        """What a training says of itself: seconds of a step, bytes, parameters."""
+        """Train, and return the results in run.json: seconds of a step, bytes, parameters."""
         keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
                 f"method={run.method}", f"seed={run.seed}", f"max_steps={steps}",
                 f"learning_rate={run.rate}", "save_strategy=no", "load_best_model_at_end=false",
@@ -185,18 +178,18 @@ class Lab:
         return json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
 
     def timed(self, run: Run, number: int, steps: int) -> dict:
-        """As `train`, once for each number."""
+        """Return the results of `train`, once for each number."""
         path = self.folder / "timed" / f"{run.name}-{steps}-{number}.json"
         return self.kept(path, run, lambda folder: self.train(run, folder / "trained", steps))
 
 
 def data_of(task: str) -> str:
-    """The file, from the root, of a task's training data; of the general skills their questions, which have none."""
+    """Return the file of a task's training data, relative to the root; for "general", of its questions."""
     return f"datasets/{'eval' if task == 'general' else 'train'}/{task}.jsonl"
 
 
 def inputs(base: str, *data: str) -> dict[str, str]:
-    """Digests of a base and of data, and the versions of the libraries that decide what comes of them."""
+    """Return digests of a base and of data, and the versions of the libraries that decide a result."""
     files, facts = (*data, f"{base}/model.safetensors"), environment()
     digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
     return {**digests, **{name: facts[name] for name in ("torch", "transformers")}}

@@ -15,9 +15,8 @@ import pytest
 from deepseek.files import read_jsonl, write_json
 from scripts.experiments import paper, paper_results, paper_runs
 from scripts.experiments.paper_results import Claim, half_width, interval, verdict
+from tests.helpers import ROOT
 from utils import locked, run_cli
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_an_interval_is_student_s():
@@ -226,9 +225,9 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--parts=a,g", "'g' is none of r, a, b, c, d, e, f"),
-        ("--ablation_tasks=lwa", "no task 'lwa' (did you mean 'law'?)"),
-        ("--seeds 1 1", "--seeds: one is given twice"),
+        ("--parts=a,g", "cannot run part 'g'. Give some of r, a, b, c, d, e, f"),
+        ("--ablation_tasks=lwa", "cannot run task 'lwa' (did you mean 'law'?)"),
+        ("--seeds 1 1", "cannot use --seeds: a value is given twice"),
         ("--steps=0", "not a whole number above 0"),
         ("--seeds -1", "-1 is below 0"),
         ("--output=README.md/x", "cannot be written"),
