@@ -235,8 +235,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="one run of everything for each (default: 0 1 2)",
     )
     add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run (default: %(default)s)")
-    add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="tasks of b, c and d (default: law "
-        "summary)")  # fmt: skip
+    add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="tasks of b, c and d "
+        "(default: law summary)")  # fmt: skip
     add(
         "--pretrain_tokens",
         type=positive,
@@ -246,7 +246,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, with one thread each (default: 2)")
     add(
-        "--work_dir", default="results/runs/paper", metavar="DIR", help="folder of finished runs (default: %(default)s)"
+        "--work_dir", default="results/runs/paper", metavar="DIR", help="finished runs (default: %(default)s)"
     )
     add("--output", metavar="STEM", help="write STEM_a.md, STEM_a.json, ..., and from all parts that exist "
         "STEM_claims.md and pictures (default: print only)")  # fmt: skip
