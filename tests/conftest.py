@@ -1,13 +1,10 @@
-"""Tiny random models, one per layout of the fused experts, and a runner of small process groups."""
+"""Fixtures for all tests. The environment comes first: torch and transformers read it when they are imported."""
 
 import os
 
-from tests.helpers import FAMILIES, PRELOADED
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # bits that are compared may differ by the number of threads
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads can change the bits that are compared
 
 import pytest
 import torch
@@ -56,12 +53,6 @@ def official():
     if not OFFICIAL.is_dir():
         pytest.skip("the released data is not at hand")
     return OFFICIAL
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# processes
-
-PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,7 @@ def make_model(family: str = "deepseek_v2", dtype: torch.dtype = torch.float32, 
 
 
 PRELOADED = ["pytest", "transformers.trainer", "transformers.models.auto.modeling_auto", "wandb", "train"]
+PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 
 
 def run_ranks(world: int, fn: Callable, *args, timeout: float = 120) -> list:

@@ -245,9 +245,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="tokens to pretrain the bases of d (default: %(default)s)",
     )
     add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, with one thread each (default: 2)")
-    add(
-        "--work_dir", default="results/runs/paper", metavar="DIR", help="finished runs (default: %(default)s)"
-    )
+    add("--work_dir", default="results/runs/paper", metavar="DIR", help="finished runs (default: %(default)s)")
     add("--output", metavar="STEM", help="write STEM_a.md, STEM_a.json, ..., and from all parts that exist "
         "STEM_claims.md and pictures (default: print only)")  # fmt: skip
     args = parser.parse_args(argv)
