@@ -33,7 +33,7 @@ BASE = "#7d8794"  # the base model is gray
 MAX_POINTS = 600  # of a curve
 
 
-def new_figure(width: float, height: float, ncols: int = 2, **options):
+def new_figure(width: float, height: float, ncols: int = 2, nrows: int = 1, **options):
     """Return a figure and its axes, side by side; sizes are in inches. Raise ValueError where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,7 +42,7 @@ def new_figure(width: float, height: float, ncols: int = 2, **options):
         raise ValueError("pictures need matplotlib: python -m pip install -c constraints.txt matplotlib") from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, ncols, **options)
+    return figure, figure.subplots(nrows, ncols, **options)
 
 
 def save_figure(figure, path: str | Path) -> None:

@@ -1,20 +1,20 @@
-"""Simulate where experts lie on 2 to 64 ranks, by recorded routing: contiguous blocks, or placed by score.
+"""Simulate where experts lie on 2 to 64 ranks: in contiguous blocks, or placed by recorded routing.
 
     python scripts/experiments/placement.py --expert_scores_dir=results/expert_scores/law \
         --expert_config=results/expert_configs/law.json --output=results/tables/placement
 
-In every MoE layer all ranks wait for the busiest one, forward and backward. A row (a token at one of its experts) costs
-as much again in the backward, for the gradient of its input, and once more where its expert is trained, for the weight
-gradient. So with load_P, the rows of each rank, and trained_P, those of them at trained experts,
+In every MoE layer all ranks wait for the busiest one, forward and backward. A row is a token at one of its experts. The
+backward costs a row as much as the forward, for the gradient of its input. It costs the same once more if the expert is
+trained, for the weight gradient. With load_P the rows of each rank, and trained_P those at trained experts,
 
     step = sum over layers of  max_P load + max_P (load + trained),        even = the same with means for the maxima,
 
-and step / even is 1 where nobody waits. Attention, the exchange of tokens and all else is left out; it does not depend
-on the placement, so a whole step gains less. As an expert lies on one rank, max / mean of the load is at least P x the
-share of the layer's busiest expert, whatever the placement: the floor.
+and step / even is 1 if no rank waits. Attention, the exchange of tokens and the rest do not depend on the placement and
+are left out, so a whole step gains less. An expert lies on one rank. Hence max / mean of the load is at least P times
+the share of the layer's busiest expert, under any placement. That is the floor.
 
-Raw routing logs (a line per forward) are cut in two: experts are placed by the first half of each file's lines and
-measured on the second. A summary has no halves: what is measured on it was placed by it, too, and is flattered.
+Raw routing logs (a line per forward) are cut in two. Experts are placed by the first half of each file's lines and
+measured on the second half. A summary has no halves: it is measured on the scores that placed it, which flatters it.
 
 Legend: E experts, L MoE layers, P ranks.
 """
@@ -29,20 +29,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import atomic_path, check_output, write_json, write_text
+from deepseek.files import check_output, write_json, write_text
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.routing import read_logs
 from esft import ExpertConfig, ExpertScores
-from utils import command_parser, environment, run_cli
+from evaluation.figures import new_figure, save_figure
+from utils import command_parser, environment, markdown_table, run_cli
 
 COLOURS = {"contiguous": "#969696", "score": "#08519c"}
-SUFFIXES = (".md", ".json", ".png")
 Loads = Mapping[int, Mapping[int, float]]  # [layer][expert] -> routed rows, in any unit
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Routing by which experts are placed, and routing on which that is measured."""
+    """The routing that places the experts, and the routing that measures the placement."""
 
     name: str
     how: str
@@ -55,10 +55,10 @@ class Recording:
 
 
 def read_recordings(path: Path) -> list[Recording]:
-    """Of a folder its logs, in two halves, and its summary.json, whichever are there; of a file the scores in it.
+    """Return a folder's logs, in two halves, and its summary.json, as far as they exist, or the scores in a file.
 
     Raises:
-        ValueError, FileNotFoundError: nothing there, something damaged, or logs of a single forward.
+        ValueError, FileNotFoundError: nothing is there, something is damaged, or a log has a single forward.
     """
     folders = (sorted(p for p in path.glob("rank_*") if p.is_dir()) or [path]) if path.is_dir() else []
     logs = [log for folder in folders for log in sorted(folder.glob("expert_weights_*.txt"))]
@@ -74,15 +74,14 @@ def read_recordings(path: Path) -> list[Recording]:
 
 
 def read_halves(folder: Path, logs: list[Path], width: int = 0) -> Recording:
-    """Rows by layer and expert (as many as `width`, or as were seen) in the first half of each log's lines, and in the
-    second."""
-    counts = read_logs(folder)  # it refuses what is damaged, and knows K
+    """Count rows by layer and expert in each half of the lines of each log; at least `width` experts per layer."""
+    counts = read_logs(folder)  # refuses damaged logs, and knows K
     experts = dict.fromkeys(range(max(width, *map(len, counts.slots_LE.values()))), 0)
     first_LE, second_LE = ({layer: Counter(experts) for layer in counts.slots_LE} for _ in range(2))
     for log in logs:
         layer, lines = int(log.stem.removeprefix("expert_weights_")), log.read_text(encoding="utf-8").splitlines()
         if len(lines) < 2:
-            raise ValueError(f"{log}: one forward has no half to measure on; give a file of scores instead")
+            raise ValueError(f"cannot halve {log}: it has one forward. Give a file of scores instead.")
         for number, line in enumerate(lines):
             half_LE = first_LE if number < len(lines) // 2 else second_LE
             half_LE[layer].update(map(int, line.partition("\t\t")[0].split("\t")))
@@ -102,7 +101,7 @@ def read_halves(folder: Path, logs: list[Path], width: int = 0) -> Recording:
 def step_time(
     placements: Mapping[int, Placement], trained_L: Mapping[int, tuple[int, ...]], load_LE: Loads
 ) -> dict[str, float]:
-    """{"step": of all layers, "even": what it would be if no rank waited}, in rows of a rank and layer, on average."""
+    """Return the mean over layers of "step", and of "even", the step if no rank waited; 1 is a rank's mean rows."""
     step = even = 0.0
     for layer, placement in placements.items():
         trained, mean = set(trained_L.get(layer, ())), sum(load_LE[layer].values()) / len(placement)
@@ -114,11 +113,7 @@ def step_time(
 
 
 def simulate(recording: Recording, trained_L: Mapping[int, tuple[int, ...]], ranks: int) -> dict:
-    """Both placements on so many ranks.
-
-    Raises:
-        ValueError: a layer has fewer experts than there are ranks.
-    """
+    """Return the measures of both placements on this number of ranks."""
     load_LE = recording.measure_LE
     sizes_L = {layer: len(load_E) for layer, load_E in load_LE.items()}
     floors = [max(1, ranks * max(load_E.values()) / sum(load_E.values())) for load_E in load_LE.values()]
@@ -130,39 +125,41 @@ def simulate(recording: Recording, trained_L: Mapping[int, tuple[int, ...]], ran
 
 
 def check_config(config: ExpertConfig, recordings: list[Recording]) -> None:
-    """Raise ValueError where the config names a layer or an expert that was not recorded."""
-    load_LE = recordings[-1].measure_LE  # the summary, where there is one: it has all layers, logs may be of some
+    """Raise ValueError if the config names a layer or an expert that was not recorded."""
+    load_LE = recordings[-1].measure_LE  # a summary has all layers, logs may have some
     for layer, ids in config.experts.items():
         known = load_LE.get(layer, {}) if recordings[-1].name == "summary" else load_LE.get(layer, ids)
         if odd := sorted(set(ids) - set(known)):
-            raise ValueError(f"the expert config names expert {odd[0]} of layer {layer}, of which there are no scores")
+            raise ValueError(
+                f"cannot place expert {odd[0]} of layer {layer}: the expert config names it, but no score does"
+            )
     if not any(config.experts.get(layer) for layer in load_LE):
-        raise ValueError("the expert config selects no expert of a layer that was recorded: nothing is trained there")
+        raise ValueError("cannot measure: the expert config selects no expert of the recorded layers")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # table and picture
 
 
-def table(results: list[dict]) -> str:
-    """Markdown: a line per number of ranks."""
-    head = ("ranks", "load", "worst layer", "floor", "trained experts", "step / even", "contiguous step / ours")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def format_results(results: list[dict]) -> str:
+    """Return Markdown with one line per number of ranks."""
+    head = ["ranks", "load", "worst layer", "floor", "trained experts", "step / even", "contiguous step / ours"]
+    rows = []
     for r in results:
         old, new = (r[kind] for kind in COLOURS)
         pairs = [
             f"{old[key] / old.get(unit, 1):.2f} -> **{new[key] / new.get(unit, 1):.2f}**"
             for key, unit in (("load", ""), ("load_worst", ""), ("trained", ""), ("step", "even"))
         ]
-        pairs.insert(2, f"{r['floor']:.2f}")
-        lines.append(f"| {r['ranks']} | " + " | ".join(pairs) + f" | {old['step'] / new['step']:.2f} |")
-    return "\n".join(lines)
+        floor, gain = f"{r['floor']:.2f}", f"{old['step'] / new['step']:.2f}"
+        rows.append([r["ranks"], *pairs[:2], floor, *pairs[2:], gain])
+    return markdown_table(head, rows)
 
 
 def report(
     title: str, config: ExpertConfig, found: list[tuple[Recording, list[dict]]], skipped: list[int], command: str
 ) -> str:
-    """The Markdown page."""
+    """Return the page of the results as Markdown."""
     facts = environment()
     parts = [
         f"# Placement of experts: {title}",
@@ -174,7 +171,7 @@ def report(
     for recording, results in found:
         unknown = config.experts.keys() - recording.measure_LE.keys()
         rest = f"; no log of {len(unknown)} more layers of the expert config" if unknown else ""
-        parts += [f"**{recording.name.capitalize()}**: {recording.how}{rest}.", table(results)]
+        parts += [f"**{recording.name.capitalize()}**: {recording.how}{rest}.", format_results(results)]
     if skipped:
         parts.append(f"Left out: {', '.join(map(str, skipped))} ranks, more than a layer has experts.")
     parts.append(f"`{command}`, {facts['date'][:10]}, python {facts['python']}; no chance is involved.")
@@ -182,13 +179,8 @@ def report(
 
 
 def draw(title: str, found: list[tuple[Recording, list[dict]]]):
-    """-> the matplotlib figure: load and step over the number of ranks, a row per recording."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.8 + 2.9 * len(found)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(found), 2, sharex=True, squeeze=False)
+    """Return a figure of load and step over the number of ranks, with a row per recording."""
+    figure, rows = new_figure(9, 0.8 + 2.9 * len(found), nrows=len(found), sharex=True, squeeze=False)
     for (recording, results), (left, right) in zip(found, rows):
         ranks = [r["ranks"] for r in results]
         for kind, colour in COLOURS.items():
@@ -218,10 +210,10 @@ def draw(title: str, found: list[tuple[Recording, list[dict]]]):
 
 
 def numbers(text: str) -> list[int]:
-    """A type for argparse: "2,4,8", each above 1, ascending and once."""
+    """Convert "2,4,8" to ascending numbers above 1, as argparse's `type`."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 1 for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 1, separated by commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 1, separated by commas")
     return sorted(set(map(int, words)))
 
 
@@ -231,58 +223,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert_scores_dir", required=True, metavar="DIR", help="a folder of summary.json, of raw routing logs "
         "(expert_weights_<layer>.txt), or of both; or a file of scores")  # fmt: skip
     add("--expert_config", required=True, metavar="FILE", help="the trained experts: an expert config, or an adapter")
-    add("--output", default="results/tables/placement", metavar="PATH", help="where the table (.md), all figures "
-        "(.json) and a picture (.png) go, without the suffix (default: %(default)s)")  # fmt: skip
-    add("--ranks", type=numbers, default=[2, 4, 8, 16, 32, 64], metavar="N[,N]", help="ranks that share the experts, "
-        "i.e. values of ep_size (default: 2,4,8,16,32,64)")  # fmt: skip
-    add("--title", metavar="TEXT", help="what was recorded (default: the name of the folder of the scores)")
+    add("--output", default="results/tables/placement", metavar="PATH", help="write PATH.md, a table, PATH.json, "
+        "all results, and PATH.png, a picture (default: %(default)s)")  # fmt: skip
+    add("--ranks", type=numbers, default=[2, 4, 8, 16, 32, 64], metavar="N[,N]", help="values of ep_size, the ranks "
+        "that share the experts (default: 2,4,8,16,32,64)")  # fmt: skip
+    add("--title", metavar="TEXT", help="name of the recording (default: the name of the scores' folder)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> list[tuple[Recording, list[dict]]]:
-    """Returns the recordings with their results."""
+    """Simulate, write the files, and return the recordings with their results."""
     args = parse_args(argv)
-    stem = args.output.removesuffix(Path(args.output).suffix if Path(args.output).suffix in SUFFIXES else "")
-    outputs = [Path(stem + suffix) for suffix in SUFFIXES]
-    for output in outputs:
+    outputs = {suffix: f"{args.output}.{suffix}" for suffix in ("md", "json", "png")}
+    for output in outputs.values():
         check_output(output)
     recordings = read_recordings(Path(args.expert_scores_dir))
     config = ExpertConfig.load(args.expert_config)
     check_config(config, recordings)
     fewest = min(len(load_E) for recording in recordings for load_E in recording.measure_LE.values())
     skipped = [ranks for ranks in args.ranks if ranks > fewest]
-    if len(skipped) == len(args.ranks):
-        raise ValueError(f"--ranks {skipped[0]}: a layer has {fewest} experts only; give fewer ranks")
-    found = [
-        (recording, [simulate(recording, config.experts, ranks) for ranks in args.ranks if ranks not in skipped])
-        for recording in recordings
-    ]
+    taken = [ranks for ranks in args.ranks if ranks <= fewest]
+    if not taken:
+        raise ValueError(f"cannot spread {fewest} experts of a layer over {skipped[0]} ranks. Give fewer --ranks.")
+    found = [(recording, [simulate(recording, config.experts, ranks) for ranks in taken]) for recording in recordings]
     source = Path(args.expert_scores_dir).resolve()
     title = args.title or (source if source.is_dir() else source.parent).name
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "scripts/experiments/placement.py", *words])
     page = report(title, config, found, skipped, command)
-    write_text(outputs[0], page)
-    write_json(
-        outputs[1],
-        {
-            "environment": environment(),
-            "command": command,
-            "title": title,
-            "skipped_ranks": skipped,
-            "recordings": [{"name": r.name, "how": r.how, "results": results} for r, results in found],
-        },
-    )
     print(page)
-    try:
-        figure = draw(title, found)
-    except ImportError:
-        print("no picture: it needs matplotlib: python -m pip install -c constraints.txt matplotlib")
-        outputs.pop()
-    else:
-        with atomic_path(outputs[2]) as temporary:
-            figure.savefig(temporary)
-    print(f"written to {', '.join(map(str, outputs))}")
+    write_text(outputs["md"], page)
+    told = [{"name": recording.name, "how": recording.how, "results": results} for recording, results in found]
+    facts = {"environment": environment(), "command": command, "title": title, "skipped_ranks": skipped}
+    write_json(outputs["json"], {**facts, "recordings": told})
+    save_figure(draw(title, found), outputs["png"])
+    print(f"written to {', '.join(outputs.values())}")
     return found
 
 

@@ -229,7 +229,7 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
         ("--ablation_tasks=lwa", "cannot run task 'lwa' (did you mean 'law'?)"),
         ("--seeds 1 1", "cannot use --seeds: a value is given twice"),
         ("--steps=0", "not a whole number above 0"),
-        ("--seeds -1", "-1 is below 0"),
+        ("--seeds -1", "seed -1: it is below 0"),
         ("--output=README.md/x", "cannot be written"),
         ("--work_dir=README.md", "README.md cannot be written: it is a file"),
     ],

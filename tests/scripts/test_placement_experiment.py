@@ -97,19 +97,19 @@ def test_logs_beside_a_summary_give_both_tables(tmp_path):
     assert (tmp_path / "out" / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_the_table_is_written_all_the_same(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_table_is_written_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run(tmp_path, write_scores(tmp_path / "scores", [0.5, 0.5]), {"1": [0]}, "--ranks=2")
+    with pytest.raises(ValueError, match=r"pip install -c constraints\.txt matplotlib"):
+        run(tmp_path, write_scores(tmp_path / "scores", [0.5, 0.5]), {"1": [0]}, "--ranks=2")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["p.json", "p.md"]
-    assert "pip install -c constraints.txt matplotlib" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("experts", "flags", "told"),
     [
-        ({"1": [7]}, (), "expert 7 of layer 1, of which there are no scores"),
-        ({"5": [0]}, (), "expert 0 of layer 5, of which there are no scores"),
-        ({"1": [0]}, ("--ranks=8,16",), "--ranks 8: a layer has 4 experts only"),
+        ({"1": [7]}, (), "cannot place expert 7 of layer 1"),
+        ({"5": [0]}, (), "cannot place expert 0 of layer 5"),
+        ({"1": [0]}, ("--ranks=8,16",), "cannot spread 4 experts of a layer over 8 ranks"),
         ({"1": [0]}, ("--expert_scores_dir=nowhere",), "nowhere: no such scores"),
         ({"1": [0]}, ("--output=/dev/null/p",), "cannot be written"),
     ],
@@ -123,10 +123,10 @@ def test_wrong_input_is_refused_and_nothing_written(tmp_path, experts, flags, to
 
 def test_a_log_that_cannot_be_halved_or_shows_no_trained_expert_is_refused(tmp_path):
     write_log(tmp_path / "one" / "expert_weights_1.txt", FIRST)
-    with pytest.raises(ValueError, match="one forward has no half"):
+    with pytest.raises(ValueError, match=r"cannot halve .*one forward"):
         run(tmp_path, tmp_path / "one", {"1": [0]})
     write_log(tmp_path / "two" / "expert_weights_1.txt", FIRST, SECOND)
-    with pytest.raises(ValueError, match="nothing is trained there"):
+    with pytest.raises(ValueError, match="selects no expert of the recorded layers"):
         run(tmp_path, tmp_path / "two", {"2": [0]})
 
 
@@ -134,7 +134,7 @@ def test_a_log_that_cannot_be_halved_or_shows_no_trained_expert_is_refused(tmp_p
 def test_a_list_of_ranks_is_one(ranks, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, tmp_path, {"1": [0]}, f"--ranks={ranks}")
-    assert stop.value.code == 2 and "no list of whole numbers above 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "not a list of whole numbers above 1" in capsys.readouterr().err
 
 
 def test_the_command_tells_an_error_in_one_sentence(tmp_path):
