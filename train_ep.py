@@ -4,9 +4,9 @@ r"""Expert-parallel training: train.py with `ep_size=auto`.
         --expert_config=results/expert_configs/D.json --output_dir=results/checkpoints/D --save_opt_states \
         [key=value ...]
 
-A replica of the model lies on ep_size processes, each with its share of every layer's experts and all else; world_size
-= ep_size x replicas. `auto` takes the smallest ep_size whose weights and states fit, and says so. What is trained, and
-all losses, are those of one process.
+Each copy of the model lies on ep_size processes: each holds a share of every layer's experts, and all the rest. There
+are world_size / ep_size copies. `auto` takes the smallest ep_size whose weights and states are expected to fit on the
+GPUs, and says so; on a CPU it is 1. What is trained, and all losses, are those of one process.
 """
 
 import utils

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -83,6 +84,18 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 def note(text: str) -> None:
     """Print a remark on stderr, beside the output of a command."""
     print(f"note: {text}", file=sys.stderr)
+
+
+class _Print(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
+def log_to_stdout(rank: int) -> None:
+    """Print what the logger "esft" is told, as bare lines on stdout, from rank 0 alone."""
+    logger = logging.getLogger("esft")
+    logger.handlers = [_Print()]
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
 
 
 def positive(text: str) -> int:

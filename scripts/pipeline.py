@@ -23,8 +23,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
@@ -160,15 +158,11 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
         keys = {"method": train_method, "seq_length": args.seq_length, "template": args.template, "seed": args.seed}
         keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
         keys |= {"save_opt_states": "true"} | given[""] | given[method]
-        paths = {"base_model_path": args.base_model_path, "train_dataset": args.train_dataset, "output_dir": "later"}
-        paths |= {"expert_config": "later"} if function else {}
-        try:
-            values = {key: yaml.safe_load(str(value)) for key, value in keys.items()}
-        except yaml.YAMLError as error:
-            raise ValueError(f"cannot read {', '.join(args.overrides)}: a value is not valid YAML.") from error
-        config = read_config(args.train_config, values | paths)
-        training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
         words[method] = [f"{key}={value}" for key, value in keys.items()]
+        flags = [f"--{key}={getattr(args, key)}" for key in ("base_model_path", "train_dataset", "train_config")]
+        later = ["--output_dir=later", *(["--expert_config=later"] if function else [])]
+        config = read_config([*flags, *later, *words[method]])
+        training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
     return words
 
 

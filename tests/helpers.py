@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,6 +28,8 @@ import utils
 from deepseek.files import sha256
 from esft import ExpertScores, save_adapter, to_esft
 from evaluation import runner
+from training.config import RunConfig, read_config
+from training.trainer import ESFTTrainer
 from utils import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,9 +195,8 @@ def _rank(rank: int, world: int, port: int, timeout: float, file: Path, call: by
         dist.destroy_process_group()
 
 
-def config_of(files: Path, out: Path, **changes) -> train.RunConfig:
-    given = dict(pair.split("=", 1) for pair in arguments(files, out, **changes))
-    return train.read_config(None, {key: yaml.safe_load(value) for key, value in given.items()})
+def config_of(files: Path, out: Path, **changes) -> RunConfig:
+    return read_config(arguments(files, out, **changes))
 
 
 def fails(argv: list[str], capsys) -> str:
@@ -228,18 +228,32 @@ def same(a: Path, b: Path) -> bool:
 
 def at_step(monkeypatch, step: int, do) -> None:
     """Call `do(trainer)` where optimizer step `step` (from 1) begins."""
-    original = train.ESFTTrainer.training_step
+    original = ESFTTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step - 1:
             do(self)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(train.ESFTTrainer, "training_step", training_step)
+    monkeypatch.setattr(ESFTTrainer, "training_step", training_step)
 
 
 class Killed(BaseException):
     pass
+
+
+def trainer_of(config: RunConfig, monkeypatch) -> ESFTTrainer:
+    """The trainer of a run, as it stands before its first step."""
+    found = []
+
+    def stop(self, **_):
+        found.append(self)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ESFTTrainer, "train", stop)
+        train.run(config)
+    return found[0]
 
 
 def kill(_):

@@ -1,14 +1,14 @@
-"""What an output folder holds: a run, and checkpoints that survive whatever ends it and open on other ranks.
+"""The files of a checkpoint, which other ranks can open, and how to find one that is whole.
 
     checkpoint-20/
-        adapter.safetensors, expert_cfg.json     a loadable adapter; of `method: full` and `lora`, what Trainer writes
-        states/rank-0.safetensors, ...           per trained tensor: fp32 master (of a bf16 model) and optimizer states,
-                                                 by global expert id: <experts module>.<id>.<fused tensor>.exp_avg
+        adapter.safetensors, expert_cfg.json     a loadable adapter (for methods full and lora, what Trainer writes)
+        states/rank-0.safetensors, ...           per trained tensor: optimizer states, and the fp32 master of a bf16
+                                                 model, by expert id: <experts module>.<id>.<fused tensor>.exp_avg
         states/optimizer.json                    parameter groups (learning rate, betas, ...)
-        scheduler.json, trainer_state.json       of Trainer
+        scheduler.json, trainer_state.json       as Trainer has them
         manifest.json                            SHA-256 of every other file, written last
 
-A rank writes the states of the experts it holds; to read, it looks its experts up in all the files, so that ep_size and
+A rank writes the states of the experts that it holds. To read, it looks its experts up in all the files. So ep_size and
 world_size may change in between.
 """
 
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 STATES = "states"
 GROUPS = "optimizer.json"
 BLOCK = 256  # entries that share a scale in the 8-bit optimizers of bitsandbytes
-BLOCKWISE, TABLES = ("absmax1", "absmax2"), ("qmap1", "qmap2")  # their states that are not of the parameter's shape
+BLOCKWISE, TABLES = ("absmax1", "absmax2"), ("qmap1", "qmap2")  # their states with another shape than the parameter
 
 
 def step_of(checkpoint: Path) -> int:
@@ -38,7 +38,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first."""
+    """Return the checkpoints in a run's folder, oldest first."""
     return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
@@ -50,7 +50,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: a file that its manifest does not know as it is; None where it is whole."""
+    """Return what is wrong with a checkpoint, or None where every file is the one that the manifest names."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, digest in manifest.items():
@@ -64,7 +64,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, list[str] | None]]:
-    """(trained parameter, its name, names of its rows where they are experts)."""
+    """Yield (trained parameter, its name, the names of its rows where they are experts)."""
     known = set()
     for layer in moe_layers(model).values():
         for tensor, param in layer.trained.named_parameters() if layer.trained else ():
@@ -76,11 +76,12 @@ def _trained(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, list[str] | 
 
 
 def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, rank: int) -> None:
-    """Write optimizer states, and the fp32 masters of a bf16 model, of the parameters that this rank trains; of those
-    that all ranks train, rank 0 writes them.
+    """Write the optimizer states of the parameters that this rank trains, and their fp32 masters in a bf16 model.
+
+    Rank 0 writes those of the parameters that all ranks train.
 
     Raises:
-        ValueError: an optimizer whose states cannot be told apart by expert.
+        ValueError: the optimizer's states cannot be told apart by expert.
     """
     tensors: dict[str, Tensor] = {}
     for param, name, rows in _trained(model):
@@ -106,7 +107,7 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 
 
 def _by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor]:
-    """The part of an optimizer's state that belongs to each row (expert) of a parameter."""
+    """Return the part of an optimizer's state that belongs to each row (expert) of a parameter."""
     if not state.ndim or key in TABLES:  # the same for all
         return [state] * len(param)
     if state.shape == param.shape:
@@ -123,7 +124,7 @@ def _by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tenso
 def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Read what `save_states` wrote on any number of ranks, for the parameters that this rank trains."""
     files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
-    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     kinds = defaultdict(list)
     for key in where:
         name, _, kind = key.rpartition(".")
@@ -134,8 +135,7 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         state = {}
         for kind in kinds[rows[0] if rows else name]:
             if any(kind not in kinds[row] for row in rows or ()):
-                raise ValueError(f"{folder}: experts of {name} have states in 8 and in 32 bits; go on with the ep_size "
-                                 "of before")  # fmt: skip
+                raise ValueError(f"cannot resume from {folder}: its states are in 8 and in 32 bits. Keep the ep_size.")
             parts = [where[f"{row}.{kind}"].get_tensor(f"{row}.{kind}") for row in rows or [name]]
             if not rows or not parts[0].ndim or kind in TABLES:
                 state[kind] = parts[0]
@@ -151,7 +151,3 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         for now, saved in zip(optimizer.state_dict()["param_groups"], json.loads((folder / GROUPS).read_text()))
     ]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the run in a folder

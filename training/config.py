@@ -1,25 +1,31 @@
-"""The configuration of a run, from YAML and the command line."""
+"""The settings of a run: keys in a YAML file and on the command line, read by transformers' HfArgumentParser.
+
+Our own keys are the fields of RunConfig. Every key of transformers' TrainingArguments is accepted beside them, and so
+are the short names in ALIASES. A key on the command line wins over the file, and `key=null` takes the file's away.
+"""
 
 import argparse
 import dataclasses
+import json
 import os
 import re
-import types
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from deepseek.files import suggest, suggest_path
-from deepseek.frozen import DTYPES as FROZEN_DTYPES
-
-METHODS = ("esft", "random", "full", "lora")
-
+from utils import note
 
 ALIASES = {
+    "model": "base_model_path",
+    "data": "train_dataset",
     "batch_size": "per_device_train_batch_size",
     "per_device_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
@@ -30,19 +36,15 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type",
     "gradient_checkpointing": "activation_checkpointing",
 }
-
-
-DEFAULTS = {
+DEFAULTS = {  # of TrainingArguments, where ours differ
     "report_to": "none",
     "logging_steps": 1,
     "save_strategy": "no",
     "seed": 0,
-    "use_cache": True,  # only what a saved model's config says: training itself never uses the cache
-    "logging_nan_inf_filter": False,  # we stop at such a loss
+    "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
+    "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
 }
-
-
-NEEDED = {  # keys of transformers that would break the loss, the order of the data, or the checkpoints
+NEEDED = {  # other values would break the loss, the order of the data, or the checkpoints
     "average_tokens_across_devices": True,
     "save_on_each_node": False,
     "auto_find_batch_size": False,
@@ -53,179 +55,230 @@ NEEDED = {  # keys of transformers that would break the loss, the order of the d
     "deepspeed": None,
     "ddp_backend": None,
 }
-
-
-COUNTS = (
-    "seq_length",
-    "lora_rank",
-    "lora_alpha",
-    "n_train_samples",
-    "global_batch_size",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
+POSITIVE = (
+    *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
+ONLY_FOR = {"expert_config": ("esft", "random"), "lora_rank": ("lora",), "lora_alpha": ("lora",)}
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def _key(default: object, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The keys of a run that are ours; `training` holds those of transformers' TrainingArguments."""
+    """Our keys of a run; `training` holds the keys that were given of TrainingArguments, and DEFAULTS."""
 
-    base_model_path: str
-    train_dataset: str
-    output_dir: str
-    method: str = "esft"
-    expert_config: str | None = None
-    template: str = "chat"
-    seq_length: int = 4096
-    overlong: str = "error"
-    n_train_samples: int | None = None
-    validation_fraction: float = 0.02
-    dtype: str = "auto"
-    device: str = "auto"
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    global_batch_size: int | None = None
-    ep_size: int | str = 1
-    placement: str = "score"
-    expert_scores_dir: str | None = None
-    shard_dense: bool = False
-    frozen_dtype: str | None = None
-    offload_frozen: bool = False
-    activation_checkpointing: bool | str | None = "auto"
-    attn_implementation: str | None = None
-    save_opt_states: bool = False
-    verify_frozen: bool = False
-    overwrite: bool = False
-    training: dict = field(default_factory=dict)
+    _argument_group_name = "keys of this project"
+
+    base_model_path: str = _key(MISSING, "required: the base model: a folder or a hub id; or --model")
+    train_dataset: str = _key(MISSING, "required: a name in datasets/train, a .jsonl, .json or .parquet file, or a hub "
+                                       "id; or --data")  # fmt: skip
+    output_dir: str = _key(MISSING, "required: a new folder, or the folder of this very run, which then goes on")
+    method: Literal["esft", "random", "full", "lora"] = _key("esft", "random: as many experts per layer as esft, drawn "
+                                                                     "by seed")  # fmt: skip
+    expert_config: str | None = _key(None, "the experts to train, from generate_expert_config.py; without it, esft "
+                                           "scores and selects them first")  # fmt: skip
+    template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
+    seq_length: int = _key(4096, "tokens in a pack of whole samples")
+    overlong: Literal["error", "truncate"] = _key("error", "what to do with a sample longer than seq_length")
+    n_train_samples: int | None = _key(None, "take only this many samples, drawn by seed")
+    validation_fraction: float = _key(0.02, "share of the samples that is kept for validation")
+    dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
+    lora_rank: int = _key(8, "method lora: the rank")
+    lora_alpha: int = _key(16, "method lora: the scale is alpha / rank")
+    global_batch_size: int | None = _key(None, "packs in an optimizer step, over all processes; it sets "
+                                               "gradient_accumulation_steps")  # fmt: skip
+    ep_size: str = _key("1", "processes that share one copy of the experts, or auto: as few as fit on the GPUs")
+    placement: Literal["score", "contiguous"] = _key("score", "which process holds which experts: even load, or by id")
+    expert_scores_dir: str | None = _key(None, "the scores for placement; by default those beside expert_config")
+    shard_dense: bool = _key(False, "share out the frozen weights that are not experts, too (FSDP2)")
+    frozen_dtype: Literal["fp8", "int8", "nf4"] | None = _key(None, "quantize the frozen experts to save memory")
+    offload_frozen: bool = _key(False, "keep the frozen experts in host memory")
+    activation_checkpointing: Literal["auto", "true", "false"] = _key("auto", "true: less memory, a third slower; "
+        "auto: true on a GPU that it would not fit otherwise, else false")  # fmt: skip
+    attn_implementation: str | None = _key(None, "e.g. flash_attention_2; by default transformers chooses")
+    save_opt_states: bool = _key(False, "keep optimizer states in checkpoints, to resume exactly")
+    verify_frozen: bool = _key(False, "prove by hash that every frozen tensor kept its bits")
+    overwrite: bool = _key(False, "remove an earlier run in output_dir and start afresh")
+    training: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
 
     def __post_init__(self):
-        _check_kinds(RunConfig, vars(self))
-        _check_kinds(TrainingArguments, self.training)
-        for key, known in {
-            "method": METHODS,
-            "template": ("chat", "released"),
-            "overlong": ("error", "truncate"),
-            "dtype": ("auto", "float32", "bfloat16"),
-            "device": ("auto", "cpu", "cuda"),
-            "placement": ("score", "contiguous"),
-            "frozen_dtype": (None, *FROZEN_DTYPES),
-        }.items():
-            value = getattr(self, key)
-            if value not in known:
-                known = [one for one in known if one]
-                raise ValueError(f"{key}={value}: it is one of {', '.join(known)}{suggest(value, known)}")
-        values = {**vars(self), **self.training}
-        for key in COUNTS:
-            if (value := values.get(key)) is not None and value < 1:
-                raise ValueError(f"{key}={value}: expected a whole number above 0")
-        if (steps := values.get("max_steps", -1)) < 1 and steps != -1:
-            raise ValueError(f"max_steps={steps}: expected a whole number above 0, or -1 to go by num_train_epochs")
-        if (epochs := values.get("num_train_epochs", 1)) <= 0:
-            raise ValueError(f"num_train_epochs={epochs}: expected a number above 0")
-        if not 0 <= (smoothing := values.get("label_smoothing_factor", 0)) <= 1:
-            raise ValueError(f"label_smoothing_factor={smoothing}: expected a number from 0 to 1")
-        if self.activation_checkpointing not in (True, False, None, "auto"):
-            raise ValueError(f"activation_checkpointing={self.activation_checkpointing}: it is true, false or auto")
-        if self.ep_size != "auto" and (isinstance(self.ep_size, str) or self.ep_size < 1):
-            raise ValueError(f"ep_size={self.ep_size}: expected a whole number above 0, or auto")
-        if self.global_batch_size is not None and "gradient_accumulation_steps" in self.training:
-            raise ValueError("global_batch_size sets gradient_accumulation_steps: give one of them")
-        if self.method not in ("esft", "random"):
-            if self.ep_size not in (1, "auto") or self.shard_dense:
-                raise ValueError(
-                    f"method {self.method} trains what ep_size and shard_dense would split: leave them out"
-                )
-            if self.frozen_dtype or self.offload_frozen:
-                raise ValueError(f"frozen_dtype and offload_frozen are for methods esft and random, not {self.method}")
-        if self.method in ("esft", "random") and not self.expert_config:
-            raise ValueError(
-                f"method {self.method} needs --expert_config; scripts/expert/generate_expert_config.py makes one"
-            )
-        if self.verify_frozen and self.method == "full":
-            raise ValueError("verify_frozen: method full freezes nothing that could be verified; leave it out")
-        for key, needed in NEEDED.items():
-            if self.training.get(key, needed) != needed:
-                raise ValueError(f"{key}={self.training[key]}: this trainer needs {needed or 'none'}; leave it out")
-        if self.training.get("fp16") or self.training.get("bf16"):
-            raise ValueError("bf16 and fp16 (autocast) would round the routers: set dtype=bfloat16, with fp32 masters")
+        if complaint := next(_complaints(self), None):
+            raise ValueError(f"cannot start this run: {complaint}")
 
     @property
     def seed(self) -> int:
         return self.training.get("seed", DEFAULTS["seed"])
 
+    @property
+    def data(self) -> dict[str, object]:
+        """The arguments of `load_data`."""
+        keys = ("train_dataset", "template", "seq_length", "overlong", "n_train_samples", "validation_fraction", "seed")
+        return {key: getattr(self, key) for key in keys}
 
-def _check_kinds(owner: type, values: dict[str, object]) -> None:
-    """Refuse a value that is not of the plain type its dataclass field has (others are left to the field's owner)."""
-    for f in dataclasses.fields(owner):
-        kinds = set(f.type.__args__) if isinstance(f.type, types.UnionType) else {f.type}
-        kind = type(values.get(f.name))
-        fits = kind in kinds or (kind is int and float in kinds)
-        if f.name in values and kinds <= {*KINDS, type(None)} and not fits:
-            expected = " or ".join(text for known, text in KINDS.items() if known in kinds)
-            raise ValueError(f"{f.name}={values[f.name]!r}: expected {expected}")
+    @property
+    def timeout(self) -> timedelta:
+        """How long a process waits for the others."""
+        return timedelta(seconds=self.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
 
 
-def read_config(path: str | Path | None, given: dict[str, object], defaults: dict | None = None) -> RunConfig:
-    """Merge `defaults`, a YAML file and the keys given on the command line; the last named wins.
+def _complaints(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with a run's settings, beside the type of each."""
+    values = {**vars(config), **config.training}
+    for key in POSITIVE:
+        value = values.get(key)
+        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
+            yield f"{key}={value} is not above 0"
+    if not 0 <= values.get("label_smoothing_factor", 0) <= 1:
+        yield f"label_smoothing_factor={values['label_smoothing_factor']} is not between 0 and 1"
+    if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
+        yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
+    if config.global_batch_size and "gradient_accumulation_steps" in config.training:
+        yield "global_batch_size sets gradient_accumulation_steps. Give one of them"
+    if config.method in ("full", "lora"):
+        changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen") if values[key]]
+        changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
+        if changed:
+            yield f"{changed[0]} is for methods esft and random, not {config.method}. Leave it out"
+    if config.method == "random" and not config.expert_config:
+        yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
+    if config.verify_frozen and config.method == "full":
+        yield "verify_frozen has nothing to verify, as method full freezes nothing. Leave it out"
+    for key, needed in NEEDED.items():
+        if values.get(key, needed) != needed:
+            yield f"{key}={values[key]} does not work here, only {'none' if needed is None else needed}. Leave it out"
+    if values.get("fp16") or values.get("bf16"):
+        yield "bf16 and fp16 (autocast) would round the routers. Give dtype=bfloat16, with fp32 masters"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        message = re.sub(r"--(\w+)(/--[\w-]+)?", r"\1", message.removeprefix("argument "))
+        raise ValueError(f"cannot read the settings: {message}")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def read_config(argv: list[str], defaults: dict | None = None, description: str | None = None) -> RunConfig:
+    """Read the words of a command line: `key=value`, `--key=value`, `--key value`, and `--key` for true.
+
+    `defaults` are keys that a command sets where neither its file (--train_config) nor its words do. `--help` prints
+    the `description` and all keys.
 
     Raises:
-        ValueError, FileNotFoundError: no such file, no mapping in it, an unknown key (the nearest known is named), a
-            key given twice under two names, or a value that does not fit.
+        ValueError, OSError: an unknown key (the nearest known one is named), a key given twice, or a bad value.
     """
-    values: dict[str, object] = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--train_config {path}: no such file{suggest_path(path)}")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--train_config {path}: not valid YAML ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--train_config {path}: expected `key: value` lines")
-    ours = {f.name for f in dataclasses.fields(RunConfig)} - {"training"}
-    theirs = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - ours
-    merged: dict[str, object] = dict(defaults or {})
-    for source, pairs in ((str(path), values), ("command line", given)):
-        seen: dict[str, str] = {}
-        for written, value in pairs.items():
-            key = ALIASES.get(written, written)
-            if key not in ours | theirs:
-                known = ours | theirs | ALIASES.keys()
-                raise ValueError(f"{source}: unknown key {written!r}{suggest(written, known)}")
-            if key in seen:
-                raise ValueError(f"{source}: {seen[key]!r} and {written!r} are two names of one key; give one")
-            seen[key] = written
-            # YAML 1.1 reads 1e-5 as text and no as false; a person means the number and the word
-            merged[key] = "no" if value is False and key.endswith("_strategy") else _number(value)
-    for key in ("base_model_path", "train_dataset", "output_dir"):
-        if not merged.get(key):
-            raise ValueError(f"--{key} is missing")
-    if merged.pop("use_cpu", False):
-        merged["device"] = "cpu"
-    if "save_only_model" in merged:
-        merged.setdefault("save_opt_states", not merged.pop("save_only_model"))
+    defaults = defaults or {}
+    usage = "%(prog)s --model MODEL --data DATA --output_dir DIR [--KEY=VALUE | KEY=VALUE ...]"
+    parser = _Parser(
+        (TrainingArguments, RunConfig),
+        conflict_handler="resolve",  # two keys are ours, too
+        formatter_class=_Help,
+        usage=usage,
+        description=description,
+        epilog="short names:\n" + "\n".join(f"  {short} = {key}" for short, key in ALIASES.items()),
+    )
+    parser.add_argument("--train_config", metavar="FILE", help="a YAML file of keys, such as configs/base.yaml")
+    parser.set_defaults(**DEFAULTS, **defaults)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    known = {f.name for cls in (TrainingArguments, RunConfig) for f in dataclasses.fields(cls) if f.init}
+    known = known - {"training"} | {"train_config"}
+    given = _full_names("command line", _pairs(argv), known)
+    path = given.pop("train_config", None)
+    merged = {**defaults, **(_full_names(path, _yaml_pairs(path), known) if path else {}), **given}
+    words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
+    found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
+    config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
+    for key, methods in ONLY_FOR.items():
+        if given.get(key) is not None and config.method not in methods and os.environ.get("RANK", "0") == "0":
+            note(f"{key} has no effect: it is for method {' and '.join(methods)}, and this is {config.method}")
+    return config
+
+
+def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of the words of a command line."""
+    words = iter([*argv, "--"])
+    word = next(words)
+    while word != "--":
+        name, equals, value = word.partition("=")
+        if not equals and not name.startswith("--"):
+            raise ValueError(f"cannot read {word!r}: a setting is written key=value")
+        word = next(words)
+        if not equals:
+            follows = not word.startswith("--") and not re.match(r"\w+=", word)
+            value, word = (word, next(words)) if follows else ("true", word)
+        yield name, None if value in ("null", "~", "") else value
+
+
+def _yaml_pairs(path: str) -> Iterator[tuple[str, object]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--train_config {path}: no such file{suggest_path(path)}")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--train_config {path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--train_config {path}: expected `key: value` lines")
+    yield from values.items()
+
+
+def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str]) -> dict[str, object]:
+    """Return the values by full key; short names, and a key given twice, end here."""
+    values, names = {}, {}
+    for name, value in pairs:
+        plain = name.removeprefix("--").replace("-", "_")
+        key = ALIASES.get(plain, plain)
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {plain!r}{suggest(plain, known | ALIASES.keys())}")
+        if key in names and not (name == names[key] and name.startswith("--")):  # a repeated flag overrides
+            twice = f"{name!r} is given twice" if names[key] == name else f"{names[key]!r} and {name!r} are one key"
+            raise ValueError(f"{source}: {twice}. Give it once")
+        names[key], values[key] = name, value
+    return values
+
+
+def _words(key: str, value: object) -> list[str]:
+    """Return a setting as words for argparse."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    if value is False and key.endswith("_strategy"):  # YAML 1.1 reads no as false
+        value = "no"
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    return [f"--{key}={text.lower() if text in ('True', 'False') else text}"]
+
+
+def _stored(key: str, value: object) -> object:
+    """Return a value as run.json keeps it."""
+    if isinstance(value, str) and value.startswith("{"):
+        return json.loads(value)
+    return int(value) if key.endswith("_steps") and isinstance(value, float) and value.is_integer() else value
+
+
+def _make_config(values: dict[str, object]) -> RunConfig:
+    """Make a RunConfig of parsed values, with what follows from them."""
+    if values.pop("use_cpu", False):
+        values["device"] = "cpu"
+    if "save_only_model" in values:
+        values.setdefault("save_opt_states", not values.pop("save_only_model"))
     training = dict(DEFAULTS)
     for what in ("save", "eval"):  # transformers would take no notice of the steps without the strategy
-        if merged.get(f"{what}_steps") or (what == "save" and merged.get("save_opt_states")):
+        if values.get(f"{what}_steps") or (what == "save" and values.get("save_opt_states")):
             training[f"{what}_strategy"] = "steps"
-    if "per_device_train_batch_size" in merged:
-        training["per_device_eval_batch_size"] = merged["per_device_train_batch_size"]
-    training |= {key: value for key, value in merged.items() if key in theirs}
-    return RunConfig(**{key: value for key, value in merged.items() if key in ours}, training=training)
-
-
-def _number(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
+    if "per_device_train_batch_size" in values:
+        training["per_device_eval_batch_size"] = values["per_device_train_batch_size"]
+    ours = {f.name for f in dataclasses.fields(RunConfig)}
+    training |= {key: value for key, value in values.items() if key not in ours}
+    return RunConfig(**{key: value for key, value in values.items() if key in ours}, training=training)
 
 
 def _batch_split(config: RunConfig) -> dict[str, int]:
-    """What `global_batch_size` (packs per optimizer step) makes of the batch of a process and of the accumulation."""
+    """Return the batch of a process and the accumulation that `global_batch_size` comes to."""
     if config.global_batch_size is None:
         return {}
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -240,21 +293,10 @@ def _batch_split(config: RunConfig) -> dict[str, int]:
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
-    """TrainingArguments of a run; under torchrun this joins the process group.
-
-    Raises:
-        ValueError: a value that transformers refuses, no GPU for device=cuda, or a tracker that is not installed.
-    """
+    """Return the TrainingArguments of a run. Under torchrun this needs the process group, so it comes after `join`."""
     cuda = torch.cuda.is_available()
-    saved, evaluated = (config.training.get(key) for key in ("save_steps", "eval_steps"))
-    whole = type(saved) is int and type(evaluated) is int
-    if config.training.get("load_best_model_at_end") and whole and saved % evaluated:
-        raise ValueError(
-            f"save_steps={saved} is no multiple of eval_steps={evaluated}, so that the best model may not be among "
-            "those saved: change one of them, or give load_best_model_at_end=false"
-        )
     if config.device == "cuda" and not cuda:
-        raise ValueError("device=cuda: torch sees no GPU here; give device=cpu or mend the installation")
+        raise ValueError("cannot use device=cuda: torch sees no GPU. Give device=cpu or mend the installation")
     try:
         args = TrainingArguments(
             **{**config.training, **_batch_split(config)},
@@ -264,19 +306,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"the training arguments do not fit: {error}") from error
-    for name in args.report_to:
-        if name in get_available_reporting_integrations():  # imports them all: not without need
-            continue
-        raise ValueError(
-            f"report_to={name} is not installed here: give report_to=none, or install it with -c constraints.txt"
-        )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are torchrun's business; never nn.DataParallel
+    if args.report_to and (missing := set(args.report_to) - {*get_available_reporting_integrations()}):
+        raise ValueError(f"report_to={missing.pop()} is not installed: give report_to=none or install it")
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun, never for nn.DataParallel
     return args
-
-
-def _without_dashes(word: str, parser: argparse.ArgumentParser) -> str:
-    """`--max_steps=5`, as transformers' own scripts have it, is `max_steps=5`."""
-    key = word.partition("=")[0].removeprefix("--")
-    known = {f.name for cls in (RunConfig, TrainingArguments) for f in dataclasses.fields(cls)} | ALIASES.keys()
-    is_key = word.startswith("--") and "=" in word and key in known and f"--{key}" not in parser._option_string_actions
-    return word.removeprefix("--") if is_key else word

@@ -377,7 +377,7 @@ def collate(packs: list[Pack], pad_token_id: int, seq_length: int | None = None)
     }
 
 
-def split_dataset(dataset: str, n_samples: int | None, fraction: float, seed: int) -> tuple[list, list]:
+def split_dataset(dataset: str | Path, n_samples: int | None, fraction: float, seed: int) -> tuple[list, list]:
     """Return the training and the validation samples of a data set, each with its row number, from 1."""
     rows = list(enumerate(load_samples(dataset), 1))
     if n_samples is not None:
@@ -385,13 +385,28 @@ def split_dataset(dataset: str, n_samples: int | None, fraction: float, seed: in
     return split_samples(rows, fraction, seed)
 
 
-def load_data(config, tokenizer) -> tuple[list[Pack], list[Pack]]:
-    """(training packs, validation packs); their `samples` are row numbers of the dataset, from 1."""
+def load_data(
+    tokenizer,
+    *,
+    train_dataset: str | Path,
+    template: str,
+    seq_length: int,
+    overlong: str,
+    n_train_samples: int | None,
+    validation_fraction: float,
+    seed: int,
+) -> tuple[list[Pack], list[Pack]]:
+    """Return (training packs, validation packs) of a data set; their `samples` are its row numbers, from 1."""
     both = []
-    for part in split_dataset(config.train_dataset, config.n_train_samples, config.validation_fraction, config.seed):
-        encoded = [encode(sample["messages"], tokenizer, config.template) for _, sample in part]
+    for part in split_dataset(train_dataset, n_train_samples, validation_fraction, seed):
+        encoded = [encode(sample["messages"], tokenizer, template) for _, sample in part]
         numbers = [number for number, _ in part]
-        both.append(pack(encoded, config.seq_length, config.overlong, config.seed, numbers) if part else [])
+        both.append(pack(encoded, seq_length, overlong, seed, numbers) if part else [])
     if not both[0]:
-        raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
+        raise ValueError(f"train_dataset {train_dataset}: no sample is left to train on; raise seq_length")
     return both[0], both[1]
+
+
+def split_documents(packs: list[Pack]) -> list[Pack]:
+    """Return each document as a pack of its own, for a model that does not keep those of a pack apart."""
+    return [document for one in packs for document in one.documents()]

@@ -1,7 +1,8 @@
-"""What a run trains: the four methods (esft, random, full, lora) on a model, counted, shown and verified."""
+"""The four methods (esft, random, full, lora): what each trains of a model, counted, shown and verified."""
 
 import dataclasses
 import hashlib
+import logging
 import random
 import warnings
 
@@ -12,38 +13,49 @@ from torch.distributed.tensor import DTensor
 import esft
 from deepseek.experts import FusedExperts, TrainedExperts, moe_layers
 from deepseek.frozen import FrozenExperts
+from deepseek.process_groups import Ranks
+
+logger = logging.getLogger("esft")
 
 
-def chosen_experts(config, model: nn.Module) -> esft.ExpertConfig | None:
-    """The experts that `config` (train.RunConfig) trains, checked against `model` (without weights); None for the
-    methods that choose none. Method `random` draws as many per layer as its expert config names."""
-    if config.method not in ("esft", "random"):
+def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.Module) -> esft.ExpertConfig | None:
+    """Return the experts to train, checked against `model` (without weights); None for full and lora.
+
+    Method random draws as many experts per layer as `expert_config` names, by `seed`.
+    """
+    if method in ("full", "lora"):
         return None
-    experts = esft.ExpertConfig.load(config.expert_config)
-    experts.check(model)
-    if config.method == "esft":
-        return experts
-    generator, layers = random.Random(config.seed), moe_layers(model)
+    named = esft.ExpertConfig.load(expert_config)
+    named.check(model)
+    if method == "esft":
+        return named
+    generator, layers = random.Random(seed), moe_layers(model)
     drawn = {
-        layer: tuple(generator.sample(range(layers[layer].num_experts), len(ids)))
-        for layer, ids in experts.experts.items()
+        index: tuple(generator.sample(range(layers[index].num_experts), len(ids)))
+        for index, ids in named.experts.items()
     }
-    return dataclasses.replace(experts, experts=drawn)
+    return dataclasses.replace(named, experts=drawn)
 
 
-def prepare_model(model: nn.Module, config, experts: esft.ExpertConfig | None) -> nn.Module:
-    """Make trainable what `config.method` trains, and nothing else."""
-    if config.method == "full":
+def prepare_model(
+    model: nn.Module,
+    method: str,
+    experts: esft.ExpertConfig | None = None,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+) -> nn.Module:
+    """Make trainable what `method` trains, and nothing else."""
+    if method == "full":
         if model.dtype != torch.float32:
             warnings.warn("full fine-tuning in bfloat16 rounds small updates away; set dtype=float32", stacklevel=2)
         return model.requires_grad_(True)
-    if config.method == "lora":
-        return _add_lora(model, config)
+    if method == "lora":
+        return _add_lora(model, lora_rank, lora_alpha)
     return esft.to_esft(model, experts, keep_base=False)
 
 
-def _add_lora(model: nn.Module, config) -> nn.Module:
-    """LoRA on every linear layer but the head, and on the fused experts; routers stay frozen, as in ESFT."""
+def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
+    """Put LoRA on every linear layer but the head, and on the fused experts; routers stay frozen, as in ESFT."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -61,30 +73,32 @@ def _add_lora(model: nn.Module, config) -> nn.Module:
     # peft takes these names for experts of an older layout wherever they stand, and would leave the modules out
     taken = tuple(f".{name}" for name in ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
     fused = [f"{layer.name}.{tensor}" for layer in layers for tensor in layer.weight_names]
-    two_in_one = {r".*\.gate_up_proj": 2}  # rank and alpha of two projections
+    two_in_one = r".*\.gate_up_proj"  # rank and alpha of two projections
     lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         target_modules=[name for name in linear if not name.endswith(taken)],
         target_parameters=fused + [f"{name}.weight" for name in linear if name.endswith(taken)],
-        rank_pattern={key: factor * config.lora_rank for key, factor in two_in_one.items()},
-        alpha_pattern={key: factor * config.lora_alpha for key, factor in two_in_one.items()},
+        rank_pattern={two_in_one: 2 * rank},
+        alpha_pattern={two_in_one: 2 * alpha},
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # about patterns of its own making, and a property that transformers renamed
+    with warnings.catch_warnings():  # about patterns that peft makes itself, and a property that transformers renamed
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         note = {"base": esft.base_note(model, esft.router_fingerprint(model))}
-        adapted = get_peft_model(model, lora)
-        adapted.base_note = note  # to be saved with it
-        return adapted
+        adapted_model = get_peft_model(model, lora)
+        adapted_model.base_note = note  # which is saved with it
+        return adapted_model
 
 
 def count_trained(model: nn.Module) -> dict:
-    """Parameters of the whole model, those trained, and the bytes of their gradients and AdamW states, on all ranks of
-    an expert-parallel replica together; and the bytes of frozen experts here."""
+    """Return the parameters of the whole model, those trained, and the bytes of their gradients and AdamW states.
+
+    Under expert parallelism these are for all ranks of a replica together; frozen_expert_bytes is for this rank alone.
+    """
     trained = [param for param in model.parameters() if param.requires_grad]
-    # the trained rows of fused experts are parameters of their own and would count twice; LoRA's come on top
+    # the trained rows of fused experts are parameters of their own and would count twice, and LoRA's are extra
     extra = (".trained.", "lora_")
     added = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in extra))
     parameters = sum(param.numel() for param in model.parameters()) - added
@@ -111,15 +125,15 @@ def count_trained(model: nn.Module) -> dict:
 
 
 def frozen_experts_bytes(layer: FusedExperts) -> int:
-    """Bytes of the matrices of a layer that are not trained, in whatever form they are stored."""
+    """Return the bytes of the matrices of a layer that are not trained, in whatever form they are stored."""
     rows = sum(layer.tensor(name).data[layer.num_trained :].nbytes for name in layer.weight_names)
     return rows + (layer.frozen.nbytes() if layer.frozen else 0)
 
 
-def trained_table(model: nn.Module, config) -> str:
-    """What is trained, as text: layers, experts, parameters, share, bytes of gradient and optimizer state."""
+def format_trained(model: nn.Module, method: str) -> str:
+    """Return what is trained as text: layers, experts, parameters, share, bytes of gradients and optimizer states."""
     counts = count_trained(model)
-    lines = [f"method {config.method}, weights {model.dtype}".replace("torch.", "")]
+    lines = [f"method {method}, weights {model.dtype}".replace("torch.", "")]
     if state := getattr(model, "_esft", None):
         for layer in moe_layers(model).values():
             if ids := sorted(state.config.experts.get(layer.index, ())):
@@ -138,20 +152,39 @@ def trained_table(model: nn.Module, config) -> str:
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every parameter and persistent buffer that is not trained; of fused experts, of the frozen rows or of
-    what is stored for them, and of what is shared out, of this rank's part."""
+    """Return SHA-256 of every parameter and persistent buffer that is not trained, as this rank holds it.
+
+    Of fused experts only the frozen rows count, or what stands for them in another storage.
+    """
     hashes = {}
     for prefix, module in model.named_modules():
-        experts = getattr(module, "trained", None)
-        buffers = {k: b for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
+        trained = dict(module.named_children()).get("trained")
+        tensors = dict(module.named_parameters(recurse=False))
+        buffers = module.named_buffers(recurse=False)
+        tensors |= {name: buffer for name, buffer in buffers if name not in module._non_persistent_buffers_set}
         if isinstance(module, FrozenExperts):
-            buffers |= {f"{name}.{i}": t for name, stored in module.stored.items() for i, t in enumerate(stored)}
-        for name, tensor in {**dict(module.named_parameters(recurse=False)), **buffers}.items():
-            if not tensor.requires_grad:
-                if isinstance(experts, TrainedExperts) and hasattr(experts, name):
-                    tensor = tensor[experts.num_trained :]
-                if isinstance(tensor, DTensor):
-                    tensor = tensor.to_local()
-                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                hashes[f"{prefix}.{name}"] = hashlib.sha256(raw.numpy()).hexdigest()
+            tensors |= {f"{name}.{i}": t for name, stored in module.stored.items() for i, t in enumerate(stored)}
+        for name, tensor in tensors.items():
+            if tensor.requires_grad:
+                continue
+            if isinstance(trained, TrainedExperts) and name in dict(trained.named_parameters()):
+                tensor = tensor[trained.num_trained :]
+            if isinstance(tensor, DTensor):
+                tensor = tensor.to_local()
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            hashes[f"{prefix}.{name}"] = hashlib.sha256(raw.numpy()).hexdigest()
     return hashes
+
+
+def check_frozen(before: dict[str, str], model: nn.Module, ranks: Ranks) -> None:
+    """Raise, on all ranks, where a frozen tensor has not the hash of `before`, and log the proof."""
+    after = frozen_hashes(model)
+    changed = [name for name in before if before[name] != after.get(name)]
+    ranks.raise_on_all(
+        f"verify_frozen: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the first: "
+        "this is a bug, so no adapter was saved"
+        if changed
+        else None
+    )
+    on_all = " on every rank" if ranks.world_size > 1 else ""
+    logger.info(f"  frozen: all {len(before)} tensors kept their bits{on_all}")

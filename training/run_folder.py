@@ -1,18 +1,34 @@
-"""The run in an output folder: whether there is one to go on with."""
+"""The run in an output folder: is there one to go on with, and what is it?
+
+run.json holds the config, the packs that an optimizer step sees, SHA-256 of the files that the run reads, and the
+environment; a finished run adds its results. A run goes on where all of that is the same but LAYOUT, the keys that say
+how it lies on its processes.
+"""
 
 import dataclasses
 import json
 import os
+import resource
 import shutil
+import statistics
+import sys
 import warnings
 from pathlib import Path
 
-import esft
-from deepseek.files import check_output, sha256
-from training.checkpoints import find_damage, list_checkpoints, step_of
-from training.data import resolve_dataset
+import torch
 
-LAYOUT = (  # how a run lies on processes: it may change when the run goes on
+import esft
+from deepseek.files import check_output, sha256, write_json
+from training.checkpoints import find_damage, list_checkpoints, step_of
+from training.config import RunConfig
+from training.data import resolve_dataset
+from training.first_selection import MADE
+from training.methods import count_trained
+from training.model import LoadedModel
+from training.plan import Plan
+from training.trainer import ESFTTrainer
+
+LAYOUT = (
     "ep_size",
     "placement",
     "expert_scores_dir",
@@ -30,29 +46,29 @@ LAYOUT = (  # how a run lies on processes: it may change when the run goes on
     "disable_tqdm",
     "logging_steps",
     "report_to",
-    "output_dir",  # a folder that was moved is still that run
+    "output_dir",  # a folder that was moved still holds the same run
 )
 
 
-def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
-    """(checkpoint to go on from, results of a finished run): what the output folder holds already.
+def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
+    """Return (the checkpoint to go on from, the results of a finished run) of what the output folder holds.
 
     Raises:
-        ValueError: the folder holds another run, or files that no run of ours made.
+        ValueError: the folder holds another run, or files that no run of ours wrote.
     """
     folder = Path(config.output_dir)
     check_output(folder, folder=True)
-    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+    if not folder.exists() or all(path.name.startswith(".") or path.name in MADE for path in folder.iterdir()):
         return None, None
     try:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        was = _flat(before)
+        was = _identity(before)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
-    now = _flat(json.loads(json.dumps(run_note(config, packs_per_step))))
+    now = _identity(json.loads(json.dumps(run_note(config, packs_per_step))))
     differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
-    started_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: what is here is its own
-    if config.overwrite and (differing or before.get("results") or not started_again):
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: the folder is this run's own
+    if config.overwrite and (differing or before.get("results") or not restarted):
         return None, None
     if differing:
         raise ValueError(
@@ -62,10 +78,10 @@ def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
     if before.get("results"):
         return None, before["results"]
     if not config.save_opt_states:
-        if (kept := list_checkpoints(folder)) and not started_again:
+        if (kept := list_checkpoints(folder)) and not restarted:
             raise ValueError(
-                f"--output_dir {folder} holds a run broken off, whose {kept[-1].name} is a loadable adapter, but "
-                "without --save_opt_states nothing to go on from: give a fresh --output_dir, or overwrite=true"
+                f"--output_dir {folder} holds a run broken off without --save_opt_states, which cannot go on; its "
+                f"{kept[-1].name} is a loadable adapter. Give a fresh --output_dir, or overwrite=true"
             )
         warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
         return None, None
@@ -76,8 +92,8 @@ def find_run(config, packs_per_step: int) -> tuple[Path | None, dict | None]:
     return None, None
 
 
-def run_note(config, packs_per_step: int) -> dict:
-    """What makes a run this run: its config, how much a step sees, SHA-256 of the files it reads beside its model."""
+def run_note(config: RunConfig, packs_per_step: int) -> dict:
+    """Return what makes a run this run: its config, the packs of a step, SHA-256 of the files it reads."""
     paths = {"train_dataset": resolve_dataset(config.train_dataset)}
     if config.method in ("esft", "random"):
         path = Path(config.expert_config)
@@ -90,22 +106,57 @@ def run_note(config, packs_per_step: int) -> dict:
     }
 
 
-def _flat(note: dict) -> dict:
-    """The keys of a run that must not change when it goes on: not how it lies on processes."""
-    contents = {f"the content of {key}": digest for key, digest in note.get("inputs", {}).items()}
-    keys = {**note["config"], **note["config"]["training"], "training": None, **contents}
-    keys |= dict.fromkeys(note.get("inputs", {}))  # whatever the path to them
+def _identity(note: dict) -> dict:
+    """Return the keys of a run.json that must not change when the run goes on, flat."""
+    inputs = note.get("inputs", {})
+    keys = {**note["config"], **note["config"]["training"], "training": None}
+    keys |= dict.fromkeys(inputs)  # their contents count, not the paths to them
+    keys |= {f"the content of {key}": digest for key, digest in inputs.items()}
     if os.path.isdir(keys["base_model_path"]):
         keys["base_model_path"] = os.path.realpath(keys["base_model_path"])
     return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
 
 
-def remove_stale(folder: Path, overwrite: bool, checkpoint: Path | None) -> None:
-    """Remove what an earlier try left and this one does not go on from."""
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> None:
+    """Remove what an earlier try left and this one does not go on from, and write run.json."""
+    folder = Path(config.output_dir)
+    remove_stale(folder, config.overwrite and not checkpoint, checkpoint)
+    write_json(folder / "run.json", note)
+
+
+def remove_stale(folder: Path, everything: bool, checkpoint: Path | None) -> None:
+    """Remove checkpoints after `checkpoint` and half-written adapters, or `everything`."""
+    for path in folder.iterdir() if everything else ():
+        if path.name not in MADE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in list_checkpoints(folder):
         if checkpoint is None or step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
-    for path in folder.glob(".adapter.safetensors.*"):  # of a save that was killed
+    for path in folder.glob(".adapter.safetensors.*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_verified: bool) -> dict:
+    """Return the results of a run that has saved its model. All ranks call this."""
+    ranks, state = trainer.ranks, trainer.state
+    return {
+        **count_trained(loaded.model),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "train_loss": statistics.fmean(entry["loss"] for entry in state.log_history if "loss" in entry),
+        "eval_loss": trainer.eval_losses.get(state.global_step),
+        "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
+        "world_size": ranks.world_size,
+        "ep_size": ranks.ep_size,
+        "peak_memory_bytes": max(ranks.gather(peak_memory_bytes())),
+        "estimated_peak_bytes": plan.memory and plan.memory.peak,
+        "read_bytes": max(ranks.gather(loaded.read_bytes or 0)) or None,
+        "saved_bytes": sum(path.stat().st_size for path in Path(trainer.args.output_dir).glob("*.safetensors")),
+        "frozen_verified": frozen_verified,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of this process so far: of the GPU where it was used, else of resident memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

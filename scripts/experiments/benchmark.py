@@ -43,7 +43,6 @@ from deepseek.files import suggest, write_json
 from esft import ExpertConfig, RouterCapture, to_esft
 from scripts.experiments.common import LIKE_V2_LITE, TINY
 from scripts.experiments.side_by_side import measure
-from train import RunConfig
 from training.methods import count_trained, prepare_model
 from utils import command_parser, environment, positive, run_cli
 
@@ -99,7 +98,7 @@ def random_experts(model: nn.Module, args: argparse.Namespace) -> ExpertConfig:
 def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Module:
     """Return the model with what `method` trains made trainable."""
     if method in ("full", "lora"):
-        return prepare_model(model, RunConfig("", "", "", method=method, lora_rank=8), None)
+        return prepare_model(model, method)
     if method == "experts":
         model.requires_grad_(False)
         for layer in moe_layers(model).values():

@@ -34,7 +34,6 @@ from deepseek.files import check_output, write_json, write_text
 from esft import ExpertConfig
 from scripts.experiments.benchmark import shape_config
 from scripts.experiments.common import LIKE_V2_LITE
-from train import RunConfig
 from training.memory import Estimator, MemoryEstimate, MemorySettings, train_everything
 from training.methods import prepare_model
 from utils import ROOT, command_parser, environment, positive, run_cli
@@ -129,7 +128,7 @@ def estimate(case: dict) -> MemoryEstimate:
     if case["method"] == "esft":
         estimator = Estimator(config, trained_experts(config))
     else:
-        lora = functools.partial(prepare_model, config=RunConfig("", "", "", method="lora"), experts=None)
+        lora = functools.partial(prepare_model, method="lora")
         estimator = Estimator(config, prepare=train_everything if case["method"] == "full" else lora)
     return estimator.estimate(case_settings(case))
 
@@ -144,8 +143,7 @@ def train(config: PreTrainedConfig, settings: MemorySettings, method: str, steps
     experts = ExpertConfig({i: tuple(ids) for i, ids in trained_experts(config).items()})
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).train()
     model.set_experts_implementation("grouped_mm")
-    run = RunConfig("", "", "", method=method, expert_config="-")
-    model = prepare_model(model, run, experts if method == "esft" else None)
+    model = prepare_model(model, method, experts if method == "esft" else None)
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = [param for param in model.parameters() if param.requires_grad]

@@ -36,7 +36,8 @@ from deepseek.placement import Placement, place_layers
 from deepseek.process_groups import Ranks, SharedError, join
 from tests.helpers import FAMILIES, Killed, at_step, config_of, kill, losses, make_model, run_ranks, same, weights
 from training import checkpoints
-from training.data import IGNORE
+from training.data import IGNORE, load_data
+from training.trainer import ESFTTrainer
 
 TIMEOUT = timedelta(seconds=60)
 DENSE = {"shared_experts": True, "non_expert_modules": True}
@@ -796,7 +797,7 @@ def test_a_run_has_the_losses_of_one_process(files, tmp_path, world, keys):
     keys["expert_config"] = files / keys.get("expert_config", "experts.json")
     accumulated = keys.get("accumulation_steps", 1)
     alone = config_of(files, tmp_path / "one", **{**keys, "accumulation_steps": accumulated * world})
-    packs, eval_packs = train.load_data(alone, esft.load_tokenizer(files / "m32"))
+    packs, eval_packs = load_data(esft.load_tokenizer(files / "m32"), **alone.data)
     assert len(packs) % (world * accumulated) and len(eval_packs) % world  # where data end, a rank has no batch
     one = train.run(alone)
     scores = files / "scores"
@@ -926,13 +927,13 @@ def test_a_run_broken_off_goes_on_in_any_layout(files, bases, tmp_path, how):
 
 
 def nan_on_one_rank(patch, rank):
-    original = train.ESFTTrainer._loss_sum
+    original = ESFTTrainer._loss_sum
 
     def loss_sum(self, model, *args):
         loss, outputs = original(self, model, *args)
         return loss * (float("nan") if rank == 1 and model.training and self.state.global_step == 2 else 1), outputs
 
-    patch.setattr(train.ESFTTrainer, "_loss_sum", loss_sum)
+    patch.setattr(ESFTTrainer, "_loss_sum", loss_sum)
 
 
 def another_expert_moved(patch, rank):

@@ -166,7 +166,7 @@ WRONG = {
     "unknown key": (["esft-token:learning_rat=1"], "did you mean 'learning_rate'"),
     "value": (["max_steps=0"], "max_steps=0"),
     "value by transformers": (["lr_scheduler_type=linaer"], "linaer"),
-    "keys that do not fit": (["--methods=full", "--train_config=configs/tiny.yaml", "save_steps=40"], "save_steps=40"),
+    "keys that do not fit": (["--methods=full", "--train_config=configs/tiny.yaml", "save_steps=40"], "but found 40"),
     "given twice": (["lr=1", "learning_rate=2"], "learning_rate is given twice"),
     "a flag here": (["full:seq_length=8"], "the pipeline sets seq_length"),
     "config": (["--train_config=no_such.yaml"], "no_such.yaml"),

@@ -1,28 +1,25 @@
 """What a run is planned to be: the least costly ep_size and activation_checkpointing that fit, and what is said."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import esft
 import train
-from deepseek.loading import empty_model
 from deepseek.process_groups import Ranks
 from tests.helpers import config_of, make_model
-from training import plan as sharding
+from training.config import training_arguments
 from training.data import IGNORE, Pack
 from training.memory import Estimator
-from training.methods import chosen_experts
+from training.plan import make_estimator, memory_of_a_process, memory_settings, plan_run
+from training.trainer import ESFTTrainer
 
 PACKS = [Pack([5] * 200, [IGNORE] * 100 + [5] * 100, [*range(120), *range(80)], [1, 2]), Pack([5], [5], [0], [3])]
 
 
 @pytest.fixture
-def plan(files, tmp_path, monkeypatch):
+def plan(files, tmp_path, monkeypatch, caplog):
     """`plan(world, gib, **keys)`: the plan of a run on so many processes of so much memory, and what was said."""
-    empty = empty_model(files / "m32")
 
     class Several(Ranks):
         def gather(self, obj):
@@ -32,24 +29,24 @@ def plan(files, tmp_path, monkeypatch):
             return function()
 
     def make(world: int, bytes_each: int, **keys):
-        monkeypatch.setattr(sharding, "memory_of_a_process", lambda device: bytes_each)
-        config, said = config_of(files, tmp_path / "out", **keys), []
-        experts = chosen_experts(config, empty)
-        args = SimpleNamespace(device=torch.device("cpu"), per_device_train_batch_size=2, gradient_accumulation_steps=1,
-                               optim="adamw_torch_fused", **keys.get("args", {}))  # fmt: skip
-        ranks = Several(rank=0, world_size=world)
-        return sharding.plan_run(config, args, empty, experts, PACKS, ranks, said.append), said
+        monkeypatch.setattr("training.plan.memory_of_a_process", lambda device: bytes_each)
+        config = config_of(files, tmp_path / "out", **keys)
+        caplog.clear()
+        with caplog.at_level("INFO", "esft"):
+            found = plan_run(config, training_arguments(config), PACKS, Several(rank=0, world_size=world))
+        return found, caplog.messages
 
     return make
 
 
-def needs(plan, ep_size: int, checkpointing: bool, world: int = 4) -> int:
-    return plan(world, 2**40, ep_size=ep_size, activation_checkpointing=checkpointing)[0].memory.peak
-
-
-def test_the_first_that_fits_is_taken(plan):
+def test_the_first_that_fits_is_taken(plan, files, tmp_path):
     order = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True)]
-    peaks = {pair: needs(plan, *pair) for pair in order}
+    config = config_of(files, tmp_path / "out")
+    found, _ = plan(4, 2**40)
+    estimator = make_estimator(found.empty, "esft", found.experts)
+    settings = memory_settings(config, training_arguments(config), found, PACKS, 4)
+    layouts = {pair: {"ep_size": pair[0], "activation_checkpointing": pair[1]} for pair in order}
+    peaks = {pair: estimator.estimate(dataclasses.replace(settings, **keys)).peak for pair, keys in layouts.items()}
     assert peaks[1, True] < peaks[1, False] and peaks[4, True] < peaks[2, True] < peaks[1, True]
     for budget in sorted(peaks.values()):
         wanted = next(pair for pair in order if peaks[pair] <= budget)
@@ -64,14 +61,6 @@ def test_where_nothing_fits_the_most_is_taken_with_a_warning(plan):
     ):
         found, _ = plan(4, 1, ep_size="auto")
     assert (found.ep_size, found.activation_checkpointing) == (4, True)
-
-
-def test_what_is_told_stays(plan):
-    with pytest.warns(UserWarning, match="what saves some: activation_checkpointing=true, ep_size=4"):
-        found, _ = plan(4, 1, ep_size=2, activation_checkpointing=False)
-    assert (found.ep_size, found.activation_checkpointing) == (2, False)
-    found, _ = plan(6, 2**40, ep_size=2, activation_checkpointing=True)
-    assert (found.ep_size, found.activation_checkpointing) == (2, True)
 
 
 def test_ep_size_divides_the_world_and_leaves_no_rank_without_experts(plan):
@@ -102,11 +91,11 @@ def test_a_run_goes_on_where_nothing_can_be_estimated(plan, monkeypatch):
     monkeypatch.setattr(Estimator, "estimate", broken)
     found, said = plan(4, 2**40, ep_size="auto")
     assert (found.ep_size, found.activation_checkpointing, found.memory) == (4, True, None)
-    assert said == ["  memory of a process (GiB, of 1,024.0), estimated: not known, no such kernel"]
+    assert said == ["  memory of a process could not be estimated: no such kernel"]
 
 
 def test_a_run_saves_memory_by_itself_and_says_what_to_do_when_it_is_out(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sharding, "memory_of_a_process", lambda device: 1)
+    monkeypatch.setattr("training.plan.memory_of_a_process", lambda device: 1)
     enabled = []
     original = type(make_model()).activation_checkpointing_enable
     monkeypatch.setattr(
@@ -120,7 +109,7 @@ def test_a_run_saves_memory_by_itself_and_says_what_to_do_when_it_is_out(files, 
     def out(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(train.ESFTTrainer, "training_step", out)
+    monkeypatch.setattr(ESFTTrainer, "training_step", out)
     with (
         pytest.warns(UserWarning),
         pytest.raises(
@@ -130,15 +119,28 @@ def test_a_run_saves_memory_by_itself_and_says_what_to_do_when_it_is_out(files, 
         train.run(config_of(files, tmp_path / "b", max_steps=2))
 
 
+def test_on_a_cpu_nothing_is_estimated(plan, monkeypatch):
+    def broken(*_):
+        raise AssertionError("estimated")
+
+    monkeypatch.setattr(Estimator, "estimate", broken)
+    found, said = plan(4, None, ep_size="auto", activation_checkpointing="auto")
+    assert (found.ep_size, found.activation_checkpointing, found.memory, said) == (1, False, None, [])
+    assert memory_of_a_process(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_is_not_auto_stays_and_is_not_estimated(plan, monkeypatch, checkpointing):
+    monkeypatch.setattr(Estimator, "estimate", lambda *_: 1 / 0)
+    found, said = plan(4, 1, ep_size=2, activation_checkpointing=checkpointing)
+    assert (found.ep_size, found.activation_checkpointing, found.memory, said) == (2, checkpointing, None, [])
+
+
 def test_the_settings_are_those_of_the_run(files, tmp_path):
-    config = config_of(files, tmp_path / "out", dtype="bfloat16", offload_frozen=True)
-    args = SimpleNamespace(device=torch.device("cpu"), per_device_train_batch_size=3, gradient_accumulation_steps=4,
-                           optim=SimpleNamespace(value="sgd"))  # fmt: skip
-    found = sharding.settings_of(config, args, empty_model(files / "m32"), PACKS, Ranks(rank=0, world_size=1))
+    keys = {"dtype": "bfloat16", "offload_frozen": True, "batch_size": 3, "accumulation_steps": 4, "optim": "sgd"}
+    config = config_of(files, tmp_path / "out", **keys)
+    args = training_arguments(config)
+    found = memory_settings(config, args, plan_run(config, args, PACKS, Ranks()), PACKS, 1)
     wanted = {"seq_length": 200, "batch_size": 3, "label_share": 1.0, "packed": True, "accumulation": True}
     wanted |= {"dtype": "bfloat16", "offload_frozen": True, "optim": "sgd", "device": "cpu", "frozen_dtype": None}
     assert wanted.items() <= dataclasses.asdict(found).items()
-    assert (
-        esft.ExpertConfig.load(files / "experts.json").experts
-        == chosen_experts(config, empty_model(files / "m32")).experts
-    )

@@ -1,0 +1,161 @@
+"""The settings of a run: files, command lines, short names, and what is wrong with them."""
+
+import dataclasses
+import enum
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from tests.helpers import ROOT
+from training.config import ALIASES, RunConfig, read_config, training_arguments
+
+PATHS = ["base_model_path=m", "train_dataset=d", "output_dir=o"]
+FULL = [*PATHS, "method=full"]
+
+
+def test_short_names_stand_for_their_keys():
+    short = {"batch_size": 3, "steps": 7, "lr": 0.1, "lr_scheduler": "constant", "accumulation_steps": 2, "epochs": 1}
+    long = read_config([*FULL, *(f"{ALIASES[key]}={value}" for key, value in short.items())])
+    assert read_config([*FULL, *(f"{key}={value}" for key, value in short.items())]) == long
+    assert long.training["max_steps"] == 7 and long.training["per_device_eval_batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["save_opt_states=true", "max_steps=5"],
+        ["--save_opt_states=true", "--max_steps=5"],
+        ["--save_opt_states", "--max_steps", "5"],
+        ["--save-opt-states", "max_steps=5"],
+        ["--steps", "5", "--save_opt_states"],
+    ],
+)
+def test_a_setting_can_be_written_in_several_ways(words):
+    config = read_config(["--model", "m", "--data=d", "--output_dir", "o", *words])
+    assert (config.base_model_path, config.train_dataset, config.output_dir) == ("m", "d", "o")
+    assert config.save_opt_states is True and config.training["max_steps"] == 5
+
+
+def test_a_repeated_flag_overrides():
+    assert read_config(["model=m", "data=d", "--output_dir=a", "--output_dir=b"]).output_dir == "b"
+
+
+def test_every_key_of_training_arguments_is_accepted():
+    for f in dataclasses.fields(TrainingArguments):
+        if f.init and f.default not in (dataclasses.MISSING, None, "") and f.name != "output_dir":
+            value = f.default.value if isinstance(f.default, enum.Enum) else f.default
+            read_config([*FULL, f"{f.name}={value}"])
+    assert read_config([*FULL, "use_cpu=true"]).device == "cpu"
+    assert read_config([*FULL, "save_only_model=false"]).save_opt_states
+    assert read_config([*FULL, "save_steps=5"]).training["save_strategy"] == "steps"
+    assert read_config([*FULL, 'lr_scheduler_kwargs={"a": 1}']).training["lr_scheduler_kwargs"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        ("learning_rat=1", "command line: unknown key 'learning_rat' .did you mean 'learning_rate'"),
+        ("training=1", "unknown key 'training'"),
+        ("lr=1.0 learning_rate=2.0", "'lr' and 'learning_rate' are one key"),
+        ("lr=1.0 lr=2.0", "'lr' is given twice"),
+        ("oops", "'oops': a setting is written key=value"),
+        ("method=lorra", "method: invalid choice: 'lorra'"),
+        ("frozen_dtype=fp9", "frozen_dtype: invalid choice: 'fp9'"),
+        ("seq_length=0", "seq_length=0 is not above 0"),
+        ("batch_size=0", "per_device_train_batch_size=0"),
+        ("gradient_accumulation_steps=-1", "gradient_accumulation_steps=-1"),
+        ("max_steps=0", "max_steps=0"),
+        ("num_train_epochs=0", "num_train_epochs=0"),
+        ("label_smoothing_factor=2", "label_smoothing_factor=2"),
+        ("ep_size=0", "ep_size=0 is neither"),
+        ("ep_size=few", "ep_size=few is neither"),
+        ("seq_length=true", "seq_length: invalid int value: 'true'"),
+        ("n_train_samples=many", "n_train_samples: invalid int value: 'many'"),
+        ("lr=fast", "learning_rate: invalid float value: 'fast'"),
+        ("steps=1.5", "max_steps: invalid int value: '1.5'"),
+        ("overwrite=maybe", "overwrite: Truthy value expected: got maybe"),
+        ("output_dir=null", "required: output_dir"),
+        ("method=random", "method random needs --expert_config"),
+        ("bf16=true", "dtype=bfloat16"),
+        ("verify_frozen=true", "method full freezes nothing"),
+        ("ep_size=2", "ep_size is for methods esft and random, not full"),
+        ("frozen_dtype=fp8", "frozen_dtype is for methods esft and random"),
+        ("global_batch_size=4 accumulation_steps=2", "Give one of them"),
+        ("ignore_data_skip=true", "ignore_data_skip=True does not work here, only False"),
+        ("train_sampling_strategy=group_by_length", "does not work here, only random"),
+        ("fsdp=true", "does not work here, only none"),
+    ],
+)
+def test_a_bad_key_or_value_is_named(words, text):
+    own = {word.partition("=")[0] for word in words.split()}
+    with pytest.raises(ValueError, match=text):
+        read_config([*(word for word in FULL if word.partition("=")[0] not in own), *words.split()])
+
+
+def test_a_file_is_read_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-5\nsteps: 5\nmax_grad_norm: 2e-1\neval_strategy: no\nfrozen_dtype: fp8\n")
+    config = read_config([*PATHS, f"--train_config={path}", "--max_steps=9", "frozen_dtype=null"])
+    assert (config.training["learning_rate"], config.training["max_steps"]) == (1e-5, 9)
+    assert config.training["eval_strategy"] == "no"  # which YAML reads as false
+    assert config.frozen_dtype is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seq_length = 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a\n", "key: value"),
+        ("a: [", "not valid YAML"),
+        ("lr: 1\nlearning_rate: 2", "c.yaml: 'lr' and 'learning_rate' are one key"),
+        ("sed: 1", "c.yaml: unknown key 'sed' .did you mean 'seed'"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config([*FULL, f"--train_config={path}"])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_config([*FULL, f"--train_config={tmp_path / 'no.yaml'}"])
+
+
+@pytest.mark.parametrize("name", ["base", "tiny"])
+def test_shipped_configs_parse(name, tmp_path):
+    path = ROOT / "configs" / f"{name}.yaml"
+    words = [*PATHS[:2], f"output_dir={tmp_path}", "device=cpu", f"train_config={path}"]
+    assert training_arguments(read_config(words)).learning_rate > 0
+
+
+def test_the_base_config_explains_every_key_of_ours():
+    path = ROOT / "configs" / "base.yaml"
+    ours = {f.name for f in dataclasses.fields(RunConfig)} - {"training"}
+    paths = {"base_model_path", "train_dataset", "output_dir", "expert_config", "ep_size"}
+    assert ours - yaml.safe_load(path.read_text()).keys() == paths
+    config = read_config([*PATHS, f"train_config={path}", "device=cpu"], {"ep_size": "auto"})  # as train_ep.py does
+    args = training_arguments(config)
+    assert config.ep_size == "auto" and args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+
+
+@pytest.mark.parametrize("words", [["lora_rank=4"], ["expert_config=e.json", "method=lora"]])
+def test_a_setting_without_effect_is_told(capsys, words):
+    read_config([*PATHS, *words])
+    assert f"note: {words[0].partition('=')[0]} has no effect" in capsys.readouterr().err
+    read_config([*PATHS, "method=lora", "lora_rank=4"])
+    assert not capsys.readouterr().err
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_config(["--help"], {"ep_size": "auto"}, "What it does.")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "What it does." in shown and "lr = learning_rate" in shown
+    for cls in (RunConfig, TrainingArguments):
+        for f in dataclasses.fields(cls):
+            assert not f.init or f"--{f.name}" in shown or f.name == "training", f.name
+    assert "(default: auto)" in shown.partition("--ep_size")[2][:300]

@@ -1,0 +1,41 @@
+"""Score the experts and select some, for a run of method esft that names none (`train.py --model M --data D`).
+
+Two commands of the project do it, with their defaults, each in a process of its own that gives its memory back:
+
+    <output_dir>/expert_scores/summary.json    scripts/expert/get_expert_scores.py
+    <output_dir>/expert_configs/token.json     scripts/expert/generate_expert_config.py
+"""
+
+import os
+from pathlib import Path
+
+from training.config import RunConfig
+from utils import run_command
+
+MADE = ("expert_scores", "expert_configs")  # in an output folder
+
+
+def selected_experts(output_dir: str) -> Path:
+    """Return the path of the expert config that `score_and_select` writes."""
+    return Path(output_dir).absolute() / MADE[1] / "token.json"
+
+
+def score_and_select(config: RunConfig) -> None:
+    """Write the expert config of a run: token scores on its training data, selected up to the paper's top_p."""
+    scores, path = Path(config.output_dir).absolute() / MADE[0], selected_experts(config.output_dir)
+    of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "template", "dtype", "device", "seed")}
+    flags = {
+        "get_expert_scores.py": {"base_model_path": _absolute(config.base_model_path), "output_dir": scores, **of_run},
+        "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path},
+    }
+    for script, values in flags.items():
+        values |= {"eval_dataset": _absolute(config.train_dataset)}
+        try:
+            run_command([f"scripts/expert/{script}", *(f"--{key}={value}" for key, value in values.items())])
+        except SystemExit as stop:  # the command has printed its error
+            raise ChildProcessError(f"cannot choose the experts: {script} ended with exit code {stop.code}") from stop
+
+
+def _absolute(name: str) -> str:
+    """Return a path that the repository's root, where commands run, does not change; names stay as they are."""
+    return os.path.abspath(name) if os.path.exists(name) else name

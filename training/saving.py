@@ -1,0 +1,151 @@
+"""A Trainer whose checkpoints are adapter-sized, written whole by all ranks together, and resumed from exactly.
+
+A checkpoint (checkpoints.py says what is in it) is written in a staging folder and renamed:
+
+    <output_dir>/.staging/checkpoint-20/   every rank's part, and the manifest last
+              -> checkpoint-20/            a run killed at any moment leaves this, or the one before
+
+A rank that cannot write, since its disk is full, still takes part in what the ranks do together. They agree after each
+part, and all end with the error of the one that failed.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+import esft
+from deepseek.adapters import BASE_NAME
+from deepseek.expert_parallel import gather_to_first
+from deepseek.files import set_modes, write_json
+from deepseek.partial_loading import no_bars
+from deepseek.process_groups import Ranks, lost_contact
+from training import checkpoints
+
+SCHEDULER = "scheduler.json"
+
+
+class SavingTrainer(Trainer):
+    """transformers' Trainer with checkpoints of a method: an adapter with its states, a LoRA adapter, or a model."""
+
+    def __init__(self, *, method: str, ranks: Ranks, **kwargs):
+        super().__init__(**kwargs)
+        self.adapter, self.lora, self.ranks = method in ("esft", "random"), method == "lora", ranks
+        self.eval_losses: dict[int, float] = {}  # by step, of the weights at hand
+        self._staging: Path | None = None
+        self._failure: str | None = None  # why this rank could not write
+
+    def _get_output_dir(self, trial):
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _writing(self, function: Callable[[], object]) -> None:
+        """Call what writes files. A failure waits for `_agree`, since other ranks may wait for this one."""
+        try:
+            function()
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError, disk full
+            if isinstance(error, RuntimeError) and lost_contact(error):
+                raise
+            self._failure = self._failure or str(error)
+
+    def _agree(self, folder: Path) -> None:
+        failure, self._failure = self._failure, None
+        if failure:
+            failure = f"{folder} could not be written ({failure}); what was saved before is whole"
+        self.ranks.raise_on_all(failure)
+
+    def write_on_first(self, function: Callable[[], object]) -> None:
+        """Let rank 0 write into the run's folder. All ranks call this, and all end where it fails."""
+        if self.args.should_save:
+            self._writing(function)
+        self._agree(Path(self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial):
+        run_dir, writes = Path(self.args.output_dir), self.args.should_save
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+        best, self._staging = self.state.best_model_checkpoint, run_dir / ".staging"
+        staged = self._staging / final.name
+        try:
+            if writes:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._writing(lambda: (staged / checkpoints.STATES).mkdir(parents=True))
+            self._agree(final)
+            self._writing(lambda: super(SavingTrainer, self)._save_checkpoint(model, trial))
+            self._agree(final)
+            self.state.best_model_checkpoint = best  # Trainer noted the staging folder
+            if writes:
+                self._writing(lambda: self._publish(staged, final))
+            self._agree(final)
+        finally:
+            if writes:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    def _publish(self, staged: Path, final: Path) -> None:
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+        checkpoints.write_manifest(staged)
+        if final.exists():  # damaged, or of the same step: it goes when the new one is there
+            final.rename(self._staging / "replaced")
+        staged.rename(final)
+        rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Let rank 0 write the model, or the adapter after it gathered the tensors of the other ranks."""
+        output_dir = output_dir or self.args.output_dir
+        if self.adapter:
+            own = esft.adapter_tensors(self.model) if self.ranks.first_replica else {}
+            tensors = gather_to_first(own, self.ranks)
+            if self.args.should_save:
+                self._writing(lambda: esft.save_adapter(self.model, output_dir, tensors))
+        elif self.args.should_save:
+            with no_bars():
+                self._writing(lambda: super(SavingTrainer, self).save_model(output_dir, _internal_call))
+            if self.lora:
+                note = self.accelerator.unwrap_model(self.model).base_note
+                self._writing(lambda: write_json(Path(output_dir) / BASE_NAME, note))
+            set_modes(Path(output_dir))
+        if self._staging is None:
+            self._agree(Path(output_dir))
+
+    def _save_rng_state(self, output_dir):
+        """Save nothing: `training_step` seeds the generators."""
+
+    def _load_rng_state(self, checkpoint):
+        """Load nothing, as nothing was saved."""
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.adapter:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.ranks.first_replica:
+            states = Path(output_dir) / checkpoints.STATES
+            self._writing(lambda: checkpoints.save_states(self.model, self.optimizer, states, self.ranks.rank))
+        if self.args.should_save:
+            state = self.lr_scheduler.state_dict()
+            self._writing(lambda: write_json(Path(output_dir) / SCHEDULER, state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.adapter:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            checkpoints.load_states(self.model, self.optimizer, Path(checkpoint) / checkpoints.STATES)
+            self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.lora:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.adapter:
+            esft.add_adapter(self.model, resume_from_checkpoint)
+        else:  # Trainer's own way leaves the experts out: their names on disk are not those in memory
+            with no_bars():
+                saved, _ = esft.load_base_model(resume_from_checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.eval_losses.clear()
