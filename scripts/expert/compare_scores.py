@@ -3,14 +3,14 @@ r"""How certain is a selection of experts, and how much do the selections of sev
     python scripts/expert/compare_scores.py --expert_scores_dir results/expert_scores/law --output_path=law.png
     python scripts/expert/compare_scores.py --expert_scores_dir results/expert_scores/law results/expert_scores/intent
 
-One folder of scores: packs of tokens are drawn again with replacement (a bootstrap), experts are selected on each
-draw, and the sets are compared with that of all tokens. Experts that 5 to 95 % of the draws select are uncertain. How
-stability grows with n_sample_tokens is shown by smaller samples: against all tokens (drawn with replacement, as above),
-and against as many other tokens, which is what a second sample of the data would have agreed with.
+One folder of scores: packs of tokens are drawn again with replacement (a bootstrap), experts are selected on each draw,
+and the selections are compared with the one on all tokens. An expert that 5 to 95 % of the draws select is uncertain.
+Smaller samples show how stability grows with n_sample_tokens. They are compared with all tokens, and with as many other
+tokens, which is what a second sample of the data would agree with.
 
-Several (scores, expert configs, adapters): Jaccard (shared / in either) of every two selected sets, beside it what two
-uniformly random sets of the same sizes in each layer would share on average, and the correlation of the scores, each
-layer's mean taken off. A Jaccard within the random range says that the tasks share no more than chance.
+Several scores, expert configs or adapters: the Jaccard (shared / in either) of every two selections, beside what two
+random selections of the same sizes would share, and the correlation of the scores, each layer's mean taken off. If a
+Jaccard is within the random range, the tasks share no more than chance.
 """
 
 import argparse
@@ -25,36 +25,35 @@ from deepseek.files import check_output
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
-from scripts.expert.generate_expert_config import split_list, top_p_of
+from scripts.expert.generate_expert_config import default_top_p, split_list
 from utils import command_parser, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--expert_scores_dir", required=True, nargs="+", metavar="DIR", help="one folder that get_expert_scores.py "
-        "wrote (or released raw logs); or several of: scores, expert configs (.json), adapters")  # fmt: skip
-    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="by which experts are selected, and whose "
-        "correlation is shown (default: token)")  # fmt: skip
-    add("--top_p", type=float, metavar="P", help="of the selection, above 0 and up to 1 (default: the paper's, 0.2, "
-        "for gate 0.1)")  # fmt: skip
+    add("--expert_scores_dir", required=True, nargs="+", metavar="DIR", help="one folder of get_expert_scores.py or of "
+        "the released raw logs; or several scores, expert configs (.json) or adapters")  # fmt: skip
+    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="the score that selects experts and is "
+        "correlated (default: token)")  # fmt: skip
+    add("--top_p", type=float, metavar="P", help="sum of scores to reach in each layer, above 0 and up to 1 (default: "
+        "the paper's, 0.2, for gate 0.1)")  # fmt: skip
     add("--n_bootstrap", type=positive, default=1000, metavar="N", help="one folder: draws (default: 1000)")
-    add("--seed", type=int, default=0, metavar="N", help="one folder: of the draws (default: 0)")
-    add("--num_experts", type=positive, metavar="N", help="several: experts of a layer, where neither scores nor "
-        "adapters among them tell (no default)")  # fmt: skip
-    add("--output_path", metavar="FILE", help="a picture (.png; default: none)")
+    add("--seed", type=int, default=0, metavar="N", help="one folder: seed of the draws (default: 0)")
+    add("--num_experts", type=positive, metavar="N", help="several: experts of a layer, needed if there are only "
+        "expert configs (no default)")  # fmt: skip
+    add("--output_path", metavar="FILE", help="a picture to write (.png; default: none)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     args.expert_scores_dir = [path for text in args.expert_scores_dir for path in split_list(text)]
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# one: stability
+# ------------------------------------------------------------------------------------------------ one: stability
 
 
-def stability_table(found: dict) -> str:
-    """The set, layer by layer, the uncertain experts, and the growth, as text."""
+def format_stability(found: dict) -> str:
+    """Return the selection layer by layer with its uncertain experts, and the growth of stability."""
     lines = [
         f"{found['score_function']} score, top_p {found['top_p']:g}: {found['packs']} packs with {found['tokens']:,} "
         f"tokens, {found['draws']} draws",
@@ -67,12 +66,13 @@ def stability_table(found: dict) -> str:
         lines.append(f"{layer:>5}{len(ids):>10}{len(unsure):>11}{found['jaccard_by_layer'][layer]:>9.2f}  {shown}")
     low, high = found["jaccard_ci95"]
     selected = sum(map(len, found["selected"].values()))
-    unsure_from, unsure_to = UNCERTAIN
     inside = sum(e in found["selected"][layer] for layer, e, _ in found["uncertain"])
     lines += [
-        f"  * not in the set of all tokens; uncertain is what {unsure_from:.0%} to {unsure_to:.0%} of the draws select",
-        f"bootstrap sets and the set of all tokens: Jaccard {found['jaccard']:.3f} [{low:.3f}, {high:.3f}]; random "
-        f"sets of these sizes {found['random_jaccard']:.3f}",
+        "  * not selected on all tokens; an expert is uncertain if {:.0%} to {:.0%} of the draws select it".format(
+            *UNCERTAIN
+        ),
+        f"draws and all tokens: Jaccard {found['jaccard']:.3f} [{low:.3f}, {high:.3f}]; random selections of these "
+        f"sizes {found['random_jaccard']:.3f}",
         f"{selected} experts are selected, {selected - inside} of them certain; {len(found['uncertain']) - inside} "
         "others are uncertain",
         "",
@@ -81,182 +81,162 @@ def stability_table(found: dict) -> str:
     for row in found["growth"]:
         other = row["jaccard_with_other_packs"]
         share = f"1/{round(1 / row['share'])}" if row["share"] < 1 else "1"
-        lines.append(
-            f"{share:>8}{row['packs']:>7}{row['tokens']:>10,}{row['jaccard_with_all']:>10.3f}"
-            + (f"{other:>21.3f}" if other is not None else f"{'-':>21}")
-        )
+        shown = "-" if other is None else f"{other:.3f}"
+        lines.append(f"{share:>8}{row['packs']:>7}{row['tokens']:>10,}{row['jaccard_with_all']:>10.3f}{shown:>21}")
     return "\n".join(lines)
 
 
 def draw_stability(found: dict, title: str):
-    """-> the matplotlib figure: how often each expert is selected, and stability over tokens."""
+    """Return a figure of how often each expert is selected, and of stability over tokens."""
     figure, (left, right) = new_figure(11.5, 4.6, width_ratios=(1.6, 1))
     layers = list(found["selected"])
     percent = [[100 * share for share in sorted(found["frequency"][layer], reverse=True)] for layer in layers]
     most = max(sum(share > 0.1 for share in row) for row in percent) + 1
-    image = left.imshow(
-        [row[:most] for row in percent], cmap="Blues", vmin=0, vmax=100, aspect="auto", interpolation="nearest"
-    )
-    left.stairs(
-        [len(found["selected"][layer]) - 0.5 for layer in layers],
-        [row - 0.5 for row in range(len(layers) + 1)],
-        orientation="horizontal",
-        baseline=None,
-        color="black",
-        lw=1.8,
-    )
+    colours = {"cmap": "Blues", "vmin": 0, "vmax": 100, "aspect": "auto", "interpolation": "nearest"}
+    image = left.imshow([row[:most] for row in percent], **colours)
+    sizes, edges = [len(found["selected"][layer]) - 0.5 for layer in layers], [x - 0.5 for x in range(len(layers) + 1)]
+    left.stairs(sizes, edges, orientation="horizontal", baseline=None, color="black", lw=1.8)
     step = max(1, len(layers) // 14)
     left.set_yticks(range(0, len(layers), step), layers[::step])
-    left.set(title="how often draws select an expert", ylabel="decoder layer")
     left.set_xticks(range(0, most, max(1, most // 10)), range(1, most + 1, max(1, most // 10)))
-    left.set_xlabel("experts, most often selected first; black: size of the selected set")
+    left.set_xlabel("experts, most often selected first; black: size of the selection")
+    left.set(title="how often draws select an expert", ylabel="decoder layer")
     figure.colorbar(image, ax=left, label="of the draws (%)", pad=0.01)
 
     rows = found["growth"]
-    others = [row for row in rows if row["jaccard_with_other_packs"] is not None]
     tokens = [row["tokens"] for row in rows]
-    right.plot(tokens, [row["jaccard_with_all"] for row in rows], "o-", color="#08519c", label="with all tokens")
-    right.plot(
-        [row["tokens"] for row in others],
-        [row["jaccard_with_other_packs"] for row in others],
-        "s--",
-        color="#d94801",
-        label="with as many other tokens",
+    curves = (
+        ("with_all", "o-", "#08519c", "with all tokens"),
+        ("with_other_packs", "s--", "#d94801", "with as many other tokens"),
     )
-    right.axhline(found["random_jaccard"], color="grey", lw=1, ls=":", label="random sets of these sizes")
+    for key, style, colour, label in curves:
+        points = [(row["tokens"], row[f"jaccard_{key}"]) for row in rows if row[f"jaccard_{key}"] is not None]
+        right.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=label)
+    right.axhline(found["random_jaccard"], color="grey", lw=1, ls=":", label="random selections of these sizes")
     right.set_xscale("log", base=2)
     right.set_xticks(tokens, [f"{count:,}" for count in tokens], rotation=30)
     right.minorticks_off()
-    right.set(ylim=(0, 1), xlabel="tokens scored", ylabel="Jaccard of the selected sets", title="stability")
+    right.set(ylim=(0, 1), xlabel="tokens scored", ylabel="Jaccard of the selections", title="stability")
     right.grid(alpha=0.3)
     right.legend(frameon=False, loc="center right")
     figure.suptitle(title)
     return figure
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# several: overlap
+# ------------------------------------------------------------------------------------------------ several: overlap
 
 
 def read_source(path: str, args: argparse.Namespace) -> tuple[ExpertConfig, ExpertScores | None, int | None]:
-    """(selection, scores where there are any, experts per layer where the source tells)."""
+    """Return a selection, its scores if there are any, and the experts per layer if the source has that number."""
     place = Path(path)
-    file = place / CONFIG_NAME if place.is_dir() and (place / CONFIG_NAME).is_file() else place
+    file = place / CONFIG_NAME if (place / CONFIG_NAME).is_file() else place
     try:
         data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise ValueError(f"cannot read {path}: it is not valid JSON ({error})") from error
     if isinstance(data, dict) and data.keys() & {"experts", "selected_experts"}:
-        base = data.get("base")
-        told = base.get("num_experts") if isinstance(base, dict) else None
-        return ExpertConfig.load(file), None, told if isinstance(told, int) else None
+        base = data.get("base") or {}
+        return ExpertConfig.load(file), None, base.get("num_experts")
     scores = ExpertScores.load(place)
-    config = select_experts(scores, score_function=args.score_function, top_p=top_p_of(args))
+    config = select_experts(scores, score_function=args.score_function, top_p=default_top_p(args))
     return config, scores, max(map(len, scores[args.score_function].values()))
 
 
 def compare(args: argparse.Namespace) -> dict:
-    """Overlap and correlation of every two sources. Raises ValueError where they are of different models."""
+    """Return the overlap and correlation of every two sources, which must be of one model."""
     paths = args.expert_scores_dir
     sources = [read_source(path, args) for path in paths]
-    told = {count: path for path, (_, _, count) in zip(paths, sources) if count}
+    sizes = {count: path for path, (_, _, count) in zip(paths, sources) if count}
     if args.num_experts:
-        told.setdefault(args.num_experts, "--num_experts")
-    if not told:
-        raise ValueError("none of these tells how many experts a layer has: give --num_experts, or scores of one task")
-    if len(told) > 1:
-        (a, where), (b, elsewhere) = list(told.items())[:2]
-        raise ValueError(f"{where} has {a} experts per layer, {elsewhere} {b}: they are of different models")
-    num_experts = next(iter(told))
+        sizes.setdefault(args.num_experts, "--num_experts")
+    if len(sizes) != 1:
+        found = "; ".join(f"{path} has {count} experts per layer" for count, path in sizes.items())
+        what = (
+            f"they are of different models ({found})"
+            if found
+            else "the experts of a layer are unknown. Give --num_experts"
+        )
+        raise ValueError(f"cannot compare these: {what}")
+    num_experts = next(iter(sizes))
     score_LEs = [scores[args.score_function] if scores else None for _, scores, _ in sources]
-    known = [(path, score_LE.keys()) for path, score_LE in zip(paths, score_LEs) if score_LE]
-    for path, keys in known:
-        if keys != known[0][1]:
-            raise ValueError(f"{path} and {known[0][0]} have scores of different layers: they are of different models")
-    layers = sorted(known[0][1] if known else set().union(*(config.experts for config, *_ in sources)))
-    for path, (config, *_) in zip(paths, sources):
-        if odd := sorted(config.experts.keys() - set(layers)):
-            raise ValueError(f"{path} names layer {odd[0]}, of which others have no scores: it is of another model")
-        if max((e for ids in config.experts.values() for e in ids), default=0) >= num_experts:
-            raise ValueError(f"{path} names an expert beyond {num_experts - 1}: it is of another model")
-    pairs = overlap([config for config, *_ in sources], dict.fromkeys(layers, num_experts))
+    known = [score_LE.keys() for score_LE in score_LEs if score_LE]
+    layers = sorted(known[0] if known else set().union(*(config.experts for config, *_ in sources)))
+    for path, (config, *_), score_LE in zip(paths, sources, score_LEs):
+        odd = config.experts.keys() ^ set(layers) if score_LE else config.experts.keys() - set(layers)
+        odd = [f"layer {layer}" for layer in odd]
+        odd += [f"expert {e}" for ids in config.experts.values() for e in ids if e >= num_experts]
+        if odd:
+            raise ValueError(f"cannot compare {path}: it differs from the others in {odd[0]}. It is of another model")
     correlations = [[correlation(a, b) if a and b else None for b in score_LEs] for a in score_LEs]
+    short = [short_name(path) for path in paths]
     return {
-        "names": names_of(paths),
+        "names": short if len(set(short)) == len(short) else paths,
         "paths": paths,
         "score_function": args.score_function,
-        "top_p": top_p_of(args),
+        "top_p": default_top_p(args),
         "num_experts": num_experts,
         "layers": layers,
         "sizes": [sum(map(len, config.experts.values())) for config, *_ in sources],
-        "overlap": pairs,
+        "overlap": overlap([config for config, *_ in sources], dict.fromkeys(layers, num_experts)),
         "correlation": [[None if x is None or math.isnan(x) else x for x in row] for row in correlations],
     }
 
 
-def names_of(paths: list[str]) -> list[str]:
-    """Short names, or the paths where those would be the same."""
-    short = [short_name(path) for path in paths]
-    return short if len(set(short)) == len(short) else paths
+def format_overlap(found: dict) -> str:
+    """Return the matrices."""
+    names, first = found["names"], max(12, *(len(name) + 2 for name in found["names"]))
+    width = max(first, 16)
 
+    def matrix(title: str, rows: list[list[str]]) -> list[str]:
+        table = zip(["", *names], [names, *rows])
+        return ["", title, *(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in table)]
 
-def overlap_table(found: dict) -> str:
-    """The matrices, as text."""
-    names, wide = found["names"], max(12, *(len(name) + 2 for name in found["names"]))
-    head = f"{'':<{wide}}" + "".join(f"{name:>{max(wide, 16)}}" for name in names)
     lines = [
         f"{found['score_function']} score, top_p {found['top_p']:g}, {len(found['layers'])} layers of "
         f"{found['num_experts']} experts",
         *(f"  {name}: {size} experts, {path}" for name, size, path in zip(names, found["sizes"], found["paths"])),
-        "",
-        "Jaccard of the selected sets (of two random sets of these sizes)",
-        head,
     ]
-    for name, row in zip(names, found["overlap"]):
-        cells = [f"{cell['jaccard']:.3f} ({cell['random_jaccard']:.3f})" for cell in row]
-        lines.append(f"{name:<{wide}}" + "".join(f"{cell:>{max(wide, 16)}}" for cell in cells))
+    pairs = [[f"{c['jaccard']:.3f} ({c['random_jaccard']:.3f})" for c in row] for row in found["overlap"]]
+    lines += matrix("Jaccard of the selections (of two random selections of these sizes)", pairs)
     for i, name in enumerate(names):
-        for j in range(i):
-            cell = found["overlap"][i][j]
+        for other, cell in zip(names[:i], found["overlap"][i]):
             low, high = cell["random_ci95"]
             if low <= cell["jaccard"] <= high:
-                lines.append(f"  {names[j]} and {name}: within chance (95 % of random pairs: {low:.3f} to {high:.3f})")
+                lines.append(f"  {other} and {name}: within chance (95 % of random pairs: {low:.3f} to {high:.3f})")
     if sum(row[i] is not None for i, row in enumerate(found["correlation"])) > 1:
-        lines += ["", "correlation of the scores within layers", head]
-        for name, row in zip(names, found["correlation"]):
-            cells = ["-" if value is None else f"{value:.3f}" for value in row]
-            lines.append(f"{name:<{wide}}" + "".join(f"{cell:>{max(wide, 16)}}" for cell in cells))
+        values = [["-" if value is None else f"{value:.3f}" for value in row] for row in found["correlation"]]
+        lines += matrix("correlation of the scores within layers", values)
     return "\n".join(lines)
 
 
 def draw_overlap(found: dict):
-    """-> the matplotlib figure: Jaccard beside its expectation, and correlation."""
+    """Return a figure of the Jaccard beside its expectation, and of the correlation."""
     names, n = found["names"], len(found["names"])
     side = max(3.4, 0.9 * n + 1.4)
     figure, (left, right) = new_figure(2 * side + 1.6, side + 0.7)
-    jaccards = [[cell["jaccard"] for cell in row] for row in found["overlap"]]
-    notes = [[f"{c['jaccard']:.2f}\nrandom {c['random_jaccard']:.2f}" for c in row] for row in found["overlap"]]
-    values = [[math.nan if value is None else value for value in row] for row in found["correlation"]]
-    told = [["-" if value is None else f"{value:.2f}" for value in row] for row in found["correlation"]]
-    for axes, numbers, texts, lowest, cmap, title in (
-        (left, jaccards, notes, 0, "Blues", "Jaccard of the selected sets"),
-        (right, values, told, -1, "RdBu_r", "correlation of the scores within layers"),
-    ):
-        image = axes.imshow(numbers, cmap=cmap, vmin=lowest, vmax=1)
+
+    def matrix(axes, numbers: list[list[float]], texts: list[list[str]], title: str, **colours) -> None:
+        image = axes.imshow(numbers, vmax=1, **colours)
         axes.set_xticks(range(n), names, rotation=30, ha="right")
         axes.set_yticks(range(n), names)
         axes.set_title(title)
         for i in range(n):
             for j in range(n):
-                dark = not math.isnan(numbers[i][j]) and abs(numbers[i][j]) > 0.6
-                axes.text(j, i, texts[i][j], ha="center", va="center", fontsize=8, color="white" if dark else "black")
+                colour = "white" if abs(numbers[i][j]) > 0.6 else "black"
+                axes.text(j, i, texts[i][j], ha="center", va="center", fontsize=8, color=colour)
         figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
+
+    jaccards = [[cell["jaccard"] for cell in row] for row in found["overlap"]]
+    notes = [[f"{c['jaccard']:.2f}\nrandom {c['random_jaccard']:.2f}" for c in row] for row in found["overlap"]]
+    matrix(left, jaccards, notes, "Jaccard of the selections", cmap="Blues", vmin=0)
+    values = [[math.nan if value is None else value for value in row] for row in found["correlation"]]
+    notes = [["-" if value is None else f"{value:.2f}" for value in row] for row in found["correlation"]]
+    matrix(right, values, notes, "correlation of the scores within layers", cmap="RdBu_r", vmin=-1)
     figure.suptitle(f"{found['score_function']} score, top_p {found['top_p']:g}")
     return figure
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the command
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -265,20 +245,17 @@ def main(argv: list[str] | None = None) -> dict:
         if Path(args.output_path).suffix != ".png":
             raise ValueError(f"--output_path {args.output_path} must end in .png")
         check_output(args.output_path)
-        new_figure(1, 1)
+        new_figure(1, 1)  # raises if matplotlib is missing
     if len(args.expert_scores_dir) == 1:
         folder = Path(args.expert_scores_dir[0])
         packs = PackCounts.load(folder.parent if folder.is_file() else folder)
-        kinds = {"token": "slots", "gate": "gates", "prob": "probs"}
-        if kinds[args.score_function] not in packs.sums:
-            raise ValueError(f"{folder} has no score {args.score_function!r}: get_expert_scores.py --prob adds it")
-        found = stability(packs, args.score_function, top_p_of(args), args.n_bootstrap, args.seed)
-        text = stability_table(found)
+        found = stability(packs, args.score_function, default_top_p(args), args.n_bootstrap, args.seed)
+        text = format_stability(found)
         title = f"Selection by {args.score_function} score, top_p {found['top_p']:g}, {short_name(folder)}"
         figure = draw_stability(found, title) if args.output_path else None
     else:
         found = compare(args)
-        text = overlap_table(found)
+        text = format_overlap(found)
         figure = draw_overlap(found) if args.output_path else None
     if figure:
         save_figure(figure, args.output_path)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import SCORE_FUNCTIONS, ExpertConfig, ExpertScores
 from evaluation.figures import draw_experts, save_figure
-from scripts.expert.generate_expert_config import top_p_of
+from scripts.expert.generate_expert_config import default_top_p
 from utils import command_parser, run_cli
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> Path:
     if output_path.suffix != ".png":
         raise ValueError(f"--output_path {output_path} must end in .png")
     title = args.title or f"Expert scores ({args.score_function}) on {Path(scores.meta.get('dataset') or folder).stem}"
-    save_figure(draw_experts(scores, config, args.score_function, top_p_of(args), title), output_path)
+    save_figure(draw_experts(scores, config, args.score_function, default_top_p(args), title), output_path)
     print(f"written to {output_path}")
     return output_path
 

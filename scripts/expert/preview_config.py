@@ -3,19 +3,24 @@ r"""What would a selection cost? For each score and --top_p: experts, parameters
     python scripts/expert/preview_config.py --expert_scores_dir=results/expert_scores/law \
         --base_model_path=results/models/tiny --top_p 0.05 0.1 0.2 0.5 --budget_gb=24
 
-From the scores and the model's config alone, no weights are read. Memory is that of scripts/estimate_memory.py: the
-real step on tensors without storage. With --budget_gb the largest top_p of each score (in steps of 0.01) whose peak
-fits is looked for, and the command printed that selects it.
+The scores and the model's config suffice, no weights are read. Memory is that of scripts/estimate_memory.py: a real
+step on tensors without storage. With --budget_gb, the command finds the largest top_p of each score (in steps of 0.01)
+whose peak fits, and prints the command that selects it.
 
-The time is relative to a step of full fine-tuning and counts nothing but the FLOPs of matrix products with weights, 2
-per weight and token each: the forward, the gradient with respect to the inputs (ESFT has none below the first layer
-with a trained expert), and the gradient of the weights, which full fine-tuning has for all, and ESFT for the routed
-rows of its experts only. So ESFT begins at about 2/3 (3/4 with checkpointing, where both run the forward twice). Left
-out are attention's scores, which cost both the same and bring the ratio nearer to 1 in long documents, and what moves
-memory, the optimizer's step above all, which favours ESFT. It says what arithmetic is saved, and is no measurement.
+The time is relative to a step of full fine-tuning. It counts only the FLOPs of matrix products with weights, 2 per
+weight and token:
+
+    the forward
+    the gradient of the inputs    ESFT has none below the first layer with a trained expert
+    the gradient of the weights   full fine-tuning has all, ESFT those of the routed rows of its experts
+
+So ESFT starts at about 2/3, or at 3/4 with checkpointing, where both run the forward twice. Two things are left out.
+The attention scores cost both the same, and bring the ratio nearer to 1 in long documents. What moves memory, above all
+the optimizer's step, favors ESFT. The time says what arithmetic is saved. It is not a measurement.
 """
 
 import argparse
+import bisect
 import dataclasses
 import json
 import re
@@ -47,33 +52,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="a folder with config.json, a hub id, or "
         "a name of configs/published.json")  # fmt: skip
-    add("--top_p", type=float, nargs="+", default=list(SWEEP), metavar="P", help="the sums of scores to look at, each "
+    add("--top_p", type=float, nargs="+", default=list(SWEEP), metavar="P", help="sums of scores to preview, each "
         f"above 0 and up to 1 (default: {' '.join(map(str, SWEEP))})")  # fmt: skip
-    add("--budget_gb", type=float, metavar="GB", help="memory of a GPU, GiB: look for the largest top_p that fits")
+    add("--budget_gb", type=float, metavar="GB", help="memory of a GPU in GiB: find the largest top_p that fits")
     add("--seq_length", type=positive, default=4096, metavar="T", help="tokens of a pack (default: 4096)")
-    add("--per_device_train_batch_size", "--batch_size", type=positive, default=1, metavar="N", help="packs of a micro "
-        "batch (default: 1)")  # fmt: skip
-    add("--one_micro_batch", action="store_true", help="a step is one micro batch (default: several, between which "
-        "gradients are kept)")  # fmt: skip
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
+    add("--per_device_train_batch_size", "--batch_size", type=positive, default=1, metavar="N", help="packs of a "
+        "micro batch (default: 1)")  # fmt: skip
+    add("--one_micro_batch", action="store_true", help="a step has one micro batch (default: several, and gradients "
+        "are kept between them)")  # fmt: skip
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights (default: bfloat16)")
     add("--activation_checkpointing", action="store_true", help="recompute activations (default: save them)")
     add("--ep_size", type=positive, default=1, metavar="N", help="GPUs that share the experts (default: 1)")
-    add("--frozen_dtype", choices=tuple(FROZEN_BYTES), help="of frozen experts (default: that of the weights)")
-    add("--offload_frozen", action="store_true", help="frozen experts in host memory")
+    add(
+        "--frozen_dtype", choices=tuple(FROZEN_BYTES), help="dtype of the frozen experts (default: that of the weights)"
+    )
+    add("--offload_frozen", action="store_true", help="keep the frozen experts in host memory")
     add("--optim", choices=tuple(OPTIMIZERS), default="adamw_torch_fused", metavar="NAME", help="transformers' name "
         "(default: adamw_torch_fused)")  # fmt: skip
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="whose code paths and overhead (default: cuda)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="the device to estimate for (default: cuda)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if wrong := [p for p in args.top_p if not 0 < p <= 1]:
-        raise ValueError(f"--top_p {wrong[0]}: expected numbers above 0 and up to 1")
+    if any(not 0 < p <= 1 for p in args.top_p):
+        raise ValueError(f"--top_p {' '.join(map(str, args.top_p))}: expected numbers above 0 and up to 1")
     if args.budget_gb is not None and not args.budget_gb > 0:
         raise ValueError(f"--budget_gb {args.budget_gb}: expected a number above 0")
     return args
 
 
 def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, checkpointing: bool) -> float | None:
-    """FLOPs of a step of ESFT / of full fine-tuning, as above; None where nothing tells the experts per token."""
+    """Return the FLOPs of an ESFT step / a full fine-tuning step, or None if the experts per token are unknown."""
     top_k = scores.meta.get("top_k") or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if "token" not in scores.by_function or not top_k:
         return None
@@ -104,22 +111,16 @@ def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, 
 
 
 class Preview:
-    """Rows of the table, for one model and its scores."""
+    """Estimates for one model and its scores."""
 
     def __init__(self, model: nn.Module, scores: ExpertScores, args: argparse.Namespace):
         self.model, self.scores = model, scores
+        same = ("seq_length", "dtype", "ep_size", "frozen_dtype", "offload_frozen", "optim", "activation_checkpointing")
         self.settings = MemorySettings(
-            seq_length=args.seq_length,
+            **{name: getattr(args, name) for name in (*same, "device")},
             batch_size=args.per_device_train_batch_size,
             accumulation=not args.one_micro_batch,
-            dtype=args.dtype,
             world_size=args.ep_size,
-            ep_size=args.ep_size,
-            frozen_dtype=args.frozen_dtype,
-            offload_frozen=args.offload_frozen,
-            optim=args.optim,
-            activation_checkpointing=args.activation_checkpointing,
-            device=args.device,
         )
         self.total = sum(param.numel() for param in model.parameters())
         self.each_L = {  # parameters of an expert
@@ -129,10 +130,11 @@ class Preview:
         self._kept: dict = {}
 
     def row(self, function: str, top_p: float) -> dict:
-        """What `top_p` of a score selects, and what training it costs. Bytes, but for `top_p` and shares."""
+        """Return what `top_p` of a score selects, and what it costs to train."""
         config = select_experts(self.scores, score_function=function, top_p=top_p)
         key = tuple(config.experts.items())
         if key not in self._kept:
+            checkpointing = self.settings.activation_checkpointing
             counts = [len(ids) for ids in config.experts.values()]
             trained = sum(len(ids) * self.each_L[layer] for layer, ids in config.experts.items())
             memory = make_estimator(self.model, "esft", config).estimate(self.settings)
@@ -146,29 +148,24 @@ class Preview:
                 "gradient_bytes": memory.gradients,
                 "optimizer_bytes": memory.optimizer,
                 "peak_bytes": memory.peak,
-                "relative_step_time": relative_time(
-                    self.model, self.scores, config, self.settings.activation_checkpointing
-                ),
+                "relative_step_time": relative_time(self.model, self.scores, config, checkpointing),
             }
         return {"score_function": function, "top_p": top_p, **self._kept[key]}
 
     def full_peak(self) -> int:
-        """Bytes of full fine-tuning on one GPU, frozen and shared out nothing."""
+        """Return the peak in bytes of full fine-tuning on one device."""
         alone = dataclasses.replace(self.settings, world_size=1, ep_size=1, frozen_dtype=None, offload_frozen=False)
         return make_estimator(self.model, "full", None).estimate(alone).peak
 
     def largest(self, function: str, budget: int) -> dict | None:
-        """The row of the largest top_p, in steps of `STEP`, whose peak is within `budget` bytes; None where none is."""
-        low, high = 0, round(1 / STEP)  # what fits (or nothing), what may
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.row(function, round(middle * STEP, 4))["peak_bytes"] <= budget
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return self.row(function, round(low * STEP, 4)) if low else None
+        """Return the row of the largest top_p, in steps of `STEP`, whose peak is within `budget` bytes, or None."""
+        top_ps = [round(n * STEP, 4) for n in range(1, round(1 / STEP) + 1)]
+        fitting = bisect.bisect_right(top_ps, budget, key=lambda top_p: self.row(function, top_p)["peak_bytes"])
+        return self.row(function, top_ps[fitting - 1]) if fitting else None
 
 
-def table(rows: list[dict]) -> str:
-    """A line per row, memory in GiB, or in MiB where all is small."""
+def format_rows(rows: list[dict]) -> str:
+    """Return a line per row, with memory in GiB, or in MiB if all peaks are below 1 GiB."""
     small = max(row["peak_bytes"] for row in rows) < 2**30
     unit, name = (2**20, "MiB") if small else (2**30, "GiB")
     heads = ("experts", "per layer", "parameters", "share", "adapter", "gradients", "optimizer", "peak", "step time")
@@ -189,7 +186,7 @@ def table(rows: list[dict]) -> str:
 
 
 def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
-    """The command that writes the config of a row."""
+    """Return the command that writes the config of a row."""
     name = Path(dataset).stem if dataset else short_name(args.expert_scores_dir)
     flags = {
         "expert_scores_dir": args.expert_scores_dir,
@@ -225,26 +222,26 @@ def main(argv: list[str] | None = None) -> dict:
         show(result)
     if args.budget_gb and not any(result["budget"]["largest"].values()):
         raise ValueError(
-            f"with {args.budget_gb:g} GiB no top_p fits: try --activation_checkpointing, --frozen_dtype=nf4 or a "
-            "shorter --seq_length (scripts/estimate_memory.py looks for what does)"
+            f"no top_p fits {args.budget_gb:g} GiB. Try --activation_checkpointing, --frozen_dtype=nf4 or a shorter "
+            "--seq_length; scripts/estimate_memory.py finds what fits"
         )
     return result
 
 
 def show(result: dict) -> None:
-    """The tables, for people."""
+    """Print the tables."""
     settings = result["settings"]
     how = f"{settings['dtype']}, {settings['seq_length']} tokens a pack, {settings['optim']}, {settings['device']}"
     print(f"{result['model']}, {result['parameters']:,} parameters; {how}")
-    print(table(result["rows"]))
+    print(format_rows(result["rows"]))
     full = result["full_peak_bytes"]
     print(f"full fine-tuning, on one device: a peak of {full / 2**30:,.2f} GiB in the same dtype")
-    print("step time: FLOPs of matrix products, full fine-tuning is 1; saved are weight gradients (--help says more)")
+    print("step time: FLOPs of matrix products, full fine-tuning is 1 (see --help)")
     if not result["budget"]:
         return
     print(f"\nlargest top_p within {result['budget']['bytes'] / 2**30:g} GiB:")
     if rows := [row for row in result["budget"]["largest"].values() if row]:
-        print(table(rows))
+        print(format_rows(rows))
     for function, row in result["budget"]["largest"].items():
         print(f"  {result['budget']['commands'][function]}" if row else f"{function}: none fits")
 

@@ -266,7 +266,7 @@ def test_compare_several(tasks, tmp_path, capsys):
     (tmp_path / "d.json").write_text('{"experts": {"7": [1]}}')
     refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "layer 7")
     (tmp_path / "d.json").write_text('{"experts": {"1": [8]}}')
-    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "beyond 7")
+    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "expert 8")
 
 
 def test_pictures(tasks, tmp_path, capsys, monkeypatch):
@@ -330,7 +330,7 @@ def test_unions_and_controls_by_command(tasks, tmp_path, capsys, tiny_model_dir)
     other = {f"layer_{la}_expert_{e}": 1 for la in (1, 2) for e in range(9)}
     (tmp_path / "other.json").write_text(json.dumps(other))
     out = ["--output_path", tmp_path / "c.json"]
-    refused(capsys, generate_expert_config.main, [*both, *out, "--eval_dataset", "a"], "1 tasks", "2")
+    refused(capsys, generate_expert_config.main, [*both, *out, "--eval_dataset", "a"], "has 1 tasks", "2")
     mixed = ["--expert_scores_dir", f"{tasks / 'a'},{tmp_path / 'other.json'}"]
     refused(capsys, generate_expert_config.main, [*mixed, *out], "different models")
     assert not (tmp_path / "c.json").exists()
