@@ -145,6 +145,7 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
     """Draw (step, loss) points as curves. A curve of many points is thin, with its running mean over it."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+    curves = {label: points for label, points in curves.items() if points}
     for label, points in curves.items():
         step_N, loss_N = np.array(points).T
         span, thin = max(1, len(points) // 40), math.ceil(len(points) / MAX_POINTS)

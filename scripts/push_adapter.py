@@ -103,7 +103,7 @@ def push(folder: Path, repo_id: str, private: bool, api: HfApi) -> str:
     try:
         url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
         if private and not api.repo_info(repo_id).private:
-            raise ValueError(f"cannot push to {repo_id}: it is there already and is public. Leave out --private.")
+            raise ValueError(f"cannot push to {repo_id}: it is there already and is public. Give another --repo_id.")
         message = f"Adapter {folder.name}"
         api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=PUSHED, commit_message=message)
     except (OSError, HTTPError) as error:

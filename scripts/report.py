@@ -12,7 +12,6 @@ import random
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -24,55 +23,48 @@ from evaluation.figures import BASE, colours_of, draw_experts, figure_to_svg, ne
 from evaluation.run_folder import Evaluation, Run, Trained, read_run, same_questions
 from utils import command_parser, positive, run_cli
 
+FOLDER = Path(__file__).parent
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-LONGEST = 3000  # characters of a prompt or an answer that are shown
 
 
 def experts_per_layer(model: Trained) -> str:
-    """Return "5 to 7 of 64": how many experts of a layer are trained."""
+    """Return how many experts of a layer are trained, as in "5 to 7 of 64"."""
     if model.experts is None:
         return "all" if model.settings["method"] == "full" else "-"
-    counts = [len(ids) for ids in model.experts.experts.values()] or [0]
-    score_LE = model.scores.by_function.get(model.function) if model.scores else None
-    of = f" of {len(next(iter(score_LE.values())))}" if score_LE else ""
-    return f"{min(counts)}{of}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}{of}"
+    counts = sorted(len(ids) for ids in model.experts.experts.values()) or [0]
+    of = f" of {len(next(iter(model.scores[model.function].values())))}" if model.scores else ""
+    return f"{counts[0]}{of}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}{of}"
 
 
 def expert_map(model: Trained) -> str:
-    """Return the heat map of a model's experts, or "" without scores."""
-    if model.experts is None or model.scores is None or model.function not in model.scores.by_function:
-        return ""
+    """Return the heat map of a model's experts."""
     title = f"{model.function} scores on {model.scores.meta.get('dataset') or 'the task'}"
     figure = draw_experts(model.scores, model.experts, model.function, model.top_p, title)
     return figure_to_svg(figure, f"Experts that {model.label} trains: {title}")
 
 
-def loss_charts(models: list[Trained], colours: dict[str, str]) -> Iterator[str]:
-    """Yield a chart of the training loss and one of the validation loss."""
-    for key, title in (("loss", "training loss"), ("eval_loss", "validation loss")):
-        curves = {model.label: curve for model in models if (curve := model.curve(key))}
-        figure, axes = new_figure(5.6, 3.6, ncols=1)
-        plot_losses(axes, curves, title, colours)
-        ends = "; ".join(
-            f"{label}: {curve[0][1]:.3g} at first, {curve[-1][1]:.3g} at last" for label, curve in curves.items()
-        )
-        yield figure_to_svg(figure, f"{title} by optimizer step. {ends}")
+def loss_chart(key: str, title: str, models: list[Trained], colours: dict[str, str]) -> str:
+    """Return a chart of "loss" or "eval_loss" by optimizer step."""
+    curves = {model.label: curve for model in models if (curve := model.curve(key))}
+    figure, axes = new_figure(5.6, 3.6, ncols=1)
+    plot_losses(axes, curves, title, colours)
+    ends = [f"{label}: {curve[0][1]:.3g} at first, {curve[-1][1]:.3g} at last" for label, curve in curves.items()]
+    return figure_to_svg(figure, f"{title} by optimizer step. {'; '.join(ends)}")
 
 
 def score_chart(dataset: str, runs: list[Run], colours: dict[str, str]) -> str:
     """Return a chart of the means of all models on one data set, with their intervals."""
     summaries = {label: e.summary for run in runs for label, e in run.evaluations.get(dataset, {}).items()}
     rows = [(label, s["mean"], s["ci95"]) for label, s in summaries.items() if s["mean"] is not None]
+    units = sorted({f"{s['primary']} ({unit(s)})" for s in summaries.values()})
     figure, axes = new_figure(5.6, 1.1 + 0.4 * len(rows), ncols=1)
     plot_means(axes, rows, colours | {run.base: BASE for run in runs})
-    if all(unit(s) == "percent" for s in summaries.values()):
-        axes.set_xlim(0, 100)
-    axes.set(title=dataset, xlabel=", ".join(sorted({f"{s['primary']} ({unit(s)})" for s in summaries.values()})))
+    axes.set(title=dataset, xlabel=", ".join(units), xlim=(0, 100) if "(percent)" in units[0] else None)
     return figure_to_svg(figure, f"{dataset}: " + "; ".join(f"{label} {mean:.1f}" for label, mean, _ in rows))
 
 
 def unit(summary: dict) -> str:
-    """Return what a mean is in. What is not in percent says which way is better, too."""
+    """Return what a mean is in, and which way is better if it is not in percent."""
     if summary.get("unit", "percent") == "percent":
         return "percent"
     return f"its own unit, {'more' if summary['higher_is_better'] else 'less'} is better"
@@ -105,20 +97,6 @@ def pick(by_label: dict[str, Evaluation], base: str, count: int, seed: int) -> d
     return found | dict.fromkeys(random.Random(seed).sample(rest, min(count, len(rest))), "drawn at random")
 
 
-def verdict(line: dict) -> str:
-    """Return how an answer was scored."""
-    score, cut = line["score"], ", cut off" if line.get("truncated") else ""
-    if score is None:
-        return "failed" if "error" in line else "not scored"
-    return ("correct" if score > 0.999 else "incorrect" if score <= 0 else f"scores {100 * score:.0f} of 100") + cut
-
-
-def shorten(text: object) -> str:
-    text = "(no answer)" if text is None else str(text).strip() or "(empty)"
-    more = len(text) - LONGEST
-    return text if more <= 0 else f"{text[:LONGEST]}\n… ({more:,} characters more)"
-
-
 def page(folders: list[str | Path], count: int = 2, seed: int = 0) -> str:
     """Return the HTML of a report, with `count` questions of each kind.
 
@@ -133,16 +111,12 @@ def page(folders: list[str | Path], count: int = 2, seed: int = 0) -> str:
     runs = [read_run(path, name, f"{name}/" if len(paths) > 1 else "") for path, name in zip(paths, names)]
     models = [model for run in runs for model in run.trained]
     datasets = list(dict.fromkeys(dataset for run in runs for dataset in run.evaluations))
-    evaluated = [
-        label for run in runs for by_label in run.evaluations.values() for label in by_label if label != run.base
-    ]
+    evaluated = [label for run in runs for by_label in run.evaluations.values() for label in by_label]
     colours = colours_of(dict.fromkeys([*(model.label for model in models), *evaluated]))
-    functions = (experts_per_layer, expert_map, loss_charts, score_chart, unit, turned, pick, verdict, same_questions)
-    jinja = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(Path(__file__).parent)
-    )
+    functions = (experts_per_layer, expert_map, loss_chart, score_chart, turned, pick, same_questions)
+    jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(FOLDER))
     jinja.globals |= {function.__name__: function for function in functions}
-    jinja.filters |= {"shorten": shorten, "command": shlex.join}
+    jinja.filters["command"] = shlex.join
     template = jinja.get_template("report.html.j2")
     given = {"runs": runs, "models": models, "names": names, "datasets": datasets, "colours": colours}
     return UNPRINTABLE.sub("\ufffd", template.render(**given, count=count, seed=seed))

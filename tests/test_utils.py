@@ -145,3 +145,12 @@ def test_a_closed_pipe_is_quiet():
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_quiet_command_returns_what_it_printed_or_tells_its_error(tmp_path):
+    tool = tmp_path / "tool.py"
+    tool.write_text("import os; print(os.environ['COLOUR'])")
+    assert utils.run_command([tool], quiet=True, env={"COLOUR": "red"}) == "red\n"
+    tool.write_text("import sys; sys.exit('first\\nerror: it broke\\nlast')")
+    with pytest.raises(ChildProcessError, match=rf"^cannot run {tool}: it broke$"):
+        utils.run_command([tool], quiet=True)
