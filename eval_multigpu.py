@@ -41,12 +41,13 @@ from deepseek.loading import empty_model, plan_devices
 from evaluation import code_runner
 from evaluation.config import EvalConfig
 from evaluation.generation import make_batches
+from evaluation.journal import AnswerJournal
 from evaluation.judge import NO_SCORE, OPENAI, Judge, grade
 from evaluation.lm_eval_harness import Suite, load_suites
 from evaluation.lm_eval_results import evaluate_share
 from evaluation.results import compare, format_results, summarize
 from evaluation.rubrics import RUBRICS
-from evaluation.runner import AnswerJournal, Job, answer_jobs, answer_key
+from evaluation.runner import Job, answer_jobs, answer_key
 from evaluation.workers import run_ranks
 from utils import environment, note, run_cli
 

@@ -25,6 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from deepseek.files import suggest, suggest_path
+from evaluation.generation import generation_config
 from utils import sentence
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
@@ -206,7 +207,11 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
         sizes = {name: len(task.eval_docs) for name, task in suite.tasks.items()}
         draw = random.Random(settings.seed).sample
         samples = {n: sorted(draw(range(size), min(settings.n_samples, size))) for n, size in sizes.items()}
-    with _own_generation_config(model, tokenizer), _lm_eval_session(settings.allow_code_execution) as warnings:
+    eos = model.generation_config.eos_token_id
+    config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id if eos is None else eos, bos_token_id=tokenizer.bos_token_id
+    )
+    with generation_config(model, config), _lm_eval_session(settings.allow_code_execution) as warnings:
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=settings.batch_size, softmax_dtype="float32")
         warnings.clear()  # lm-eval warns that the model is in memory
         try:
@@ -232,18 +237,6 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
     if settings.num_fewshot is not None and set(results["n-shot"].values()) != {settings.num_fewshot}:
         notes.append(f"num_fewshot={settings.num_fewshot} is ignored where a task fixes its own at 0")
     return SuiteAnswers(results, time.perf_counter() - start, notes)
-
-
-@contextlib.contextmanager
-def _own_generation_config(model, tokenizer) -> Iterator[None]:
-    """Set the model's generation config aside, whose penalties would change the answers, but keep its end tokens."""
-    kept = model.generation_config
-    eos = kept.eos_token_id if kept.eos_token_id is not None else tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos, bos_token_id=tokenizer.bos_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 @contextlib.contextmanager

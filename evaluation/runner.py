@@ -1,16 +1,13 @@
-"""The answers of one or several processes to the data sets of an evaluation, kept as they come.
+"""Answer the data sets of an evaluation in one or several processes, and keep the answers as they come.
 
-A `Job` is a data set and where its results go. An `AnswerJournal` holds the finished batches of a job on disk, and
-`answer_jobs` fills the journals. Each process holds the whole model, and answers every world_size-th batch.
+Each process holds the whole model, and answers every world_size-th batch.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from deepseek.files import sha256
 from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate
+from evaluation.journal import AnswerJournal
 from evaluation.workers import run_ranks
 from training import data
 from utils import note
@@ -51,73 +49,6 @@ class Job:
     @property
     def summary_path(self) -> Path:
         return self.output_path.with_suffix(".summary.json")
-
-
-class AnswerJournal:
-    """The finished batches of one job: `results` by index in the data set, and the `seconds` that they took.
-
-    They are kept in a hidden file beside the output. Its lines are `key`, which is all that decides the answers, and
-    then {"indices", "results", "seconds"} of each batch. A file with another key starts over. A batch with an error in
-    it is answered again. The `with` block removes the file at its end, unless an exception ends it or `keep` is set.
-    Raises ValueError where another process uses the file.
-    """
-
-    keep = False
-
-    def __init__(self, output_path: Path, key: dict):
-        self.path = output_path.with_name(f".{output_path.name}.partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.results: dict[int, dict] = {}
-        self.seconds = 0.0
-        self.file = open(self.path, "a+b")  # noqa: SIM115
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another evaluation is at work there, give another --output_path") from None
-        found, *records = self._read() or [None]
-        if found == key:
-            for record in records:
-                if not any("error" in result for result in record["results"]):
-                    self._take(record)
-            return
-        if found:
-            other = ", ".join(name for name in key if key[name] != found.get(name))
-            note(f"{self.path} is of an evaluation that was interrupted, with another {other}: starting over")
-        self.file.truncate(0)
-        self._write(key)
-
-    def __enter__(self) -> "AnswerJournal":
-        return self
-
-    def __exit__(self, error_type, *_) -> None:
-        if (error_type is None and not self.keep) or not self.results:
-            self.path.unlink()
-        self.file.close()  # releases the lock
-
-    @property
-    def all_failed(self) -> bool:
-        return all("error" in result for result in self.results.values())
-
-    def add(self, record: dict) -> None:
-        self._write(record)
-        self._take(record)
-
-    def _take(self, record: dict) -> None:
-        self.results.update(zip(record["indices"], record["results"]))
-        self.seconds += record["seconds"]
-
-    def _write(self, record: dict) -> None:
-        self.file.write(b"\n" + json.dumps(record).encode())  # the line break comes first: the last line may be torn
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def _read(self) -> list[dict]:
-        records = []
-        self.file.seek(0)
-        for line in self.file:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        return records
 
 
 def answer_key(config: EvalConfig, job: Job, device: str) -> dict:

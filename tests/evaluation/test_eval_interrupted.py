@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import esft
-from evaluation import runner
+from evaluation.journal import AnswerJournal
 from tests.helpers import ROOT, contents, run_eval, stop_after, untimed, write_rows
 from utils import run_cli
 
@@ -134,7 +134,7 @@ def test_finished_datasets_are_not_answered_again(model_dir, tmp_path, watched, 
 
 
 def test_two_evaluations_cannot_share_an_output(model_dir, eval_file, tmp_path):
-    with runner.AnswerJournal(tmp_path / "out.jsonl", {}), pytest.raises(ValueError, match="another evalua"):
+    with AnswerJournal(tmp_path / "out.jsonl", {}), pytest.raises(ValueError, match="another evalua"):
         run_eval(model_dir, eval_file, tmp_path / "out.jsonl")
 
 

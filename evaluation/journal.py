@@ -1,0 +1,76 @@
+"""The finished batches of an evaluation, kept in a file so that an interrupted one goes on."""
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from utils import note
+
+
+class AnswerJournal:
+    """The finished batches of one job: `results` by index in the data set, and the `seconds` that they took.
+
+    They are kept in a hidden file beside the output. Its lines are `key`, which is all that decides the answers, and
+    then {"indices", "results", "seconds"} of each batch. A file with another key starts over. A batch with an error in
+    it is answered again. The `with` block removes the file at its end, unless an exception ends it or `keep` is set.
+    Raises ValueError where another process uses the file.
+    """
+
+    keep = False
+
+    def __init__(self, output_path: Path, key: dict):
+        self.path = output_path.with_name(f".{output_path.name}.partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.results: dict[int, dict] = {}
+        self.seconds = 0.0
+        self.file = open(self.path, "a+b")  # noqa: SIM115
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another evaluation is at work there, give another --output_path") from None
+        found, *records = self._read() or [None]
+        if found == key:
+            for record in records:
+                if not any("error" in result for result in record["results"]):
+                    self._take(record)
+            return
+        if found:
+            other = ", ".join(name for name in key if key[name] != found.get(name))
+            note(f"{self.path} is of an evaluation that was interrupted, with another {other}: starting over")
+        self.file.truncate(0)
+        self._write(key)
+
+    def __enter__(self) -> "AnswerJournal":
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        if (error_type is None and not self.keep) or not self.results:
+            self.path.unlink()
+        self.file.close()  # releases the lock
+
+    @property
+    def all_failed(self) -> bool:
+        return all("error" in result for result in self.results.values())
+
+    def add(self, record: dict) -> None:
+        self._write(record)
+        self._take(record)
+
+    def _take(self, record: dict) -> None:
+        self.results.update(zip(record["indices"], record["results"]))
+        self.seconds += record["seconds"]
+
+    def _write(self, record: dict) -> None:
+        self.file.write(b"\n" + json.dumps(record).encode())  # the line break comes first: the last line may be torn
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _read(self) -> list[dict]:
+        records = []
+        self.file.seek(0)
+        for line in self.file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records

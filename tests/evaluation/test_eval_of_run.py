@@ -1,0 +1,86 @@
+"""eval_multigpu.py --model <folder of train.py> finds the base, the adapter and the task by itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import eval_multigpu
+import train
+from benchmarks import eval_dataset_of
+from deepseek.files import read_jsonl, write_jsonl
+from evaluation.config import EvalConfig
+from tests.helpers import arguments, contents
+from training.data import split_dataset
+
+
+@pytest.fixture(scope="module")
+def run_folder(files, tmp_path_factory) -> Path:
+    """What train.py leaves behind, with a fifth of its samples held out."""
+    folder = tmp_path_factory.mktemp("runs") / "output"
+    train.main(arguments(files, folder, max_steps=1, save_steps=None, eval_steps=None))
+    return folder
+
+
+def evaluate(tmp_path, monkeypatch, *flags: str) -> list[dict]:
+    monkeypatch.chdir(tmp_path)
+    return eval_multigpu.main([*flags, "--device=cpu", "--max_new_tokens=2"])
+
+
+def test_a_run_without_an_eval_file_is_asked_what_it_held_out(run_folder, files, tmp_path, monkeypatch, capsys):
+    (summary,) = evaluate(tmp_path, monkeypatch, f"--model={run_folder}")
+    arguments = summary["arguments"]
+    assert arguments["adapter_dir"] == str(run_folder) and arguments["base_model_path"] == str(files / "m32")
+    rows = read_jsonl(run_folder / "held_out.jsonl")
+    training, held_out = split_dataset(str(files / "data.jsonl"), None, 0.2, 0)
+    assert [row["prompt"] for row in rows] == [sample["messages"][0]["content"] for _, sample in held_out]
+    assert summary["n"] == len(rows) == 6 and len(training) == 24
+    assert "evaluating on 6 of the 6 samples that the run held out" in capsys.readouterr().err
+
+    flags = [f"--base_model_path={files / 'm32'}", f"--adapter_dir={run_folder}"]
+    evaluate(
+        tmp_path, monkeypatch, *flags, f"--eval_dataset={run_folder / 'held_out.jsonl'}", "--output_path=long.jsonl"
+    )
+    short = contents(tmp_path / "results" / "completions", "*.jsonl")
+    assert short == {"output.held_out.jsonl": (tmp_path / "long.jsonl").read_text()}
+
+
+def test_with_base_and_a_data_set_of_one_s_own(run_folder, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "is it 3?", "answers": ["yes 3"]}] * 2)
+    flags = [f"--model={run_folder}", "--with_base", f"--eval_dataset={tmp_path / 'mine.jsonl'}"]
+    (summary,) = evaluate(tmp_path, monkeypatch, *flags)
+    assert summary["dataset"] == "mine" and summary["against_base"]["n"] == 2
+
+
+def test_a_full_model_is_its_own_base(run_folder, tmp_path):
+    folder = tmp_path / "full"
+    shutil.copytree(run_folder, folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["config"] |= {"method": "full", "template": "released", "train_dataset": "law"}
+    (folder / "run.json").write_text(json.dumps(run))
+    config = eval_multigpu.read_run(EvalConfig(str(folder)))
+    assert config == EvalConfig(str(folder), template="released", eval_dataset="law")
+
+
+def test_a_folder_that_is_not_of_train_py_stays_a_model(model_dir):
+    assert eval_multigpu.read_run(EvalConfig(model_dir)) == EvalConfig(model_dir)
+    with pytest.raises(ValueError, match="nothing to evaluate on"):
+        eval_multigpu.main([f"--model={model_dir}"])
+
+
+def test_the_eval_file_beside_the_training_data_comes_first(run_folder, tmp_path):
+    run = json.loads((run_folder / "run.json").read_text())["config"]
+    for split in ("train", "eval"):
+        (tmp_path / split).mkdir()
+    path = tmp_path / "train" / "mine.jsonl"
+    shutil.copy(run["train_dataset"], path)
+    assert eval_dataset_of({**run, "train_dataset": str(path)}, tmp_path) == str(tmp_path / "held_out.jsonl")
+    (tmp_path / "eval" / "mine.jsonl").touch()
+    assert eval_dataset_of({**run, "train_dataset": str(path)}, tmp_path) == str(tmp_path / "eval" / "mine.jsonl")
+    assert eval_dataset_of({**run, "train_dataset": "law"}, tmp_path) == "law"
+    for nothing in ({"validation_fraction": 0}, {"train_dataset": str(tmp_path / "long.jsonl")}):
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
+        write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 9)
+        with pytest.raises(ValueError, match=r"held out no sample of one question\. Give"):
+            eval_dataset_of({**run, **nothing}, tmp_path)
