@@ -10,14 +10,12 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from deepseek.files import suggest, write_jsonl
+from deepseek.files import suggest
 from evaluation import code_runner
 from evaluation.generation import Evaluator
 from evaluation.metrics import bleu, chrf, exact_match, json_exact_match, number_match, rouge_l, slot_f1
-from training.data import SHAPES, read_rows, split_dataset
-from utils import ROOT, note
+from training.data import SHAPES, read_rows
 
 # ------------------------------------------------------------------------------------------------ evaluators
 
@@ -166,30 +164,3 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
     if n_samples is not None and n_samples < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n_samples))]
     return rows
-
-
-def eval_dataset_of(run: dict, folder: Path) -> str:
-    """Return the eval data set for a run of train.py, given its config and its folder.
-
-    It is the eval file beside the training data, as datasets/eval/law.jsonl for datasets/train/law.jsonl. Without one
-    it is held_out.jsonl in the folder, written here from the samples that the run held out for validation.
-    """
-    name, path = run["train_dataset"], Path(run["train_dataset"])
-    beside = path.parent.with_name("eval") / path.name if path.parent.name == "train" else path
-    if (ROOT / "datasets" / "eval" / f"{name}.jsonl").is_file():
-        return name
-    if beside != path and beside.is_file():
-        return str(beside)
-    seed = run["training"].get("seed", 0)
-    _, held_out = split_dataset(name, run["n_train_samples"], run["validation_fraction"], seed)
-    turns = [sample["messages"] for _, sample in held_out]
-    rows = [
-        {"prompt": both[0]["content"], "answers": [both[1]["content"]]}
-        for both in turns
-        if [turn["role"] for turn in both] == ["user", "assistant"]
-    ]
-    if not rows:
-        raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")
-    note(f"evaluating on {len(rows)} of the {len(held_out)} samples that the run held out, those of one question")
-    write_jsonl(folder / "held_out.jsonl", rows)
-    return str(folder / "held_out.jsonl")

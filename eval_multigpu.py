@@ -35,11 +35,11 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 import esft
-from benchmarks import CodeEvaluator, EvaluatorByRow, eval_dataset_of, get_evaluator, load_rows
+from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
 from deepseek.files import check_output, suggest_path, write_json, write_jsonl
 from deepseek.loading import empty_model, plan_devices
 from evaluation import code_runner
-from evaluation.config import EvalConfig
+from evaluation.config import EvalConfig, fill_from_run
 from evaluation.generation import make_batches
 from evaluation.journal import AnswerJournal
 from evaluation.judge import NO_SCORE, OPENAI, Judge, grade
@@ -67,20 +67,6 @@ def parse_args(argv: list[str] | None = None) -> EvalConfig:
 
 
 # ------------------------------------------------------------------------------------------------ before the model
-
-
-def read_run(config: EvalConfig) -> EvalConfig:
-    """Fill in what a folder of train.py knows: its base, its adapter and, where no data are asked for, its task."""
-    folder = Path(config.base_model_path)
-    if not (folder / "run.json").is_file():
-        return config
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
-    found = {"template": run["template"]} if config.template == "chat" else {}
-    if run["method"] != "full":
-        found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
-    if not config.datasets and not config.suites:
-        found["eval_dataset"] = eval_dataset_of(run, folder)
-    return dataclasses.replace(config, **found)
 
 
 def check_adapter(config: EvalConfig) -> None:
@@ -279,7 +265,7 @@ def show(paths: dict[str, Path], bases: dict[str, dict], summaries: dict[str, di
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    config = read_run(parse_args(argv))
+    config = fill_from_run(parse_args(argv))
     config.check()
     return run(config)
 

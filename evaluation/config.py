@@ -1,13 +1,16 @@
-"""The flags of eval_multigpu.py, with their defaults and their help."""
+"""The flags of eval_multigpu.py, with their defaults and their help, and what a folder of train.py adds to them."""
 
+import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from deepseek.files import check_output
+from deepseek.files import check_output, write_jsonl
 from evaluation.judge import check_url
 from evaluation.lm_eval_harness import KNOWN
+from training.data import split_dataset
+from utils import ROOT, note
 
 COUNTS = (
     "world_size", "gpus_per_rank", "max_new_tokens", "eval_batch_size", "n_samples", "judge_parallel",
@@ -118,3 +121,44 @@ class EvalConfig:
 
 def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+# ------------------------------------------------------------------------------------------------ the folder of a run
+
+
+def fill_from_run(config: EvalConfig) -> EvalConfig:
+    """Fill in what a folder of train.py knows: its base, its adapter and, where no data are asked for, its task."""
+    folder = Path(config.base_model_path)
+    if not (folder / "run.json").is_file():
+        return config
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+    found = {"template": run["template"]} if config.template == "chat" else {}
+    if run["method"] != "full":
+        found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
+    if not config.datasets and not config.suites:
+        found["eval_dataset"] = _eval_dataset_of(run, folder)
+    return replace(config, **found)
+
+
+def _eval_dataset_of(run: dict, folder: Path) -> str:
+    """Return the eval file beside the training data, as datasets/eval/law.jsonl for datasets/train/law.jsonl.
+
+    Without one, write the samples that the run held out for validation to held_out.jsonl in its folder.
+    """
+    name, path = run["train_dataset"], Path(run["train_dataset"])
+    if (ROOT / "datasets" / "eval" / f"{name}.jsonl").is_file():
+        return name
+    if path.parent.name == "train" and (beside := path.parent.with_name("eval") / path.name).is_file():
+        return str(beside)
+    seed = run["training"].get("seed", 0)
+    _, held_out = split_dataset(name, run["n_train_samples"], run["validation_fraction"], seed)
+    rows = []
+    for _, sample in held_out:
+        question, answer, *more = sample["messages"]
+        if question["role"] == "user" and answer["role"] == "assistant" and not more:
+            rows.append({"prompt": question["content"], "answers": [answer["content"]]})
+    if not rows:
+        raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")
+    note(f"evaluating on {len(rows)} of the {len(held_out)} samples that the run held out, those of one question")
+    write_jsonl(folder / "held_out.jsonl", rows)
+    return str(folder / "held_out.jsonl")

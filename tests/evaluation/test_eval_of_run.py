@@ -8,9 +8,8 @@ import pytest
 
 import eval_multigpu
 import train
-from benchmarks import eval_dataset_of
 from deepseek.files import read_jsonl, write_jsonl
-from evaluation.config import EvalConfig
+from evaluation.config import EvalConfig, fill_from_run
 from tests.helpers import arguments, contents
 from training.data import split_dataset
 
@@ -59,28 +58,33 @@ def test_a_full_model_is_its_own_base(run_folder, tmp_path):
     run = json.loads((folder / "run.json").read_text())
     run["config"] |= {"method": "full", "template": "released", "train_dataset": "law"}
     (folder / "run.json").write_text(json.dumps(run))
-    config = eval_multigpu.read_run(EvalConfig(str(folder)))
+    config = fill_from_run(EvalConfig(str(folder)))
     assert config == EvalConfig(str(folder), template="released", eval_dataset="law")
 
 
 def test_a_folder_that_is_not_of_train_py_stays_a_model(model_dir):
-    assert eval_multigpu.read_run(EvalConfig(model_dir)) == EvalConfig(model_dir)
+    assert fill_from_run(EvalConfig(model_dir)) == EvalConfig(model_dir)
     with pytest.raises(ValueError, match="nothing to evaluate on"):
         eval_multigpu.main([f"--model={model_dir}"])
 
 
 def test_the_eval_file_beside_the_training_data_comes_first(run_folder, tmp_path):
     run = json.loads((run_folder / "run.json").read_text())["config"]
+
+    def task_of(changes: dict) -> str:
+        (tmp_path / "run.json").write_text(json.dumps({"config": {**run, **changes}}))
+        return fill_from_run(EvalConfig(str(tmp_path))).eval_dataset
+
     for split in ("train", "eval"):
         (tmp_path / split).mkdir()
     path = tmp_path / "train" / "mine.jsonl"
     shutil.copy(run["train_dataset"], path)
-    assert eval_dataset_of({**run, "train_dataset": str(path)}, tmp_path) == str(tmp_path / "held_out.jsonl")
+    assert task_of({"train_dataset": str(path)}) == str(tmp_path / "held_out.jsonl")
     (tmp_path / "eval" / "mine.jsonl").touch()
-    assert eval_dataset_of({**run, "train_dataset": str(path)}, tmp_path) == str(tmp_path / "eval" / "mine.jsonl")
-    assert eval_dataset_of({**run, "train_dataset": "law"}, tmp_path) == "law"
+    assert task_of({"train_dataset": str(path)}) == str(tmp_path / "eval" / "mine.jsonl")
+    assert task_of({"train_dataset": "law"}) == "law"
     for nothing in ({"validation_fraction": 0}, {"train_dataset": str(tmp_path / "long.jsonl")}):
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
         write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 9)
         with pytest.raises(ValueError, match=r"held out no sample of one question\. Give"):
-            eval_dataset_of({**run, **nothing}, tmp_path)
+            task_of(nothing)
