@@ -1,18 +1,18 @@
-"""The data layer: files -> messages -> tokens and labels -> packs -> tensors.
+"""The data of a run: files -> messages -> tokens and labels -> packs -> tensors.
 
-A pack lays whole samples end to end, and each counts its positions from 0 (`.` is -100: no loss):
+A pack holds whole samples end to end. Each sample counts its positions from 0 (`.` is -100: no loss):
 
     input_ids      BOS  q  q  a  a EOS | BOS  q  a EOS | pad pad
     labels           .  .  .  a  a EOS |   .  .  a EOS |   .   .
     position_ids     0  1  2  3  4   5 |   0  1  2   3 |   0   1
 
-The restarts in `position_ids` are the boundaries: given no attention mask and no KV cache (`use_cache=False`),
-transformers builds from them a mask that keeps the documents apart, so a packed sample has the logits it has alone.
-(Some families do not; `deepseek.loading.keeps_documents_apart` finds them, and there each sample is its own pack.) No
-document predicts the next one's first token, since the first label of each is -100.
+transformers builds a mask from the restarts in `position_ids`, if it gets no attention mask and no KV cache
+(`use_cache=False`). The mask keeps the documents apart, and a packed sample has the logits that it has alone. A few
+model families build no such mask. `deepseek.loading.keeps_documents_apart` finds them, and there each sample is a pack
+of its own. The first label of each document is -100, so no document predicts the start of the next one.
 
-Labels come from a chat template without knowing it: what the text gains between "the conversation up to here, the
-assistant is to speak" and "the same with the answer" is the answer.
+Labels are found in any chat template. Render the conversation up to an answer, with the template's prompt for the
+assistant, and render it again with the answer. What the text has gained is the answer.
 """
 
 import bisect
@@ -40,9 +40,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
-    """The path, or hub id, of a data set: `name` stands for datasets/<split>/<name>.jsonl, or is a path or a hub id.
+    """Return the path of a data set, or its hub id.
 
-    `split` is "train" or "eval"; a path ends in .jsonl, .json or .parquet.
+    `name` is a file's name in datasets/<split> without .jsonl, a path (.jsonl, .json, .parquet) or a hub id. `split` is
+    "train" or "eval".
     """
     text, path, folder = str(name), Path(name), ROOT / "datasets" / split
     known = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
@@ -61,9 +62,9 @@ def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
 
 
 def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, dict]]:
-    """(where, row) of a data set as `resolve_dataset` takes it; where is "file:line", or "source: row n" from 1.
+    """Yield (where, row) of a data set that `resolve_dataset` knows. `where` is "file:line" or "source: row n", from 1.
 
-    A hub id is read in its split "train", or "test" for split="eval".
+    Of a hub id, split="eval" reads the split "test".
     """
     source = resolve_dataset(dataset, split)
     if isinstance(source, Path) and source.suffix != ".parquet":
@@ -71,7 +72,7 @@ def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, 
         return
     import datasets  # slow, and few runs need it
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error comes with the error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error that it raises says the same
     try:
         if isinstance(source, Path):
             table = datasets.load_dataset("parquet", data_files=str(source), split="train")
@@ -83,9 +84,10 @@ def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, 
 
 
 def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
-    """Samples {"messages": [{"role", "content", "mask": 1 where it carries no loss}, ...]} of a data set.
+    """Return the samples of a data set: {"messages": [{"role", "content", and "mask": 1 for no loss}, ...]}.
 
-    A row has one of four shapes (ValueError, with file and line, where it lacks keys, a known role or an answer):
+    A row has one of four shapes. A ValueError names file and line of a row without its keys, a known role or an answer:
+
         {"messages": [{"role", "content", "mask"?}, ...]}
         {"conversations": [{"from": human | gpt | system, "value"}, ...], "system"?}      ShareGPT
         {"prompt", "completion", "system"?}
@@ -98,7 +100,7 @@ def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
 
 
 def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list]:
-    """(train, validation), in the order of `samples`: a random `fraction`, at least one where it is > 0, validates."""
+    """Return (train, validation), in the order of `samples`. A random `fraction` validates, and at least one if > 0."""
     if not 0 <= fraction < 1:
         raise ValueError(f"validation_fraction={fraction} is not in [0, 1)")
     if fraction > 0 and len(samples) < 2:
@@ -112,8 +114,8 @@ def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list
 
 
 def _messages(row: dict, where: str) -> list[dict]:
-    """The checked messages of one row of any shape."""
-    row = {key: value for key, value in row.items() if value is not None}  # a table holds None for what is absent
+    """Return the checked messages of a row of any shape."""
+    row = {key: value for key, value in row.items() if value is not None}  # tables have None in place of a missing key
     shape = next((keys for keys in SHAPES if row.keys() >= set(keys)), None)
     if shape is None:
         hint = next(filter(None, (suggest(key, itertools.chain(*SHAPES)) for key in row)), "")
@@ -159,7 +161,7 @@ def _messages(row: dict, where: str) -> list[dict]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample: `input_ids`, and as many `labels`: the token's own id (not shifted), or -100 for no loss."""
+    """One sample. `labels` are as many as `input_ids`: the token's own id (not shifted), or -100 for no loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -169,11 +171,13 @@ class Encoded:
 
 
 def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
-    """Tokens of a conversation, with labels on its assistant turns (content and end-of-turn token) and nowhere else.
+    """Return the tokens of a conversation, with labels on the assistant's turns (content and end-of-turn token) alone.
 
-    A message with "mask": 1 carries no loss. `template` is "chat" (the tokenizer's own) or "released" (that of the
-    published checkpoints: BOS, system text, blank line, "User: q", blank line, "Assistant:", then " a" and EOS).
-    ValueError where nothing carries loss, or where the template does not let the answers be found exactly.
+    A message with "mask": 1 carries no loss. `template` is "chat" (the tokenizer's own) or "released" (the published
+    checkpoints': BOS, system text, blank line, "User: q", blank line, "Assistant:", then " a" and EOS).
+
+    Raises:
+        ValueError: nothing carries loss, or the answers cannot be found exactly in the template's text.
     """
     pieces = _released_pieces(messages, tokenizer) if _is_released(template) else _chat_pieces(messages, tokenizer)
     labels = [token if loss else IGNORE for ids, loss in pieces for token in ids]
@@ -183,9 +187,9 @@ def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
 
 
 def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
-    """Tokens before the answer to `prompt`, a user's plain text: those before the first label of `encode`.
+    """Return the tokens before the answer to `prompt`, a user's plain text, as `encode` has them.
 
-    A prompt rendered already ("User: ... Assistant:", as in the published evaluation files) is BOS and the text itself.
+    A prompt that is rendered already ("User: ... Assistant:", as in the published evaluation files) gets BOS only.
     """
     released = _is_released(template)
     if prompt.startswith("User: ") and prompt.endswith("Assistant:"):
@@ -202,7 +206,7 @@ def _is_released(template: str) -> bool:
 
 
 def _released_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
-    """(tokens, carries loss) of what precedes each answer and of each answer, each encoded apart."""
+    """Return (tokens, carries loss) of the text before each answer and of each answer, each encoded alone."""
     if tokenizer.eos_token_id is None:
         raise ValueError("template: 'released' ends answers with EOS, which this tokenizer lacks: set `template: chat`")
     pieces, text = [(_bos(tokenizer), False)], ""
@@ -218,10 +222,10 @@ def _released_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], b
 
 
 def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
-    """(tokens, carries loss) of the rendered conversation, cut where each answer that carries loss begins and ends.
+    """Return (tokens, carries loss) of the conversation, cut where each answer with loss begins and ends.
 
-    The text must begin with the text of every shorter conversation, and so must the tokens. Where a token would reach
-    over a cut (an answer that begins with a line break), the parts are encoded apart, as they are at generation.
+    The text must begin with the text of every shorter conversation. If a token would reach over a cut, as when an
+    answer begins with a line break, the parts are encoded alone, as they are at generation.
     """
     text, cuts = _render(messages, tokenizer), [0]
     special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -237,7 +241,7 @@ def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]
                 f"template: the chat template rewrites what surrounds message {i + 1} of {_name(messages)}, so what to "
                 'learn is not exact: set `template: released` or give all answers but the last "mask": 1'
             )
-        turn = after.rstrip()  # what follows the end-of-turn token (in ChatML a line break) is never generated
+        turn = after.rstrip()  # nothing after the end-of-turn token is ever generated
         cuts += [len(before), len(turn) if special and turn.endswith(special) else len(after)]
     cuts.append(len(text))
 
@@ -279,7 +283,7 @@ def _name(messages: list[dict]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Whole samples end to end, as lists of one length; `samples`: what they go by in `pack`."""
+    """Whole samples end to end, as lists of one length. `samples` are their numbers in `pack`."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -290,7 +294,7 @@ class Pack:
         return len(self.input_ids)
 
     def documents(self) -> list["Pack"]:
-        """Each sample as a pack of its own, for a model that does not keep the documents of a pack apart."""
+        """Return each sample as a pack of its own."""
         starts = [i for i, position in enumerate(self.position_ids) if position == 0]
         return [
             Pack(self.input_ids[a:b], self.labels[a:b], self.position_ids[a:b], [sample])
@@ -305,11 +309,11 @@ def pack(
     seed: int = 0,
     numbers: list[int] | None = None,
 ) -> list[Pack]:
-    """All samples in packs of at most `seq_length` tokens, none cut in two: best fit, longest first, then shuffled.
+    """Pack all samples into at most `seq_length` tokens each, none cut in two: longest first, best fit, then shuffled.
 
-    A sample that is longer is an error, or with `overlong="truncate"` keeps its head (and is dropped where no label is
-    left); a warning says how many. `seed` orders samples of equal length, and the packs. `numbers` are what the samples
-    go by, in the packs and in the error (default: their indices).
+    A longer sample is an error. With overlong="truncate" it keeps its head, or is dropped if no label is left, and a
+    warning counts them. `seed` orders samples of equal length, and the packs. `numbers` name the samples in the packs
+    and in the error (default: their indices).
     """
     if seq_length < 2 or overlong not in ("error", "truncate"):
         raise ValueError(f"seq_length={seq_length} must be at least 2, and overlong={overlong!r} 'error' or 'truncate'")
@@ -334,8 +338,8 @@ def pack(
     rng.shuffle(order)
     order.sort(key=lambda i: -len(encoded[i]))  # stable: equals stay shuffled
     packs: list[Pack] = []
-    open_packs: dict[int, list[Pack]] = {}  # by the number of tokens they have left ...
-    rooms: list[int] = []  # ... which are these, ascending: at most seq_length of them, so a step is O(log seq_length)
+    open_packs: dict[int, list[Pack]] = {}  # by the tokens that are left in them
+    rooms: list[int] = []  # those numbers, ascending: at most seq_length, so that a step is O(log seq_length)
     for i in order:
         size = min(len(encoded[i]), seq_length)
         at = bisect.bisect_left(rooms, size)
@@ -358,9 +362,9 @@ def pack(
 
 
 def collate(packs: list[Pack], pad_token_id: int, seq_length: int | None = None) -> dict[str, torch.Tensor]:
-    """input_ids, labels and position_ids, int64 (B, T) with T = `seq_length`, or the longest of `packs`.
+    """Return input_ids, labels and position_ids, int64 (B, T), where T is `seq_length` or the longest of `packs`.
 
-    Padding is a document of its own. No attention_mask: with one, transformers would not look for the boundaries.
+    Padding is a document of its own. There is no attention_mask: with one, transformers would build no mask itself.
     """
     length = seq_length or max(map(len, packs))
     if max(map(len, packs)) > length:
@@ -408,5 +412,5 @@ def load_data(
 
 
 def split_documents(packs: list[Pack]) -> list[Pack]:
-    """Return each document as a pack of its own, for a model that does not keep those of a pack apart."""
+    """Return each document as a pack of its own, for a model that does not keep the documents of a pack apart."""
     return [document for one in packs for document in one.documents()]
