@@ -143,6 +143,19 @@ def test_the_top_level_holds_the_six_files():
     ]  # fmt: skip
 
 
+SHRINKING = pytest.mark.xfail(reason="the code is still above its limits; remove this mark when it is below")
+CODE = ("benchmarks", "deepseek/", "esft", "eval", "scripts/", "train", "utils")
+CORE = ("deepseek/", "esft", "training/")
+LONG_FILES = {"esft.py", "scripts/experiments/check_families.py"}
+
+
+def python_files(*folders: str) -> dict[str, list[str]]:
+    """The lines of the tracked Python files whose path begins so; by default all but tests and examples."""
+    paths = [path for path in tracked() if path.endswith(".py")]
+    wanted = [path for path in paths if path.startswith(folders or CODE)]
+    return {path: (ROOT / path).read_text(encoding="utf-8").splitlines() for path in wanted}
+
+
 def imports(path: Path) -> set[str]:
     """Modules of the project that a file imports, by their dotted names."""
     ours = {*MAY_IMPORT, "scripts", "tests"}
@@ -220,3 +233,43 @@ def test_every_script_shows_its_help(capsys):
             patch.setattr(sys, "argv", [str(path), "--help"])
             module.main()
         assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def per_thousand(count: int, files: dict[str, list[str]]) -> float:
+    return 1000 * count / sum(map(len, files.values()))
+
+
+def nodes(files: dict[str, list[str]]):
+    for path, lines in files.items():
+        yield from ((path, node) for node in ast.walk(ast.parse("\n".join(lines))))
+
+
+@SHRINKING
+def test_the_code_is_small():
+    assert sum(map(len, python_files().values())) <= 13_500
+
+
+@SHRINKING
+def test_no_file_is_long():
+    assert not {path for path, lines in python_files().items() if len(lines) > 400} - LONG_FILES
+    assert not {path for path, lines in python_files("tests/").items() if len(lines) > 500}
+
+
+@SHRINKING
+def test_no_function_is_long():
+    functions = [(path, node) for path, node in nodes(python_files()) if isinstance(node, ast.FunctionDef)]
+    long = {(path, node.name) for path, node in functions if node.end_lineno - node.lineno >= 60}
+    assert {name for _, name in long} <= {"parse_args", "backward"}, long
+
+
+@SHRINKING
+def test_few_errors_are_raised():
+    files = python_files()
+    assert per_thousand(sum(isinstance(node, ast.Raise) for _, node in nodes(files)), files) <= 14
+
+
+@SHRINKING
+def test_the_core_rarely_probes_objects():
+    files = python_files(*CORE)
+    calls = [node.func for _, node in nodes(files) if isinstance(node, ast.Call)]
+    assert per_thousand(sum(getattr(func, "id", "") in ("getattr", "hasattr") for func in calls), files) <= 4
