@@ -186,19 +186,19 @@ def read_trained(
     folder: Path, label: str, scores: ExpertScores | None = None, function: str = "token", top_p: float = TOP_P["token"]
 ) -> Trained:
     """Read a folder of train.py. The losses of an unfinished run are those of its last checkpoint."""
-    note = read_json(folder / "run.json", "config", "environment", "results")
+    note = read_json(folder / "run.json", "config", "environment")
     settings = note["config"] | note["config"]["training"]
     del settings["training"]
-    source = settings.get("expert_scores_dir")
-    if scores is None and source and Path(source).exists():
-        scores = ExpertScores.load(source)
+    for source in (settings.get("expert_scores_dir"), folder / "expert_scores"):  # the latter train.py made itself
+        if scores is None and source and Path(source).exists():
+            scores = ExpertScores.load(source)
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
     states += folder.glob("trainer_state.json")
     return Trained(
         label=label,
         folder=folder,
         settings=settings,
-        results=note["results"] or {},
+        results=note.get("results") or {},
         environment=note["environment"],
         data=note.get("inputs", {}).get("train_dataset", settings["train_dataset"]),
         history=read_json(states[-1], "log_history")["log_history"] if states else [],

@@ -37,7 +37,7 @@ def write_training(folder: Path, method: str, size: int, finished: bool = True) 
     """Write a folder of train.py."""
     results = {"parameters": 5828288, "trained_parameters": size, "steps": 6, "eval_loss": 0.125, "step_seconds": 0.25}
     results |= {"world_size": 1, "peak_memory_bytes": 609505280, "saved_bytes": 4 * size}
-    note = {"config": {**CONFIG, "method": method}, "results": results if finished else None}
+    note = {"config": {**CONFIG, "method": method}, **({"results": results} if finished else {})}
     environment = {"date": "2026-11-21T05:00:00+00:00", "git": "f76b19c", "device": "cpu (2 cores)"}
     write_json(folder / "run.json", {**note, "environment": environment})
     history = [{"step": step, "loss": 3.0 * 0.5**step} for step in range(1, 7)]
@@ -287,6 +287,13 @@ def test_an_unfinished_run_has_the_losses_of_its_last_checkpoint(run):
         write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"log_history": log})
     rows = page(run).rows("full")
     assert rows[0][-1] == "not finished" and rows[1] == ["100: 0.7500"]
+
+
+def test_a_folder_of_train_py_may_hold_the_scores_it_made(run):
+    folder = run / "checkpoints" / "esft-token"
+    assert not page(folder).charts("Experts")
+    shutil.copytree(run / "expert_scores", folder / "expert_scores")
+    assert len(page(folder).charts("Experts")) == 1
 
 
 def test_several_runs_share_charts_and_keep_their_names(run, tmp_path):
