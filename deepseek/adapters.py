@@ -1,10 +1,17 @@
-"""The files of an adapter: find, check and read them, and compare their note of the base with a model."""
+"""The files of an adapter, and the places in a model where its tensors go.
+
+    out/expert_cfg.json        which experts, and a note of the base: model type, layers, fingerprint of its routers
+    out/adapter.safetensors    model.layers.1.mlp.experts.7.gate_proj.weight (F, D), ...
+
+`config` is an `esft.ExpertConfig` everywhere.
+"""
 
 import contextlib
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,21 +19,73 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
+from deepseek.masters import DTYPE_OF_BASE, trained_parameter
 
 CONFIG_NAME = "expert_cfg.json"
-
-
-BASE_NAME = "base.json"  # beside a LoRA: what an expert config says of its base
-
-
 WEIGHTS_NAME = "adapter.safetensors"
+BASE_NAME = "base.json"  # the note of the base that train.py puts beside a LoRA adapter
+DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, as safetensors names them
+
+# --------------------------------------------------------------------------------------------------------------------
+# in the model
 
 
-DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, in the words of safetensors
+def ordinary_parameters(model: nn.Module, config) -> list[str]:
+    """Return the names (as in the base) of the parameters outside the routed experts that `config` includes."""
+    experts = [layer.name for layer in moe_layers(model).values()]
+    routed = tuple(f"{name}." for name in experts)
+    layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name in experts)
+    names = []
+    for name, _ in model.named_parameters():
+        name = re.sub(r"parametrizations\.(.+)\.original$", r"\1", name)
+        if name.startswith(routed) or name == DTYPE_OF_BASE:
+            continue
+        # shared experts are beside the routed experts or, in Granite, beside the block that holds them
+        shared = name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name)
+        if config.shared_experts if shared else config.non_expert_modules:
+            names.append(name)
+    return names
+
+
+def adapter_views(model: nn.Module, config) -> dict[str, Tensor]:
+    """Return the tensors that an adapter of `config` holds, by their names in it, as views into `model`.
+
+    A routed expert has `<experts module>.<expert>.gate_proj.weight` (F, D), `up_proj` and `down_proj` (D, F), whatever
+    the layout in memory. Others have the name of their parameter. Under expert parallelism only local experts are here.
+    """
+    views: dict[str, Tensor] = {}
+    for layer in moe_layers(model).values():
+        local = set(layer.local_ids)
+        for expert in config.experts.get(layer.index, ()):
+            if expert in local:
+                for projection, view in layer.expert_views(expert).items():
+                    views[f"{layer.name}.{expert}.{projection}"] = view
+    for name in ordinary_parameters(model, config):
+        views[name] = trained_parameter(model, name).data
+    return views
+
+
+def split_adapter_shapes(model: nn.Module, config) -> tuple[dict[str, Tensor], set[str]]:
+    """Return (tensors of the shapes that an adapter of `config` has here, names of the tensors of other ranks)."""
+    here: dict[str, Tensor] = {}
+    remote: set[str] = set()
+    for layer in moe_layers(model).values():
+        local, shapes = set(layer.local_ids), layer.expert_shapes()
+        for expert in config.experts.get(layer.index, ()):
+            names = {f"{layer.name}.{expert}.{projection}": shape for projection, shape in shapes.items()}
+            if expert in local:
+                here |= names
+            else:
+                remote |= names.keys()
+    return here | {name: trained_parameter(model, name) for name in ordinary_parameters(model, config)}, remote
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the base of an adapter
 
 
 def router_parameters(model: nn.Module) -> list[str]:
-    """Names of the routers' weights: in each MoE block, the matrices that have E rows, beside the experts."""
+    """Return the names of the routers' weights: the matrices with E rows beside the experts of each MoE block."""
     names = []
     for layer in moe_layers(model).values():
         block = layer.name.rpartition(".")[0]
@@ -37,7 +96,7 @@ def router_parameters(model: nn.Module) -> list[str]:
 
 
 def router_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the routers' weights in bf16; "" where there are none to be seen, or they have no storage."""
+    """Return the SHA-256 of the routers' weights in bf16, or "" if there are none or they have no storage."""
     digest, names = hashlib.sha256(), router_parameters(model)
     if any(model.get_parameter(name).is_meta for name in names):
         return ""
@@ -48,55 +107,68 @@ def router_fingerprint(model: nn.Module) -> str:
 
 
 def base_note(model: nn.Module, router: str) -> dict:
-    """What an adapter tells of the base it is for; `router` is its `router_fingerprint`."""
+    """Return the note of the base that an adapter holds. `router` is the base's `router_fingerprint`."""
     layers = moe_layers(model)
     return {
         "model_type": model.config.model_type,
         "layers": [min(layers), max(layers)],
-        "num_experts": next(iter(layers.values())).num_experts,
+        "num_experts": layers[min(layers)].num_experts,
         "router": router,
     }
+
+
+def check_base(model: nn.Module, folder: str | Path) -> None:
+    """Raise ValueError if an adapter's note says that it was made for another base than `model`."""
+    path = Path(folder) / (BASE_NAME if is_lora(folder) else CONFIG_NAME)
+    base = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
+    base = base if isinstance(base, dict) else {}  # a note that someone else wrote
+    state = getattr(model, "_esft", None)
+    router = state.router if state else router_fingerprint(model)
+    if base.get("model_type", model.config.model_type) != model.config.model_type:
+        raise ValueError(f"it was made for a {base['model_type']} model, this one is {model.config.model_type}")
+    if base.get("router") and router and base["router"] != router:
+        raise ValueError("it was trained on another base model: the routers' weights differ")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files
 
 
 def read_adapter(
     folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The tensors that `find_adapter_tensors` finds, by the names in `expected`.
+    """Return the tensors of an adapter folder by the names in `expected`. See `find_adapter_tensors`.
 
     Raises:
-        ValueError, FileNotFoundError: as it does, and for NaN or infinite values.
+        ValueError, FileNotFoundError: as from `find_adapter_tensors`, and for NaN or infinite values.
     """
     found, loaded = find_adapter_tensors(folder, expected, skipped), {}
     for path in sorted({path for path, _ in found.values()}):
         with _open(path) as file:
             loaded |= {name: file.get_tensor(key) for name, (where, key) in found.items() if where == path}
     if broken := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"{broken[0]} has values that are no finite numbers ({len(broken)} tensors have); train it anew"
-        )
+        raise ValueError(f"{broken[0]} has values that are not finite ({len(broken)} tensors have); train it anew")
     return loaded
 
 
 def find_adapter_tensors(
     folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
 ) -> dict[str, tuple[Path, str]]:
-    """(file, key in it) of each tensor of an adapter folder, by the names in `expected`, whose shapes they must have.
+    """Return (file, key in it) of each tensor of an adapter folder, by the names in `expected`, without reading it.
 
-    All `*.safetensors` are looked at, without reading a tensor; their names may lack the leading "model."; those of
-    `skipped` may be there.
+    A key may lack the leading "model.". Tensors named in `skipped` may be there too.
 
     Raises:
-        ValueError, FileNotFoundError: no file, a damaged one; a tensor missing, unknown, of another shape, or not of
-            floating point numbers that a model can be trained in.
+        ValueError, FileNotFoundError: there is no file, or a damaged one; a tensor is missing, unknown, of another
+            shape than in `expected`, or not of a dtype in `DTYPES`.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors in it, so it is no adapter")
+        raise FileNotFoundError(f"{folder} is not an adapter: there is no *.safetensors in it")
     found: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         with _open(path) as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 name = key if key in expected or key in skipped else f"model.{key}"
                 if name in skipped:
                     continue
@@ -104,26 +176,22 @@ def find_adapter_tensors(
                     raise ValueError(f"{path.name}: {key} is not in its {CONFIG_NAME} or not in this model")
                 if name in found:
                     raise ValueError(f"{path.name}: {key} is in this folder twice; keep one adapter per folder")
-                header = file.get_slice(key)
+                header, wanted = file.get_slice(key), tuple(expected[name].shape)
                 if header.get_dtype() not in DTYPES:
+                    known = ", ".join(DTYPES)
+                    raise ValueError(f"{path.name}: {key} is stored as {header.get_dtype()}; save it as one of {known}")
+                if (shape := tuple(header.get_shape())) != wanted:
                     raise ValueError(
-                        f"{path.name}: {key} is stored as {header.get_dtype()}, expected {', '.join(DTYPES)}: save the "
-                        "adapter in one of these"
+                        f"{name} has shape {shape}, this model's is {wanted}: it was made for another base"
                     )
-                found[name], shapes[name] = (path, key), tuple(header.get_shape())
-    for name, view in expected.items():
-        if name not in found:
-            raise ValueError(f"{name} is missing")
-        if shapes[name] != view.shape:
-            raise ValueError(
-                f"{name} has shape {shapes[name]}, this model's is {tuple(view.shape)}: it was made for another base"
-            )
+                found[name] = (path, key)
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"{missing[0]} is missing")
     return found
 
 
 @contextlib.contextmanager
-def _open(path: Path):
-    """A safetensors file to read from; ValueError where it is damaged."""
+def _open(path: Path) -> Iterator:
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -131,52 +199,42 @@ def _open(path: Path):
         raise ValueError(f"{path.name} is damaged or truncated ({error}); fetch or save it again") from error
 
 
-def check_base(model: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError where an adapter's notes say that it was made for a base other than `model`; a LoRA's are those
-    that train.py puts beside it."""
-    path = Path(folder) / (BASE_NAME if is_lora(folder) else CONFIG_NAME)
-    base = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
-    base = base if isinstance(base, dict) else {}  # a note of someone else's
-    router = getattr(model, "_esft", None)
-    router = router.router if router else router_fingerprint(model)
-    if base.get("model_type", model.config.model_type) != model.config.model_type:
-        raise ValueError(f"it was made for a {base['model_type']} model, this one is {model.config.model_type}")
-    if base.get("router") and router and base["router"] != router:
-        raise ValueError("it was trained on another base model: the routers' weights differ")
-
-
-def _no_adapter(folder: Path) -> str:
-    """What is wrong with a folder that holds no adapter, and what may have been meant."""
+def describe_wrong_folder(folder: Path) -> str:
+    """Return a sentence that says what a folder without an adapter holds instead."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
     if (folder / "config.json").is_file():
         hint = "it holds a whole model: give it as --base_model_path"
     elif checkpoints:
         hint = f"its run did not finish: go on with it, or give {checkpoints[-1]}"
     elif (folder / "summary.json").is_file():
-        hint = "it holds expert scores, of which scripts/expert/generate_expert_config.py makes an expert config"
+        hint = "it holds expert scores: make an expert config of them with scripts/expert/generate_expert_config.py"
     else:
         hint = f"an adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with adapter_config.json"
-    return f"{folder} is no adapter, it has no {CONFIG_NAME}: {hint}"
+    return f"{folder} is not an adapter, it has no {CONFIG_NAME}: {hint}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# LoRA, for comparison
 
 
 def is_lora(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter in peft's format."""
+    """Return whether a folder holds an adapter in peft's format."""
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def _merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
+def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Merge a LoRA adapter of peft into the model, for good."""
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError(
-            f"adapter {folder} is a LoRA, which needs peft: python -m pip install -c constraints.txt peft"
-        ) from error
+        hint = "python -m pip install -c constraints.txt peft"
+        raise ValueError(f"adapter {folder} is a LoRA, which needs peft: {hint}") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # patterns that peft makes for the fused experts and then finds unused
+        warnings.simplefilter("ignore")  # peft makes patterns for the fused experts, and then finds them unused
         try:
             check_base(model, folder)
             return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
-        except Exception as error:  # whatever a damaged folder makes peft raise
+        except Exception as error:  # a damaged folder makes peft raise almost anything
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             reason = f"{kind}{error}".strip().split("\n")[0]
-            raise ValueError(f"adapter {folder} is no LoRA of this model ({reason})") from error
+            raise ValueError(f"adapter {folder} is not a LoRA of this model ({reason})") from error

@@ -25,13 +25,12 @@ Legend: D hidden, F expert hidden, E experts, e of them on this rank, S trained 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 if TYPE_CHECKING:
     from deepseek.expert_parallel import Shard
@@ -182,9 +181,9 @@ def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
 
 
 class TrainedExperts(nn.Module):
-    """The trained experts of one experts module, as fp32 parameters named like the fused tensors, (S, ...) each.
+    """The trained experts of one layer, as fp32 parameters (S, ...) with the names of the fused tensors.
 
-    Buffers: `order_e` row -> index among the local experts (in a single process, the expert id), `row_of_e` back.
+    The buffer `order_e` maps a row to its expert's place in `local_ids`, and `row_of_e` maps back.
     """
 
     def __init__(self, layer: FusedExperts, experts: Iterable[int]):
@@ -198,30 +197,29 @@ class TrainedExperts(nn.Module):
         order_e = torch.tensor(first + rest, device=layer.module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
-        self._layer = layer  # a view, so the owner does not become a submodule; a deep copy sees the copied owner
-        rows_e = order_e if before is None else before.row_of_e[order_e]
+        self._layer = layer  # a view, so its module does not become a submodule; a deep copy gets the copied module
+        _reorder(layer, order_e if before is None else before.row_of_e[order_e])
         for name in layer.tensor_names:
-            fused = layer.tensor(name)
-            fused.data.copy_(fused.data[rows_e[: len(fused)]])
-            self.register_parameter(name, nn.Parameter(fused.data[: self.num_trained].float()))
+            rows = layer.tensor(name).data[: self.num_trained]
+            self.register_parameter(name, nn.Parameter(rows.float()))
 
     @property
     def expert_ids(self) -> list[int]:
         """Ids of the trained experts, in row order."""
         return [self._local_ids[index] for index in self.order_e[: self.num_trained].tolist()]
 
-    def _pairs(self):
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, param in self.named_parameters(recurse=False):
-            yield name, param, self._layer.tensor(name).data[: self.num_trained]
+            yield param, self._layer.tensor(name).data[: self.num_trained]
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Make W[:S] hold what the parameters hold: free in fp32, a copy in bf16.
+        """Make W[:S] hold what the parameters hold. This is free in fp32 and a copy in bf16.
 
-        The copy is made every time: fused optimizers, and whoever writes to `param.data`, change a parameter without
-        raising its version counter, so that no cheap test tells whether it changed.
+        The copy is made at every call. A fused optimizer, or a write to `param.data`, does not raise the version
+        counter of a parameter. So no cheap test can tell whether it changed.
         """
-        for _, param, rows in self._pairs():
+        for param, rows in self._pairs():
             if param.dtype != torch.float32:
                 param.data = param.data.float()
             if rows.dtype != torch.float32:
@@ -232,14 +230,21 @@ class TrainedExperts(nn.Module):
     @torch.no_grad()
     def read_in(self) -> None:
         """Make the parameters hold what W[:S] holds, after the fused tensor was written to."""
-        for _, param, rows in self._pairs():
+        for param, rows in self._pairs():
             if rows.data_ptr() != param.data_ptr():
                 param.copy_(rows)
         self.write_back()
 
 
+def _reorder(layer: FusedExperts, rows_e: Tensor) -> None:
+    """Put the rows of every fused tensor into the order `rows_e`. Frozen experts elsewhere (frozen.py) stay last."""
+    for name in layer.tensor_names:
+        fused = layer.tensor(name)
+        fused.data.copy_(fused.data[rows_e[: len(fused)]])
+
+
 def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
-    """Freeze an experts module except for `experts`. Those that are local become the first rows."""
+    """Freeze a layer's experts except for `experts`. Those that are local become the first rows."""
     module = layer.module
     module.requires_grad_(False)
     if not set(experts) & set(layer.local_ids):
@@ -257,11 +262,7 @@ def release_experts(layer: FusedExperts) -> None:
     module = layer.module
     module.trained.write_back()
     rows_e = module.trained.row_of_e
-    if layer.frozen:
-        rows_e = rows_e[layer.frozen.order_e]
-    for name in layer.tensor_names:
-        fused = layer.tensor(name)
-        fused.data.copy_(fused.data[rows_e[: len(fused)]])
+    _reorder(layer, rows_e if layer.frozen is None else rows_e[layer.frozen.order_e])
     for hook in module._trained_hooks:
         hook.remove()
     del module.trained, module._trained_hooks
@@ -281,118 +282,3 @@ def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) ->
             ordered = state_dict[f"{prefix}{name}"][module.trained.order_e.to(state_dict[f"{prefix}{name}"].device)]
             state_dict[f"{prefix}{name}"] = ordered
             state_dict[f"{prefix}trained.{name}"] = ordered[: module.trained.num_trained]
-
-
-# Parameters outside the experts (shared experts, non-expert modules) keep their own storage where they are fp32; a bf16
-# one becomes the cast of an fp32 master, by torch's parametrization, so that small updates do not round away. Tied
-# parameters share one master. Two hooks on the model keep this out of its state dict.
-
-
-class _Cast(nn.Module):
-    """fp32 master -> the dtype the model computes in, which `like` follows through `.to(dtype)`."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-
-    def forward(self, master: Tensor) -> Tensor:
-        if master.dtype != torch.float32:  # the model was cast since
-            master.data = master.data.float()
-        return master.to(self.like.dtype)
-
-
-DTYPE_OF_BASE = "dtype_of_base"  # an empty parameter that comes first: transformers' `model.dtype` is the first one's
-
-
-@dataclass
-class _Masters:
-    """What a model remembers about its masters until `release_parameters`."""
-
-    keys: list[str]  # of the base's state dict, in order
-    first: dict[str, str]  # parameter with a master -> the first of those it is tied to, often itself
-    hooks: list
-
-
-def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module_name, _, attribute = name.rpartition(".")
-    return model.get_submodule(module_name), attribute
-
-
-def train_parameters(model: nn.Module, names: Iterable[str]) -> None:
-    """Make ordinary parameters trainable, in fp32; the model goes on computing in the dtype it had."""
-    keys = [
-        f"{prefix}.{name}".removeprefix(".")
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name in (*module._parameters, *module._buffers)
-    ]
-    dtype = next(model.parameters()).dtype
-    tied: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(param), []).append(name)
-    masters = _Masters(keys, {}, [])
-    for name in names:
-        param = model.get_parameter(name)
-        param.requires_grad_(True)
-        if param.dtype == torch.float32:
-            continue
-        cast_to, param.data = param.dtype, param.data.float()
-        for other in tied[id(param)]:
-            parametrize.register_parametrization(*_holder(model, other), _Cast(cast_to), unsafe=True)
-            masters.first[other] = name
-    if masters.first:
-        model.register_parameter(DTYPE_OF_BASE, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
-        masters.hooks = [
-            model.register_state_dict_post_hook(_state_dict_without_masters),
-            model.register_load_state_dict_pre_hook(_load_into_masters),
-        ]
-        model._masters = masters
-
-
-def trained_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """The parameter that an optimizer sees: the one of that name, or its fp32 master."""
-    module, attribute = _holder(model, name)
-    if parametrize.is_parametrized(module, attribute):
-        return module.parametrizations[attribute].original
-    return getattr(module, attribute)
-
-
-def release_parameters(model: nn.Module) -> None:
-    """Undo `train_parameters`; the values stay as trained, in the dtype of the base."""
-    masters = model.__dict__.pop("_masters", None)
-    if masters is None:
-        return
-    delattr(model, DTYPE_OF_BASE)
-    for hook in masters.hooks:
-        hook.remove()
-    values = {name: getattr(*_holder(model, name)).detach() for name in set(masters.first.values())}
-    for name, first in masters.first.items():
-        module, attribute = _holder(model, name)
-        param, cls = trained_parameter(model, name), type(module)
-        # torch takes the parametrized property out of the class, which a deep copy of this module shares
-        module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-        param.data, param.grad = values[first], None
-        setattr(module, attribute, param)
-
-
-def _state_dict_without_masters(model: nn.Module, state_dict: dict, prefix: str, _metadata) -> None:
-    state_dict.pop(f"{prefix}{DTYPE_OF_BASE}", None)
-    values = {name: getattr(*_holder(model, name)).detach() for name in set(model._masters.first.values())}
-    for name, first in model._masters.first.items():
-        state_dict.pop(prefix + _master_key(name), None)
-        state_dict[prefix + name] = values[first]
-    for key in model._masters.keys:
-        if prefix + key in state_dict:
-            state_dict[prefix + key] = state_dict.pop(prefix + key)
-
-
-def _load_into_masters(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    state_dict[f"{prefix}{DTYPE_OF_BASE}"] = getattr(model, DTYPE_OF_BASE).data
-    for name in model._masters.first:
-        if prefix + name in state_dict:
-            state_dict[prefix + _master_key(name)] = state_dict.pop(prefix + name)
-
-
-def _master_key(name: str) -> str:
-    module_name, _, attribute = name.rpartition(".")
-    return f"{module_name}.parametrizations.{attribute}.original"

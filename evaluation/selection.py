@@ -57,20 +57,13 @@ class PackCounts:
     @classmethod
     def of(cls, counts_P: list[RouterCounts]) -> "PackCounts":
         """Join the counts of the packs."""
-        layers = sorted(counts_P[0].slots_LE)
-        every = {"slots": "slots_LE", "gates": "gates_LE", "probs": "probs_LE"}
-        sums = {
-            kind: torch.tensor([[getattr(counts, name)[layer] for layer in layers] for counts in counts_P])
-            for kind, name in every.items()
-            if getattr(counts_P[0], name)
-        }
-        return cls(counts_P[0].top_k, layers, torch.tensor([counts.tokens for counts in counts_P]), sums)
+        sums = {kind: torch.stack([counts.sums[kind] for counts in counts_P]) for kind in counts_P[0].sums}
+        return cls(counts_P[0].top_k, counts_P[0].layers, torch.tensor([counts.tokens for counts in counts_P]), sums)
 
     def total(self) -> RouterCounts:
         """Return the counts of all packs together."""
-        found = {kind: dict(zip(self.layers, sums_PLE.sum(0).tolist())) for kind, sums_PLE in self.sums.items()}
-        tokens = int(self.tokens_P.sum())
-        return RouterCounts(self.top_k, tokens, found["slots"], found["gates"], found.get("probs", {}))
+        sums = {kind: sums_PLE.sum(0) for kind, sums_PLE in self.sums.items()}
+        return RouterCounts(self.top_k, int(self.tokens_P.sum()), self.layers, sums)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file. The slots of a pack fit into 32 bits, the sums of gate weights do not."""
@@ -87,7 +80,7 @@ class PackCounts:
         path = folder / PACKS_NAME
         if not path.is_file():
             if any(folder.glob("expert_weights_*.txt")) or any(folder.glob("rank_*/expert_weights_*.txt")):
-                return cls._of_logs(folder)
+                return cls.of(read_logs(folder))
             raise FileNotFoundError(
                 f"cannot find the counts of each pack in {folder}: no {PACKS_NAME}. Score the experts again with "
                 "scripts/expert/get_expert_scores.py"
@@ -102,25 +95,6 @@ class PackCounts:
         if scores.by_function != ExpertScores.load(folder).by_function:
             raise ValueError(f"cannot use {path}: summary.json beside it has other scores. Score the experts again")
         return packs
-
-    @classmethod
-    def _of_logs(cls, folder: Path) -> "PackCounts":
-        every = read_logs(folder)  # checks every line
-        num_experts = len(next(iter(every.slots_LE.values())))
-        layers = sorted(every.slots_LE)
-        ranks = sorted(path for path in folder.glob("rank_*") if path.is_dir()) or [folder]
-        slots_L, gates_L = [], []
-        for layer in layers:
-            text = "\n".join((rank / f"expert_weights_{layer}.txt").read_text(encoding="utf-8") for rank in ranks)
-            lines = [line.strip().split("\t\t") for line in text.splitlines() if line.strip()]
-            ids_P = [torch.tensor([int(word) for word in left.split("\t")]) for left, _ in lines]
-            gates_P = [torch.tensor([float(x) for x in right.split("\t")]).double() for _, right in lines]
-            units_P = [(gates * RouterCounts.UNIT).round().long() for gates in gates_P]
-            zeros = torch.zeros(num_experts, dtype=torch.long)
-            slots_L.append(torch.stack([ids.bincount(minlength=num_experts) for ids in ids_P]))
-            gates_L.append(torch.stack([zeros.scatter_add(0, ids, units) for ids, units in zip(ids_P, units_P)]))
-        tokens_P = slots_L[0].sum(1) // every.top_k
-        return cls(every.top_k, layers, tokens_P, {"slots": torch.stack(slots_L, 1), "gates": torch.stack(gates_L, 1)})
 
 
 # ------------------------------------------------------------------------------------------------ stability

@@ -265,7 +265,7 @@ def write_tensors(
             path, key = sources[name]
             value = adapters[path].read(key)
             if finite and not value.isfinite().all():
-                raise ValueError(f"{path}: {key} has values that are no finite numbers; train the adapter anew")
+                raise ValueError(f"{path}: {key} has values that are not finite; train the adapter anew")
             for place in places[name]:
                 shard = shards[files[place.key]]
                 stored = shard.read(place.key, place.row)

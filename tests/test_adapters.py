@@ -388,7 +388,7 @@ def test_a_lora_adapter_is_merged(tmp_path):
     before = logits(base)
     other = {"base": {**base_note(base, "another"), "model_type": base.config.model_type}}
     (tmp_path / "lora" / "base.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=r"no LoRA of this model .*trained on another base model"):
+    with pytest.raises(ValueError, match=r"not a LoRA of this model .*trained on another base model"):
         add_adapter(base, tmp_path / "lora")
     (tmp_path / "lora" / "base.json").unlink()  # one that peft made has none
     merged = add_adapter(base, tmp_path / "lora")

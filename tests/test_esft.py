@@ -7,7 +7,8 @@ import torch
 from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepseek.experts import moe_layers, trained_parameter
+from deepseek.experts import moe_layers
+from deepseek.masters import trained_parameter
 from esft import ExpertConfig, RouterCapture, to_esft, unload
 from tests.helpers import FAMILIES, SMALL, make_model
 
@@ -204,9 +205,10 @@ def test_experts_without_a_token(family):
     base, ids = make_model(family), torch.tensor([[7, 8]])
     with RouterCapture(base) as capture, torch.no_grad():
         base(ids)
-    slots = capture.counts().slots_LE
-    busy = {layer: max(range(8), key=counts.__getitem__) for layer, counts in slots.items()}
-    idle = {layer: counts.index(0) for layer, counts in slots.items()}
+    counts = capture.counts()
+    slots = dict(zip(counts.layers, counts.sums["slots"].tolist()))
+    busy = {layer: max(range(8), key=slots_E.__getitem__) for layer, slots_E in slots.items()}
+    idle = {layer: slots_E.index(0) for layer, slots_E in slots.items()}
     config = ExpertConfig({layer: (idle[layer], busy[layer]) for layer in slots})
     found = gradients(backward(to_esft(copy.deepcopy(base), config), ids))
     assert_equal_gradients(found, full_gradients(base, config, found, ids))

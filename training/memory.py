@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from deepseek.expert_parallel import connect_experts
-from deepseek.experts import moe_layers, train_experts, train_parameters
+from deepseek.experts import moe_layers, train_experts
 from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import auto_class
+from deepseek.masters import train_parameters
 from deepseek.placement import place_layers
 from deepseek.process_groups import Ranks
 from training import dry_run

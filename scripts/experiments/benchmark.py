@@ -124,7 +124,8 @@ def routed_share(model: nn.Module, config: ExpertConfig, ids_BT: Tensor) -> floa
     """Return the share of a batch's routed rows that reach the experts of `config`."""
     with torch.no_grad(), RouterCapture(model.base_model) as capture:
         model.base_model(ids_BT, use_cache=False)
-    slots_LE = capture.counts().slots_LE
+    counts = capture.counts()
+    slots_LE = dict(zip(counts.layers, counts.sums["slots"].tolist()))
     return sum(slots_LE[i][e] for i, ids in config.experts.items() for e in ids) / sum(map(sum, slots_LE.values()))
 
 

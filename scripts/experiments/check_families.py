@@ -51,9 +51,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from deepseek.experts import FusedExperts, MoELayer, moe_layers, trained_parameter
+from deepseek.experts import FusedExperts, MoELayer, moe_layers
 from deepseek.files import check_output, suggest, write_json, write_text
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
+from deepseek.masters import trained_parameter
 from deepseek.routing import RouterCounts
 from esft import (
     ExpertConfig,
@@ -294,7 +295,7 @@ def count(model: nn.Module) -> RouterCounts:
     def hook(layer: MoELayer):
         def add(_module, args) -> None:
             _, ids_TK, weights_TK = args
-            slots_LE[layer.index] = ids_TK[weights_TK != 0].bincount(minlength=layer.num_experts).tolist()
+            slots_LE[layer.index] = ids_TK[weights_TK != 0].bincount(minlength=layer.num_experts)
 
         return layer.module.register_forward_pre_hook(add)
 
@@ -304,9 +305,12 @@ def count(model: nn.Module) -> RouterCounts:
     for handle in handles:
         handle.remove()
     counts = capture.counts()
-    check(counts.slots_LE == slots_LE, "the counts are not those of the tokens that reach the experts")
+    reached_LE = torch.stack([slots_LE[index] for index in counts.layers])
     check(
-        all(len(counts.probs_LE[layer]) == len(slots_LE[layer]) for layer in counts.probs_LE),
+        torch.equal(counts.sums["slots"], reached_LE), "the counts are not those of the tokens that reach the experts"
+    )
+    check(
+        all(sums_LE.shape == reached_LE.shape for sums_LE in counts.sums.values()),
         "there are router probabilities of more than the experts",
     )
     return counts

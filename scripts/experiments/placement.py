@@ -75,9 +75,9 @@ def read_recordings(path: Path) -> list[Recording]:
 
 def read_halves(folder: Path, logs: list[Path], width: int = 0) -> Recording:
     """Count rows by layer and expert in each half of the lines of each log; at least `width` experts per layer."""
-    counts = read_logs(folder)  # refuses damaged logs, and knows K
-    experts = dict.fromkeys(range(max(width, *map(len, counts.slots_LE.values()))), 0)
-    first_LE, second_LE = ({layer: Counter(experts) for layer in counts.slots_LE} for _ in range(2))
+    counts = read_logs(folder)[0]  # refuses damaged logs, and knows K
+    experts = dict.fromkeys(range(max(width, counts.sums["slots"].shape[1])), 0)
+    first_LE, second_LE = ({layer: Counter(experts) for layer in counts.layers} for _ in range(2))
     for log in logs:
         layer, lines = int(log.stem.removeprefix("expert_weights_")), log.read_text(encoding="utf-8").splitlines()
         if len(lines) < 2:
@@ -86,7 +86,7 @@ def read_halves(folder: Path, logs: list[Path], width: int = 0) -> Recording:
             half_LE = first_LE if number < len(lines) // 2 else second_LE
             half_LE[layer].update(map(int, line.partition("\t\t")[0].split("\t")))
     first, second = (half_LE[layer].total() // counts.top_k for half_LE in (first_LE, second_LE))
-    layers = ", ".join(map(str, counts.slots_LE))
+    layers = ", ".join(map(str, counts.layers))
     how = (
         f"placed by the first half of each routing log ({first:,} tokens) and measured on the second ({second:,}); "
         f"layers {layers}; the trained experts were selected on both"

@@ -420,7 +420,8 @@ def unchosen(bases, world: int, checkpointing: bool) -> list[Case]:
         batches = [[batch(1000 * seed + rank, 4, tokens=2)] for rank in range(world)]
         with esft.RouterCapture(model) as capture, torch.no_grad():
             model(torch.cat([inputs["input_ids"] for (inputs,) in batches]))
-        slots_LE = capture.counts().slots_LE
+        counts = capture.counts()
+        slots_LE = dict(zip(counts.layers, counts.sums["slots"].tolist()))
         if all(0 in slots_E for slots_E in slots_LE.values()):
             break
     idle = {layer: slots_E.index(0) for layer, slots_E in slots_LE.items()}

@@ -423,7 +423,7 @@ def test_scores_training_adapter_and_merge(variant, dtype, tmp_path, tiny_tokeni
     with RouterCapture(model, prob=True) as capture:
         logits_of(model)
     counts = capture.counts()
-    assert (counts.tokens, counts.top_k, list(counts.slots_LE)) == (24, 3, mixtures(config))
+    assert (counts.tokens, counts.top_k, counts.layers) == (24, 3, mixtures(config))
     scores = ExpertScores.from_counts(counts)
     for layer in mixtures(config):
         assert sum(scores["token"][layer].values()) == pytest.approx(1, abs=1e-3)  # scores are rounded

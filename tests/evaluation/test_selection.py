@@ -56,15 +56,14 @@ def make_packs(P: int, noise: float, seed: int = 0, length: int = 40) -> PackCou
     odds = [[rng.random() ** 3 + 0.01 for _ in range(E)] for _ in range(L)]
     counts = []
     for _ in range(P):
-        slots, gates = {}, {}
+        slots, gates = [], []
         for layer in range(L):
             weights = [w * math.exp(rng.uniform(-noise, noise)) for w in odds[layer]]
             chosen = rng.choices(range(E), weights, k=K * length)
-            slots[layer + 1] = [chosen.count(e) for e in range(E)]
-            gates[layer + 1] = [
-                round(n * (0.5 + 0.1 * e) * RouterCounts.UNIT / 8) for e, n in enumerate(slots[layer + 1])
-            ]
-        counts.append(RouterCounts(K, length, slots, gates))
+            slots.append([chosen.count(e) for e in range(E)])
+            gates.append([round(n * (0.5 + 0.1 * e) * RouterCounts.UNIT / 8) for e, n in enumerate(slots[-1])])
+        sums = {"slots": torch.tensor(slots), "gates": torch.tensor(gates)}
+        counts.append(RouterCounts(K, length, list(range(1, L + 1)), sums))
     return PackCounts.of(counts)
 
 
@@ -81,9 +80,9 @@ def test_pack_counts_add_up_and_survive_the_file(tmp_path):
     scores = ExpertScores.from_counts(packs.total())
     scores.save(tmp_path / "summary.json")
     again = PackCounts.load(tmp_path)
-    assert again.total() == packs.total() and again.layers == [1, 2] and len(again) == 5
+    assert again.layers == [1, 2] and len(again) == 5
     assert all(torch.equal(again.sums[kind], packs.sums[kind]) for kind in packs.sums)
-    assert packs.total().slots_LE[1][3] == sum(int(packs.sums["slots"][p, 0, 3]) for p in range(5))
+    assert packs.total().sums["slots"][0, 3] == sum(int(packs.sums["slots"][p, 0, 3]) for p in range(5))
 
     make_packs(5, 1.0, seed=1).save(tmp_path / PACKS_NAME)
     with pytest.raises(ValueError, match="has other scores"):
@@ -462,8 +461,8 @@ def test_routing_drifts_above_what_was_changed_and_nowhere_else(tasks, tiny_mode
     settings = SampleSettings(str(tasks / "a.jsonl"), n_sample_tokens=1000, seq_length=128)
     packs, shares = sample_packs(settings, load_tokenizer(tiny_model_dir)), []
     for model in (make_model(), add_adapter(make_model(), adapter / "changed")):  # as scoring counts
-        slots_E = PackCounts.of(list(count_routing(model, packs))).total().slots_LE[2]
-        shares.append(slots_E[0] / sum(slots_E))
+        slots_E = PackCounts.of(list(count_routing(model, packs))).total().sums["slots"][1]
+        shares.append(float(slots_E[0] / slots_E.sum()))
     assert [second["trained_before"], second["trained_after"]] == pytest.approx(shares) and shares[0] != shares[1]
 
     same = drift_of(tasks, tiny_model_dir, adapter / "same", tmp_path / "same")

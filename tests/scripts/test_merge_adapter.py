@@ -335,7 +335,7 @@ def test_an_adapter_that_is_no_number_is_refused(parts):
     tensors = load_file(parts[1] / "adapter.safetensors")
     tensors[UP].view(-1)[5] = torch.inf
     save_file(tensors, parts[1] / "adapter.safetensors")
-    with pytest.raises(ValueError, match=f"{UP} has values that are no finite numbers"):
+    with pytest.raises(ValueError, match=f"{UP} has values that are not finite"):
         merge_parts(parts)
     assert not parts[2].exists()
 
@@ -364,7 +364,7 @@ def test_without_what_was_replaced_there_is_no_way_back(parts):
         script.merge_adapter(out, [adapter], out, overwrite=True)
     shutil.rmtree(out / "replaced")
     (out / "replaced").mkdir()
-    with pytest.raises(FileNotFoundError, match="replaced is no adapter"):
+    with pytest.raises(FileNotFoundError, match="replaced is not an adapter"):
         script.unmerge(out, out.with_name("again"))
     assert not out.with_name("again").exists() and hashes(out) == merged
 
