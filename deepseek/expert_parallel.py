@@ -1,12 +1,12 @@
-"""Expert parallelism: the experts of each layer lie on several ranks, and tokens travel to them and back.
+"""Expert parallelism: the experts of each layer are on several ranks, and tokens travel to them and back.
 
     world_size = replicas x ep_size            ranks 0 1 2 3 with ep_size 2:   replica 0 = {0, 1}, replica 1 = {2, 3}
                                                the same experts on ranks {0, 2} and {1, 3}
 
-Every rank has batches of its own and all dense weights. In an MoE layer each routed row (a token and one of its K
-experts) goes to the rank that holds the expert, in one all-to-all, with its gate weight in spare columns; there the
-ordinary ESFT forward (grouped_gemm.py) runs with K = 1; a second all-to-all brings the weighted outputs home. A slot is
-an expert's place in the order "rank 0's rows, rank 1's rows", so that one sort by slot makes every message contiguous:
+Every rank has batches of its own and all dense weights. A routed row is a token with one of its K experts. In an MoE
+layer, one all-to-all sends each row to the rank that holds the expert, with the gate weight in spare columns. There the
+usual ESFT forward (grouped_gemm.py) runs with K = 1. A second all-to-all brings the weighted outputs home. A slot is an
+expert's place in the order "rows of rank 0, rows of rank 1, ...". One sort by slot makes every message contiguous:
 
     rank 0 holds experts 0 2 4, of which 2 is trained: rows 2 0 4       slot of   2 0 4 | 5 1 3
     rank 1 holds experts 1 3 5, of which 5 is trained: rows 5 1 3       is        0 1 2 | 3 4 5
@@ -16,12 +16,13 @@ an expert's place in the order "rank 0's rows, rank 1's rows", so that one sort 
     sorted_N   0 1 1 | 3 3 4          sent: 3 rows to rank 0, 3 to rank 1
     perm_N     2 1 4 | 0 3 5          what `_Combine` undoes
 
-The number of rows per message is only known on the device: reading it is the one host synchronisation of a layer.
-Tokens are sent once per expert, not once per rank that has any of them: that would save about a quarter of the traffic
-(K 6, 8 ranks) and cost the exact order of a token's sum.
+Only the device knows the number of rows per message. Reading it is the one host synchronization of a layer. A token is
+sent once per expert. To send it once per rank would save about a quarter of the traffic (K 6, 8 ranks), but change the
+order in which a token's outputs are summed.
 
-Gradients: a rank's backward holds what all tokens of its replica gave to its experts, so with the loss divided by the
-label tokens of the whole world, experts are summed over the ranks that hold the same ones, all else over the world.
+Gradients: the loss is divided by the label tokens of the whole world. A rank's backward covers all tokens of its
+replica that reached its experts. So gradients of experts are summed over the ranks that hold the same ones, and all
+others over the world.
 
 Legend: T tokens, D hidden, K top-k, N = T*K routed rows, R rows a rank holds after dispatch, E experts, P ranks of a
 group.
@@ -74,7 +75,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Shard:
-    """What an experts module knows of its layer's placement."""
+    """The placement of a layer, as one rank sees it."""
 
     group: Any
     sizes_P: tuple[int, ...]  # experts per rank
@@ -99,9 +100,9 @@ class Shard:
 def connect_experts(
     model: nn.Module, placements: Mapping[int, Placement], trained_L: Mapping[int, Iterable[int]], ranks: Ranks
 ) -> None:
-    """Make the forward of a model that holds local experts only (`loading.load_base_model`) send rows to their ranks.
+    """Make the forward of a model that holds local experts only send rows to the ranks of their experts.
 
-    Called after `to_esft`, which put the trained experts of each rank first.
+    Call this after `to_esft`, which puts the trained experts of each rank first.
     """
     for layer in moe_layers(model).values():
         trained, placement = set(trained_L.get(layer.index, ())), placements[layer.index]
@@ -114,7 +115,7 @@ def connect_experts(
 
 
 def _pack(x_ND: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:
-    """Rows `index_N` of x with a number of any dtype beside each, in columns that keep rows aligned to 16 bytes."""
+    """Return rows `index_N` of x, each with its weight in spare columns. Rows stay aligned to 16 bytes."""
     D = x_ND.shape[1]
     out = x_ND.new_empty(len(index_N), D + 16 // x_ND.element_size())
     torch.index_select(x_ND, 0, index_N, out=out[:, :D])
@@ -123,13 +124,13 @@ def _pack(x_ND: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:
 
 
 def _unpack(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x, weights) of `_pack`, as views."""
+    """Return (x, weights) of packed rows, as views."""
     D = rows.shape[1] - 16 // rows.element_size()
     return rows[:, :D], rows[:, D:].view(dtype)[:, 0]
 
 
 class _Dispatch(torch.autograd.Function):
-    """x_TD, weight_TK -> x_RD, weight_R1 on the ranks that hold the experts."""
+    """Send x_TD and weight_TK to the ranks that hold the experts, where they are x_RD and weight_R1."""
 
     @staticmethod
     def forward(ctx, x_TD, weight_TK, route):
@@ -149,7 +150,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y_RD -> the sum over each token's K rows, at home."""
+    """Bring y_RD home and sum the K rows of each token."""
 
     @staticmethod
     def forward(ctx, y_RD, route):
@@ -165,15 +166,15 @@ class _Combine(torch.autograd.Function):
 
 
 def _home(rows_ND: Tensor, route: Route) -> Tensor:
-    """Rows as they were sent, summed by token: (N, D) -> (T, D)."""
+    """Sum rows, in the order in which they were sent, by token: (N, D) -> (T, D)."""
     rows = rows_ND.index_select(0, route.inverse_TK.reshape(-1))
     return rows.view(*route.inverse_TK.shape, rows_ND.shape[1]).sum(1)
 
 
 def expert_parallel_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-    """`grouped_gemm.esft_experts_forward` over the ranks of a group, which all call it, with T of their own (or 0)."""
+    """Compute `grouped_gemm.esft_experts_forward` over the ranks of a group. All ranks call it, each with its own T."""
     if torch.is_grad_enabled() and module.shard.trained and not x_TD.requires_grad:
-        # The first trained layer: a rank without trained experts in it must take part in the backward of the others.
+        # In the first trained layer, a rank without trained experts must still take part in the others' backward.
         x_TD = x_TD.detach().requires_grad_()
     route = module.shard.route(module.slot_E[topk_ids_TK])
     x_RD, weight_R1 = _Dispatch.apply(x_TD, topk_weights_TK, route)
@@ -189,13 +190,13 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, expert_parallel_forward)
 
 
 def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors (in host memory, by name) of all ranks of the first replica, on rank 0; elsewhere an empty dict.
+    """Return on rank 0 the tensors (by name, in host memory) of all ranks of the first replica; elsewhere {}.
 
-    A name that several ranks have is taken from the lowest.
+    If several ranks have a name, the lowest rank's tensor is taken.
     """
     if ranks.ep_size == 1:
         return dict(tensors) if ranks.rank == 0 else {}
-    notes = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+    notes = [(name, t.shape, t.dtype) for name, t in tensors.items()]
     notes_P = ranks.gather(notes if ranks.first_replica else [])
     gathered, known = dict(tensors) if ranks.rank == 0 else {}, {name for name, *_ in notes_P[0]}
     for source, listed in enumerate(notes_P[1:], 1):
@@ -206,7 +207,7 @@ def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Te
             if ranks.rank == source:
                 dist.send(_as_bytes(tensors[name]), 0, group=ranks.host)
             elif ranks.rank == 0:
-                gathered[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                gathered[name] = torch.empty(shape, dtype=dtype)
                 dist.recv(_as_bytes(gathered[name]), source, group=ranks.host)
     return gathered
 
@@ -216,10 +217,10 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def shard_dense(model: nn.Module, timeout: timedelta, device: torch.device) -> None:
-    """Share out the frozen dense weights over the world by FSDP2, layer by layer; experts and all that is trained stay
-    as they are. In place; the model is on `device` afterwards. Before the first forward.
+    """Shard the frozen dense weights over the world with FSDP2, layer by layer, before the first forward.
 
-    It has a group of its own: its gathers and the reductions of gradients come in an order that differs by rank.
+    This works in place and moves the model to `device`. Experts and trained parameters are not sharded. FSDP2 gets a
+    process group of its own, because ranks differ in the order of its gathers and the reductions of gradients.
     """
     mesh = DeviceMesh.from_group(dist.new_group(timeout=timeout), device.type)
     layers = list(moe_layers(model).values())

@@ -15,23 +15,24 @@ os.umask(UMASK)
 
 
 def check_output(path: str | Path, folder: bool = False) -> None:
-    """Raise ValueError where no file (or folder) can be made at `path`, before hours of work are spent on it."""
+    """Raise ValueError if no file (or folder) can be written to `path`. Call this before hours of work."""
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"{path} cannot be written: it is a {'file' if folder else 'folder'}; give another path")
     place = next(place for place in path.absolute().parents if place.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ValueError(f"{path} cannot be written: {place} is no folder that may be written to; give another path")
+        raise ValueError(f"{path} cannot be written: {place} is not a writable folder; give another path")
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, folder: bool = False) -> Iterator[Path]:
-    """A path to write a file to (or a folder), renamed to `path` on success and removed on failure; parents are made.
+    """Yield a path to write a file (or a folder) to. On success it becomes `path`, on failure it is removed.
 
-    It has the name of `path`, in a hidden folder beside it, so that a run killed here leaves nothing that looks like an
-    output. A folder that is there must be empty; what is neither (/dev/null, a pipe) is yielded itself.
+    The yielded path has the name of `path` and lies in a hidden folder beside it. So a killed run leaves nothing that
+    looks like an output. If `path` is a folder, it must be empty. A pipe or a device is yielded itself.
 
-    Raises ValueError where nothing can be made there.
+    Raises:
+        ValueError: nothing can be written there.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -47,7 +48,7 @@ def atomic_path(path: str | Path, folder: bool = False) -> Iterator[Path]:
 
 
 def set_modes(path: Path) -> None:
-    """Give a file, or those in a folder, the permissions that the umask asks for, where safetensors gave fewer."""
+    """Give a file, or the files in a folder, the permissions of the umask. safetensors gives fewer."""
     for file in (path, *path.rglob("*")) if path.is_dir() else (path,):
         if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
             file.chmod(0o666 & ~UMASK)
@@ -71,12 +72,12 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a JSONL file, blank lines skipped; a bad line is a ValueError that names file and line."""
+    """Return the objects of a JSONL file. Blank lines are skipped. A ValueError names the file and a bad line."""
     return [row for _, row in read_json_rows(Path(path))]
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, object) of JSON lines, or of one array in a .json file."""
+    """Yield ("file:line", object) of JSON lines, or of the array in a .json file."""
 
     def parse(text: bytes, line: int) -> object:
         try:
@@ -106,7 +107,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -115,13 +116,13 @@ def sha256(path: Path) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest of `known`, or an empty string."""
+    """Return ` (did you mean 'x'?)` with the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def suggest_path(path: str | Path) -> str:
-    """`suggest` for the first part of a path that is not there, among what is beside it."""
+    """Return a `suggest` for the first part of a path that does not exist, from the names beside it."""
     missing = next((part for part in [*reversed(Path(path).parents), Path(path)] if not part.exists()), None)
     if missing is None or not missing.parent.is_dir():
         return ""

@@ -1,11 +1,12 @@
 """Sum gradients over ranks in buckets while the backward still runs, and clip them by one global norm.
 
-A parameter belongs to the process group whose ranks hold it: trained experts to the ranks that hold the same ones, all
-else to the world. Buckets follow the order in which a backward reaches the parameters (the last layer first) and start
-in that order on every rank, whichever is complete first. Each carries a flag per parameter beside the gradients:
+A parameter belongs to the process group of the ranks that hold it: for trained experts the ranks with the same ones,
+for all others the world. Buckets follow the order in which a backward reaches the parameters, the last layer first. All
+ranks start them in that order, even if a later one is complete first. A bucket has one flag per parameter:
 
-    bucket   [ grad of p7 | grad of p6 | ... | 1 1 ... ]     a parameter whose flags sum to 0 had no gradient anywhere
-                                                             and keeps None, so that no optimizer touches it
+    bucket   [ grad of p7 | grad of p6 | ... | 1 1 ... ]
+
+If the flags of a parameter sum to 0, no rank has a gradient. It stays None, and no optimizer touches the parameter.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(trained experts' parameters, all other trained parameters)."""
+    """Return (parameters of trained experts, all other trained parameters)."""
     layers = moe_layers(model, dense_ok=True).values()
     experts = [param for layer in layers if layer.trained for param in layer.trained.parameters()]
     known = {id(param) for param in experts}
@@ -45,7 +46,7 @@ class _Bucket:
             if param.grad is not None:
                 part.copy_(param.grad.reshape(-1))
                 flags[number] = 1
-            param.grad = part.view_as(param)  # the bucket is the gradient from here on, not a copy of it
+            param.grad = part.view_as(param)  # from here on the bucket is the gradient, and not a copy of it
         self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def finish(self) -> None:
@@ -58,10 +59,10 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Gradients of a backward pass -> their mean over the world, from where the loss is scaled by world_size.
+    """Replace the gradients of a backward by their mean over the world. The loss must be scaled by world_size.
 
     Args:
-        active: whether the backward at work is the last one before the optimizer step.
+        active: returns whether the present backward is the last one before the optimizer step.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, active: Callable[[], bool]):
@@ -104,7 +105,7 @@ class GradientReducer:
             self._started += 1
 
     def finish(self) -> None:
-        """Wait for what is under way; every gradient is the world's afterwards."""
+        """Wait for all buckets. Then every gradient is that of the world."""
         self._start(lambda bucket: True)
         for bucket in self.buckets:
             bucket.finish()
@@ -113,7 +114,7 @@ class GradientReducer:
             torch._foreach_mul_(grads, 1 / self.ranks.world_size)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients by min(1, max_norm / norm); returns the norm over the parameters of all ranks."""
+        """Scale all gradients by min(1, max_norm / norm). Return the norm over the parameters of all ranks."""
         parts = [[p.grad for p in part if p.grad is not None] for part in (self.experts, self.others)]
         experts_norm, others_norm = (get_total_norm(part).to(self.device) for part in parts)
         if self.ranks.ep_size > 1:

@@ -2,24 +2,24 @@
 
     h = x W_up^T (+ b)     a = gate(h)     y = a W_down^T (+ b)     out_t = sum_k w_tk y_tk
 
-Rows are sorted by expert, trained experts first (`experts.TrainedExperts`), so the rows that reach trained experts are
-the prefix [:n] and their weight gradient is one grouped product over it (T tokens, K top-k, N = T*K routed rows):
+Rows are sorted by expert, and trained experts come first (`experts.TrainedExperts`). So the rows that reach trained
+experts are the prefix [:n], and their weight gradient is one grouped product over it:
 
     sorted rows   | expert 2 | expert 5 | expert 6 | expert 0 | expert 1 | ...        N rows
     dW            |<------------ n rows ---------->|   not computed: frozen
     dx            |<------------------------ all N rows ------------------->|
 
-Why not the library's grouped_mm with autograd: it computes and stores the gradient of all E experts, and it keeps
-for backward the gathered x, h, the gate's parts, a and y. Here backward keeps the tokens x (which the residual stream
-holds anyway) and h; a is recomputed elementwise, and the gradient of the routing weights comes from the product that
-backward needs anyway: <g, y> = <g W_down, a> (+ <g, b>), so that y is never stored. The forward's values
-are those of the library's grouped_mm bit for bit.
+Why not the library's grouped_mm with autograd? It computes and stores the gradient of all E experts. For the backward
+it keeps the gathered x, h, the parts of the gate, a and y. Here the backward keeps the tokens x, which the residual
+stream holds anyway, and h. It computes a again, elementwise. The gradient of the routing weights comes from a product
+that the backward needs anyway: <g, y> = <g W_down, a> (+ <g, b>). So y is never stored. The values of the forward are
+those of the library's grouped_mm, bit for bit.
 
-The same function, without trained experts, serves the layers that have none. `reference_experts_forward` is the same
-mathematics as a plain loop over experts under autograd; tests compare the two.
+Layers without trained experts use the same function. `reference_experts_forward` is the same mathematics as a plain
+loop over experts under autograd. Tests compare the two.
 
 Legend: T tokens, K top-k, N = T*K routed rows, n of them on trained experts, D hidden, F expert hidden, E experts,
-S trained experts of the layer; _TD etc. name the dimensions of a tensor.
+S trained experts of the layer, I and O inputs and outputs of a matrix.
 """
 
 import torch
@@ -35,12 +35,12 @@ REFERENCE = "esft_reference"
 
 
 def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-    """Forward of a fused experts module, registered with transformers as "esft".
+    """Compute the output of a fused experts module. transformers knows this function as "esft".
 
     Args:
         x_TD: tokens, (T, D).
-        topk_ids_TK: expert ids as the router gives them, (T, K).
-        topk_weights_TK: gate weights that multiply the experts' outputs, (T, K).
+        topk_ids_TK: expert ids from the router, (T, K).
+        topk_weights_TK: gate weights, which multiply the outputs of the experts, (T, K).
 
     Returns:
         (T, D), in the dtype of `x_TD`.
@@ -50,7 +50,7 @@ def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, t
 
 
 def grouped_experts(layer: FusedExperts, x_TD: Tensor, rows_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-    """`esft_experts_forward` with experts given by their rows in the fused tensors; T may be 0."""
+    """Do the same as `esft_experts_forward` for experts given by their rows in the fused tensors. T may be 0."""
     params = ()
     if layer.trained:
         layer.trained.write_back()
@@ -59,7 +59,7 @@ def grouped_experts(layer: FusedExperts, x_TD: Tensor, rows_TK: Tensor, topk_wei
 
 
 def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-    """`esft_experts_forward` as a loop over experts, slow and obvious, registered as "esft_reference"."""
+    """Do the same as `esft_experts_forward` in a slow and obvious loop. transformers knows it as "esft_reference"."""
     layer = FusedExperts(module)
     rows_TK, (up_name, down_name) = layer.rows_of(topk_ids_TK), layer.weight_names
 
@@ -87,7 +87,7 @@ def _activate(module: nn.Module, h: Tensor) -> Tensor:
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Inputs with a gradient: x_TD, topk_weights_TK and the trained parameters (S, ...), as in tensor_names."""
+    """The forward and its backward. x_TD, topk_weights_TK and the trained parameters (S, ...) can have a gradient."""
 
     @staticmethod
     def forward(ctx, layer, x_TD, topk_weights_TK, rows_TK, *trained):
@@ -99,7 +99,7 @@ class _GroupedExperts(torch.autograd.Function):
         inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
         every_E = torch.arange(len(layer.local_ids), device=row_N.device)
         offs_E = torch.searchsorted(row_N, every_E, right=True).int()
-        # the host must know where each expert's rows begin where it makes matrices (frozen.py) or products one by one
+        # to dequantize matrices (frozen.py) or multiply one by one, the host must know where an expert's rows begin
         ctx.bounds = [0, *offs_E.tolist()] if layer.frozen or not has_kernel(x_TD) else None
 
         h_N = _linear(layer, up_name, x_TD.index_select(0, perm_N // K), offs_E, ctx.bounds)
@@ -127,14 +127,14 @@ class _GroupedExperts(torch.autograd.Function):
         (T, K), transposed = topk_weights_TK.shape, module.is_transposed
         up_name, down_name = layer.weight_names
         _, down_bias = _biases(layer)
-        # Rows of the trained prefix. On an accelerator reading n would stall the stream, and need not be done:
+        # Rows of the trained prefix. On an accelerator, reading n would stall the stream, so N is used instead:
         # grouped_mm stops at the last offset.
         n = N = len(row_N)
         if ctx.bounds:
             n = ctx.bounds[S]
         elif S and row_N.device.type == "cpu":
             n = int(offs_E[S - 1])
-        if not (need_x or need_weights):  # nothing trained below this layer: only the prefix matters
+        if not (need_x or need_weights):  # nothing is trained below this layer, so only the prefix matters
             N, offs_E = n, offs_E[:S]
         token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
 
@@ -147,11 +147,7 @@ class _GroupedExperts(torch.autograd.Function):
             y_ND = _linear(layer, down_name, a_NF.detach(), offs_E, ctx.bounds)
             if module.has_bias:
                 y_ND += down_bias[row_N[:N]]
-            with torch.enable_grad():
-                y_ND.requires_grad_()
-                normed_ND = module.post_expert_norm(y_ND)
-            dweight_N = (g_ND * normed_ND.detach()).sum(-1)
-            g_ND = torch.autograd.grad(normed_ND, y_ND, (g_ND * weight_N1).to(normed_ND.dtype))[0]
+            g_ND, dweight_N = _backward_norm(module.post_expert_norm, y_ND, g_ND, weight_N1)
             weight_N1 = torch.ones_like(weight_N1)
         da_NF = _linear(layer, down_name, g_ND, offs_E, ctx.bounds, backward=True)
         if need_weights and dweight_N is None:
@@ -162,7 +158,7 @@ class _GroupedExperts(torch.autograd.Function):
 
         dtrained = []
         if any(need_trained):
-            # the routing weight is applied to whichever factor is at hand with F columns, not D
+            # the routing weight is applied to the factor with F columns, which is smaller than the one with D
             wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)
             dtrained = [
                 _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], ctx.bounds, transposed),
@@ -184,6 +180,15 @@ class _GroupedExperts(torch.autograd.Function):
         return None, dx_TD, dweight_TK, None, *(dtrained or [None] * len(need_trained))
 
 
+def _backward_norm(norm: nn.Module, y_ND: Tensor, g_ND: Tensor, weight_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of y, where weight * norm(y) has the gradient g, and of the routing weights."""
+    with torch.enable_grad():
+        y_ND.requires_grad_()
+        normed_ND = norm(y_ND)
+    dweight_N = (g_ND * normed_ND.detach()).sum(-1)
+    return torch.autograd.grad(normed_ND, y_ND, (g_ND * weight_N1).to(normed_ND.dtype))[0], dweight_N
+
+
 def _biases(layer: FusedExperts) -> tuple[Tensor | None, Tensor | None]:
     return tuple(layer.tensor(name).data for name in layer.tensor_names[2:]) or (None, None)
 
@@ -191,10 +196,10 @@ def _biases(layer: FusedExperts) -> tuple[Tensor | None, Tensor | None]:
 def _linear(
     layer: FusedExperts, name: str, x_NI: Tensor, offs: Tensor, bounds: list[int] | None, backward: bool = False
 ) -> Tensor:
-    """Rows of the first len(offs) experts times their matrices in the fused tensor `name`; backward, these transposed.
+    """Multiply the rows of the first len(offs) experts by their matrices in the fused tensor `name`.
 
-    `bounds` are 0 and the offsets of all experts, on the host. Matrices of experts that are frozen in other storage
-    (frozen.py) are made a few at a time, and only where there are rows for them.
+    In the backward, the matrices are transposed. `bounds` are 0 and the offsets of all experts, on the host. Matrices
+    of stored experts (frozen.py) are dequantized a few at a time, and only if there are rows for them.
     """
     weight, transposed = layer.tensor(name).data, layer.module.is_transposed != backward
     if len(offs) <= len(weight):
@@ -210,10 +215,10 @@ def _linear(
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether torch's grouped_mm is one kernel here: on the CPU, and in bf16 on GPUs of compute capability 9 or 10.
+    """Return whether torch's grouped_mm is one kernel: on the CPU, and in bf16 on GPUs of compute capability 9 or 10.
 
-    Elsewhere (A100, RTX; fp32) it is a loop that reads the offsets from the device at every call, where ours reads them
-    once per layer; not run on such a GPU.
+    On other GPUs, and in fp32, grouped_mm is a loop that reads the offsets from the device at every call. Ours reads
+    them once per layer. It has not been run on such a GPU.
     """
     if x.device.type != "cuda":
         return True
@@ -221,7 +226,7 @@ def has_kernel(x: Tensor) -> bool:
 
 
 def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, bounds: list[int] | None, transposed: bool) -> Tensor:
-    """Rows of group e times weight[e]: weight is (groups, I, O) if `transposed` else (groups, O, I); returns (N, O)."""
+    """Multiply the rows of group e by weight[e], (groups, I, O) if `transposed` else (groups, O, I). Return (N, O)."""
     weight = weight if transposed else weight.transpose(-2, -1)
     if bounds is None or has_kernel(x_NI):
         return grouped_mm(x_NI, weight, offs=offs)
@@ -233,7 +238,7 @@ def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, bounds: list[int
 
 
 def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, bounds: list[int] | None, transposed: bool) -> Tensor:
-    """Weight gradient of `_grouped_linear` for the first len(offs) groups; rows past the last offset are not read."""
+    """Return the weight gradient of `_grouped_linear` for the first len(offs) groups. Rows after them are not read."""
     left, right = (x_nI, dy_nO) if transposed else (dy_nO, x_nI)
     if bounds is None or has_kernel(dy_nO):
         return grouped_mm(left.T, right, offs=offs)
@@ -245,14 +250,14 @@ def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, bounds: list[int] 
 
 
 def _sum_slots(rows_ND: Tensor, slots_TK: Tensor) -> Tensor:
-    """Sum of each token's K rows: (N, D), (T, K) row numbers -> (T, D)."""
-    if rows_ND.device.type == "cpu":  # without a copy of the rows in token order; may round unlike .sum(1)
+    """Sum the K rows of each token: (N, D), (T, K) row numbers -> (T, D)."""
+    if rows_ND.device.type == "cpu":  # makes no copy of the rows in token order; may round differently than .sum(1)
         return nn.functional.embedding_bag(slots_TK, rows_ND, mode="sum")
     return rows_ND.index_select(0, slots_TK.flatten()).view(*slots_TK.shape, -1).sum(1)
 
 
 def _segment_sum(rows: Tensor, group: Tensor, S: int) -> Tensor:
-    """Sum of the rows of each group < S (bias gradients); (n, C), (n,) -> (S, C)."""
+    """Sum the rows of each group < S, for bias gradients: (n, C), (n,) -> (S, C)."""
     total = torch.zeros(S + 1, rows.shape[1], dtype=torch.float32, device=rows.device)
     return total.index_add_(0, group.clamp(max=S), rows.float())[:S]
 

@@ -1,23 +1,23 @@
-"""The first DeepSeekMoE (`deepseek-ai/deepseek-moe-16b-base`, `-chat`), which transformers lacks, made of its parts.
+"""The first DeepSeekMoE (`deepseek-ai/deepseek-moe-16b-base`, `-chat`), built from parts of transformers.
 
     model type "deepseek"  =  Llama's attention, norms and rotary embedding, the mixture below, DeepSeek-V2's forward
 
 The mixture (DeepSeekMoE, arXiv 2401.06066, equations 9 to 11), for a token's residual h and its norm u:
 
     s_e = softmax_e(u W_gate^T)                         over all E routed experts
-    g_e = s_e where it is among the K highest, else 0   not renormalised, unless norm_topk_prob asks for it
+    g_e = s_e where it is among the K highest, else 0   renormalized only if norm_topk_prob is set
     out = h + FFN_shared(u) + sum_e g_e FFN_e(u)        FFN(u) = (silu(u gate_proj^T) * (u up_proj^T)) down_proj^T
 
-The `n_shared_experts` shared experts are one FFN of as many times an expert's width, in checkpoints, too. The first
-`first_k_dense_replace` layers, and those whose index `moe_layer_freq` does not divide, have a dense FFN; without
-`n_routed_experts` all have.
+The shared experts are one FFN, `n_shared_experts` times as wide as an expert. Checkpoints store it so, too. The first
+`first_k_dense_replace` layers have a dense FFN. So have layers with an index that `moe_layer_freq` does not divide, and
+all layers if there is no `n_routed_experts`.
 
-Importing this file registers the model type with transformers' Auto classes and with its conversion of checkpoints: on
+Importing this file registers the model type with transformers' Auto classes and with its conversion of checkpoints. On
 disk there is one tensor per expert and projection (`model.layers.<l>.mlp.experts.<e>.gate_proj.weight`), in memory one
-per layer. Code that a checkpoint brings along (`auto_map` in its config.json) is not run, whatever `trust_remote_code`
-says. The auxiliary loss for balance, a matter of pretraining, is left out, as in transformers' DeepSeek-V2. The router
-computes in fp32, as there; the code published with the model does so in the model's dtype, so that near ties may fall
-differently in bf16.
+per layer. Code in a checkpoint (`auto_map` in its config.json) is never run, even with `trust_remote_code`.
+
+As in transformers' DeepSeek-V2, there is no auxiliary loss for balance, and the router computes in fp32. The code that
+was published with the model computes it in the model's dtype, so near ties can fall differently in bf16.
 
 Legend: T tokens, D hidden, F expert hidden, E experts, K top-k.
 """
@@ -37,10 +37,10 @@ from transformers.utils.output_capturing import OutputRecorder
 
 @strict
 class DeepseekConfig(LlamaConfig):
-    """What config.json says. The defaults are those of the published configuration class, for keys that are not there.
+    """The keys of config.json. A missing key has the default of the published configuration class.
 
     Raises:
-        ValueError: a router that this model type does not have, or DeepSeek-V2 under the name it had at first.
+        ValueError: the router is not of this model type, or the model is a DeepSeek-V2 under its first name.
     """
 
     model_type = "deepseek"
@@ -66,9 +66,9 @@ class DeepseekConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if getattr(self, "kv_lora_rank", None) is not None:
+        if kwargs.get("kv_lora_rank") is not None:
             raise ValueError(
-                "kv_lora_rank is latent attention, so this is DeepSeek-V2 under the model type it had at first: put "
+                "kv_lora_rank means latent attention, so this is DeepSeek-V2 under its first model type: put "
                 '"model_type": "deepseek_v2" and "architectures": ["DeepseekV2ForCausalLM"] into its config.json'
             )
         if self.n_routed_experts is None:
@@ -87,7 +87,7 @@ class DeepseekConfig(LlamaConfig):
             )
 
     def has_experts(self, layer: int) -> bool:
-        """Whether the layer of this index is a mixture."""
+        """Return whether the layer of this index is a mixture."""
         if self.n_routed_experts is None:
             return False
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
@@ -97,11 +97,11 @@ class DeepseekRouter(nn.Module):
     def __init__(self, config: DeepseekConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.normalise = bool(config.norm_topk_prob) and self.top_k > 1  # as published: one weight alone is kept
+        self.normalise = bool(config.norm_topk_prob) and self.top_k > 1  # as published: a single weight stays as it is
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (T, E), and the weights and ids of each token's experts, (T, K) both; logits and weights in fp32."""
+        """Return the logits (T, E), and weights and ids (T, K) of each token's experts. All but ids are in fp32."""
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         weights_TK, ids_TK = logits_TE.softmax(-1).topk(self.top_k)
         if self.normalise:
@@ -109,7 +109,7 @@ class DeepseekRouter(nn.Module):
         return logits_TE, weights_TK, ids_TK
 
 
-@use_experts_implementation  # once more: transformers looks for these words in the file of a model
+@use_experts_implementation  # again, because transformers looks for this text in the file of a model
 class DeepseekExperts(v2.DeepseekV2Experts):
     """gate_up_proj (E, 2F, D) and down_proj (E, D, F)."""
 
@@ -125,7 +125,7 @@ class DeepseekMoE(nn.Module):
             self.shared_experts = v2.DeepseekV2MLP(config, intermediate_size=width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) to (..., D), without the residual."""
+        """Map (..., D) to (..., D), without the residual."""
         x_TD = hidden.flatten(0, -2)
         _, weights_TK, ids_TK = self.gate(x_TD)
         out_TD = self.experts(x_TD, ids_TK, weights_TK)
@@ -158,7 +158,7 @@ class DeepseekPreTrainedModel(v2.DeepseekV2PreTrainedModel):
 
 
 class DeepseekModel(DeepseekPreTrainedModel, v2.DeepseekV2Model):
-    """The forward is DeepSeek-V2's; what it calls is made here, and not there."""
+    """DeepSeek-V2's forward over the parts that are built here."""
 
     def __init__(self, config: DeepseekConfig):
         super(v2.DeepseekV2Model, self).__init__(config)
@@ -172,7 +172,7 @@ class DeepseekModel(DeepseekPreTrainedModel, v2.DeepseekV2Model):
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, v2.DeepseekV2ForCausalLM):
-    """The forward is DeepSeek-V2's: loss, logits, cache, and router_logits where output_router_logits asks for them."""
+    """DeepSeek-V2's forward: loss, logits, cache, and router_logits if output_router_logits is set."""
 
     def __init__(self, config: DeepseekConfig):
         super(v2.DeepseekV2ForCausalLM, self).__init__(config)
@@ -183,11 +183,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, v2.DeepseekV2ForCausalLM):
 
 
 def register() -> None:
-    """Make transformers know the model type; once or again is the same."""
+    """Register the model type with transformers. It does no harm to do so again."""
     AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
     AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
-    # experts are named as in checkpoints of DeepSeek-V2, for which transformers has the conversion of Qwen2-MoE
+    # experts have the names of DeepSeek-V2's checkpoints, for which transformers uses the conversion of Qwen2-MoE
     conversion = get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping("deepseek", conversion, overwrite=True)
 

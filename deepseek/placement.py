@@ -1,11 +1,13 @@
-"""Put the experts of each layer on the ranks of an expert-parallel group so that work and memory are even.
+"""Place the experts of each layer on the ranks of an expert-parallel group. Work and memory shall be even.
 
-All ranks wait for the busiest one in every MoE layer, so what counts is max / mean over ranks, layer by layer, of the
-routed tokens; and trained experts carry optimizer states, so their number is to be even over all layers. Greedy
-(longest processing time first): trained experts, by falling load, to the rank with the fewest of them, then the frozen
-ones to the rank with the lowest load that has room, every rank holding as many experts as the others, within one. (To
-count a trained expert's row half again, for its weight gradient, shortens a simulated step by 1 % and makes the load
-uneven.)
+In every MoE layer, all ranks wait for the busiest one. So the measure of work is max / mean over ranks of the routed
+tokens, layer by layer. Trained experts have optimizer states, so their number over all layers shall be even, too.
+
+The method is greedy, the heaviest first. Trained experts go to the rank with the fewest trained ones. Then frozen
+experts go to the rank with the lowest load that has room. All ranks hold the same number of experts, within one.
+
+To count a row of a trained expert as 1.5 rows, for its weight gradient, shortens a simulated step by 1 % and makes the
+load uneven. So it counts as one row.
 
 Legend: E experts, P ranks of the group, L MoE layers.
 """
@@ -17,7 +19,7 @@ Placement = tuple[tuple[int, ...], ...]  # [rank of the group] -> ids of its exp
 
 
 def place_contiguous(num_experts: int, ranks: int) -> Placement:
-    """Experts 0 .. E-1 in blocks, as most frameworks do it."""
+    """Place experts 0 .. E-1 in blocks, as most frameworks do."""
     bounds = [rank * num_experts // ranks for rank in range(ranks + 1)]
     return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
 
@@ -25,12 +27,12 @@ def place_contiguous(num_experts: int, ranks: int) -> Placement:
 def place_by_score(
     load_E: Mapping[int, float], trained: Collection[int], ranks: int, held: list[int] | None = None
 ) -> Placement:
-    """Even out the load and the number of trained experts of one layer over `ranks`.
+    """Place the experts of one layer by load and by the number of trained experts.
 
     Args:
-        load_E: expert id -> share of the routed tokens (any unit).
+        load_E: expert id -> share of the routed tokens, in any unit.
         trained: ids of the trained experts.
-        held: trained experts that each rank has already in other layers, to even out their sum; updated.
+        held: trained experts that each rank has in other layers. It is updated.
     """
     held = held if held is not None else [0] * ranks
     load_P, count_P, before_P = [0.0] * ranks, [0] * ranks, list(held)
@@ -61,10 +63,10 @@ def place_layers(
     load_LE: Mapping[int, Mapping[int, float]] | None = None,
     contiguous: bool = False,
 ) -> dict[int, Placement]:
-    """A placement per layer. Without `load_LE` every expert counts the same.
+    """Return a placement per layer. Without `load_LE`, all experts have the same load.
 
     Raises:
-        ValueError: more ranks than experts, or loads that are not those of these experts.
+        ValueError: there are more ranks than experts, or the loads are of other experts.
     """
     held, placements = [0] * ranks, {}
     for layer, num_experts in num_experts_L.items():
@@ -87,8 +89,11 @@ def imbalance(
     trained_L: Mapping[int, Collection[int]],
     load_LE: Mapping[int, Mapping[int, float]],
 ) -> dict[str, float]:
-    """{"load": max / mean over ranks of the routed tokens, averaged over layers, "load_worst": of the worst layer,
-    "trained": max / mean over ranks of the number of trained experts in all layers}; 1 is even."""
+    """Return how uneven a placement is, as max / mean over ranks; 1 is even.
+
+    "load" is that of the routed tokens, averaged over layers, and "load_worst" that of the worst layer. "trained" is
+    that of the number of trained experts in all layers.
+    """
     loads, trained = [], [0] * len(next(iter(placements.values())))
     for layer, placement in placements.items():
         load_P = [sum(load_LE[layer][expert] for expert in ids) for ids in placement]
