@@ -179,7 +179,7 @@ def find_adapter_tensors(
                 header, wanted = file.get_slice(key), tuple(expected[name].shape)
                 if header.get_dtype() not in DTYPES:
                     known = ", ".join(DTYPES)
-                    raise ValueError(f"{path.name}: {key} is stored as {header.get_dtype()}; save it as one of {known}")
+                    raise ValueError(f"{path.name}: {key} is stored as {header.get_dtype()}, expected {known}")
                 if (shape := tuple(header.get_shape())) != wanted:
                     raise ValueError(
                         f"{name} has shape {shape}, this model's is {wanted}: it was made for another base"
