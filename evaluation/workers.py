@@ -6,6 +6,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -72,7 +73,8 @@ def _run_rank(rank: int, sender: Connection, work: Callable, share: list, device
     try:
         with _one_thread_on_cpu(devices):
             for message in work(share, devices):
-                sender.send((message, None))
+                # pickle copies tensors; `send` would pass shared memory, which is gone when this process ends
+                sender.send_bytes(pickle.dumps((message, None)))
     except Exception as error:
         if os.environ.get("ESFT_DEBUG"):
             raise
