@@ -6,6 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads can change the bits that are compared
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,6 +47,20 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("tiny")
     make_model().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tiny_tokenizer):
+    """`bases(family, **changes)`: the folder of a model, in shards, with a tokenizer."""
+
+    @functools.cache
+    def folder(family: str = "deepseek_v2", **changes) -> Path:
+        path = tmp_path_factory.mktemp(family)
+        make_model(family, **changes).save_pretrained(path, max_shard_size="50KB")
+        tiny_tokenizer.save_pretrained(path)
+        return path
+
     return folder
 
 

@@ -26,6 +26,7 @@ import eval_multigpu
 import train
 import utils
 from deepseek.files import sha256
+from deepseek.process_groups import Ranks, join
 from esft import ExpertScores, save_adapter, to_esft
 from evaluation import runner
 from training.config import RunConfig, read_config
@@ -129,6 +130,22 @@ def make_model(family: str = "deepseek_v2", dtype: torch.dtype = torch.float32, 
 
 PRELOADED = ["pytest", "transformers.trainer", "transformers.models.auto.modeling_auto", "wandb", "train"]
 PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
+
+
+RANK_TIMEOUT = timedelta(seconds=60)
+
+
+def join_world() -> Ranks:
+    """Join the processes of `run_ranks`."""
+    return join(RANK_TIMEOUT, "gloo")
+
+
+def assert_near(what: str, found: torch.Tensor | None, wanted: torch.Tensor | None, tolerance: float) -> None:
+    """Compare tensors up to `tolerance` times the largest entry."""
+    assert (found is None) == (wanted is None), f"{what}: {found} instead of {wanted}"
+    if wanted is not None:
+        error, scale = (found - wanted).abs().max(), wanted.abs().max()
+        assert error <= tolerance * scale + 1e-12, f"{what}: off by {error:.1e}, the largest entry is {scale:.1e}"
 
 
 def run_ranks(world: int, fn: Callable, *args, timeout: float = 120) -> list:

@@ -59,6 +59,22 @@ def test_refuses_models_without_fused_experts():
         moe_layers(llama4)
 
 
+def test_the_view_is_true_after_anything_that_happens_to_the_model():
+    """After a deep copy, a replaced module, in a wrapper and in a compiled model: never an answer from before."""
+    model, layer = prepare(make_model())
+    copied = copy.deepcopy(model)
+    assert moe_layers(copied)[1].module is copied.model.layers[1].mlp.experts is not layer.module
+    assert moe_layers(copied)[1].trained is not layer.trained
+    assert copy.deepcopy(layer).module is not layer.module  # a view is copied with its module
+    model.model.layers[1].mlp.experts = other = make_model(seed=1).model.layers[1].mlp.experts
+    assert moe_layers(model)[1].module is other and not moe_layers(model)[1].trained
+    wrapper = nn.ModuleDict({"base": copied})
+    for outer in (wrapper, torch.compile(copied)):
+        found = moe_layers(outer)[1]
+        assert found.trained is moe_layers(copied)[1].trained
+        assert outer.get_submodule(found.name) is found.module
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_expert_is_a_plain_ffn(family):
     """The views give an ordinary FFN that computes what the fused module computes when all goes to that expert."""
