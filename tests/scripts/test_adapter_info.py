@@ -115,7 +115,7 @@ def test_a_published_adapter(folder, tmp_path, capsys):
     assert info["dtypes"] == {"BF16": 9} and len(info["files"]) == 2 and info["base"] is None and info["fits"]
     make_model(moe_intermediate_size=8).save_pretrained(tmp_path / "narrow")
     (info,) = told(capsys, tmp_path, f"--base_model_path={tmp_path / 'narrow'}")["adapters"]
-    assert not info["fits"] and "has shape (16, 32), this model's is (8, 32)" in info["why_not"]
+    assert not info["fits"] and "this model's is (32, 8)" in info["why_not"]
     adapter_info.main([str(tmp_path)])
     assert "base        unknown, no fingerprint" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import pytest
 from scripts.miniature import build_datasets as data
 from scripts.miniature.general_skills import SKILLS
 
-FOLDER = Path(__file__).resolve().parents[1] / "datasets"
+FOLDER = Path(__file__).resolve().parents[2] / "datasets"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts.miniature import build_tiny_model as tiny
 from scripts.miniature.general_skills import SKILLS
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "models" / "tiny"
+FOLDER = Path(__file__).resolve().parents[2] / "results" / "models" / "tiny"
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 3 + 4?"},

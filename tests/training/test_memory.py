@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,8 +163,11 @@ def test_an_estimate_replaces_no_function(method, device, checkpointing):
             return model
 
     config = family_config("deepseek_v2")
-    how = SimpleNamespace(method="lora", lora_rank=2, lora_alpha=2)
-    prepare = {"esft": None, "full": train_everything, "lora": lambda model: prepare_model(model, how, None)}[method]
+    prepare = {
+        "esft": None,
+        "full": train_everything,
+        "lora": lambda model: prepare_model(model, "lora", lora_rank=2, lora_alpha=2),
+    }[method]
     experts = {1: TRAINED, 2: TRAINED} if method == "esft" else None
     before = functions()
     settings = MemorySettings(32, device=device, activation_checkpointing=checkpointing)
