@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -82,6 +83,20 @@ def split_adapter_shapes(model: nn.Module, config) -> tuple[dict[str, Tensor], s
 
 # --------------------------------------------------------------------------------------------------------------------
 # the base of an adapter
+
+
+EXPERT = re.compile(r"(?:^|\.)(?P<layer>\d+)\..*?experts\.(?P<expert>\d+)\.")  # in a tensor's name in an adapter
+
+
+def experts_by_layer(names: Iterable[str]) -> tuple[dict[int, list[int]], list[str]]:
+    """Return the expert ids by layer, and the names of the other tensors, from tensor names of an adapter."""
+    experts, others = defaultdict(set), []
+    for name in names:
+        if place := EXPERT.search(name):
+            experts[int(place["layer"])].add(int(place["expert"]))
+        else:
+            others.append(name)
+    return {layer: sorted(experts[layer]) for layer in sorted(experts)}, sorted(others)
 
 
 def router_parameters(model: nn.Module) -> list[str]:

@@ -1,14 +1,8 @@
-"""scripts/merge_adapter.py: only what the adapters hold changes; what was merged taken out again; several adapters at
-once; and how little memory it takes."""
+"""scripts/merge_adapter.py: only what the adapters hold changes, a merge is undone, several adapters are merged."""
 
-import errno
 import json
-import os
-import resource
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepseek import checkpoint_files as stored_checkpoint
 from deepseek.checkpoint_files import INDEX, Shard
 from esft import ExpertConfig, adapter_views, add_adapter, merge, unload
 from scripts import merge_adapter as script
 from tests.helpers import BOTH, SHARD, assert_same_tensors, hashes, make_model, noisy_adapter, tensors_of
-from utils import ROOT
 
 
 def everything_in(folder):
@@ -31,16 +23,6 @@ def everything_in(folder):
 def merge_parts(parts, **options):
     base, adapter, out = parts
     return script.merge_adapter(base, [adapter], out, **options)
-
-
-@pytest.fixture
-def parts(tmp_path, tiny_tokenizer):
-    """(base folder in shards, adapter folder, output folder) of a deepseek_v2."""
-    model = make_model()
-    model.save_pretrained(tmp_path / "base", max_shard_size=SHARD)
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    noisy_adapter(model, ExpertConfig({1: (5, 2), 2: (7,)}), tmp_path / "adapter")
-    return tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
 
 
 def test_one_file_and_what_lies_beside_it(parts, tiny_tokenizer):
@@ -179,7 +161,7 @@ def cut(folder, name):
 
 
 REFUSED = {
-    "output exists": (occupied, "out: exists already"),
+    "output exists": (occupied, "cannot write .*out: it exists already"),
     "no such base": (lambda base, adapter, out: shutil.rmtree(base), r"base: no config\.json"),
     "no such adapter": (lambda base, adapter, out: shutil.rmtree(adapter), "adapter .*: no such folder"),
     "no config": (drop("config.json"), r"no config\.json"),
@@ -192,7 +174,7 @@ REFUSED = {
     "too few rows": (fewer_experts_than_its_config_says, r"experts\.\w+ of the base has shape \(4, .*no expert 4"),
     "another shape": (
         of_another_shape,
-        r"_proj\.weight of the base has shape .*16.* in adapter .*adapter has .*8",
+        r"of shape .*8.* into .*_proj\.weight of shape .*16.*: adapter .*adapter is for another base",
     ),
     "a LoRA": (lora, "is a LoRA.*esft.add_adapter"),
     "a missing projection": (change_adapter(lambda t: t.pop(UP)), rf"{UP} is missing"),
@@ -201,7 +183,10 @@ REFUSED = {
         r"experts\.6\.up_proj\.weight is not in its expert_cfg",
     ),
     "an adapter of whole numbers": (retype("adapter", torch.int8), rf"{UP} is stored as I8, expected F64, F32"),
-    "a base in fp8": (retype("base", torch.float8_e4m3fn), rf"{UP} of the base is stored as F8_E4M3, expected"),
+    "a base in fp8": (
+        retype("base", torch.float8_e4m3fn),
+        rf"into {UP} of the base: it is stored as F8_E4M3",
+    ),
     "other routers": (other_base(seed=1), "routers' weights differ"),
     "fewer layers": (other_base(num_hidden_layers=2), "layer 2"),
     "fewer experts": (other_base(n_routed_experts=4), "expert 5 of layer 1"),
@@ -248,7 +233,7 @@ def test_command(parts, monkeypatch, capsys):
     assert hashes(parts[0]) == hashes(parts[2].with_name("out-again"))
     with pytest.raises(SystemExit, match="2"):
         script.run_cli(script.main)
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {out}: exists already")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: cannot write {out}: it exists already")
 
 
 @pytest.mark.parametrize(
@@ -297,45 +282,18 @@ def test_an_unmerge_undoes_the_last_merge_also_where_that_trained_the_routers(pa
     script.merge_adapter(out, [tmp_path / "second"], tmp_path / "out2")
     script.unmerge(tmp_path / "out2", tmp_path / "once")
     assert hashes(tmp_path / "once") == hashes(out) != hashes(tmp_path / "out2")
-    with pytest.raises(ValueError, match="once cannot be unmerged"):
+    with pytest.raises(ValueError, match=r"cannot unmerge .*once"):
         script.unmerge(tmp_path / "once", tmp_path / "twice")
     with pytest.raises(ValueError, match="another base model"):  # its routers are not those of the second merge
         script.merge_adapter(out, [tmp_path / "out2" / "replaced"], tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_bit_counts(dtype, parts):
-    """NaNs of whatever payload and sign, infinities, -0 and subnormals in the base; the latter two in the adapter."""
-    base, adapter, out = parts
-    word = script.WORDS[dtype.itemsize]
-    for number, path in enumerate([*sorted(base.glob("*.safetensors")), adapter / "adapter.safetensors"]):
-        tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-        generator = torch.Generator().manual_seed(number)
-        for name in [name for name in tensors if ".experts." in name]:
-            limits = torch.iinfo(word)
-            bits = torch.randint(limits.min, limits.max, tensors[name].shape, generator=generator, dtype=word)
-            exponent = torch.tensor(0x7F800000 if word == torch.int32 else 0x7F80, dtype=word)
-            if path.parent == base:
-                bits[::2] |= exponent  # infinite or NaN
-            else:
-                bits[(bits & exponent) == exponent] &= ~exponent  # subnormal
-            tensors[name] = bits.view(dtype)
-        save_file(tensors, path, {"format": "pt"})
-    merge_parts(parts)
-    found, wanted = tensors_of(out), tensors_of(adapter)
-    before = tensors_of(base)[UP]
-    assert before.isnan().any() and len(before[before.isnan()].view(word).unique()) > 50
-    assert all(torch.equal(found[name].view(word), tensor.view(word)) for name, tensor in wanted.items())
-    script.unmerge(out, out.with_name("again"))
-    assert hashes(out.with_name("again")) == hashes(base)
-
-
 def test_an_adapter_that_is_no_number_is_refused(parts):
     tensors = load_file(parts[1] / "adapter.safetensors")
     tensors[UP].view(-1)[5] = torch.inf
     save_file(tensors, parts[1] / "adapter.safetensors")
-    with pytest.raises(ValueError, match=f"{UP} has values that are not finite"):
+    with pytest.raises(ValueError, match=f"cannot merge {UP} of .* NaN"):
         merge_parts(parts)
     assert not parts[2].exists()
 
@@ -425,7 +383,7 @@ def test_adapters_that_share_something_are_refused_with_a_report(several, monkey
         f"{d} and {e} both hold",
         *shared,
     ]
-    assert error.startswith("error: nothing was merged") and f"{a} and {c} (6 tensors)" in error
+    assert error.startswith("error: cannot merge adapters that hold the same") and f"{a} and {c} (6 tensors)" in error
     assert sorted(path.name for path in several.iterdir()) == before
     with pytest.raises(ValueError, match="twice"):
         script.merge_adapter(several / "base", [several / "a", several / "a"], several / "out")
@@ -436,128 +394,3 @@ def test_one_wrong_adapter_of_several_is_named(several):
     with pytest.raises(ValueError, match=r"adapter .*/b: adapter\.safetensors is damaged"):
         script.merge_adapter(several / "base", [several / "a", several / "b"], several / "out")
     assert not (several / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------------------ files and bytes
-
-
-def test_a_file_whose_tensors_are_not_aligned(parts):
-    """The header of the base's file and the adapter's one byte longer than a multiple of 8: as good as any other."""
-    base, adapter, out = parts
-    merge_parts(parts)
-    wanted = tensors_of(out)
-    shutil.rmtree(out)
-    for path in [*base.glob("*.safetensors"), *adapter.glob("*.safetensors")]:
-        content = path.read_bytes()
-        size = int.from_bytes(content[:8], "little")
-        path.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
-        with Shard(path) as shard:
-            assert all((shard.start + entry["data_offsets"][0]) % 4 for entry in shard.header.values())
-    merge_parts(parts)
-    found = {}
-    for path in out.glob("*.safetensors"):
-        with Shard(path) as shard:
-            found |= {key: shard.read(key) for key in shard.header}
-    assert_same_tensors(found, wanted)
-    script.unmerge(out, out.with_name("again"))
-    assert hashes(out.with_name("again")) == hashes(base)
-
-
-def test_hard_links_are_for_files_that_do_not_change(parts):
-    base, _adapter, out = parts
-    before = hashes(base)
-    merge_parts(parts, hard_links=True)
-    same = {path.name: path.samefile(base / path.name) for path in out.glob("*.safetensors")}
-    changed = {name for name, digest in hashes(out).items() if digest != before[name]}
-    assert changed and {name for name, linked in same.items() if not linked} == changed < same.keys()
-    assert hashes(base) == before
-    assert not any(path.samefile(base / path.name) for path in out.glob("*.json") if path.name != script.NOTE)
-    script.unmerge(out, out.with_name("again"), hard_links=True)
-    assert hashes(out.with_name("again")) == before
-
-
-def test_hard_links_fall_back_to_copies(parts, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
-    merge_parts(parts, hard_links=True)
-    assert not any(path.samefile(parts[0] / path.name) for path in parts[2].glob("*.safetensors"))
-    assert len(hashes(parts[2])) == len(hashes(parts[0]))
-
-
-def test_only_the_bytes_of_the_adapter_differ(parts):
-    """Header, order and all other bytes of every file are the base's."""
-    base, adapter, out = parts
-    merge_parts(parts)
-    keys = set(tensors_of(adapter))
-    for path in base.glob("*.safetensors"):
-        a, b = bytearray(path.read_bytes()), bytearray((out / path.name).read_bytes())
-        assert len(a) == len(b)
-        with Shard(path) as shard:
-            for key in keys & shard.header.keys():
-                begin, end = (shard.start + offset for offset in shard.header[key]["data_offsets"])
-                assert a[begin:end] != b[begin:end]
-                a[begin:end] = b[begin:end] = bytes(end - begin)
-        assert a == b
-
-
-def test_few_files_are_open_at_once(parts, tmp_path):
-    """However many tensors an adapter has: here 48 and their files, under a limit of 40 more than are open already."""
-    base, _adapter, out = parts
-    every = tuple(range(8))
-    noisy_adapter(AutoModelForCausalLM.from_pretrained(base), ExpertConfig({1: every, 2: every}), tmp_path / "all")
-    assert len(tensors_of(tmp_path / "all")) == 48
-    used = len(list(Path("/dev/fd").iterdir()))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
-    try:
-        script.merge_adapter(base, [tmp_path / "all"], out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert_same_tensors(
-        {key: tensors_of(out)[key] for key in tensors_of(tmp_path / "all")}, tensors_of(tmp_path / "all")
-    )
-
-
-MEASURE = r"""
-import re, sys
-from pathlib import Path
-from scripts.merge_adapter import merge_adapter
-
-def peak(name, held=0):
-    data = bytes([1]) * held
-    merge_adapter(folder / name, [folder / f"{name}-adapter"], folder / f"{name}-{held}-out")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-folder, size = Path(sys.argv[1]), int(sys.argv[2])
-print(peak("small"), peak("large"), peak("small", held=size))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
-def test_peak_memory_is_a_fraction_of_a_shard(parts, tmp_path):
-    """Bytes that one process has resident at most, after a merge of a few KB, one of shards of some 55 MB, and one that
-    holds as much as a shard in memory, which the measure has to see. The adapter has 17 MB, an expert 0.8 MB."""
-    parts[0].rename(tmp_path / "small")
-    parts[1].rename(tmp_path / "small-adapter")
-    large = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 32, "num_hidden_layers": 8}
-    model = make_model(**large)
-    model.save_pretrained(tmp_path / "large", max_shard_size="60MB")
-    noisy_adapter(model, ExpertConfig({layer: (0, 5, 9) for layer in range(1, 8)}), tmp_path / "large-adapter")
-    sizes = [path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors")]
-    assert len(sizes) >= 3 and max(sizes) > 50e6
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(max(sizes))]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ, cwd=ROOT)
-    least, peak, held = map(int, done.stdout.split())
-    print(f"{len(sizes)} shards, the largest of {max(sizes) / 1e6:.1f} MB: {(peak - least) / 1e6:.1f} MB at most")
-    assert peak - least < 0.2 * max(sizes)
-    assert held - peak > 0.6 * max(sizes)
-
-
-def test_a_layout_that_is_none_of_the_known_is_refused_by_name(parts, monkeypatch):
-    monkeypatch.setattr(stored_checkpoint, "SELECTS", ())
-    with pytest.raises(ValueError, match=r"stores down_proj.weight of model.layers.1.mlp.experts in a layout"):
-        merge_parts(parts)
-    assert not parts[2].exists()
