@@ -22,7 +22,6 @@ Legend: E experts, L MoE layers; score_E maps expert -> score, and score_LE maps
 """
 
 import functools
-import json
 import math
 import operator
 import random
@@ -42,6 +41,7 @@ from deepseek.adapters import (  # noqa: F401 (some are for those who import esf
     check_base,
     describe_wrong_folder,
     find_adapter_tensors,
+    find_state,
     is_lora,
     merge_lora,
     ordinary_parameters,
@@ -51,7 +51,7 @@ from deepseek.adapters import (  # noqa: F401 (some are for those who import esf
     split_adapter_shapes,
 )
 from deepseek.experts import moe_layers, release_experts, train_experts
-from deepseek.files import atomic_path, suggest, suggest_path, write_json
+from deepseek.files import atomic_path, read_json, suggest, suggest_path, write_json
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
@@ -101,9 +101,8 @@ class ExpertScores:
         """Return score_LE of a function."""
         if function in self.by_function:
             return self.by_function[function]
-        hint = ""
-        if function == "prob":
-            hint = "; get_expert_scores.py --prob adds it for models whose router logits transformers records"
+        needed = "; get_expert_scores.py --prob adds it for models whose router logits transformers records"
+        hint = needed if function == "prob" else ""
         known = " and ".join(self.by_function)
         raise ValueError(f"there is no score {function!r}{suggest(function, self.by_function)}: there is {known}{hint}")
 
@@ -122,9 +121,8 @@ class ExpertScores:
 
     def save(self, path: str | Path) -> None:
         """Write the released format: {"token_scores": {"<layer>": {"<expert>": score}}, ..., "meta": {...}}."""
-        write_json(
-            path, {f"{name}_scores": score_LE for name, score_LE in self.by_function.items()} | {"meta": self.meta}
-        )
+        tables = {f"{name}_scores": score_LE for name, score_LE in self.by_function.items()}
+        write_json(path, tables | {"meta": self.meta})
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertScores":
@@ -143,10 +141,7 @@ class ExpertScores:
         if not path.is_file():
             hint = "make them with scripts/expert/get_expert_scores.py"
             raise FileNotFoundError(f"{path}: no such scores{suggest_path(path)}; {hint}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}); compute the scores again") from error
+        data = read_json(path)
         try:
             if not any(key.endswith("_scores") for key in data):
                 return cls({"token": _read_flat(data)})
@@ -205,10 +200,7 @@ class ExpertConfig:
         if not path.is_file():
             hint = "make one with scripts/expert/generate_expert_config.py"
             raise FileNotFoundError(f"{path}: no such expert config{suggest_path(path)}; {hint}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
+        data = read_json(path, unique_keys=True)
         try:
             return cls.from_dict(data)
         except ValueError as error:
@@ -224,11 +216,11 @@ class ExpertConfig:
         if not isinstance(data, Mapping):
             raise ValueError(f"expected a JSON object, found {type(data).__name__}")
         known = ("experts", "selected_experts", "shared_experts", "non_expert_modules", "base", "meta")
-        for key in data.keys() - set(known):
-            if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", str(key)):
+        if unknown := [str(key) for key in data if key not in known]:
+            if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", unknown[0]):
                 hint = "make an expert config of them with scripts/expert/generate_expert_config.py"
                 raise ValueError(f"these are expert scores; {hint}")
-            raise ValueError(f"unknown key {key!r}{suggest(key, known)}")
+            raise ValueError(f"unknown key {unknown[0]!r}{suggest(unknown[0], known)}")
         if ("experts" in data) == ("selected_experts" in data):
             raise ValueError('expected either "experts" or "selected_experts"')
         experts: dict[int, tuple[int, ...]] = {}
@@ -277,18 +269,11 @@ class ExpertConfig:
                 )
 
 
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"the key {repeated[0]!r} is there twice")
-    return dict(pairs)
-
-
 def union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:
     """Return what two adapters hold together. They share no expert."""
     experts = {layer: (*a.experts.get(layer, ()), *b.experts.get(layer, ())) for layer in a.experts | b.experts}
-    shared, others = a.shared_experts or b.shared_experts, a.non_expert_modules or b.non_expert_modules
-    return ExpertConfig(dict(sorted(experts.items())), shared, others)
+    flags = (a.shared_experts or b.shared_experts, a.non_expert_modules or b.non_expert_modules)
+    return ExpertConfig(dict(sorted(experts.items())), *flags)
 
 
 def select_experts(
@@ -312,8 +297,9 @@ def select_experts(
         ValueError: the strategy or the score is unknown, or a value is out of its range.
     """
     if strategy not in STRATEGIES:
-        known = ", ".join(STRATEGIES)
-        raise ValueError(f"unknown strategy {strategy!r}{suggest(strategy, STRATEGIES)}: one of {known}")
+        raise ValueError(
+            f"unknown strategy {strategy!r}{suggest(strategy, STRATEGIES)}: one of {', '.join(STRATEGIES)}"
+        )
     for name, value in (("top_p", top_p), ("fraction", fraction)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} is {value}, expected a number above 0 and up to 1")
@@ -345,7 +331,7 @@ def select_experts(
 class _State:
     """What `to_esft` and `add_adapter` did to a model. It stays on the model until `unload` or `merge`."""
 
-    config: ExpertConfig  # what is trained, or what the loaded adapters hold
+    config: ExpertConfig  # what is trained, or what the adapters hold
     training: bool
     implementation: str | None
     frozen: set[str]
@@ -353,20 +339,15 @@ class _State:
     displaced: dict[str, Tensor] | None = None  # the base's values, by adapter name
 
 
-def _find_state(model: nn.Module) -> _State | None:
-    return getattr(model, "_esft", None)
-
-
 def _state(model: nn.Module) -> _State:
-    if (state := _find_state(model)) is None:
+    if (state := find_state(model)) is None:
         raise ValueError("this model has no adapter and nothing trained: call to_esft or add_adapter first")
     return state
 
 
 def trained_config(model: nn.Module) -> ExpertConfig | None:
     """Return what `to_esft` made trainable, or what the loaded adapters hold; None for any other model."""
-    state = _find_state(model)
-    return state and state.config
+    return (state := find_state(model)) and state.config
 
 
 def to_esft(
@@ -393,7 +374,7 @@ def to_esft(
     """
     config = config if isinstance(config, ExpertConfig) else ExpertConfig.from_dict(config)
     config.check(model)
-    if _find_state(model):
+    if find_state(model):
         raise ValueError("this model has been through to_esft or add_adapter: unload(model) or merge(model) it first")
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     layers = list(moe_layers(model).values())
@@ -520,7 +501,7 @@ def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) ->
     """Return the model's state, a new one if it has none, and the adapter's tensors, checked against both."""
     config.check(model)
     check_base(model, folder)
-    state = _find_state(model)
+    state = find_state(model)
     if state is None:
         frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
         state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})

@@ -25,6 +25,7 @@ from deepseek.masters import DTYPE_OF_BASE, trained_parameter
 CONFIG_NAME = "expert_cfg.json"
 WEIGHTS_NAME = "adapter.safetensors"
 BASE_NAME = "base.json"  # the note of the base that train.py puts beside a LoRA adapter
+EXPERT = re.compile(r"(?:^|\.)(?P<layer>\d+)\..*?experts\.(?P<expert>\d+)\.")  # in a tensor's name in an adapter
 DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, as safetensors names them
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -81,13 +82,6 @@ def split_adapter_shapes(model: nn.Module, config) -> tuple[dict[str, Tensor], s
     return here | {name: trained_parameter(model, name) for name in ordinary_parameters(model, config)}, remote
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the base of an adapter
-
-
-EXPERT = re.compile(r"(?:^|\.)(?P<layer>\d+)\..*?experts\.(?P<expert>\d+)\.")  # in a tensor's name in an adapter
-
-
 def experts_by_layer(names: Iterable[str]) -> tuple[dict[int, list[int]], list[str]]:
     """Return the expert ids by layer, and the names of the other tensors, from tensor names of an adapter."""
     experts, others = defaultdict(set), []
@@ -97,6 +91,15 @@ def experts_by_layer(names: Iterable[str]) -> tuple[dict[int, list[int]], list[s
         else:
             others.append(name)
     return {layer: sorted(experts[layer]) for layer in sorted(experts)}, sorted(others)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the base of an adapter
+
+
+def find_state(model: nn.Module):
+    """Return what `esft.to_esft` or `esft.add_adapter` noted on the model, or None."""
+    return getattr(model, "_esft", None)
 
 
 def router_parameters(model: nn.Module) -> list[str]:
@@ -137,7 +140,7 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / (BASE_NAME if is_lora(folder) else CONFIG_NAME)
     base = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
     base = base if isinstance(base, dict) else {}  # a note that someone else wrote
-    state = getattr(model, "_esft", None)
+    state = find_state(model)
     router = state.router if state else router_fingerprint(model)
     if base.get("model_type", model.config.model_type) != model.config.model_type:
         raise ValueError(f"it was made for a {base['model_type']} model, this one is {model.config.model_type}")

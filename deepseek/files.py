@@ -71,6 +71,23 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_json(path: str | Path, unique_keys: bool = False) -> object:
+    """Return the content of a JSON file. A ValueError names the file, and with `unique_keys` a key that is repeated."""
+    try:
+        return json.loads(
+            Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats if unique_keys else None
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); make it again") from error
+
+
+def _refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the key {repeated[0]!r} is there twice")
+    return dict(pairs)
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """Return the objects of a JSONL file. Blank lines are skipped. A ValueError names the file and a bad line."""
     return [row for _, row in read_json_rows(Path(path))]

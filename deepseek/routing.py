@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
 
 from deepseek.experts import MoELayer, moe_layers
 
@@ -144,8 +146,8 @@ class RouterCapture:
 
 def _routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[nn.Module, int]]:
     """Return (router, position of the logits in its output) of each layer for which transformers records the logits."""
-    recorders = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
-    recorders = [r["router_logits"] for r in recorders if hasattr(r.get("router_logits"), "target_class")]
+    recorded = (module._can_record_outputs or {} for module in model.modules() if isinstance(module, PreTrainedModel))
+    recorders = [r["router_logits"] for r in recorded if isinstance(r.get("router_logits"), OutputRecorder)]
     routers = {}
     for layer in layers.values():
         block = model.get_submodule(layer.name.rpartition(".")[0])

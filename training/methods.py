@@ -105,12 +105,12 @@ def count_trained(model: nn.Module) -> dict:
     count = sum(param.numel() for param in trained)
     nbytes = sum(param.numel() * param.element_size() for param in trained)
     frozen_bytes = 0
-    if state := getattr(model, "_esft", None):
+    if selected := esft.trained_config(model):
         for layer in moe_layers(model).values():
             frozen_bytes += frozen_experts_bytes(layer)
             each = sum(layer.tensor(name).shape[1:].numel() for name in layer.tensor_names)
             here = set(layer.local_ids)
-            elsewhere = len(set(state.config.experts.get(layer.index, ())) - here) * each
+            elsewhere = len(set(selected.experts.get(layer.index, ())) - here) * each
             parameters += (layer.num_experts - len(here)) * each
             if layer.frozen:
                 parameters += layer.frozen.num_parameters()
@@ -134,11 +134,11 @@ def format_trained(model: nn.Module, method: str) -> str:
     """Return what is trained as text: layers, experts, parameters, share, bytes of gradients and optimizer states."""
     counts = count_trained(model)
     lines = [f"method {method}, weights {model.dtype}".replace("torch.", "")]
-    if state := getattr(model, "_esft", None):
+    if selected := esft.trained_config(model):
         for layer in moe_layers(model).values():
-            if ids := sorted(state.config.experts.get(layer.index, ())):
+            if ids := sorted(selected.experts.get(layer.index, ())):
                 lines.append(f"  layer {layer.index:>3}: {len(ids):>3} of {layer.num_experts} experts  {ids}")
-    if stored := [layer.frozen for layer in moe_layers(model).values() if layer.frozen] if state else []:
+    if stored := [layer.frozen for layer in moe_layers(model).values() if layer.frozen] if selected else []:
         where = ", in host memory" if stored[0].offload else ""
         size = counts["frozen_expert_bytes"] / 2**20
         lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {size:,.1f} MiB")
