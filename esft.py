@@ -47,7 +47,6 @@ from deepseek.adapters import (  # noqa: F401 (some are for those who import esf
     ordinary_parameters,
     read_adapter,
     router_fingerprint,
-    router_parameters,
     split_adapter_shapes,
 )
 from deepseek.experts import moe_layers, release_experts, train_experts
