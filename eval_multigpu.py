@@ -30,6 +30,7 @@ import functools
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -40,7 +41,6 @@ from deepseek.files import check_output, suggest_path, write_json, write_jsonl
 from deepseek.loading import empty_model, plan_devices
 from evaluation import code_runner
 from evaluation.config import EvalConfig, fill_from_run
-from evaluation.generation import make_batches
 from evaluation.journal import AnswerJournal
 from evaluation.judge import NO_SCORE, OPENAI, Judge, grade
 from evaluation.lm_eval_harness import Suite, load_suites
@@ -128,8 +128,7 @@ def plan_suites(config: EvalConfig, jobs: list[Job]) -> tuple[dict[str, list[Sui
     paths = {name: output_path(config, name.replace("/", "_"), alone) for name in names}
     for path, n in Counter([*(job.output_path for job in jobs), *paths.values()]).items():
         if n > 1:
-            flags = f"--eval_dataset {config.eval_dataset!r}, --suite {config.suite!r}"
-            raise ValueError(f"{flags}: two of them would be written to {path}")
+            raise ValueError(f"two of the data sets and suites would be written to {path}: give one at a time")
         check_output(path)
         check_output(path.with_suffix(".summary.json"))
     return found, paths
@@ -139,11 +138,11 @@ def plan_judge(config: EvalConfig, jobs: list[Job]) -> Judge | None:
     """Return the judge once it has answered, or None if it has nothing to grade or OpenAI's key is missing."""
     if not config.judge_model:
         return None
-    if spared := ", ".join(dict.fromkeys(job.name for job in jobs if not any(job.tasks))):
-        note(f"--judge_model grades {', '.join(RUBRICS)} only, so {spared} keeps its metrics (see --evaluator)")
     for job in jobs:
-        if (graded := sum(task is not None for task in job.tasks)) and graded < len(job.tasks):
-            note(f"--judge_model grades {graded} of {len(job.tasks)} rows of {job.label}, the rest keep their metric")
+        graded = sum(task is not None for task in job.tasks)
+        if graded < len(job.tasks) and not job.base:
+            rows = f"{graded} of {len(job.tasks)} rows of {job.name}"
+            note(f"--judge_model grades {rows}: its tasks are {', '.join(RUBRICS)} (see --evaluator)")
     key = os.environ.get(config.judge_key_env, "").strip()
     if not any(any(job.tasks) for job in jobs) or not (key or config.judge_base_url):
         return None
@@ -204,21 +203,15 @@ def write_results(
 
 
 def run(config: EvalConfig) -> list[dict]:
-    """Evaluate, and return the summaries of all data sets and suites, those of the adapter with --with_base.
+    """Evaluate, and return the summaries of all data sets and suites, with --with_base those of the adapter.
 
-    All that can be checked without the model is checked before it is loaded.
+    What can be checked without the model is checked before it is loaded.
     """
     if config.adapter_dir:
         check_adapter(config)
     devices = plan_devices(config.device, config.world_size, config.gpus_per_rank)
     jobs = plan_jobs(config)
     loaded, suite_paths = plan_suites(config, jobs)
-    tokenizer = esft.load_tokenizer(config.base_model_path)
-    batches = [
-        (number, batch)
-        for number, job in enumerate(jobs)
-        for batch in make_batches([r["prompt"] for r in job.rows], tokenizer, config.eval_batch_size, config.template)
-    ]
     judge = plan_judge(config, jobs)
     unjudged = "" if judge else stand_ins(config, jobs)
     if config.judge_model and unjudged:
@@ -228,7 +221,7 @@ def run(config: EvalConfig) -> list[dict]:
         journals = [
             stack.enter_context(AnswerJournal(job.output_path, answer_key(config, job, devices[0][0]))) for job in jobs
         ]
-        answer_jobs(config, jobs, batches, devices, journals)
+        answer_jobs(config, jobs, devices, journals)
         answers: dict[str, list[dict]] = {}
         for job, journal in zip(jobs, journals):
             if journal.all_failed:
@@ -240,17 +233,25 @@ def run(config: EvalConfig) -> list[dict]:
             for journal in journals:
                 journal.keep = True
         try:
-            names = list(loaded)
-            shares = [names[rank :: config.world_size] for rank in range(min(config.world_size, len(names)))]
-            work = functools.partial(evaluate_share, config, suite_paths, loaded if len(shares) == 1 else None)
-            for summary in stack.enter_context(contextlib.closing(run_ranks(work, shares, devices))):
+            for summary in ask_suites(config, loaded, suite_paths, devices):
                 summaries[summary["dataset"]] = summary
-        finally:  # what is done is shown, also where a suite ends the rest
+        finally:  # show what is done, also where a suite fails
             paths = {job.name: job.output_path for job in jobs if not job.base} | suite_paths
             show(paths, bases, summaries, unjudged)
         if failed:
             raise ValueError("; ".join(f"every sample of {name} failed, the first: {e}" for name, e in failed.items()))
     return [summaries[name] for name in paths if name in summaries]
+
+
+def ask_suites(
+    config: EvalConfig, loaded: dict[str, list[Suite]], paths: dict[str, Path], devices: list[list[str]]
+) -> Iterator[dict]:
+    """Evaluate the suites, whole ones in each process, and yield their summaries as they are done."""
+    names = list(loaded)
+    shares = [names[rank :: config.world_size] for rank in range(min(config.world_size, len(names)))]
+    work = functools.partial(evaluate_share, config, paths, loaded if len(shares) == 1 else None)
+    with contextlib.closing(run_ranks(work, shares, devices)) as summaries:
+        yield from summaries
 
 
 def show(paths: dict[str, Path], bases: dict[str, dict], summaries: dict[str, dict], unjudged: str) -> None:

@@ -21,7 +21,7 @@ import esft
 from deepseek.files import sha256
 from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
-from evaluation.generation import Evaluator, evaluate
+from evaluation.generation import Evaluator, evaluate, make_batches
 from evaluation.journal import AnswerJournal
 from evaluation.workers import run_ranks
 from training import data
@@ -71,18 +71,15 @@ def answer_key(config: EvalConfig, job: Job, device: str) -> dict:
     }
 
 
-def answer_jobs(
-    config: EvalConfig,
-    jobs: list[Job],
-    batches: list[tuple[int, list[int]]],
-    devices: list[list[str]],
-    journals: list[AnswerJournal],
-) -> None:
-    """Add to `journals` the batches that they lack, under a progress bar over the samples of all jobs.
-
-    A batch is (number of the job, indices of its rows).
-    """
-    left = [(number, batch) for number, batch in batches if not journals[number].results.keys() >= set(batch)]
+def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], journals: list[AnswerJournal]) -> None:
+    """Add to the journals of the jobs the batches that they lack, under one progress bar."""
+    tokenizer = esft.load_tokenizer(config.base_model_path)
+    left = [
+        (number, batch)
+        for number, (job, journal) in enumerate(zip(jobs, journals))
+        for batch in make_batches([r["prompt"] for r in job.rows], tokenizer, config.eval_batch_size, config.template)
+        if not journal.results.keys() >= set(batch)
+    ]
     done, total = sum(len(journal.results) for journal in journals), sum(len(job.rows) for job in jobs)
     if done:
         note(f"{done} of {total} answers are there from an evaluation that was interrupted: going on")
@@ -107,9 +104,10 @@ def answer_jobs(
 def _answer_share(
     config: EvalConfig, jobs: list[Job], batches: list[tuple[int, list[int]]], devices: list[str]
 ) -> Iterator[tuple[int, dict] | None]:
-    """Yield None when the model is loaded, then (number of the job, record for its journal) of each batch.
+    """Answer batches, each (number of the job, indices of its rows).
 
-    The adapter is put on before the first job that needs it, and stays. The jobs of the base come first.
+    Yields None when the model is loaded, then (number of the job, record for its journal) of each batch. The adapter is
+    put on before the first job that needs it, and stays. The jobs of the base come first.
     """
     device = devices if len(devices) > 1 else devices[0]
     model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=device)

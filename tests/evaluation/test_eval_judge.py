@@ -37,7 +37,7 @@ def test_a_judge_grades_its_tasks_and_no_other(model_dir, tmp_path, server, judg
     assert (tmp_path / "again.law.jsonl").read_text() == (tmp_path / "out.law.jsonl").read_text()
     assert len(server.requests) == 7
     printed = capfd.readouterr()
-    assert "so general keeps its metrics" in printed.err and f"1 not graded: {NO_SCORE}" in printed.out
+    assert "grades 0 of 2 rows of general" in printed.err and f"1 not graded: {NO_SCORE}" in printed.out
     assert "without judge" not in printed.out and f"are kept in {tmp_path / 'cache'}, too" in printed.err
     texts = [*printed, *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())]
     assert not any(KEY in text for text in texts)
