@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from deepseek.files import suggest, suggest_path
-from evaluation.generation import generation_config
+from evaluation.generation import end_tokens, generation_config
 from utils import sentence
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
@@ -65,23 +65,18 @@ def load_suites(
     A name is a task, group or tag of lm-eval, one of `task_dir`, or the path of a task's YAML file.
 
     Raises:
-        ValueError: lm-eval is missing, a name is unknown or there twice, the data cannot be fetched, or a suite runs
-            generated code without `allow_code_execution`.
+        ValueError: lm-eval is missing, a task is unknown or there twice, its data cannot be fetched, or it runs code of
+            the model without `allow_code_execution`.
     """
     try:
-        import huggingface_hub
         from lm_eval.tasks import TaskManager
-
-        import datasets
     except ImportError as error:
         install = "pip install -e '.[suites]' -c constraints.txt"
         raise ValueError(f"cannot run --suite: lm-eval is not installed ({error}). Install it: {install}") from error
-    for library in (datasets, huggingface_hub):  # the error repeats what they log of it
-        library.utils.logging.set_verbosity(logging.CRITICAL)
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # an error says what they log about it
     if task_dir is not None and not Path(task_dir).is_dir():
         raise ValueError(f"cannot read --task_dir {task_dir}: no such folder{suggest_path(task_dir)}")
-    if not names:
-        raise ValueError(f"cannot run --suite: it names no suite. Give some of {', '.join(KNOWN)}")
     with _lm_eval_session(allow_code_execution):
         manager = TaskManager(include_path=task_dir and str(task_dir), include_defaults=False)
         if not all(_is_path(name) or name in manager.task_index for name in names):  # lm-eval's own take seconds
@@ -121,8 +116,6 @@ def _load(manager, name: str, allow_code_execution: bool) -> list[Suite]:
             )
         loaded = manager.load([name])
     except Exception as error:
-        if os.environ.get("ESFT_DEBUG"):
-            raise
         raise ValueError(f"cannot run --suite {name}: {sentence(error)}") from error
     tops = list(loaded["groups"].values())[:1] or loaded["tasks"].values()  # a group comes before its members
     return [suite for top in tops for suite in _suites_of(top)]
@@ -207,10 +200,7 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
         sizes = {name: len(task.eval_docs) for name, task in suite.tasks.items()}
         draw = random.Random(settings.seed).sample
         samples = {n: sorted(draw(range(size), min(settings.n_samples, size))) for n, size in sizes.items()}
-    eos = model.generation_config.eos_token_id
-    config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id if eos is None else eos, bos_token_id=tokenizer.bos_token_id
-    )
+    config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer), bos_token_id=tokenizer.bos_token_id)
     with generation_config(model, config), _lm_eval_session(settings.allow_code_execution) as warnings:
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=settings.batch_size, softmax_dtype="float32")
         warnings.clear()  # lm-eval warns that the model is in memory
@@ -230,8 +220,6 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
         except (OSError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # of a template, filter or metric of the task, or of a short context
-            if os.environ.get("ESFT_DEBUG"):
-                raise
             raise ValueError(f"cannot ask --suite {suite.name}: {sentence(error)}") from error
         notes = _notes(warnings)
     if settings.num_fewshot is not None and set(results["n-shot"].values()) != {settings.num_fewshot}:

@@ -20,6 +20,7 @@ import numpy as np
 
 import esft
 from deepseek.files import write_json, write_jsonl
+from evaluation.config import EvalConfig
 from evaluation.intervals import interval, is_certain, resample
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, SuiteSettings, evaluate_suite, load_suites
 from utils import environment, note
@@ -200,7 +201,11 @@ def _texts(sample: dict) -> tuple[str | None, list[str]]:
 
 
 def evaluate_share(
-    config, paths: dict[str, Path], loaded: dict[str, list[Suite]] | None, names: list[str], devices: list[str]
+    config: EvalConfig,
+    paths: dict[str, Path],
+    loaded: dict[str, list[Suite]] | None,
+    names: list[str],
+    devices: list[str],
 ) -> Iterator[dict]:
     """Load the model and yield the summaries of one process's suites, by the flags of eval_multigpu.py.
 

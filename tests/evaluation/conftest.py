@@ -1,9 +1,11 @@
-"""A small model, an adapter that changes all of its answers, eval files, and a judge's endpoint."""
+"""A small model, an adapter that changes all of its answers, eval files, a judge's endpoint, and tasks of lm-eval."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
@@ -91,3 +93,51 @@ def server(monkeypatch):
     server = JudgeServer()
     yield server
     server.close()
+
+
+SUMS = [(10, 33), (14, 4), (8, 9), (21, 35), (40, 2), (3, 3), (12, 7), (55, 11), (6, 60), (31, 18), (9, 4), (70, 5)]
+ACC = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+EXACT = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+
+
+@pytest.fixture(scope="module")
+def suite_dir(tmp_path_factory) -> Path:
+    """A folder of lm-eval's task files: choices, written answers, likelihoods, two groups and a tag."""
+    folder = tmp_path_factory.mktemp("tasks")
+
+    def write(name: str, rows: list[dict], **config) -> None:
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
+        fixed = {"dataset_path": "json", "dataset_kwargs": source, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **fixed, **config}))
+
+    rows = []
+    for number, (a, b) in enumerate(SUMS):
+        wrong = [f" {a + b + 1}", f" {a} and {b} more", " no"]
+        choices = [*wrong[: number % 4], f" {a + b}", *wrong[number % 4 :]]
+        rows.append({"q": f"What is {a} + {b}?", "choices": [c.strip() for c in choices], "label": number % 4})
+    choice = {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "label"}
+    choice |= {"doc_to_choice": "choices", "metric_list": ACC}
+    write("mine_choices", rows, **choice)
+    write("mine_few", rows[:3], **choice, tag="mine_tag")
+    write("mine_many", rows[3:], **choice, tag="mine_tag")
+    answers = [{"q": row["q"], "a": row["choices"][row["label"]]} for row in rows]
+    stop = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    written = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+    written |= {"generation_kwargs": stop, "metric_list": EXACT}
+    written["filter_list"] = [
+        {"name": "bare", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+    ]
+    write("mine_written", answers, **written)
+    lower = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
+    likelihood = {"output_type": "loglikelihood", "doc_to_text": "{{q}}", "doc_to_target": " {{a}}"}
+    write("mine_likelihood", answers, **likelihood, metric_list=lower)
+    for name, by_size in (("mine_by_size", True), ("mine_by_task", False)):
+        mean = [{"metric": "acc", "aggregation": "mean", "weight_by_size": by_size}]
+        group = {"group": name, "task": ["mine_few", "mine_many"], "aggregate_metric_list": mean}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(group))
+    (folder / "mine_bundle.yaml").write_text(
+        yaml.safe_dump({"group": "mine_bundle", "task": ["mine_few", "mine_many"]})
+    )
+    return folder

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +13,14 @@ import yaml
 import esft
 import eval_multigpu
 from deepseek.files import read_jsonl
-from evaluation import lm_eval_harness as harness
-from evaluation.lm_eval_harness import KNOWN, Suite, SuiteAnswers, SuiteSettings, evaluate_suite, load_suites
-from evaluation.lm_eval_results import PRIMARY, evaluate_suites, summarize_suite
+from evaluation.lm_eval_harness import Suite, SuiteAnswers, SuiteSettings, evaluate_suite, load_suites
+from evaluation.lm_eval_results import evaluate_suites, summarize_suite
+from tests.helpers import ROOT
 from utils import run_cli
 
 lm_eval = pytest.importorskip("lm_eval")
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "results" / "models" / "tiny"
-SUMS = [(10, 33), (14, 4), (8, 9), (21, 35), (40, 2), (3, 3), (12, 7), (55, 11), (6, 60), (31, 18), (9, 4), (70, 5)]
-ACC = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
-EXACT = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
 
 
 @pytest.fixture(scope="module")
@@ -49,49 +44,6 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
-    """A folder of task files: choices, gen, loglikelihood, two groups and a tag."""
-    folder = tmp_path_factory.mktemp("tasks")
-
-    def write(name: str, rows: list[dict], **config) -> None:
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
-        fixed = {"dataset_path": "json", "dataset_kwargs": source, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **fixed, **config}))
-
-    rows = []
-    for number, (a, b) in enumerate(SUMS):
-        wrong = [f" {a + b + 1}", f" {a} and {b} more", " no"]
-        choices = [*wrong[: number % 4], f" {a + b}", *wrong[number % 4 :]]
-        rows.append({"q": f"What is {a} + {b}?", "choices": [c.strip() for c in choices], "label": number % 4})
-    choice = {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "label"}
-    choice |= {"doc_to_choice": "choices", "metric_list": ACC}
-    write("mine_choices", rows, **choice)
-    write("mine_few", rows[:3], **choice, tag="mine_tag")
-    write("mine_many", rows[3:], **choice, tag="mine_tag")
-    answers = [{"q": row["q"], "a": row["choices"][row["label"]]} for row in rows]
-    stop = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
-    written = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
-    written |= {"generation_kwargs": stop, "metric_list": EXACT}
-    written["filter_list"] = [
-        {"name": "bare", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
-    ]
-    write("mine_written", answers, **written)
-    lower = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
-    likelihood = {"output_type": "loglikelihood", "doc_to_text": "{{q}}", "doc_to_target": " {{a}}"}
-    write("mine_likelihood", answers, **likelihood, metric_list=lower)
-    for name, by_size in (("mine_by_size", True), ("mine_by_task", False)):
-        mean = [{"metric": "acc", "aggregation": "mean", "weight_by_size": by_size}]
-        group = {"group": name, "task": ["mine_few", "mine_many"], "aggregate_metric_list": mean}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(group))
-    (folder / "mine_bundle.yaml").write_text(
-        yaml.safe_dump({"group": "mine_bundle", "task": ["mine_few", "mine_many"]})
-    )
-    return folder
-
-
 def log_likelihood(model, tokenizer, context: str, answer: str) -> float:
     ids, start = tokenizer(context + answer)["input_ids"], len(tokenizer(context)["input_ids"])
     with torch.no_grad():
@@ -111,16 +63,16 @@ def greedy(model, tokenizer, prompt: str, steps: int) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0]
 
 
-def run(model, tokenizer, tasks, name: str, path: Path, adapter_dir=None, with_base=False, **settings) -> dict:
+def run(model, tokenizer, suite_dir, name: str, path: Path, adapter_dir=None, with_base=False, **settings) -> dict:
     allow = settings.get("allow_code_execution", False)
-    found = load_suites([name], task_dir=tasks, allow_code_execution=allow)[name]
+    found = load_suites([name], task_dir=suite_dir, allow_code_execution=allow)[name]
     paths = {suite.name: path for suite in found}
     (summary,) = evaluate_suites(model, tokenizer, found, SuiteSettings(**settings), paths, adapter_dir, with_base)
     return summary
 
 
-def load(name: str, tasks: Path) -> Suite:
-    (suite,) = load_suites([name], task_dir=tasks)[name]
+def load(name: str, suite_dir: Path) -> Suite:
+    (suite,) = load_suites([name], task_dir=suite_dir)[name]
     return suite
 
 
@@ -129,12 +81,12 @@ def lm_eval_results(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-def test_choices_are_those_of_our_own_sums(base, adapter, tasks, tmp_path, with_adapter):
+def test_choices_are_those_of_our_own_sums(base, adapter, suite_dir, tmp_path, with_adapter):
     model, tokenizer = base
     path = tmp_path / "out.jsonl"
     try:
-        summary = run(model, tokenizer, tasks, "mine_choices", path, adapter_dir=adapter if with_adapter else None)
-        rows, acc, norm = read_jsonl(tasks / "mine_choices.jsonl"), [], []
+        summary = run(model, tokenizer, suite_dir, "mine_choices", path, adapter_dir=adapter if with_adapter else None)
+        rows, acc, norm = read_jsonl(suite_dir / "mine_choices.jsonl"), [], []
         for line, row in zip(read_jsonl(path), rows, strict=True):
             sums = [log_likelihood(model, tokenizer, row["q"], f" {choice}") for choice in row["choices"]]
             acc.append(int(np.argmax(sums)) == row["label"])
@@ -145,7 +97,7 @@ def test_choices_are_those_of_our_own_sums(base, adapter, tasks, tmp_path, with_
     finally:
         if with_adapter:
             esft.unload(model)
-    assert (summary["primary"], summary["n"], summary["unit"]) == ("acc", len(SUMS), "percent")
+    assert (summary["primary"], summary["n"], summary["unit"]) == ("acc", 12, "percent")
     assert summary["mean"] == pytest.approx(100 * np.mean(acc), abs=1e-3)
     assert summary["metrics"]["acc_norm"] == pytest.approx(100 * np.mean(norm), abs=1e-3)
     assert 0 < np.mean(acc) < 1  # or any rule would do
@@ -153,19 +105,19 @@ def test_choices_are_those_of_our_own_sums(base, adapter, tasks, tmp_path, with_
     assert lm_eval_results(path)["mine_choices"]["acc,none"] == pytest.approx(summary["mean"] / 100, abs=1e-6)
 
 
-def test_written_answers_are_those_of_a_loop_of_our_own(base, tasks, tmp_path):
+def test_written_answers_are_those_of_a_loop_of_our_own(base, suite_dir, tmp_path):
     model, tokenizer = base
     path = tmp_path / "out.jsonl"
     kept = model.generation_config
     model.generation_config = type(kept)(**{**kept.to_diff_dict(), "repetition_penalty": 9.0})
     own = model.generation_config
     try:
-        summary = run(model, tokenizer, tasks, "mine_written", path, apply_chat_template=True, batch_size=5)
+        summary = run(model, tokenizer, suite_dir, "mine_written", path, apply_chat_template=True, batch_size=5)
         assert model.generation_config is own  # set aside, and given back
     finally:
         model.generation_config = kept
     right = []
-    for line, row in zip(read_jsonl(path), read_jsonl(tasks / "mine_written.jsonl"), strict=True):
+    for line, row in zip(read_jsonl(path), read_jsonl(suite_dir / "mine_written.jsonl"), strict=True):
         messages = [{"role": "user", "content": row["q"]}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answer = greedy(model, tokenizer, prompt, 8)
@@ -185,28 +137,28 @@ def bootstrap(values) -> list[float]:
     )
 
 
-def test_a_task_of_one_sample_leaves_a_suite_without_an_interval(base, tasks):
-    (suite,) = load_suites(["mine_by_task"], task_dir=tasks)["mine_by_task"]
+def test_a_task_of_one_sample_leaves_a_suite_without_an_interval(base, suite_dir):
+    (suite,) = load_suites(["mine_by_task"], task_dir=suite_dir)["mine_by_task"]
     answers = evaluate_suite(*base, suite, SuiteSettings(n_samples=1))
     summary = summarize_suite(suite, answers, answers)
     assert summary["mean"] is not None and summary["ci95"] is None
     assert summary["against_base"]["ci95"] is None and not summary["against_base"]["certain"]
 
 
-def test_a_pair_is_two_single_runs_and_its_difference(base, adapter, tasks, tmp_path):
+def test_a_pair_is_two_single_runs_and_its_difference(base, adapter, suite_dir, tmp_path):
     model, tokenizer = base
     both, alone = tmp_path / "both.jsonl", tmp_path / "alone.jsonl"
     options = {"apply_chat_template": True}
-    summary = run(model, tokenizer, tasks, "mine_written", both, adapter_dir=adapter, with_base=True, **options)
-    changed = run(model, tokenizer, tasks, "mine_written", alone, **options)  # the adapter is on it
+    summary = run(model, tokenizer, suite_dir, "mine_written", both, adapter_dir=adapter, with_base=True, **options)
+    changed = run(model, tokenizer, suite_dir, "mine_written", alone, **options)  # the adapter is on it
     assert alone.read_bytes() == both.read_bytes()
     assert changed["mean"] == summary["mean"] and changed["ci95"] == summary["ci95"]
     assert "against_base" not in changed
     esft.unload(model)
-    first = run(model, tokenizer, tasks, "mine_written", alone, **options)
+    first = run(model, tokenizer, suite_dir, "mine_written", alone, **options)
     assert alone.read_bytes() == both.with_suffix(".base.jsonl").read_bytes() != both.read_bytes()
     found = summary["against_base"]
-    assert (found["base"], found["adapter"], found["n"]) == (first["mean"], changed["mean"], len(SUMS))
+    assert (found["base"], found["adapter"], found["n"]) == (first["mean"], changed["mean"], 12)
     assert changed["mean"] < first["mean"]  # noise on the experts costs answers
 
     a, b = (np.array([line["score"] for line in read_jsonl(p)]) for p in (both.with_suffix(".base.jsonl"), both))
@@ -215,8 +167,8 @@ def test_a_pair_is_two_single_runs_and_its_difference(base, adapter, tasks, tmp_
     assert found["ci95"][1] < 0 and found["certain"] == (np.count_nonzero(a != b) >= 6)
 
 
-def test_an_interval_is_that_of_pairs(tasks):
-    suite = load("mine_choices", tasks)
+def test_an_interval_is_that_of_pairs(suite_dir):
+    suite = load("mine_choices", suite_dir)
     rng = np.random.default_rng(1)
     before = rng.random(300) < 0.5
     after = before ^ (rng.random(300) < 0.05)  # nearly the same samples are right
@@ -233,8 +185,8 @@ def test_an_interval_is_that_of_pairs(tasks):
     assert high - low < (single[1] - single[0]) / 1.5  # of samples that are not paired it would be wider than this one
 
 
-def test_models_that_were_asked_other_prompts_are_not_compared(base, tasks):
-    suite = load("mine_choices", tasks)
+def test_models_that_were_asked_other_prompts_are_not_compared(base, suite_dir):
+    suite = load("mine_choices", suite_dir)
     one, other = (evaluate_suite(*base, suite, SuiteSettings(n_samples=2, seed=seed)) for seed in (0, 1))
     same = summarize_suite(suite, one, one)["against_base"]
     assert (same["difference"], same["ci95"], same["certain"]) == (0.0, [0.0, 0.0], False)
@@ -243,9 +195,9 @@ def test_models_that_were_asked_other_prompts_are_not_compared(base, tasks):
 
 
 @pytest.mark.parametrize("name", ["mine_by_size", "mine_by_task"])
-def test_the_mean_of_a_group_is_lm_eval_s(base, tasks, tmp_path, name):
+def test_the_mean_of_a_group_is_lm_eval_s(base, suite_dir, tmp_path, name):
     path = tmp_path / "out.jsonl"
-    summary = run(*base, tasks, name, path)
+    summary = run(*base, suite_dir, name, path)
     scores: dict[str, list[float]] = {}
     for line in read_jsonl(path):
         scores.setdefault(line["skill"], []).append(100 * line["score"])
@@ -255,21 +207,13 @@ def test_the_mean_of_a_group_is_lm_eval_s(base, tasks, tmp_path, name):
     assert summary["mean"] == pytest.approx(micro if name == "mine_by_size" else macro, abs=1e-3)
     assert lm_eval_results(path)[name]["acc,none"] == pytest.approx(summary["mean"] / 100, abs=1e-6)
     assert summary["groups"] == {t: {"n": len(scores[t]), "mean": pytest.approx(means[t], abs=1e-3)} for t in scores}
-    assert list(summary["metrics"]) == ["acc"] and summary["n"] == len(SUMS)
+    assert list(summary["metrics"]) == ["acc"] and summary["n"] == 12
 
 
-@pytest.mark.parametrize("name", ["mine_tag", "mine_bundle"])
-def test_a_tag_or_a_group_without_a_mean_is_what_it_is_made_of(tasks, name):
-    found = load_suites([name], task_dir=tasks)[name]
-    assert sorted(suite.name for suite in found) == ["mine_few", "mine_many"]
-    with pytest.raises(ValueError, match="it has the task mine_few twice"):
-        load_suites([name, "mine_few"], task_dir=tasks)
-
-
-def test_what_is_no_mean_of_shares_stays_in_its_unit(base, tasks, tmp_path):
+def test_what_is_no_mean_of_shares_stays_in_its_unit(base, suite_dir, tmp_path):
     path = tmp_path / "out.jsonl"
-    summary = run(*base, tasks, "mine_likelihood", path)
-    rows = read_jsonl(tasks / "mine_likelihood.jsonl")
+    summary = run(*base, suite_dir, "mine_likelihood", path)
+    rows = read_jsonl(suite_dir / "mine_likelihood.jsonl")
     sums = [log_likelihood(*base, row["q"], f" {row['a']}") for row in rows]
     assert summary["mean"] == pytest.approx(np.exp(-np.mean(sums)), rel=1e-3)
     assert (summary["unit"], summary["higher_is_better"]) == ("as in lm-eval", False)
@@ -277,24 +221,24 @@ def test_what_is_no_mean_of_shares_stays_in_its_unit(base, tasks, tmp_path):
     assert [line["score"] for line in read_jsonl(path)] == [None] * len(rows)
 
 
-def test_samples_are_drawn_once_for_both_models(base, adapter, tasks, tmp_path):
+def test_samples_are_drawn_once_for_both_models(base, adapter, suite_dir, tmp_path):
     path = tmp_path / "out.jsonl"
-    summary = run(*base, tasks, "mine_by_size", path, n_samples=4, seed=3, adapter_dir=adapter, with_base=True)
+    summary = run(*base, suite_dir, "mine_by_size", path, n_samples=4, seed=3, adapter_dir=adapter, with_base=True)
     esft.unload(base[0])
     lines, before = read_jsonl(path), read_jsonl(path.with_suffix(".base.jsonl"))
     assert summary["n"] == 7 == len(lines)  # all three of the one, four of the other
     assert [(line["idx"], line["example"]["prompt"]) for line in lines] == [
         (line["idx"], line["example"]["prompt"]) for line in before
     ]
-    many = read_jsonl(tasks / "mine_many.jsonl")
+    many = read_jsonl(suite_dir / "mine_many.jsonl")
     drawn = [line for line in lines if line["skill"] == "mine_many"]
     assert [line["idx"] for line in drawn] != [0, 1, 2, 3]
     assert all(line["example"]["prompt"] == many[line["idx"]]["q"] for line in drawn)
 
 
-def test_what_a_task_does_not_follow_is_told(base, tasks, tmp_path, capsys):
+def test_what_a_task_does_not_follow_is_told(base, suite_dir, tmp_path, capsys):
     model, tokenizer = base
-    config = yaml.safe_load((tasks / "mine_written.yaml").read_text())
+    config = yaml.safe_load((suite_dir / "mine_written.yaml").read_text())
     fixed = tmp_path / "fixed.yaml"
     fixed.write_text(yaml.safe_dump({**config, "task": "fixed", "num_fewshot": 0}))
     summary = run(model, tokenizer, None, str(fixed), tmp_path / "a.jsonl", num_fewshot=2)
@@ -314,14 +258,14 @@ def test_what_a_task_does_not_follow_is_told(base, tasks, tmp_path, capsys):
     assert summary["notes"] == []
 
 
-def test_generated_code_runs_only_where_that_is_allowed(base, tasks, tmp_path, monkeypatch):
+def test_generated_code_runs_only_where_that_is_allowed(base, suite_dir, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     (tmp_path / "runs.py").write_text(
         "import os\nfrom pathlib import Path\nHERE = Path(__file__).parent\n(HERE / 'loaded').touch()\n"
         "def metric(references, predictions, **_):\n"
         "    (HERE / 'ran').write_text(os.environ['HF_ALLOW_CODE_EVAL'])\n    return {'passed': 1.0}\n"
     )
-    text = (tasks / "mine_written.yaml").read_text().replace("mine_written\n", "mine_code\n")
+    text = (suite_dir / "mine_written.yaml").read_text().replace("mine_written\n", "mine_code\n")
     text = text.replace("metric: exact_match", "metric: !function runs.metric")
     (tmp_path / "mine_code.yaml").write_text(text + "unsafe_code: true\n")
     (tmp_path / "mine_group.yaml").write_text(yaml.safe_dump({"group": "mine_group", "task": [{"task": "mine_code"}]}))
@@ -335,64 +279,16 @@ def test_generated_code_runs_only_where_that_is_allowed(base, tasks, tmp_path, m
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
-def test_data_that_cannot_be_fetched_are_named(tasks, tmp_path):
-    config = yaml.safe_load((tasks / "mine_choices.yaml").read_text())
-    remote = tmp_path / "remote.yaml"
-    remote.write_text(yaml.safe_dump({**config, "dataset_path": "nobody/no_such_set", "dataset_kwargs": None}))
-    with pytest.raises(ValueError, match=r"cannot run --suite .*remote.yaml: .*nobody/no_such_set"):
-        load_suites([str(remote)])
-    remote.write_text(yaml.safe_dump({**config, "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}))
-    with pytest.raises(ValueError, match=r"remote.yaml: .*gone.jsonl"):
-        load_suites([str(remote)])
-    remote.write_text(yaml.safe_dump({**config, "doc_to_target": "{{nothing.of.this}}", "output_type": "no_such"}))
-    with pytest.raises(ValueError, match=r"remote.yaml: .*no_such"):
-        load_suites([str(remote)])
-    remote.write_text("task: [")
-    with pytest.raises(ValueError, match=r"cannot run --suite .*remote.yaml: ParserError"):
-        load_suites([str(remote)])
-
-
-def test_wrong_names_are_one_sentence(tasks, tmp_path):
-    with pytest.raises(ValueError, match=r"mine_choces.yaml: no such file .did you mean 'mine_choices.yaml'"):
-        load_suites([str(tasks / "mine_choces.yaml")])
-    with pytest.raises(ValueError, match=r"mine_by_size.yaml: it is a group. Give its name, .*--task_dir"):
-        load_suites([str(tasks / "mine_by_size.yaml")])
-    with pytest.raises(ValueError, match=r"cannot read --task_dir .*gone: no such folder"):
-        load_suites(["mine_choices"], task_dir=tmp_path / "gone")
-    with pytest.raises(ValueError, match="it names no suite"):
-        load_suites([])
-
-
-def test_lm_eval_has_the_suites_that_the_help_names():
-    index = harness._default_tasks().task_index
-    for name in KNOWN:
-        leaves = list(harness._task_configs(index, name))
-        assert leaves and all(leaf["dataset_path"] for leaf in leaves)
-        if name in PRIMARY:
-            assert PRIMARY[name] in [metric["metric"] for metric in leaves[0]["metric_list"]]
-    assert len(list(harness._task_configs(index, "mmlu"))) == 57
-    with pytest.raises(ValueError, match="cannot run --suite humaneval: it runs the code"):
-        load_suites(["humaneval"])
-    with pytest.raises(ValueError, match=r"neither lm-eval nor --task_dir has a task gms8k \(did you mean 'gsm8k'\?\)"):
-        load_suites(["gms8k"])
-
-
-def test_without_lm_eval_the_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ValueError, match=r"lm-eval is not installed.*pip install -e '\.\[suites\]'"):
-        load_suites(["mmlu"])
-
-
-def command(tasks: Path, path: Path, *more: str) -> list[dict]:
-    flags = [f"--base_model_path={TINY}", f"--task_dir={tasks}", "--dtype=float32", f"--output_path={path}"]
+def command(suite_dir: Path, path: Path, *more: str) -> list[dict]:
+    flags = [f"--base_model_path={TINY}", f"--task_dir={suite_dir}", "--dtype=float32", f"--output_path={path}"]
     flags += ["--max_new_tokens=8"] if any(flag.startswith("--eval_dataset") for flag in more) else []
     return eval_multigpu.main([*flags, "--n_samples=4", "--device=cpu", *more])
 
 
-def test_data_sets_and_suites_in_one_table(adapter, tasks, tmp_path, capsys):
+def test_data_sets_and_suites_in_one_table(adapter, suite_dir, tmp_path, capsys):
     path = tmp_path / "new" / "out.jsonl"
     flags = [f"--adapter_dir={adapter}", "--with_base", "--suite=mine_choices,mine_written", "--apply_chat_template"]
-    found = command(tasks, path, *flags, "--eval_dataset=intent")
+    found = command(suite_dir, path, *flags, "--eval_dataset=intent")
     assert [s["dataset"] for s in found] == ["intent", "mine_choices", "mine_written"]
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown[:4]] == ["dataset", "intent", "mine_choices", "mine_written"]
@@ -405,7 +301,7 @@ def test_data_sets_and_suites_in_one_table(adapter, tasks, tmp_path, capsys):
     assert json.loads((path.parent / "out.mine_written.summary.json").read_text()) == found[2]
 
 
-def test_any_number_of_processes_gives_the_same(adapter, tasks, tmp_path):
+def test_any_number_of_processes_gives_the_same(adapter, suite_dir, tmp_path):
     (tmp_path / "starts.py").write_text(  # as the metric of humaneval does
         "import multiprocessing\n"
         "def right(queue):\n    queue.put(1.0)\n"
@@ -414,30 +310,30 @@ def test_any_number_of_processes_gives_the_same(adapter, tasks, tmp_path):
         "    process = multiprocessing.Process(target=right, args=(queue,))\n"
         "    process.start(), process.join()\n    return {'passed': queue.get(timeout=9)}\n"
     )
-    text = (tasks / "mine_written.yaml").read_text().replace("mine_written\n", "mine_starts\n")
+    text = (suite_dir / "mine_written.yaml").read_text().replace("mine_written\n", "mine_starts\n")
     starts = tmp_path / "starts.yaml"
     starts.write_text(text.replace("metric: exact_match", "metric: !function starts.metric"))
     flags = [f"--adapter_dir={adapter}", f"--suite=mine_tag,{starts},mine_choices,mine_written"]
     for world_size in (1, 2):
         (tmp_path / str(world_size)).mkdir()
-        found = command(tasks, tmp_path / str(world_size) / "out.jsonl", *flags, f"--world_size={world_size}")
+        found = command(suite_dir, tmp_path / str(world_size) / "out.jsonl", *flags, f"--world_size={world_size}")
         assert [s["dataset"] for s in found][2:] == ["mine_starts", "mine_choices", "mine_written"]
         assert found[2]["mean"] == 100
     one, two = ({p.name: p.read_text() for p in tmp_path.glob(f"{n}/*.jsonl")} for n in (1, 2))
     assert one == two and len(one) == 5
 
 
-def test_what_is_done_is_shown_where_a_suite_ends_the_rest(tasks, tmp_path, capsys):
-    config = yaml.safe_load((tasks / "mine_written.yaml").read_text())
+def test_what_is_done_is_shown_where_a_suite_ends_the_rest(suite_dir, tmp_path, capsys):
+    config = yaml.safe_load((suite_dir / "mine_written.yaml").read_text())
     few = tmp_path / "few.yaml"
     few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
     with pytest.raises(ValueError, match="cannot ask --suite few"):
-        command(tasks, tmp_path / "o.jsonl", "--eval_dataset=intent", f"--suite={few}", "--num_fewshot=50")
+        command(suite_dir, tmp_path / "o.jsonl", "--eval_dataset=intent", f"--suite={few}", "--num_fewshot=50")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["dataset", "intent"]
 
 
-def test_one_suite_alone_has_the_name_that_was_given(tasks, tmp_path):
-    (summary,) = command(tasks, tmp_path / "out.jsonl", f"--suite={tasks}/mine_choices.yaml")
+def test_one_suite_alone_has_the_name_that_was_given(suite_dir, tmp_path):
+    (summary,) = command(suite_dir, tmp_path / "out.jsonl", f"--suite={suite_dir}/mine_choices.yaml")
     assert (summary["dataset"], summary["n"]) == ("mine_choices", 4) and (tmp_path / "out.jsonl").is_file()
 
 
@@ -449,13 +345,15 @@ def test_one_suite_alone_has_the_name_that_was_given(tasks, tmp_path):
         (["--suite=gone"], "cannot run --suite gone: neither lm-eval nor --task_dir has a task gone"),
     ],
 )
-def test_a_wrong_suite_is_one_sentence_before_a_model_is_loaded(flags, sentence, tasks, tmp_path, monkeypatch, capsys):
+def test_a_wrong_suite_is_one_sentence_before_a_model_is_loaded(
+    flags, sentence, suite_dir, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(esft, "load_base_model", lambda *_, **__: pytest.fail("a model was loaded"))
     rows = [{"prompt": "a", "answers": ["b"]}]
     (tmp_path / "mine_few.jsonl").write_text("".join(json.dumps(row) for row in rows))
     flags = [flag.replace("TASKS", str(tmp_path)) for flag in flags]
     with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: command(tasks, tmp_path / "new" / "out.jsonl", *flags))
+        run_cli(lambda: command(suite_dir, tmp_path / "new" / "out.jsonl", *flags))
     said = capsys.readouterr()
     *bars, error = said.err.splitlines()  # tasks that are read for the first time show their bars
     assert stop.value.code == 2 and error.startswith("error: ") and sentence in error
