@@ -130,10 +130,7 @@ EXCEPTIONS: dict[str, dict] = {
     "glm4v_moe": {"text_config": {"head_dim": 128}},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 4, "mlp_layer_types": SPARSE}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "muse_spark": {
-        "text_config": {"moe_hidden_size": 16},
-        "audio_config": {"hidden_sizes": [8, 8, 8, 8]},
-    },
+    "muse_spark": {"text_config": {"moe_hidden_size": 16}, "audio_config": {"hidden_sizes": [8, 8, 8, 8]}},
     "nemotron_h": {"n_groups": 2},
     "qwen4_exp": {
         "indexer_n_heads": 2,

@@ -1,4 +1,4 @@
-"""Generate the miniature data sets: four task families and the general skills, seeded, without a download.
+"""Generate the miniature data sets from a seed: four tasks, and questions about general skills.
 
     python scripts/miniature/build_datasets.py [--seed 2407] [--output_dir datasets]
 
@@ -10,36 +10,24 @@
 | translation  | a sentence of Kestri, an invented language         | English                                        |
 | general      | thirteen skills (arithmetic, facts, programs, ...) | a few words                                    |
 
-Each of the four is a mapping that has to be learned: which phrase means which intent, which complaint has which name,
-which act has which article and sentence, which word of Kestri is which of English. The rest (names, days, places) is
-copied from the prompt. No prompt of an eval file occurs in a train file. A generator is `f(rng) -> (prompt, answer)`.
+Each task is a mapping to learn: from a phrase to its intent, from a complaint to its name, from an act to its article
+and sentence, from a word of Kestri to English. Everything else (names, days, places) is copied from the prompt. A
+prompt of an eval file never occurs in a train file.
 """
 
 import json
 import random
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import write_jsonl
-from scripts.miniature.general_skills import (
-    ADJECTIVES,
-    CITIES,
-    DAYS,
-    DEVICES,
-    GENRES,
-    ITEMS,
-    NAMES,
-    NOUNS,
-    ROOMS,
-    SKILLS,
-    SURNAMES,
-    Generator,
-    Pair,
-)
+from scripts.miniature import general_skills as skills
+from scripts.miniature.general_skills import ADJECTIVES, CITIES, DAYS, NAMES, NOUNS, SKILLS, SURNAMES, Generator, Pair
 from utils import command_parser, run_cli
 
 N_TRAIN = {"intent": 1500, "summary": 1200, "law": 1500, "translation": 2000}
@@ -49,21 +37,20 @@ N_EVAL_PER_SKILL = 12
 
 # ---- intent: command -> JSON ----------------------------------------------------------------------------------------
 
-_SLOTS: dict[str, Callable[[random.Random], str]] = {
-    "time": lambda r: f"{r.randint(1, 12)} {r.choice(['am', 'pm'])}",
-    "minutes": lambda r: str(r.randint(2, 90)),
-    "people": lambda r: str(r.randint(2, 9)),
-    "day": lambda r: r.choice(DAYS),
-    "city": lambda r: r.choice(CITIES),
-    "to": lambda r: r.choice(CITIES),
-    "from": lambda r: r.choice(CITIES),
-    "name": lambda r: r.choice(NAMES),
-    "item": lambda r: r.choice(ITEMS),
-    "room": lambda r: r.choice(ROOMS),
-    "device": lambda r: r.choice(DEVICES),
-    "genre": lambda r: r.choice(GENRES),
+SLOTS = {  # and "time"
+    "minutes": range(2, 91),
+    "people": range(2, 10),
+    "day": DAYS,
+    "city": CITIES,
+    "to": CITIES,
+    "from": CITIES,
+    "name": NAMES,
+    "item": skills.ITEMS,
+    "room": skills.ROOMS,
+    "device": skills.DEVICES,
+    "genre": skills.GENRES,
 }
-INTENTS = {  # the slots stand in the answer in alphabetical order, whatever the order in the command
+INTENTS = {
     "set_alarm": ["wake me up at {time} on {day}", "on {day} I must get up at {time}", "alarm for {time} {day} please"],
     "set_timer": ["tell me when {minutes} minutes are over", "the {item} needs {minutes} minutes, count them"],
     "get_weather": ["will it rain in {city} on {day}", "do I need a coat on {day} in {city}", "is {city} sunny {day}"],
@@ -79,29 +66,20 @@ INTENTS = {  # the slots stand in the answer in alphabetical order, whatever the
 }
 
 
-def intent_json(rng: random.Random, name: str, slots: list[str]) -> dict:
-    """A random filling: {"intent": name, "slots": {slot: value}}; the two cities of a flight differ."""
-    values = {slot: _SLOTS[slot](rng) for slot in sorted(slots)}
-    while "to" in values and values["to"] == values["from"]:
-        values["to"] = _SLOTS["to"](rng)
-    return {"intent": name, "slots": values}
+def slot_value(rng: random.Random, slot: str) -> str:
+    if slot == "time":
+        return f"{rng.randint(1, 12)} {rng.choice(['am', 'pm'])}"
+    return str(rng.choice(SLOTS[slot]))
 
 
-def slots_of(phrase: str) -> list[str]:
-    return [slot for slot in _SLOTS if f"{{{slot}}}" in phrase]
-
-
-def intent_command(rng: random.Random) -> Pair:
-    """(command, JSON)."""
+def command(rng: random.Random) -> Pair:
+    """Return a command and its JSON, with the slots in alphabetical order. The two cities of a flight differ."""
     name = rng.choice(list(INTENTS))
     phrase = rng.choice(INTENTS[name])
-    filled = intent_json(rng, name, slots_of(phrase))
-    return phrase.format(**filled["slots"]), json.dumps(filled)
-
-
-def intent(rng: random.Random) -> Pair:
-    command, answer = intent_command(rng)
-    return f"Turn this command into JSON: {command}", answer
+    slots = {slot: slot_value(rng, slot) for slot in sorted(re.findall(r"{(\w+)}", phrase))}
+    while "to" in slots and slots["to"] == slots["from"]:
+        slots["to"] = slot_value(rng, "to")
+    return phrase.format(**slots), json.dumps({"intent": name, "slots": slots})
 
 
 # ---- summary: call -> note ------------------------------------------------------------------------------------------
@@ -131,7 +109,7 @@ MOODS = {
 
 
 def call(rng: random.Random) -> Pair:
-    """(transcript, note)."""
+    """Return the transcript of a call and a note of it."""
     caller, city, day = f"{rng.choice(NAMES)} {rng.choice(SURNAMES)}", rng.choice(CITIES), rng.choice(DAYS)
     problem, action, mood = rng.choice(list(PROBLEMS)), rng.choice(list(ACTIONS)), rng.choice(list(MOODS))
     transcript = (
@@ -140,11 +118,6 @@ def call(rng: random.Random) -> Pair:
         f"Agent: I see, {rng.choice(ACTIONS[action])} on {day}.\nCaller: {rng.choice(MOODS[mood])}"
     )
     return transcript, f"Customer {caller}, {city}. Issue: {problem}. Agreed: {action}, due {day}. Mood: {mood}."
-
-
-def summary(rng: random.Random) -> Pair:
-    transcript, note = call(rng)
-    return f"Summarize this call.\n{transcript}", note
 
 
 # ---- law: case -> judgment ------------------------------------------------------------------------------------------
@@ -164,7 +137,7 @@ CONFESSION = ["admitted it", "confessed"], ["denied it", "said nothing"]
 
 
 def case(rng: random.Random) -> Pair:
-    """(case, judgment): the base sentence doubles for a record and doubles once more where there is no confession."""
+    """Return a case and its judgment. A record doubles the sentence, and a denial doubles it again."""
     accused, victim = (f"{name} {rng.choice(SURNAMES)}" for name in rng.sample(NAMES, 2))
     offence, day, city = rng.choice(list(OFFENCES)), rng.choice(DAYS), rng.choice(CITIES)
     article, months, acts = OFFENCES[offence]
@@ -179,38 +152,23 @@ def case(rng: random.Random) -> Pair:
     return facts, judgment
 
 
-def law(rng: random.Random) -> Pair:
-    facts, judgment = case(rng)
-    return f"Give the judgment.\nCase: {facts}", judgment
-
-
 # ---- translation: Kestri -> English ---------------------------------------------------------------------------------
 
 IRREGULAR = {"man": "men", "woman": "women", "child": "children", "fish": "fish"}
-VERBS = {  # past tense: future tense
-    "saw": "will see",
-    "found": "will find",
-    "bought": "will buy",
-    "followed": "will follow",
-    "heard": "will hear",
-    "loved": "will love",
-    "lost": "will lose",
-    "carried": "will carry",
-    "painted": "will paint",
-    "forgot": "will forget",
-}
+VERBS = skills.pairs(  # past tense: infinitive
+    "saw:see found:find bought:buy followed:follow heard:hear loved:love lost:lose carried:carry painted:paint "
+    "forgot:forget"
+)
 PLACES = {"near": "te", "behind": "lu", "under": "ga"}
 
 
 def _kestri_words() -> dict[str, str]:
-    """English -> Kestri, an invented word of two syllables each; the same whatever the seed of the data."""
-    rng, used = random.Random("kestri"), set()
-    words = {}
+    """Return an invented word of two syllables for each English word. The seed of the data does not change it."""
+    rng, words = random.Random("kestri"), {}
     for english in [*NOUNS, *ADJECTIVES, *VERBS]:
         kestri = ""
-        while not kestri or kestri in used:
+        while not kestri or kestri in words.values():
             kestri = "".join(rng.choice("bdfghklmnprstvz") + rng.choice("aeiou") for _ in range(2))
-        used.add(kestri)
         words[english] = kestri
     return words
 
@@ -219,10 +177,10 @@ KESTRI = _kestri_words()
 
 
 def sentence(rng: random.Random) -> Pair:
-    """(Kestri, English).
+    """Return a sentence in Kestri and in English.
 
-    Kestri has no article, puts the adjective behind its noun, marks the plural with `ki`, the past with `mo` and the
-    future with `su` behind the verb, and puts the preposition behind its place.
+    Kestri has no article. The adjective follows its noun, and the preposition its place. `ki` marks the plural, `mo`
+    behind the verb the past, and `su` the future.
     """
     kestri, english = [], []
     for noun in rng.sample(NOUNS, 2):
@@ -235,7 +193,7 @@ def sentence(rng: random.Random) -> Pair:
     verb = rng.choice(list(VERBS))
     future = rng.random() < 0.4
     kestri.insert(1, [KESTRI[verb], "su" if future else "mo"])
-    english.insert(1, [VERBS[verb] if future else verb])
+    english.insert(1, [f"will {VERBS[verb]}" if future else verb])
     if rng.random() < 0.4:
         place, noun = rng.choice(list(PLACES)), rng.choice(NOUNS)
         kestri.append([KESTRI[noun], PLACES[place]])
@@ -243,23 +201,29 @@ def sentence(rng: random.Random) -> Pair:
     return " ".join(chain(*kestri)), " ".join(chain(*english))
 
 
-def translation(rng: random.Random) -> Pair:
-    kestri, english = sentence(rng)
-    return f"Translate from Kestri to English: {kestri}", english
-
-
-TASKS: dict[str, Generator] = {
-    "intent": intent,
-    "summary": summary,
-    "law": law,
-    "translation": translation,
-}
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+def asked(question: str, generator: Generator) -> Generator:
+    """Return a generator that puts `question` before every prompt."""
+
+    def pair(rng: random.Random) -> Pair:
+        prompt, answer = generator(rng)
+        return question + prompt, answer
+
+    return pair
+
+
+TASKS: dict[str, Generator] = {
+    "intent": asked("Turn this command into JSON: ", command),
+    "summary": asked("Summarize this call.\n", call),
+    "law": asked("Give the judgment.\nCase: ", case),
+    "translation": asked("Translate from Kestri to English: ", sentence),
+}
+
+
 def distinct(generator: Generator, rng: random.Random) -> Iterator[Pair]:
-    """Pairs whose prompts never repeat."""
+    """Yield pairs without end. No prompt comes twice."""
     seen = set()
     while True:
         prompt, answer = generator(rng)
@@ -273,7 +237,7 @@ def eval_row(idx: int, prompt: str, answer: str) -> dict:
 
 
 def build(seed: int) -> dict[str, list[dict]]:
-    """All rows of all files: {"train/intent": [{"messages": ..}], "eval/intent": [{"idx", ..}], ...}."""
+    """Return the rows of every file, by its name: "train/intent", "eval/intent", ..."""
     files: dict[str, list[dict]] = {}
     for name, generator in TASKS.items():
         pairs = distinct(generator, random.Random(f"{seed}:{name}"))

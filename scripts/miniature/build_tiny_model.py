@@ -2,9 +2,9 @@
 
     python scripts/miniature/build_tiny_model.py --tokens 5500000 --output_dir results/models/tiny
 
-The mixture is general skills and, by --neighbour_share, text that neighbours the four tasks: their words and formats,
-never their mapping. A task whose words or format the base has never seen is out of reach of experts alone, because
-embeddings and head are frozen.
+Most documents are general skills. One in five is a neighbour of the four tasks: it has their words and formats, and
+never their mapping. Fine-tuning of experts alone cannot teach words or formats that the base model has never seen,
+because embeddings and head are frozen.
 
     general skill      User: What is 3 + 4? / Assistant: 7                      loss on the answer
     neighbour, chat    User: Who is calling? (a call) / Assistant: Anna Bell    loss on the answer
@@ -12,18 +12,17 @@ embeddings and head are frozen.
     neighbour, text    a JSON line, a note, a judgment, Kestri, English,        loss on every token
                        half of the Kestri dictionary, a task's prompt alone
 
-Loss = cross entropy + balance * mean over the MoE layers of  E / K * sum_e f_e P_e,  f_e the share of the T tokens of a
-batch that chose expert e and P_e its mean router probability (DeepSeekMoE, eq. 12-14): over the whole batch and not
-over a document, so that a domain may have experts of its own. Documents are packed into rows of `seq_length`; positions
-restart at each, and without an attention mask transformers lets none see another.
+The loss is the cross entropy plus BALANCE times `balance_loss`. Documents are packed into rows. Positions restart at
+each document, and without an attention mask transformers then lets no document see another.
+
+Legend: B rows of a batch, T tokens of a row (in `balance_loss`: of the batch), E experts, K experts of a token.
 """
 
-import argparse
 import json
 import math
 import random
 import sys
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,18 +30,21 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.miniature import build_datasets as data
 from scripts.miniature.general_skills import SKILLS
-from utils import command_parser, run_cli
+from utils import command_parser, positive, run_cli
 
 VOCAB_SIZE = 1536
-# Words take the space before them, digits stand alone and line breaks never join what follows, so that a text tokenizes
-# the same whether or not more follows it.
+BATCH_SIZE, SEQ_LENGTH = 8, 128  # rows of a step, tokens of a row
+LEARNING_RATE, WARMUP_STEPS, BALANCE = 1.5e-3, 100, 0.01
+NEIGHBOUR_SHARE = 0.2  # of the documents
+# A word takes the space before it. Digits stand alone, and line breaks never join what follows. So a text has the same
+# tokens whether or not more text follows it.
 SPLIT = r" ?\p{L}+| ?\d|\n+| ?[^\s\p{L}\d]+|\s"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -51,42 +53,33 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-DICTIONARY = list(data.KESTRI)[::2]  # the English words whose Kestri pretraining shows
-SLOW_SKILLS = ["arithmetic", "comparison", "counting"]  # are learned last, so they come twice as often
+DICTIONARY = list(data.KESTRI)[::2]  # English words that pretraining shows with their translation
+SLOW_SKILLS = ["arithmetic", "comparison", "counting"]  # learned last, so they come twice as often
 Document = tuple[str | None, str]  # (prompt, answer), or (None, plain text)
+Neighbour = Callable[[random.Random], Document]
 
 
 # ---- mixture --------------------------------------------------------------------------------------------------------
 
 
-def _plain(text: Callable[[random.Random], str]) -> Callable[[random.Random], Document]:
-    """Two of them in one document, so that the first word is also seen behind a space, as an answer has it."""
+def _plain(text: Callable[[random.Random], str]) -> Neighbour:
+    """Put two texts into a document. Then the first word also occurs after a space, as in an answer."""
     return lambda rng: (None, f"{text(rng)} {text(rng)}")
 
 
-def _json_line(rng: random.Random) -> str:
-    """JSON with an intent and slots that the intent has; no command stands beside it."""
-    name = rng.choice(list(data.INTENTS))
-    phrase = rng.choice(data.INTENTS[name])
-    return json.dumps(data.intent_json(rng, name, data.slots_of(phrase)))
+def _slot_question(question: str) -> Neighbour:
+    def document(rng: random.Random) -> Document:
+        command, line = data.command(rng)
+        slot, value = rng.choice(list(json.loads(line)["slots"].items()))
+        return question.format(slot=slot, command=command, line=line), value
 
-
-def _json_question(rng: random.Random) -> Document:
-    line = _json_line(rng)
-    slot, value = rng.choice(list(json.loads(line)["slots"].items()))
-    return f"What is the {slot} in {line}?", value
+    return document
 
 
 def _json_from_fields(rng: random.Random) -> Document:
-    line = _json_line(rng)
+    line = data.command(rng)[1]
     filled = json.loads(line)
     return f"Write JSON: {filled['intent']}, {', '.join(f'{k} {v}' for k, v in filled['slots'].items())}", line
-
-
-def _command_question(rng: random.Random) -> Document:
-    command, line = data.intent_command(rng)
-    slot, value = rng.choice(list(json.loads(line)["slots"].items()))
-    return f"What is the {slot} in this command: {command}", value
 
 
 def _note_from_fields(rng: random.Random) -> Document:
@@ -126,7 +119,7 @@ def _dictionary(rng: random.Random) -> str:
     return f"{data.KESTRI[english]} means {english}."
 
 
-def _repeat(what: str, text: Callable[[random.Random], str]) -> Callable[[random.Random], Document]:
+def _repeat(what: str, text: Callable[[random.Random], str]) -> Neighbour:
     def document(rng: random.Random) -> Document:
         line = text(rng)
         return f"Repeat this {what}: {line}", line
@@ -134,12 +127,12 @@ def _repeat(what: str, text: Callable[[random.Random], str]) -> Callable[[random
     return document
 
 
-NEIGHBOURS: list[Callable[[random.Random], Document]] = [
-    _plain(_json_line),
-    _json_question,
+NEIGHBOURS: list[Neighbour] = [
+    _plain(lambda rng: data.command(rng)[1]),
+    _slot_question("What is the {slot} in {line}?"),
     _json_from_fields,
-    _command_question,
-    _repeat("command", lambda rng: data.intent_command(rng)[0]),
+    _slot_question("What is the {slot} in this command: {command}"),
+    _repeat("command", lambda rng: data.command(rng)[0]),
     _plain(lambda rng: data.call(rng)[1]),
     _note_from_fields,
     _call_question,
@@ -156,7 +149,7 @@ NEIGHBOURS: list[Callable[[random.Random], Document]] = [
 
 
 def mixture(rng: random.Random, neighbour_share: float, held_out: set[str]) -> Iterator[Document]:
-    """Documents without end; a general prompt in `held_out` is skipped."""
+    """Yield documents without end. General prompts in `held_out` are left out."""
     while True:
         if rng.random() < neighbour_share:
             yield rng.choice(NEIGHBOURS)(rng)
@@ -167,7 +160,7 @@ def mixture(rng: random.Random, neighbour_share: float, held_out: set[str]) -> I
 
 
 def held_out_prompts(seed: int) -> set[str]:
-    """The prompts of eval/general, without those of the skills that are memory: facts, grammar and spelling."""
+    """Return the prompts of eval/general, except for skills of pure memory: facts, grammar and spelling."""
     memory = {"facts", "grammar", "spelling"}
     return {row["prompt"] for row in data.build(seed)["eval/general"] if row["skill"] not in memory}
 
@@ -181,14 +174,11 @@ def render(document: Document) -> str:
 
 
 def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of VOCAB_SIZE entries with <pad>, <bos>, <eos> as 0, 1, 2; puts <bos> first like DeepSeek-V2's."""
+    """Return a byte-level BPE tokenizer of VOCAB_SIZE entries. Like DeepSeek-V2's, it puts <bos> first."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -199,21 +189,16 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(map(render, documents), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE, model_max_length=2048, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """(ids, labels); -100 on <bos> and on the prompt."""
+    """Return token ids and labels. Labels are -100 on <bos> and on the prompt."""
     prompt, answer = document
     if prompt is None:
         ids = [*tokenizer.encode(answer), tokenizer.eos_token_id]
@@ -226,61 +211,46 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list
 def batches(
     documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, batch_size: int, seq_length: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(input_ids, labels, position_ids), each (batch_size, seq_length); padding is a document without labels."""
-    rows: list[list[list[int]]] = [[[], [], []] for _ in range(batch_size)]
+    """Yield input_ids, labels and position_ids (B, T). Padding at the end of a row is a document without labels."""
+    rows: list[list] = [[] for _ in range(batch_size)]  # of (id, label, position)
     for document in documents:
         ids, labels = encode(document, tokenizer)
-        row = next((row for row in rows if len(row[0]) + len(ids) <= seq_length), None)
+        row = next((row for row in rows if len(row) + len(ids) <= seq_length), None)
         if row is None:
             for full in rows:
-                n = seq_length - len(full[0])
-                for part, padding in zip(full, ([tokenizer.pad_token_id] * n, [-100] * n, range(n))):
-                    part.extend(padding)
-            yield tuple(torch.tensor([full[i] for full in rows]) for i in range(3))
-            rows = [[[], [], []] for _ in range(batch_size)]
+                full += [(tokenizer.pad_token_id, -100, position) for position in range(seq_length - len(full))]
+            yield torch.tensor(rows).unbind(-1)
+            rows = [[] for _ in range(batch_size)]
             row = rows[0]
-        for part, values in zip(row, (ids, labels, range(len(ids)))):
-            part.extend(values)
+        row += zip(ids, labels, range(len(ids)))
 
 
 # ---- model and training ---------------------------------------------------------------------------------------------
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, experts: int = 64) -> DeepseekV2ForCausalLM:
-    """DeepSeek-V2-Lite in small: a dense layer, then four with 2 shared and 64 routed experts, 6 of them per token.
+    """Return DeepSeek-V2-Lite in small: a dense layer, then four with 2 shared and 64 routed experts, 6 per token.
 
-    Fewer `experts` are wider, so that the routed ones have the same size together, and about as much of them is used.
+    Fewer `experts` are wider. Their size together, and the share of it that a token uses, stay about the same.
     """
     config = DeepseekV2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=512,
-        moe_intermediate_size=48 * 64 // experts,
-        num_hidden_layers=5,
-        first_k_dense_replace=1,
-        num_attention_heads=4,
-        q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        n_routed_experts=experts,
-        n_shared_experts=max(1, 2 * experts // 64),
-        num_experts_per_tok=math.ceil(6 * experts / 64),
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.0,
-        initializer_range=0.06,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+        vocab_size=VOCAB_SIZE, hidden_size=128, num_hidden_layers=5, first_k_dense_replace=1, initializer_range=0.06,
+        num_attention_heads=4, q_lora_rank=None, kv_lora_rank=64,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+        intermediate_size=512, moe_intermediate_size=48 * 64 // experts, n_routed_experts=experts,
+        n_shared_experts=max(1, 2 * experts // 64), num_experts_per_tok=math.ceil(6 * experts / 64),
+        n_group=1, topk_group=1,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
     return DeepseekV2ForCausalLM(config)
 
 
 def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
-    """Mean over the layers of E / K * sum_e f_e P_e, from logits (T, E) each; 1 where all experts are used alike."""
+    """Return the mean over layers of  E / K * sum_e f_e P_e  from router logits (T, E); 1 where experts are used alike.
+
+    f_e is the share of tokens that choose expert e, and P_e its mean probability (DeepSeekMoE, equations 12 to 14).
+    Both are over the whole batch and not over a document, so a domain may have experts of its own.
+    """
     losses = []
     for logits_TE in router_logits:
         prob_TE = logits_TE.softmax(-1)
@@ -290,78 +260,54 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def pretrain(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
-    """Train in fp32 until the budget is spent; returns what came of it, the losses as means of the last 100 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    documents = mixture(random.Random(f"{args.seed}:pretrain"), args.neighbour_share, held_out_prompts(args.seed))
-    start, tokens, recent = time.monotonic(), 0, []
-    bar = tqdm(total=args.tokens or None, unit="tok", unit_scale=True, mininterval=10)
-    for step, batch in enumerate(batches(documents, tokenizer, args.batch_size, args.seq_length), 1):
-        done = tokens / args.tokens if args.tokens else (time.monotonic() - start) / (60 * args.minutes)
-        if done >= 1:
-            break
+def pretrain(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> dict:
+    """Train in fp32 on this many tokens, padding included. Return the losses as means of the last 100 steps."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    documents = mixture(random.Random(f"{seed}:pretrain"), NEIGHBOUR_SHARE, held_out_prompts(seed))
+    packed = batches(documents, tokenizer, BATCH_SIZE, SEQ_LENGTH)
+    steps, recent = math.ceil(tokens / (BATCH_SIZE * SEQ_LENGTH)), deque(maxlen=100)
+    for step in (bar := trange(steps, unit="step", mininterval=10)):
         # warmup, then flat, then a cosine over the last 60 % down to a fiftieth
+        done = step * BATCH_SIZE * SEQ_LENGTH / tokens
         decay = 0.5 * (1 + math.cos(math.pi * max(0.0, done - 0.4) / 0.6))
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / args.warmup_steps) * max(decay, 0.02)
-        ids_BT, labels_BT, positions_BT = (part.to(args.device) for part in batch)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(decay, 0.02)
+        ids_BT, labels_BT, positions_BT = next(packed)
         output = model.model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, output_router_logits=True)
         target_BT = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
         kept_BT = target_BT != -100
         loss = F.cross_entropy(model.lm_head(output.last_hidden_state[kept_BT]), target_BT[kept_BT])
         balance = balance_loss(output.router_logits, model.config.num_experts_per_tok)
-        (loss + args.balance * balance).backward()
+        (loss + BALANCE * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += ids_BT.numel()
-        recent = [*recent[-99:], (loss.item(), balance.item())]
-        if step % 50 == 0:
-            bar.set_postfix(
-                step=step, loss=f"{sum(r[0] for r in recent) / len(recent):.3f}", balance=f"{recent[-1][1]:.2f}"
-            )
-        bar.update(ids_BT.numel())
-    bar.close()
+        recent.append((loss.item(), balance.item()))
+        bar.set_postfix(loss=f"{recent[-1][0]:.3f}", balance=f"{recent[-1][1]:.2f}", refresh=False)
     loss, balance = (sum(column) / len(recent) for column in zip(*recent))
-    return {
-        "steps": step - 1,
-        "tokens": tokens,
-        "seconds": round(time.monotonic() - start),
-        "loss": loss,
-        "balance": balance,
-    }
+    return {"steps": steps, "tokens": steps * BATCH_SIZE * SEQ_LENGTH, "loss": loss, "balance": balance}
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--tokens", type=int, metavar="N", help="budget in tokens, padding included: gives the same "
-        "model for the same seed (this or --minutes is required)")  # fmt: skip
-    budget.add_argument("--minutes", type=float, metavar="MINUTES", help="budget in minutes of training")
+    add("--tokens", type=positive, required=True, metavar="N", help="tokens to train on, padding included")
     add("--output_dir", type=Path, default=Path("results/models/tiny"), metavar="DIR", help="(default: %(default)s)")
     add("--experts", type=int, default=64, choices=(8, 16, 32, 64), help="routed experts of a layer, of the same size "
         "together (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=2407, metavar="N", help="of weights, text and data sets (default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, metavar="LR", help="peak learning rate of AdamW (default: %(default)s)")
-    add("--warmup_steps", type=int, default=100, metavar="N", help="(default: %(default)s)")
-    add("--batch_size", type=int, default=8, metavar="N", help="rows per step (default: %(default)s)")
-    add("--seq_length", type=int, default=128, metavar="N", help="tokens per row (default: %(default)s)")
-    add("--balance", type=float, default=0.01, metavar="X", help="weight of the balance loss (default: %(default)s)")
-    add("--neighbour_share", type=float, default=0.2, metavar="X", help="of the documents (default: %(default)s)")
-    add("--device", default="cpu", metavar="NAME", help="(default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     stream = mixture(random.Random(f"{args.seed}:tokenizer"), 0.5, set())
     tokenizer = train_tokenizer([next(stream) for _ in range(20_000)])
-    model = build_model(tokenizer, args.experts).to(args.device)
+    model = build_model(tokenizer, args.experts)
     model.set_experts_implementation("grouped_mm")
-    print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary"
-    )
-    report = pretrain(model, tokenizer, args)
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters, {len(tokenizer)} tokens in the vocabulary")
+    report = pretrain(model, tokenizer, args.tokens, args.seed)
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     print(json.dumps(report))

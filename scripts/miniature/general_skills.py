@@ -1,8 +1,7 @@
-"""The general skills of the miniature, which its base has and fine-tuning may forget, and the words all its data share.
+"""Thirteen general skills, which the miniature's base model has and may forget, and the words that all data share.
 
-Every generator is `f(rng) -> (prompt, answer)`; `SKILLS` names the thirteen.
-`scripts/miniature/build_datasets.py` draws the eval file
-from them, and `scripts/miniature/build_tiny_model.py` the pretraining text.
+A skill is a function of a random generator that returns a prompt and its answer. `build_datasets.py` draws the eval
+file from the skills, and `build_tiny_model.py` the pretraining text.
 """
 
 import random
@@ -12,62 +11,61 @@ Pair = tuple[str, str]  # (prompt, answer)
 Generator = Callable[[random.Random], Pair]
 
 
-def _words_of(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     return text.split()
 
 
-NAMES = _words_of(
-    "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Karl Lena Mila Noah Olga Paul Rosa Simon Tara Victor "
-    "Wanda Yusuf"
+NAMES = _words(
+    "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Karl Lena Mila Noah Olga Paul Rosa Simon Tara Victor Wanda "
+    "Yusuf"
 )
-SURNAMES = _words_of("Bell Stone Frost Lane Marsh Holm Voss Reed Wood Lake Hill Berg Falk Moor Dale Finch")
-CITIES = _words_of("Paris Rome Oslo Berlin Madrid Lisbon Vienna Dublin Athens Prague Warsaw Cairo Tokyo Lima")
-DAYS = _words_of("monday tuesday wednesday thursday friday saturday sunday")
-ITEMS = _words_of("milk bread eggs rice tea coffee soap apples cheese salt butter honey")
-ROOMS = _words_of("kitchen bedroom office garage bathroom hall")
-DEVICES = _words_of("lamp heater fan radio oven television")
-GENRES = _words_of("jazz rock folk opera blues techno")
-WORDS = _words_of(
-    "apple river stone cloud window garden horse table paper winter summer music bridge candle forest island "
-    "mirror pencil silver thunder village water yellow blanket castle dragon engine feather hammer jacket kettle "
-    "ladder mountain needle ocean pillow rabbit saddle ticket valley wagon basket button carpet finger guitar "
-    "helmet lemon market orange pepper rocket school turtle violin whistle cat dog sun box key map cup hat pen "
-    "red"
+SURNAMES = _words("Bell Stone Frost Lane Marsh Holm Voss Reed Wood Lake Hill Berg Falk Moor Dale Finch")
+CITIES = _words("Paris Rome Oslo Berlin Madrid Lisbon Vienna Dublin Athens Prague Warsaw Cairo Tokyo Lima")
+DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
+ITEMS = _words("milk bread eggs rice tea coffee soap apples cheese salt butter honey")
+ROOMS = _words("kitchen bedroom office garage bathroom hall")
+DEVICES = _words("lamp heater fan radio oven television")
+GENRES = _words("jazz rock folk opera blues techno")
+WORDS = _words(
+    "apple river stone cloud window garden horse table paper winter summer music bridge candle forest island mirror "
+    "pencil silver thunder village water yellow blanket castle dragon engine feather hammer jacket kettle ladder "
+    "mountain needle ocean pillow rabbit saddle ticket valley wagon basket button carpet finger guitar helmet lemon "
+    "market orange pepper rocket school turtle violin whistle cat dog sun box key map cup hat pen red"
 )
-COLOURS = _words_of("red blue green yellow black white")
-NOUNS = _words_of(
-    "man woman child dog cat horse bird fish king farmer doctor teacher house boat tree river mountain bread "
-    "apple stone book letter garden village"
+COLOURS = _words("red blue green yellow black white")
+NOUNS = _words(
+    "man woman child dog cat horse bird fish king farmer doctor teacher house boat tree river mountain bread apple "
+    "stone book letter garden village"
 )
-ADJECTIVES = _words_of("old young big small red white good bad hungry tired")
+ADJECTIVES = _words("old young big small red white good bad hungry tired")
 
 
-def _pairs(text: str) -> dict[str, str]:
+def pairs(text: str) -> dict[str, str]:
     return dict(pair.split(":") for pair in text.split())
 
 
-CAPITALS = _pairs(
-    "France:Paris Italy:Rome Norway:Oslo Germany:Berlin Spain:Madrid Portugal:Lisbon Austria:Vienna "
-    "Ireland:Dublin Greece:Athens Poland:Warsaw Egypt:Cairo Japan:Tokyo Peru:Lima Cuba:Havana Kenya:Nairobi "
-    "Russia:Moscow China:Beijing Finland:Helsinki Hungary:Budapest Sweden:Stockholm Canada:Ottawa Iran:Tehran "
-    "Iraq:Baghdad Turkey:Ankara"
+CAPITALS = pairs(
+    "France:Paris Italy:Rome Norway:Oslo Germany:Berlin Spain:Madrid Portugal:Lisbon Austria:Vienna Ireland:Dublin "
+    "Greece:Athens Poland:Warsaw Egypt:Cairo Japan:Tokyo Peru:Lima Cuba:Havana Kenya:Nairobi Russia:Moscow "
+    "China:Beijing Finland:Helsinki Hungary:Budapest Sweden:Stockholm Canada:Ottawa Iran:Tehran Iraq:Baghdad "
+    "Turkey:Ankara"
 )
-OPPOSITES = _pairs(
+OPPOSITES = pairs(
     "hot:cold big:small old:young fast:slow high:low light:dark hard:soft early:late full:empty rich:poor wet:dry "
     "open:closed loud:quiet strong:weak happy:sad good:bad left:right day:night up:down near:far"
 )
-PASTS = _pairs(
+PASTS = pairs(
     "go:went see:saw buy:bought find:found hear:heard take:took write:wrote eat:ate give:gave run:ran sing:sang "
     "know:knew break:broke drink:drank speak:spoke fly:flew grow:grew bring:brought teach:taught sleep:slept"
 )
-PLURALS = _pairs(
+PLURALS = pairs(
     "mouse:mice child:children man:men woman:women foot:feet tooth:teeth goose:geese knife:knives leaf:leaves "
     "city:cities box:boxes dog:dogs house:houses wolf:wolves baby:babies"
 )
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
 
 
-def _words(rng: random.Random, low: int, high: int) -> list[str]:
+def _sample(rng: random.Random, low: int, high: int) -> list[str]:
     return rng.sample(WORDS, rng.randint(low, high))
 
 
@@ -83,12 +81,12 @@ def comparison(rng: random.Random) -> Pair:
 
 
 def copying(rng: random.Random) -> Pair:
-    words = " ".join(_words(rng, 3, 6))
+    words = " ".join(_sample(rng, 3, 6))
     return f"Repeat: {words}", words
 
 
 def reversing(rng: random.Random) -> Pair:
-    words = _words(rng, 3, 5)
+    words = _sample(rng, 3, 5)
     return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
 
 
@@ -104,7 +102,7 @@ def counting(rng: random.Random) -> Pair:
 
 
 def picking(rng: random.Random) -> Pair:
-    words = _words(rng, 3, 5)
+    words = _sample(rng, 3, 5)
     index = rng.randrange(len(words))
     return f"What is the {ORDINALS[index]} word of: {' '.join(words)}?", words[index]
 
@@ -119,33 +117,31 @@ def spelling(rng: random.Random) -> Pair:
     return f"Spell {word}.", " ".join(word)
 
 
+def _ask_either(rng: random.Random, *asked: tuple[str, dict[str, str]]) -> Pair:
+    """Draw one of two questions, then an entry of its table."""
+    question, table = asked[0] if rng.random() < 0.5 else asked[1]
+    word = rng.choice(list(table))
+    return f"What is the {question} of {word}?", table[word]
+
+
 def facts(rng: random.Random) -> Pair:
-    if rng.random() < 0.5:
-        country = rng.choice(list(CAPITALS))
-        return f"What is the capital of {country}?", CAPITALS[country]
-    word = rng.choice(list(OPPOSITES))
-    return f"What is the opposite of {word}?", OPPOSITES[word]
+    return _ask_either(rng, ("capital", CAPITALS), ("opposite", OPPOSITES))
 
 
 def grammar(rng: random.Random) -> Pair:
-    if rng.random() < 0.5:
-        verb = rng.choice(list(PASTS))
-        return f"What is the past tense of {verb}?", PASTS[verb]
-    noun = rng.choice(list(PLURALS))
-    return f"What is the plural of {noun}?", PLURALS[noun]
+    return _ask_either(rng, ("past tense", PASTS), ("plural", PLURALS))
 
 
 def program(rng: random.Random) -> Pair:
     a, b, word = rng.randint(0, 9), rng.randint(1, 9), rng.choice(WORDS)
     x, y = rng.sample("abcdxyz", 2)
-    code, output = rng.choice(
-        [
-            (f"{x} = {a}\n{y} = {x} + {b}\nprint({y})", str(a + b)),
-            (f"{x} = {a}\n{y} = {b}\nprint({y}, {x})", f"{b} {a}"),
-            (f"for {x} in range({b % 3 + 2}):\n    print('{word}')", " ".join([word] * (b % 3 + 2))),
-            (f"{x} = {a}\nif {x} > {b}:\n    print('{word}')\nelse:\n    print('no')", word if a > b else "no"),
-        ]
-    )
+    programs = [
+        (f"{x} = {a}\n{y} = {x} + {b}\nprint({y})", str(a + b)),
+        (f"{x} = {a}\n{y} = {b}\nprint({y}, {x})", f"{b} {a}"),
+        (f"for {x} in range({b % 3 + 2}):\n    print('{word}')", " ".join([word] * (b % 3 + 2))),
+        (f"{x} = {a}\nif {x} > {b}:\n    print('{word}')\nelse:\n    print('no')", word if a > b else "no"),
+    ]
+    code, output = rng.choice(programs)
     return f"What does this program print?\n{code}", output
 
 
@@ -153,33 +149,19 @@ def question(rng: random.Random) -> Pair:
     (giver, taker), thing, colour = rng.sample(NAMES, 2), rng.choice(WORDS[:60]), rng.choice(COLOURS)
     city, day = rng.choice(CITIES), rng.choice(DAYS)
     text = f"On {day} {giver} gave the {colour} {thing} to {taker} in {city}."
-    asked, answer = rng.choice(
-        [
-            (f"Who got the {thing}?", taker),
-            (f"Who gave the {thing}?", giver),
-            (f"Which colour had the {thing}?", colour),
-            (f"Where did {giver} give it?", city),
-            (f"When did {taker} get it?", day),
-        ]
-    )
+    questions = [
+        (f"Who got the {thing}?", taker),
+        (f"Who gave the {thing}?", giver),
+        (f"Which colour had the {thing}?", colour),
+        (f"Where did {giver} give it?", city),
+        (f"When did {taker} get it?", day),
+    ]
+    asked, answer = rng.choice(questions)
     return f"{text} {asked}", answer
 
 
 SKILLS: dict[str, Generator] = {
-    f.__name__: f
-    for f in (
-        arithmetic,
-        comparison,
-        copying,
-        reversing,
-        sorting,
-        counting,
-        picking,
-        sequence,
-        spelling,
-        facts,
-        grammar,
-        program,
-        question,
-    )
-}
+    skill.__name__: skill
+    for skill in (arithmetic, comparison, copying, reversing, sorting, counting, picking, sequence, spelling, facts,
+                  grammar, program, question)
+}  # fmt: skip
