@@ -1,17 +1,20 @@
-"""Shared by the experiments: a random model on disk, one training as a child process, and the files of a result."""
+"""Shared by the experiments: random models, one training as a child process, and the files of a result."""
 
 import argparse
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import AutoConfig, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 from deepseek.files import write_json, write_text
+from training.published_models import published_models
 from utils import ROOT, environment, run_command
 
 TINY = ROOT / "results" / "models" / "tiny"
+SHAPES = ("tiny", "36m", "v2-lite")
 LIKE_V2_LITE = {
     "first_k_dense_replace": 1,
     "q_lora_rank": None,
@@ -21,6 +24,32 @@ LIKE_V2_LITE = {
     "n_group": 1,
     "topk_group": 1,
 }
+SMALL_HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+}
+
+
+def shape_config(shape: str) -> DeepseekV2Config:
+    """Return the configuration of results/models/tiny, of DeepSeek-V2-Lite, or of 36m parameters."""
+    if shape == "tiny":
+        return AutoConfig.from_pretrained(TINY)
+    if shape == "v2-lite":
+        return published_models()["DeepSeek-V2-Lite"][0]
+    size = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 128}
+    # queries and values are 48 wide: torch's fused attention needs one width on a CPU
+    return DeepseekV2Config(**LIKE_V2_LITE, **SMALL_HEADS, v_head_dim=48, num_hidden_layers=6, **size)
+
+
+def draw_experts(layers: Iterable[int], count: int, seed: int) -> dict[int, list[int]]:
+    """Draw `count` of the 64 experts of each layer. Raise ValueError if there are fewer."""
+    if count > 64:
+        raise ValueError(f"cannot train {count} experts of a layer: it has 64. Give a smaller --n_trained.")
+    generator = random.Random(seed)
+    return {layer: generator.sample(range(64), count) for layer in layers}
 
 
 def write_model(folder: Path, hidden: int = 512, layers: int = 7, n_trained: int = 8, seed: int = 0) -> int:
@@ -29,27 +58,14 @@ def write_model(folder: Path, hidden: int = 512, layers: int = 7, n_trained: int
     `hidden` is also the hidden size of an expert. `experts.json` names `n_trained` of the 64 experts of every layer.
     Returns the bytes of the model's tensors.
     """
+    experts = draw_experts(range(1, layers), n_trained, seed)
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    config = DeepseekV2Config(
-        **{**LIKE_V2_LITE, "n_shared_experts": 1},
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden,
-        moe_intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-    )
-    model = DeepseekV2ForCausalLM(config)
+    size = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), hidden)
+    size |= {"vocab_size": len(tokenizer), "n_shared_experts": 1, "num_hidden_layers": layers, "v_head_dim": 32}
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**LIKE_V2_LITE, **SMALL_HEADS, **size}))
     model.save_pretrained(folder, max_shard_size="200MB")
     tokenizer.save_pretrained(folder)
-    generator = random.Random(seed)
-    experts = {str(layer): generator.sample(range(64), n_trained) for layer in range(1, layers)}
     write_json(folder / "experts.json", {"experts": experts, "shared_experts": False, "non_expert_modules": False})
     return sum(parameter.nbytes for parameter in model.parameters())
 

@@ -32,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
 from esft import ExpertConfig
-from scripts.experiments.benchmark import shape_config
-from scripts.experiments.common import LIKE_V2_LITE
+from scripts.experiments.common import LIKE_V2_LITE, shape_config
 from training.memory import Estimator, MemoryEstimate, MemorySettings, train_everything
 from training.methods import prepare_model
 from utils import ROOT, command_parser, environment, positive, run_cli
