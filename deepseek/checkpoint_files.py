@@ -1,21 +1,17 @@
-"""A checkpoint folder as it is stored: which file holds which tensor, and in what part of it a model's parameter lies.
+"""The files of a checkpoint: which file holds which tensor, and which part of a tensor is a projection of an expert.
 
-Tensors, and single experts of them, are read and overwritten in place (`Shard`), so that little is in memory at once.
+Tensors, and single experts of them, are read and overwritten in place (`Shard`), with little in memory at once.
 
-How a checkpoint spells an expert differs by family (DeepSeek's `mlp.experts.7.gate_proj`, Mixtral's
-`block_sparse_moe.experts.7.w1`, gpt_oss's fused `mlp.experts.gate_up_proj`), and transformers knows it: it splits its
-fused tensors again when it saves. So that is asked, and not written down once more. Fused tensors in miniature, each
-entry of which is a different number, go through transformers' own reverse conversion, and where a number comes out is
-where the expert's projection lives:
+Families spell an expert differently: DeepSeek `mlp.experts.7.gate_proj`, Mixtral `block_sparse_moe.experts.7.w1`,
+gpt_oss the fused `mlp.experts.gate_up_proj`. transformers knows this, because it splits its fused tensors again when it
+saves. So fused tensors in miniature, in which every entry is another number, go through its reverse conversion. Where
+the numbers of a projection come out is where the checkpoint stores it:
 
     gate_up_proj (E, 2F, D), entries 0, 1, 2, ...  ->  {"...experts.7.w1.weight": [[1260, 1261, ..], ..], ..}
 """
 
-import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +30,7 @@ from transformers.core_model_loading import (
 
 from deepseek.adapters import DTYPES, router_parameters
 from deepseek.experts import LAYOUT_FLAGS, FusedExperts, MoELayer, moe_layers
+from deepseek.files import read_json
 from deepseek.loading import empty_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,44 +42,35 @@ Select = Callable[[Tensor], Tensor]  # the part of a tensor that a projection is
 # files
 
 
-def checkpoint_files(base: Path) -> dict[str, str]:
-    """File of each tensor of a checkpoint folder."""
-    if not (base / "config.json").is_file():
-        raise FileNotFoundError(f"{base}: no config.json in it, so it is no model; give a checkpoint folder on disk")
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: the name of its file, and what the header of that file says of it."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+
+
+def stored_tensors(base: Path) -> dict[str, Stored]:
+    """Return the tensors of a checkpoint folder by key. Only the headers of its files are read."""
     if (base / INDEX).is_file():
-        try:
-            files = json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = {key: str(name) for key, name in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{base / INDEX}: not an index of a checkpoint ({error!r})") from error
+        names = {Path(name).name for name in read_json(base / INDEX)["weight_map"].values()}
     elif (base / WEIGHTS).is_file():
-        with Shard(base / WEIGHTS) as file:
-            files = dict.fromkeys(file.header, WEIGHTS)
+        names = {WEIGHTS}
     else:
         raise FileNotFoundError(f"{base}: neither {WEIGHTS} nor {INDEX} in it; save the base as safetensors first")
-    for name in sorted(set(files.values())):
-        if not (base / name).is_file() or Path(name).name != name:
-            raise FileNotFoundError(f"{base}: the shard {name} of its index is missing; fetch the base again")
-    return files
-
-
-def stored_shapes(base: Path, files: dict[str, str]) -> dict[str, list[int]]:
-    """Shape of each tensor of a checkpoint folder."""
-    headers = {}
-    for name in sorted(set(files.values())):
+    stored = {}
+    for name in sorted(names):
         with Shard(base / name) as shard:
-            headers[name] = shard.header
-    for key, name in files.items():
-        if key not in headers[name]:
-            raise ValueError(f"{base}: {name} does not hold {key}, as its index says; fetch the base again")
-    return {key: headers[name][key]["shape"] for key, name in files.items()}
+            stored |= {key: Stored(name, entry["dtype"], entry["shape"]) for key, entry in shard.header.items()}
+    return stored
 
 
 class Shard:
     """A safetensors file whose tensors, or single experts of them, are read and overwritten in place.
 
-    It begins with 8 bytes that say how long a JSON header is; then come the header and the tensors' bytes, which need
-    not lie at a multiple of the size of their numbers. `header` maps names to {"dtype", "shape", "data_offsets"}.
+    It begins with 8 bytes that say how long a JSON header is. The header and the bytes of the tensors follow. A tensor
+    may begin at any byte. `header` maps names to {"dtype", "shape", "data_offsets"}.
     """
 
     def __init__(self, path: Path, mode: str = "rb"):
@@ -90,7 +78,7 @@ class Shard:
             with safe_open(path, "pt"):  # checks that all of it is there
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+            raise ValueError(f"{path}: missing, damaged or truncated ({error}); fetch it again") from error
         self.path = path
         self.file = open(path, mode)  # noqa: SIM115 (__exit__ closes it)
         size = int.from_bytes(self.file.read(8), "little")
@@ -105,20 +93,17 @@ class Shard:
         self.file.close()
 
     def _seek(self, key: str, row: int | None) -> tuple[list[int], torch.dtype]:
-        """Go to where a tensor, or a row of it, begins; returns its shape and dtype."""
+        """Go to where a tensor, or a row of it, begins. Return its shape and dtype."""
         entry = self.header[key]
-        if entry["dtype"] not in TORCH_DTYPES:
-            raise ValueError(f"{key} in {self.path} is stored as {entry['dtype']}, expected {', '.join(DTYPES)}")
-        shape, dtype = entry["shape"], TORCH_DTYPES[entry["dtype"]]
-        at = self.start + entry["data_offsets"][0]
+        shape, dtype, start = entry["shape"], TORCH_DTYPES[entry["dtype"]], self.start + entry["data_offsets"][0]
         if row is not None:
             shape = shape[1:]
-            at += row * math.prod(shape) * dtype.itemsize
-        self.file.seek(at)
+            start += row * math.prod(shape) * dtype.itemsize
+        self.file.seek(start)
         return shape, dtype
 
     def read(self, key: str, row: int | None = None) -> Tensor:
-        """A copy of a tensor, or of one row of it."""
+        """Return a copy of a tensor, or of one row of it."""
         shape, dtype = self._seek(key, row)
         data = bytearray(math.prod(shape) * dtype.itemsize)
         self.file.readinto(data)
@@ -130,15 +115,21 @@ class Shard:
         self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
+def read_tensor(base: Path, stored: Mapping[str, Stored], key: str) -> Tensor:
+    """Return a copy of a tensor of a checkpoint."""
+    with Shard(base / stored[key].file) as shard:
+        return shard.read(key)
+
+
 def reserve(path: Path, entries: dict[str, tuple[str, list[int]]]) -> None:
-    """Write a safetensors file of zeros, with tensors of these (dtype, shape), for `Shard.write` to fill."""
+    """Write a safetensors file of zeros for `Shard.write` to fill. `entries` are the (dtype, shape) of its tensors."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
-    size = {name: TORCH_DTYPES[dtype].itemsize * math.prod(shape) for name, (dtype, shape) in entries.items()}
     # the widest numbers first, so that each tensor lies at a multiple of its numbers' size
     for name in sorted(entries, key=lambda name: (-TORCH_DTYPES[entries[name][0]].itemsize, name)):
         dtype, shape = entries[name]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size[name]]}
-        at += size[name]
+        size = TORCH_DTYPES[dtype].itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -146,57 +137,40 @@ def reserve(path: Path, entries: dict[str, tuple[str, list[int]]]) -> None:
         file.truncate(8 + len(text) + at)
 
 
-def copy_file(source: Path, target: Path, hard_link: bool) -> None:
-    """Copy a file, or make a second name for it where that can be."""
-    if hard_link:
-        with contextlib.suppress(OSError):  # another file system, or one without links
-            os.link(source.resolve(), target)
-            return
-    shutil.copyfile(source, target)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # the model that is stored
 
 
-def open_base(base: Path) -> tuple[nn.Module, dict[str, str]]:
-    """(model without weights but its routers', file of each tensor) of a checkpoint folder."""
-    files = checkpoint_files(base)
-    model = meta_model(base, files)
-    load_routers(model, base, files)
-    return model, files
+def open_base(base: Path) -> tuple[nn.Module, dict[str, Stored]]:
+    """Return (model, `stored_tensors`) of a checkpoint folder. Of the model, only the routers have weights.
 
-
-def meta_model(base: Path, files: Iterable[str]) -> nn.Module:
-    """The model of a folder's config.json, without weights, that reverts names as they are in its checkpoint `files`.
-
-    transformers notes while it loads a checkpoint which of its conversions that needed (a prefix that a model of images
-    and text has before its language model, experts by themselves), and when it saves reverts those. So does this.
+    transformers notes which of its conversions a checkpoint needs while it loads it, and reverts those when it saves.
+    (Examples: a prefix before the language model, or experts stored one by one.) The same is noted here by key.
 
     Raises:
-        ValueError: the model is quantized, or transformers cannot build it.
+        ValueError, FileNotFoundError: there is no such model, it is quantized, or transformers cannot build it.
     """
     model = empty_model(base)
     if getattr(model.config, "quantization_config", None):
         raise ValueError(f"model {base} is quantized: merge into its unquantized form")
+    stored = stored_tensors(base)
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
     known = model.state_dict()
-    for key in files:
+    for key in stored:
         rename_source_key(key, renamings, converters, model.base_model_prefix, known)
     model._weight_conversions = [one for one in conversions if one.was_used()]
-    return model
+    load_routers(model, base, stored)
+    return model, stored
 
 
-def load_routers(model: nn.Module, base: Path, files: dict[str, str]) -> None:
+def load_routers(model: nn.Module, base: Path, stored: Mapping[str, Stored]) -> None:
     """Give the model without weights those of its routers, for the fingerprint."""
     for name in router_parameters(model):
-        key = ordinary_keys(model, name, files)[0]
-        with Shard(base / files[key]) as file:
-            value = nn.Parameter(file.read(key), requires_grad=False)
+        value = read_tensor(base, stored, ordinary_keys(model, name, stored)[0])
         module_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module_name), attribute, value)
+        setattr(model.get_submodule(module_name), attribute, nn.Parameter(value, requires_grad=False))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -212,53 +186,49 @@ class Place:
     select: Select
 
     def shape(self, stored: list[int]) -> torch.Size:
-        """Of this part, where the tensor has the shape `stored`."""
+        """Return the shape of this part of a tensor of shape `stored`; (0,) if it has no such row."""
         if self.row is not None and self.row >= stored[0]:
-            raise ValueError(f"{self.key} of the base has shape {tuple(stored)}, so it has no expert {self.row}")
-        tensor = torch.empty(stored, device="meta")
-        return self.select(tensor if self.row is None else tensor[self.row]).shape
+            return torch.Size([0])
+        return self.select(torch.empty(stored if self.row is None else stored[1:], device="meta")).shape
 
 
 def find_places(
-    model: nn.Module, experts: Mapping[int, Collection[int]], names: Iterable[str], shapes: dict[str, list[int]]
+    model: nn.Module, experts: Mapping[int, Collection[int]], names: Iterable[str], stored: Mapping[str, Stored]
 ) -> dict[str, list[Place]]:
-    """Where each tensor of an adapter of `config` goes: one place, or more where a tied parameter is stored twice.
-
-    `shapes` are those of the checkpoint's tensors, by key.
+    """Return where the tensors `names` of an adapter go: one place, or more where a tied parameter is stored twice.
 
     Raises:
         ValueError: the checkpoint has no place for a tensor.
     """
     places: dict[str, list[Place]] = {}
     for layer in moe_layers(model).values():
-        if not experts.get(layer.index):
-            continue
-        of_layer = expert_places(model, layer, shapes)
-        for expert in experts[layer.index]:
-            for projection in layer.expert_shapes():
-                places[f"{layer.name}.{expert}.{projection}"] = [of_layer[expert, projection]]
+        if chosen := experts.get(layer.index):
+            of_layer = expert_places(model, layer, stored)
+            for (expert, projection), place in of_layer.items():
+                if expert in chosen:
+                    places[f"{layer.name}.{expert}.{projection}"] = [place]
     for name in names:
         if name not in places:
-            places[name] = [Place(key, None, _whole) for key in ordinary_keys(model, name, shapes)]
+            places[name] = [Place(key, None, _whole) for key in ordinary_keys(model, name, stored)]
     return places
 
 
-def ordinary_keys(model: nn.Module, name: str, files: Container[str]) -> list[str]:
-    """Checkpoint keys of a parameter outside the experts: one, or more where a tied one is stored twice."""
+def ordinary_keys(model: nn.Module, name: str, stored: Container[str]) -> list[str]:
+    """Return the keys of a parameter outside the experts: one, or more where a tied one is stored twice."""
     ties = getattr(model, "all_tied_weights_keys", {})
     keys = []
     for alias in (name, *(a for a, b in ties.items() if b == name)):
         param = model.get_parameter(alias)
         reverted = revert_weight_conversion(model, {alias: param})
-        found = [key for key, value in reverted.items() if key in files and value is param]
-        keys += found or [alias] * (alias in files)
+        found = [key for key, value in reverted.items() if key in stored and value is param]
+        keys += found or [alias] * (alias in stored)
     if not keys:
         raise ValueError(f"the checkpoint holds no tensor that is {name}")
     return keys
 
 
-def expert_places(model: nn.Module, layer: MoELayer, shapes: dict[str, list[int]]) -> dict[tuple[int, str], Place]:
-    """Where (expert, projection) is, for all experts of a layer."""
+def expert_places(model: nn.Module, layer: MoELayer, stored: Mapping[str, Stored]) -> dict[tuple[int, str], Place]:
+    """Return where (expert, projection) is, for all experts of a layer."""
     mini, module, name = _miniature(layer), layer.module, layer.name
     wanted = {(e, p): view for e in range(layer.num_experts) for p, view in mini.expert_views(e).items()}
     real = {fused: layer.tensor(fused) for fused in layer.tensor_names}
@@ -267,8 +237,9 @@ def expert_places(model: nn.Module, layer: MoELayer, shapes: dict[str, list[int]
     def as_stored() -> dict[str, Tensor]:
         return revert_weight_conversion(model, {f"{name}.{fused}": mini.tensor(fused) for fused in real})
 
-    # A conversion may transpose what has not the shape of the model's parameter (Qwen3-VL-MoE's, which is stored either
-    # way): with parameters as small as the miniature it does not, with the model's own it does. The stored shapes tell.
+    # A conversion may transpose a tensor if its shape is not that of the model's parameter. (Qwen3-VL-MoE is stored
+    # either way.) With parameters as small as the miniature it does not, with the model's own it does. The stored
+    # shapes tell which is right.
     for fused in real:
         setattr(module, fused, nn.Parameter(mini.tensor(fused).to("meta", torch.float32)))
     try:
@@ -278,22 +249,21 @@ def expert_places(model: nn.Module, layer: MoELayer, shapes: dict[str, list[int]
             setattr(module, fused, param)
     variants.append(as_stored())
     for reverted in variants:
-        if missing := sorted(key for key in reverted if key not in shapes):
+        if missing := sorted(key for key in reverted if key not in stored):
             raise ValueError(f"the checkpoint does not hold {missing[0]}")
         places = _match(reverted, wanted)
         if lost := sorted(wanted.keys() - places.keys()):
+            what = f"{lost[0][1]} of {name}"
             raise ValueError(
-                f"the checkpoint stores {lost[0][1]} of {name} in a layout that this script cannot write (neither "
-                f"whole nor as a half or every other row of a tensor such as {sorted(reverted)[0]}): merge in memory "
-                "(esft.merge)"
+                f"the checkpoint stores {what} in a layout that is not known: merge in memory (esft.merge)"
             )
-        if all(place.shape(shapes[place.key]) == real_shapes[p] for (_, p), place in places.items()):
+        if all(place.shape(stored[place.key].shape) == real_shapes[p] for (_, p), place in places.items()):
             break
     return places  # where none fits: merge_adapter.check_places says what does not
 
 
 def _miniature(layer: MoELayer) -> FusedExperts:
-    """The fused tensors of an experts module with F = 2 and D = 3, all of whose entries are different numbers."""
+    """Return the fused tensors of a layer with F = 2 and D = 3. All their entries are different numbers."""
     module, E, F, D = layer.module, layer.num_experts, 2, 3
     mini = SimpleNamespace(num_experts=E, **{flag: getattr(module, flag) for flag in LAYOUT_FLAGS})
     start = 0
@@ -307,7 +277,7 @@ def _miniature(layer: MoELayer) -> FusedExperts:
 
 
 def _match(reverted: dict[str, Tensor], wanted: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Place]:
-    """Where in checkpoint tensors the projections `wanted` are, by their numbers, each of which is there once."""
+    """Return where in checkpoint tensors the projections `wanted` are. Each of their numbers is there once."""
     owner = {number: place for place, view in wanted.items() for number in view.flatten().tolist()}
     places = {}
     for key, numbers in reverted.items():
@@ -334,7 +304,7 @@ SELECTS: tuple[Select, ...] = (
 
 
 def _parts(tensor: Tensor) -> Iterator[tuple[Tensor, Select]]:
-    """Whatever a projection may be of an expert's tensor, and how to take it."""
+    """Yield whatever a projection may be of an expert's tensor, and how to take it."""
     for select in SELECTS:
         yield select(tensor), select
         if tensor.ndim == 2:

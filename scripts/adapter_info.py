@@ -14,19 +14,24 @@ import itertools
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepseek.adapters import experts_by_layer
+from deepseek.adapters import EXPERT, experts_by_layer
 from deepseek.checkpoint_files import Shard, open_base
-from deepseek.files import suggest_path
-from esft import CONFIG_NAME, ExpertConfig, is_lora
-from scripts.merge_adapter import read_adapter_names
+from esft import CONFIG_NAME, ExpertConfig
+from evaluation.run_folder import read_json
+from scripts.merge_adapter import find_tensors, load_config
 from utils import command_parser, run_cli
+
+RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
+RUN_KEYS += ("learning_rate", "lr_scheduler_type", "seed", "steps", "best_step", "train_loss", "eval_loss")
+RUN_KEYS += ("parameters", "date", "git", "torch", "transformers")
 
 
 def describe(adapter: Path) -> dict:
@@ -35,15 +40,10 @@ def describe(adapter: Path) -> dict:
     Raises:
         ValueError, FileNotFoundError: no adapter, a damaged file, or files that differ from the config.
     """
-    if not adapter.is_dir():
-        raise FileNotFoundError(f"cannot read adapter {adapter}: no such folder{suggest_path(adapter)}")
-    if is_lora(adapter):
-        raise ValueError(f"cannot describe adapter {adapter}: it is a LoRA. See its adapter_config.json.")
-    config = ExpertConfig.load(adapter)
-    note = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8")).get("base")
+    config, note = load_config(adapter), read_json(adapter / CONFIG_NAME).get("base")
     shapes, dtypes, files = read_headers(adapter)
+    check_complete(adapter, config, shapes)
     experts, others = experts_by_layer(shapes)
-    check_complete(adapter, config, shapes, experts, others)
     parameters = {name: math.prod(shape) for name, shape in shapes.items()}
     shared = [name for name in others if "shared" in name.rpartition(".")[0]]
     return {
@@ -73,52 +73,42 @@ def read_headers(adapter: Path) -> tuple[dict[str, list[int]], dict[str, int], d
             for key, entry in shard.header.items():
                 shapes[key.removeprefix("model.")] = entry["shape"]
                 dtypes[entry["dtype"]] += 1
-    if not files:
-        raise FileNotFoundError(f"cannot read adapter {adapter}: no *.safetensors in it")
     return shapes, dict(dtypes), files
 
 
-def check_complete(adapter: Path, config: ExpertConfig, shapes: dict, experts: dict, others: list[str]) -> None:
+def check_complete(adapter: Path, config: ExpertConfig, names: Iterable[str]) -> None:
     """Refuse an adapter whose files do not hold every projection of exactly the experts of its config."""
-    for layer in sorted(experts.keys() | config.experts.keys()):
-        wanted, held = set(config.experts.get(layer, ())), set(experts.get(layer, ()))
-        if wanted != held:
-            ids = ", ".join(map(str, sorted(wanted ^ held)))
-            where = f"in its {CONFIG_NAME} but in none of its files" if wanted - held else f"not in its {CONFIG_NAME}"
-            raise ValueError(f"cannot read adapter {adapter}: layer {layer} has experts ({ids}) that are {where}")
-    projections = {name: name.split(".experts.")[-1].split(".", 1)[-1] for name in shapes.keys() - set(others)}
-    for name, own in sorted(projections.items()):
-        for projection in set(projections.values()):
-            if (sibling := name.removesuffix(own) + projection) not in shapes:
-                raise ValueError(f"cannot read adapter {adapter}: {sibling} is missing")
+    held: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for name in names:
+        if place := EXPERT.search(name):
+            held[int(place["layer"]), int(place["expert"])].add(name[place.end() :])
+    projections = set().union(*held.values())
+    wanted = {(layer, expert): projections for layer, ids in config.experts.items() for expert in ids}
+    for layer, expert in sorted(held.keys() | wanted.keys()):
+        if not (found := held.get((layer, expert), set())) or found != wanted.get((layer, expert)):
+            raise ValueError(
+                f"cannot read adapter {adapter}: of expert {expert} of layer {layer}, its files hold "
+                f"{', '.join(sorted(found)) or 'nothing'}. That is not as in {CONFIG_NAME}. Fetch or save it again."
+            )
 
 
 def read_run(path: Path) -> dict | None:
     """Return what a run.json of train.py says of the run, in a flat form. None where there is no run.json."""
     if not path.is_file():
         return None
-    try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        config, training = note["config"], note["config"]["training"]
-        results, versions = note.get("results") or {}, note.get("environment") or {}
-        keys = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
-        run = {key: config.get(key) for key in keys}
-        run |= {key: training.get(key) for key in ("learning_rate", "lr_scheduler_type", "seed")}
-        run |= {key: results.get(key) for key in ("steps", "best_step", "train_loss", "eval_loss", "parameters")}
-        run |= {key: versions.get(key) for key in ("date", "git", "torch", "transformers")}
-        return {**run, "finished": bool(results)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot read {path}: it is not a run.json of train.py ({error!r}). Move it away.") from error
+    note = read_json(path, "config", "environment")
+    results = note.get("results") or {}
+    known = {**note["config"], **note["config"]["training"], **results, **note["environment"]}
+    return {key: known.get(key) for key in RUN_KEYS} | {"finished": bool(results)}
 
 
-def check_fit(adapter: Path, model: nn.Module) -> dict:
-    """Return {"fits", "why_not", "base_parameters"} for a `model` of which only the routers need weights."""
-    base_parameters = sum(param.numel() for param in model.parameters())
+def why_not(adapter: Path, model: nn.Module) -> str | None:
+    """Return why an adapter does not fit `model`, of which only the routers need weights. None if it fits."""
     try:
-        read_adapter_names(model, adapter)
-        return {"fits": True, "why_not": None, "base_parameters": base_parameters}
+        find_tensors(model, adapter)
+        return None
     except ValueError as error:
-        return {"fits": False, "why_not": str(error), "base_parameters": base_parameters}
+        return str(error)
 
 
 def compare(a: dict, b: dict) -> dict:
@@ -198,9 +188,11 @@ def main(argv: list[str] | None = None) -> None:
     infos = [describe(adapter) for adapter in args.adapters]
     if args.base_model_path:
         model, _ = open_base(args.base_model_path)
+        total = sum(param.numel() for param in model.parameters())
         for adapter, info in zip(args.adapters, infos, strict=True):
-            info |= check_fit(adapter, model)
-            info["share"] = info["parameters"] / info["base_parameters"]
+            reason = why_not(adapter, model)
+            info |= {"fits": reason is None, "why_not": reason, "base_parameters": total}
+            info["share"] = info["parameters"] / total
     pairs = [compare(a, b) for a, b in itertools.combinations(infos, 2)]
     if args.json:
         print(json.dumps({"adapters": infos, "pairs": pairs}, indent=2))

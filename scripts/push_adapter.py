@@ -11,7 +11,6 @@ write: `hf auth login`, or HF_TOKEN in the environment.
 """
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -19,11 +18,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import validate_repo_id
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepseek.files import write_json
+from deepseek.files import read_json, write_json
 from esft import CONFIG_NAME
 from scripts.adapter_info import describe
 from utils import ROOT, command_parser, run_cli
@@ -62,24 +60,13 @@ def make_card(info: dict, repo_id: str, base_id: str | None = None, license: str
     run, base = info["run"] or {}, info["base"] or {}
     base_id, data_id = base_id or hub_id(run.get("base_model_path")), hub_id(run.get("train_dataset"))
     base_name = base_id or public(run.get("base_model_path") or base.get("name"))
-    data = ModelCardData(
-        base_model=base_id,
-        datasets=data_id and [data_id],
-        license=license,
-        tags=["esft", "expert-specialized-fine-tuning", "mixture-of-experts"],
-        **({"base_model_relation": "adapter"} if base_id else {}),
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(ROOT / "scripts" / "model_card.md.j2"),
-        name=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
-        base_id=base_id,
-        base_name=base_name,
-        info=info,
-        base=base,
-        run=public(run),
-    )
+    tags = ["esft", "expert-specialized-fine-tuning", "mixture-of-experts"]
+    data = ModelCardData(base_model=base_id, datasets=data_id and [data_id], license=license, tags=tags)
+    if base_id:
+        data.base_model_relation = "adapter"
+    told = {"name": repo_id.rpartition("/")[2], "repo_id": repo_id, "base_id": base_id, "base_name": base_name}
+    template = str(ROOT / "scripts" / "model_card.md.j2")
+    return ModelCard.from_template(data, template, **told, info=info, base=base, run=public(run))
 
 
 def stage(adapter: Path, folder: Path, repo_id: str, base_id: str | None, license: str | None) -> None:
@@ -89,7 +76,7 @@ def stage(adapter: Path, folder: Path, repo_id: str, base_id: str | None, licens
         (folder / name).symlink_to((adapter / name).resolve())
     for name in (CONFIG_NAME, "run.json"):
         if (adapter / name).is_file():
-            write_json(folder / name, public(json.loads((adapter / name).read_text(encoding="utf-8"))))
+            write_json(folder / name, public(read_json(adapter / name)))
     if (adapter / "README.md").is_file():
         (folder / "README.md").write_bytes((adapter / "README.md").read_bytes())
     else:
@@ -108,9 +95,7 @@ def push(folder: Path, repo_id: str, private: bool, api: HfApi) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=PUSHED, commit_message=message)
     except (OSError, HTTPError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"cannot push to {repo_id}: {reason}. Check the network, and the rights of your token."
-        ) from error
+        raise ValueError(f"cannot push to {repo_id}: {reason}. Check the network and your token's rights.") from error
     return url
 
 
@@ -128,11 +113,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for flag, name in (("--repo_id", args.repo_id), ("--base_id", args.base_id)):
-        if name is not None:
-            validate_repo_id(name)
-            if "/" not in name:
-                raise ValueError(f"cannot use {flag} {name}: it has no owner. Give owner/name.")
+    for name in (args.repo_id, args.base_id):
+        if name is not None and not HUB_ID.fullmatch(name):
+            raise ValueError(f"cannot use {name!r}: it is not a hub id. Give owner/name.")
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder, args.repo_id.rpartition("/")[2])
         staged.mkdir()

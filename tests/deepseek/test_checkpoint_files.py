@@ -45,7 +45,7 @@ def test_a_file_is_reserved_filled_and_read_row_by_row(tmp_path):
     tensors["b"][1] = 0
     assert_same_tensors(load_file(path), tensors)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"x\.safetensors: damaged or truncated"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: missing, damaged or truncated"):
         Shard(path)
 
 

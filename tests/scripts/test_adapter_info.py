@@ -133,15 +133,9 @@ def test_a_published_adapter(folder, tmp_path, capsys):
 
 UP = "model.layers.1.mlp.experts.5.up_proj.weight"
 SPOILED = {
-    "an expert too few": (
-        lambda t: [t.pop(key) for key in list(t) if ".experts.5." in key],
-        r"layer 1 .*\(5\).*in none",
-    ),
-    "an expert too many": (
-        lambda t: t.update({UP.replace("5", "6"): t[UP]}),
-        r"layer 1 .*\(6\).*not in its expert_cfg",
-    ),
-    "a projection too few": (lambda t: t.pop(UP), r"layers\.1\.mlp\.experts\.5\.up_proj\.weight is missing"),
+    "an expert too few": (lambda t: [t.pop(key) for key in list(t) if ".experts.5." in key], "hold nothing"),
+    "an expert too many": (lambda t: t.update({UP.replace("5", "6"): t[UP]}), "expert 6 of .* hold up_proj"),
+    "a projection too few": (lambda t: t.pop(UP), "hold down_proj.weight, gate_proj.weight. That is not as in"),
 }
 
 
@@ -161,9 +155,9 @@ def test_a_spoiled_adapter_is_refused_by_name(how, folder, tmp_path):
     [
         (lambda f: (f / "model-00002-of-00002.safetensors").write_bytes(b"x"), r"00002.safetensors.* damaged"),
         (lambda f: (f / "expert_cfg.json").unlink(), "no expert_cfg.json"),
-        (lambda f: (f / "run.json").write_text("[]"), "not a run.json of train.py"),
+        (lambda f: (f / "run.json").write_text("[]"), "run.json: damaged"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "is a LoRA"),
-        (lambda f: [path.unlink() for path in f.glob("*.safetensors")], r"no \*\.safetensors"),
+        (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "its files hold nothing"),
     ],
 )
 def test_a_folder_that_is_none_is_one_sentence_and_exit_code_2(spoil, message, folder, tmp_path, capsys):

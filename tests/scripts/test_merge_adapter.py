@@ -90,15 +90,9 @@ def drop(name):
 
 
 def without_a_tensor(base, adapter, out):
-    index = json.loads((base / INDEX).read_text())
-    index["weight_map"].pop("model.layers.1.mlp.experts.5.up_proj.weight")
-    (base / INDEX).write_text(json.dumps(index))
-
-
-def with_a_tensor_too_many(base, adapter, out):
-    index = json.loads((base / INDEX).read_text())
-    index["weight_map"]["model.extra"] = next(iter(index["weight_map"].values()))
-    (base / INDEX).write_text(json.dumps(index))
+    for path in base.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({name: tensor for name, tensor in tensors.items() if name != UP}, path, {"format": "pt"})
 
 
 def fewer_experts_than_its_config_says(base, adapter, out):
@@ -162,20 +156,16 @@ def cut(folder, name):
 
 REFUSED = {
     "output exists": (occupied, "cannot write .*out: it exists already"),
-    "no such base": (lambda base, adapter, out: shutil.rmtree(base), r"base: no config\.json"),
+    "no such base": (lambda base, adapter, out: shutil.rmtree(base), "base.: no such folder"),
     "no such adapter": (lambda base, adapter, out: shutil.rmtree(adapter), "adapter .*: no such folder"),
     "no config": (drop("config.json"), r"no config\.json"),
     "no weights": (drop(INDEX), "neither model.safetensors nor"),
     "a shard is missing": (drop("*-00002-of-*"), "model-00002-of-.*missing"),
     "a shard is cut": (cut("base", "*2-of-*.safetensors"), "2-of.*damaged"),
     "the adapter is cut": (cut("adapter", "*.safetensors"), "adapter.safetensors is damaged"),
-    "a tensor is not in its shard": (with_a_tensor_too_many, r"does not hold model\.extra, as its index says"),
-    "a tensor is missing": (without_a_tensor, r"does not hold model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight"),
-    "too few rows": (fewer_experts_than_its_config_says, r"experts\.\w+ of the base has shape \(4, .*no expert 4"),
-    "another shape": (
-        of_another_shape,
-        r"of shape .*8.* into .*_proj\.weight of shape .*16.*: adapter .*adapter is for another base",
-    ),
+    "a tensor is missing": (without_a_tensor, f"does not hold {UP}"),
+    "too few rows": (fewer_experts_than_its_config_says, r"experts\.\w+ of the base: it is F32 of shape \(4, "),
+    "another shape": (of_another_shape, r"of shape .*8.* into .*_proj\.weight of the base: it is F32 of shape .*16"),
     "a LoRA": (lora, "is a LoRA.*esft.add_adapter"),
     "a missing projection": (change_adapter(lambda t: t.pop(UP)), rf"{UP} is missing"),
     "an extra expert": (
@@ -183,10 +173,7 @@ REFUSED = {
         r"experts\.6\.up_proj\.weight is not in its expert_cfg",
     ),
     "an adapter of whole numbers": (retype("adapter", torch.int8), rf"{UP} is stored as I8, expected F64, F32"),
-    "a base in fp8": (
-        retype("base", torch.float8_e4m3fn),
-        rf"into {UP} of the base: it is stored as F8_E4M3",
-    ),
+    "a base in fp8": (retype("base", torch.float8_e4m3fn), rf"into {UP} of the base: it is F8_E4M3"),
     "other routers": (other_base(seed=1), "routers' weights differ"),
     "fewer layers": (other_base(num_hidden_layers=2), "layer 2"),
     "fewer experts": (other_base(n_routed_experts=4), "expert 5 of layer 1"),
@@ -309,16 +296,16 @@ def test_a_base_in_bf16_comes_back_from_an_adapter_in_fp32(parts):
 
 
 def test_without_what_was_replaced_there_is_no_way_back(parts):
-    base, adapter, out = parts
+    _base, adapter, out = parts
     merge_parts(parts, keep_replaced=False)
     merged = hashes(out)
     assert not (out / "replaced").exists()
-    for folder, message in ((out, "kept nothing"), (base, "no merged_from.json"), (adapter, "no config.json")):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+    for folder in parts:
+        with pytest.raises(ValueError, match="cannot unmerge"):
             script.unmerge(folder, out.with_name("again"))
     merge_parts(parts, overwrite=True)
     assert hashes(out) == merged
-    with pytest.raises(ValueError, match="is the base itself"):
+    with pytest.raises(ValueError, match="exists already"):
         script.merge_adapter(out, [adapter], out, overwrite=True)
     shutil.rmtree(out / "replaced")
     (out / "replaced").mkdir()
@@ -385,8 +372,6 @@ def test_adapters_that_share_something_are_refused_with_a_report(several, monkey
     ]
     assert error.startswith("error: cannot merge adapters that hold the same") and f"{a} and {c} (6 tensors)" in error
     assert sorted(path.name for path in several.iterdir()) == before
-    with pytest.raises(ValueError, match="twice"):
-        script.merge_adapter(several / "base", [several / "a", several / "a"], several / "out")
 
 
 def test_one_wrong_adapter_of_several_is_named(several):

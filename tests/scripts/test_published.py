@@ -366,8 +366,8 @@ def test_hub_ids_are_told_from_paths(name, found):
             "cannot push to you/law: no route",
         ),
         (FakeApi(private=False), ["--repo_id=you/law", "--private"], "t", "there already and is public"),
-        (FakeApi(), ["--repo_id=law"], "t", "has no owner"),
-        (FakeApi(), ["--repo_id=you/la w"], "t", "la w"),
+        (FakeApi(), ["--repo_id=law"], "t", "'law': it is not a hub id"),
+        (FakeApi(), ["--repo_id=you/la w"], "t", "'you/la w': it is not a hub id"),
         (FakeApi(), ["--repo_id=you/law", "--adapter_dir=nowhere"], "t", "nowhere: no such folder"),
     ],
 )
