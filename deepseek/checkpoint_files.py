@@ -253,10 +253,7 @@ def expert_places(model: nn.Module, layer: MoELayer, stored: Mapping[str, Stored
             raise ValueError(f"the checkpoint does not hold {missing[0]}")
         places = _match(reverted, wanted)
         if lost := sorted(wanted.keys() - places.keys()):
-            what = f"{lost[0][1]} of {name}"
-            raise ValueError(
-                f"the checkpoint stores {what} in a layout that is not known: merge in memory (esft.merge)"
-            )
+            raise ValueError(f"{lost[0][1]} of {name} is stored in a layout that is not known: merge in memory")
         if all(place.shape(stored[place.key].shape) == real_shapes[p] for (_, p), place in places.items()):
             break
     return places  # where none fits: merge_adapter.check_places says what does not
