@@ -20,190 +20,166 @@ experts have the rate of the selected ones. Brackets are 95 % t intervals of the
 """
 
 import argparse
-import dataclasses
-import functools
 import statistics
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import check_output, suggest, write_json, write_text
+from deepseek.files import check_output, write_json, write_text
 from esft import ExpertScores, select_experts
 from evaluation.selection import overlap
-from scripts.experiments import paper_results
-from scripts.experiments.paper_results import interval
+from scripts.experiments.paper_results import interval, largest_rate, save_pictures, write_claims
 from scripts.experiments.paper_runs import GATE, TASKS, TINY, Lab, Run
 from utils import command_parser, environment, locked, markdown_table, note, positive, run_cli
 
-PARTS = "rabcdef"
 TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")  # learning rates of part r
 FORGOTTEN = 5.0  # points of general skills that a learning rate may cost on law
 ROUNDS, TIMED_STEPS = 5, 40  # of part e
 
-# ---- the parts: what is run, and the tables of it --------------------------------------------------------------------
+# ---- what is run: the name of a row -> the settings of its runs ------------------------------------------------------
+
+METHODS: dict[str, dict] = {
+    "base": {"method": "base", "seed": 0},
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "esft-token": {},
+    "esft-gate": GATE,
+    "random, as many as token": {"method": "random"},
+    "random, as many as gate": {"method": "random", **GATE},
+}
+VARIANTS: dict[str, dict] = {
+    "experts": {},
+    "experts, shared": {"shared": True},
+    "shared": {"experts": False, "shared": True},
+    "shared, all else": {"experts": False, "shared": True, "all_else": True},
+    "experts, shared, all else": {"shared": True, "all_else": True},
+}
+AMOUNTS: dict[str, dict] = {
+    **{f"top_p {p:g}": {"top_p": p} for p in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)},
+    **{f"n_sample_tokens {n:,}": {"n_sample_tokens": n} for n in (512, 2048, 16384)},
+}
 
 
-def methods_of(task: str, seed: int) -> dict[str, Run]:
+def grains(base: Callable[[int], str]) -> dict[str, dict]:
     return {
-        "base": Run(task, "base"),
-        "full": Run(task, "full", seed),
-        "lora": Run(task, "lora", seed),
-        "esft-token": Run(task, "esft", seed),
-        "esft-gate": Run(task, "esft", seed, **GATE),
-        "random, as many as token": Run(task, "random", seed),
-        "random, as many as gate": Run(task, "random", seed, **GATE),
-    }
-
-
-def variants_of(task: str, seed: int) -> dict[str, Run]:
-    one = Run(task, "esft", seed)
-    return {
-        "experts": one,
-        "experts, shared": dataclasses.replace(one, shared=True),
-        "shared": dataclasses.replace(one, experts=False, shared=True),
-        "shared, all else": dataclasses.replace(one, experts=False, shared=True, all_else=True),
-        "experts, shared, all else": dataclasses.replace(one, shared=True, all_else=True),
-    }
-
-
-def amounts_of(task: str, seed: int) -> dict[str, Run]:
-    one = Run(task, "esft", seed)
-    by_p = {f"top_p {p:g}": dataclasses.replace(one, top_p=p) for p in (0.05, 0.1, 0.2, 0.35, 0.5, 0.8)}
-    by_n = {f"n_sample_tokens {n:,}": dataclasses.replace(one, n_sample_tokens=n) for n in (512, 2048, 16384)}
-    return by_p | by_n
-
-
-def grains_of(base: Callable[[int], str], task: str, seed: int) -> dict[str, Run]:
-    methods = {name: run for name, run in methods_of(task, seed).items() if name in ("base", "full", "esft-token")}
-    return {
-        f"{experts} experts: {name}": dataclasses.replace(run, base=base(experts))
+        f"{experts} experts: {name}": {**METHODS[name], "base": base(experts)}
         for experts in (16, 32, 64)
-        for name, run in methods.items()
+        for name in ("base", "full", "esft-token")
     }
 
 
-def comparison(lab: Lab, named: Callable[[str, int], dict[str, Run]], tasks: Iterable[str], seeds: list[int]) -> tuple:
-    """Return runs and their table: one line per name, with the score on each task, their mean and general skills.
+def runs_of(rows: dict[str, dict], tasks: list[str], seeds: list[int]) -> dict[tuple, Run]:
+    """Return the runs of rows by (name, task, seed)."""
+    keys = [(name, task, seed) for task in tasks for seed in seeds for name in rows]
+    return {(name, task, seed): Run(task, **{"seed": seed, **rows[name]}) for name, task, seed in keys}
+
+
+def compared(part: str, lab: Lab) -> dict[tuple, Run]:
+    rows = grains(lab.base) if part == "d" else {"a": METHODS, "b": VARIANTS, "c": AMOUNTS}[part]
+    return runs_of(rows, list(TASKS) if part == "a" else lab.args.ablation_tasks, lab.args.seeds)
+
+
+def tried(_part: str, lab: Lab) -> dict[tuple, Run]:
+    names = [name for name in METHODS if not name.startswith("random")]
+    rows = {(name, rate): {**METHODS[name], "learning_rate": rate} for name in names[1:] for rate in TRIED}
+    return runs_of({"base": METHODS["base"], **rows}, ["law"], lab.args.seeds[:1])
+
+
+# ---- tables: each function returns Markdown, and rows for the JSON ---------------------------------------------------
+
+Table = tuple[str, list[dict]]
+
+
+def comparison(lab: Lab, runs: dict[tuple, Run]) -> Table:
+    """Return one line per name, with the score on each task, their mean, and the general skills.
 
     The mean over tasks and the general skills are computed per seed first.
     """
-    tasks = list(tasks)
-    runs = {(name, task, seed): run for task in tasks for seed in seeds for name, run in named(task, seed).items()}
-
-    def table() -> tuple[str, list[dict]]:
-        lines, rows = [], []
-        for name in dict.fromkeys(name for name, *_ in runs):
-            own = seeds[:1] if runs[name, tasks[0], seeds[0]].method == "base" else seeds
-            found = {(task, seed): lab.result(runs[name, task, seed]) for task in tasks for seed in own}
-            by_task = {task: [found[task, seed]["scores"][task] for seed in own] for task in tasks}
-            average = [statistics.fmean(by_task[task][i] for task in tasks) for i in range(len(own))]
-            general = [statistics.fmean(found[task, seed]["scores"]["general"] for task in tasks) for seed in own]
-            trained = [r["trained"] for r in found.values() if r["trained"]]
-            share = [r["trained_parameters"] / r["parameters"] for r in trained]
-            shown = f"{statistics.fmean(share):.1%}" if share else "-"
-            lines.append(
-                [name, *(interval(by_task[task]) for task in tasks), interval(average), interval(general), shown]
-            )
-            rows.append({"name": name, "tasks": by_task, "average": average, "general": general, "share": share})
-        return markdown_table(["trained", *tasks, "average", "general", "share"], lines), rows
-
-    return list(runs.values()), table
+    names, tasks, seeds = (list(dict.fromkeys(column)) for column in zip(*runs))
+    lines, rows = [], []
+    for name in names:
+        own = seeds[:1] if runs[name, tasks[0], seeds[0]].method == "base" else seeds
+        found = {(task, seed): lab.result(runs[name, task, seed]) for task in tasks for seed in own}
+        by_task = {task: [found[task, seed]["scores"][task] for seed in own] for task in tasks}
+        average = [statistics.fmean(by_task[task][i] for task in tasks) for i in range(len(own))]
+        general = [statistics.fmean(found[task, seed]["scores"]["general"] for task in tasks) for seed in own]
+        trained = [r["trained"] for r in found.values() if r["trained"]]
+        share = [r["trained_parameters"] / r["parameters"] for r in trained]
+        cells = [interval(values) for values in (*by_task.values(), average, general)]
+        lines.append([name, *cells, f"{statistics.fmean(share):.1%}" if share else "-"])
+        rows.append({"name": name, "tasks": by_task, "average": average, "general": general, "share": share})
+    return markdown_table(["trained", *tasks, "average", "general", "share"], lines), rows
 
 
-def part_r(lab: Lab):
-    methods = {name: run for name, run in methods_of("law", lab.args.seeds[0]).items() if run.method != "random"}
-    base = methods.pop("base")
-    runs = {
-        (name, rate): dataclasses.replace(run, learning_rate=rate) for name, run in methods.items() for rate in TRIED
-    }
-
-    def table() -> tuple[str, list[dict]]:
-        found = {key: lab.result(run) for key, run in runs.items()}
-        rows = [
-            {"name": name, "learning_rate": rate, "validation_loss": result["trained"]["eval_loss"],
-             "average": [result["scores"]["law"]], "general": [result["scores"]["general"]]}
-            for (name, rate), result in found.items()
-        ]  # fmt: skip
-        kept = lab.result(base)["scores"]["general"] - FORGOTTEN
-        for name, run in methods.items():
-            if (rate := paper_results.largest_rate(rows, name, kept)) != run.rate:
-                note(f"part r says {rate} for {name}, and the other parts take {run.rate}")
-        lines = []
-        for row in rows:
-            taken = row["learning_rate"] == methods[row["name"]].rate
-            rate = f"**{row['learning_rate']}**" if taken else row["learning_rate"]
-            loss = f"{row['validation_loss']:.4f}"
-            lines.append([row["name"], rate, loss, interval(row["average"]), interval(row["general"])])
-        return markdown_table(["trained", "learning rate", "validation loss", "law", "general"], lines), rows
-
-    return [base, *runs.values()], table
+def learning_rates(lab: Lab, runs: dict[tuple, Run]) -> Table:
+    """Return one line per method and rate. Warn where the rates of the other parts are not those found here."""
+    (_, base), *found = [(name, lab.result(run)) for (name, *_), run in runs.items()]
+    rows = [
+        {"name": name, "learning_rate": rate, "validation_loss": result["trained"]["eval_loss"],
+         "average": [result["scores"]["law"]], "general": [result["scores"]["general"]]}
+        for (name, rate), result in found
+    ]  # fmt: skip
+    taken = {name: Run("law", **METHODS[name]).rate for name in dict.fromkeys(row["name"] for row in rows)}
+    for name, rate in taken.items():
+        if (best := largest_rate(rows, name, base["scores"]["general"] - FORGOTTEN)) != rate:
+            note(f"part r says {best} for {name}, and the other parts take {rate}")
+    lines = []
+    for row in rows:
+        rate = row["learning_rate"]
+        shown = f"**{rate}**" if rate == taken[row["name"]] else rate
+        loss = f"{row['validation_loss']:.4f}"
+        lines.append([row["name"], shown, loss, interval(row["average"]), interval(row["general"])])
+    return markdown_table(["trained", "learning rate", "validation loss", "law", "general"], lines), rows
 
 
-def part_a(lab: Lab):
-    return comparison(lab, methods_of, TASKS, lab.args.seeds)
+def costs(lab: Lab, _runs: dict) -> Table:
+    """Time every method in each round, one at a time. A ratio compares two methods of one round."""
+    named = {name: Run("law", **{"seed": lab.args.seeds[0], **METHODS[name]}) for name in list(METHODS)[1:]}
+    rounds = [
+        {name: lab.timed(run, number, TIMED_STEPS) for name, run in named.items()}
+        for number in tqdm(range(ROUNDS), unit="round", desc="timing")
+    ]
+    lines, rows = [], []
+    for name in named:
+        ratios = [one[name]["step_seconds"] / one["full"]["step_seconds"] for one in rounds]
+        peak, saved = rounds[0][name]["peak_memory_bytes"] / 2**20, rounds[0][name]["saved_bytes"] / 2**20
+        rows.append({"name": name, "step_to_full": ratios, "peak_mib": peak, "saved_mib": saved})
+        step = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        lines.append([name, step, f"{peak:,.0f} MiB", f"{saved:,.2f} MiB"])
+    return markdown_table(["trained", "time of a step / full's", "peak memory", "saved"], lines), rows
 
 
-def part_b(lab: Lab):
-    return comparison(lab, variants_of, lab.args.ablation_tasks, lab.args.seeds)
-
-
-def part_c(lab: Lab):
-    return comparison(lab, amounts_of, lab.args.ablation_tasks, lab.args.seeds)
-
-
-def part_d(lab: Lab):
-    return comparison(lab, functools.partial(grains_of, lab.base), lab.args.ablation_tasks, lab.args.seeds)
-
-
-def part_e(lab: Lab):
-    named = {name: run for name, run in methods_of("law", lab.args.seeds[0]).items() if name != "base"}
-
-    def table() -> tuple[str, list[dict]]:
-        """Time every method in each round, one at a time. A ratio compares two methods of one round."""
-        rounds = [
-            {name: lab.timed(run, number, TIMED_STEPS) for name, run in named.items()}
-            for number in tqdm(range(ROUNDS), unit="round", desc="timing")
-        ]
-        lines, rows = [], []
-        for name in named:
-            ratios = [one[name]["step_seconds"] / one["full"]["step_seconds"] for one in rounds]
-            peak, saved = rounds[0][name]["peak_memory_bytes"] / 2**20, rounds[0][name]["saved_bytes"] / 2**20
-            row = {"name": name, "step_to_full": ratios, "peak_mib": peak, "saved_mib": saved}
-            step = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-            lines.append([name, step, f"{peak:,.0f} MiB", f"{saved:,.2f} MiB"])
-            rows.append(row)
-        return markdown_table(["trained", "time of a step / full's", "peak memory", "saved"], lines), rows
-
-    return [], table
-
-
-def part_f(lab: Lab):
+def shared_experts(lab: Lab, _runs: dict) -> Table:
     names = (*TASKS, "general")
-
-    def table() -> tuple[str, list[dict]]:
-        scores = [ExpertScores.load(lab.scores(TINY, name)) for name in names]
-        sizes = {layer: len(experts) for layer, experts in scores[0].by_function["token"].items()}
-        shared = overlap([select_experts(one) for one in scores], sizes)
-        rows = [{"name": a, **{b: cell["jaccard"] for b, cell in zip(names, row)}} for a, row in zip(names, shared)]
-        lines = [[row["name"], *(f"{row[b]:.2f}" for b in names)] for row in rows]
-        return markdown_table(["Jaccard index", *names], lines), rows
-
-    return [], table
+    scores = [ExpertScores.load(lab.scores(TINY, name)) for name in names]
+    sizes = {layer: len(experts) for layer, experts in scores[0].by_function["token"].items()}
+    shared = overlap([select_experts(one) for one in scores], sizes)
+    rows = [{"name": a, **{b: cell["jaccard"] for b, cell in zip(names, row)}} for a, row in zip(names, shared)]
+    lines = [[row["name"], *(f"{row[b]:.2f}" for b in names)] for row in rows]
+    return markdown_table(["Jaccard index", *names], lines), rows
 
 
-TITLES = {
-    "r": "Learning rates on law, one seed; bold: taken in the other tables",
-    "a": "Methods on the tasks, and what is left of the general skills",
-    "b": "What is trained",
-    "c": "How much of it, and how many tokens select it",
-    "d": "Granularity: experts of equal size together",
-    "e": "Time, memory and storage, in rounds side by side",
-    "f": "Experts that tasks share, of those that either chooses (token score, top_p 0.2)",
+@dataclass(frozen=True)
+class Part:
+    title: str
+    table: Callable[[Lab, dict[tuple, Run]], Table]
+    runs: Callable[[str, Lab], dict[tuple, Run]] = lambda _part, _lab: {}
+
+
+PARTS = {
+    "r": Part("Learning rates on law, one seed; bold: taken in the other tables", learning_rates, tried),
+    "a": Part("Methods on the tasks, and what is left of the general skills", comparison, compared),
+    "b": Part("What is trained", comparison, compared),
+    "c": Part("How much of it, and how many tokens select it", comparison, compared),
+    "d": Part("Granularity: experts of equal size together", comparison, compared),
+    "e": Part("Time, memory and storage, in rounds side by side", costs),
+    "f": Part("Experts that tasks share, of those that either chooses (token score, top_p 0.2)", shared_experts),
 }
 
 
@@ -226,41 +202,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--parts", default="r,a,b,c,e,f", metavar="LIST", help="parts, separated by commas (default: %(default)s)")
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        metavar="N",
-        help="one run of everything for each (default: 0 1 2)",
-    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one run of everything for each "
+        "(default: 0 1 2)")  # fmt: skip
     add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run (default: %(default)s)")
-    add("--ablation_tasks", nargs="+", default=["law", "summary"], metavar="TASK", help="tasks of b, c and d "
-        "(default: law summary)")  # fmt: skip
-    add(
-        "--pretrain_tokens",
-        type=positive,
-        default=5_500_000,
-        metavar="N",
-        help="tokens to pretrain the bases of d (default: %(default)s)",
-    )
+    add("--ablation_tasks", nargs="+", choices=TASKS, default=["law", "summary"], metavar="TASK", help="tasks of b, c "
+        "and d (default: law summary)")  # fmt: skip
+    add("--pretrain_tokens", type=positive, default=5_500_000, metavar="N", help="tokens to pretrain the bases of d "
+        "(default: %(default)s)")  # fmt: skip
     add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, with one thread each (default: 2)")
     add("--work_dir", default="results/runs/paper", metavar="DIR", help="finished runs (default: %(default)s)")
     add("--output", metavar="STEM", help="write STEM_a.md, STEM_a.json, ..., and from all parts that exist "
         "STEM_claims.md and pictures (default: print only)")  # fmt: skip
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
-    for part in args.parts:
-        if part not in PARTS or len(part) != 1:
-            raise ValueError(f"cannot run part {part!r}. Give some of {', '.join(PARTS)} in --parts.")
-    for name in ("seeds", "ablation_tasks"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            raise ValueError(f"cannot use --{name}: a value is given twice. Give it once.")
-    if min(args.seeds) < 0:
-        raise ValueError(f"cannot use seed {min(args.seeds)}: it is below 0. Change --seeds.")
-    for task in args.ablation_tasks:
-        if task not in TASKS:
-            raise ValueError(f"cannot run task {task!r}{suggest(task, TASKS)}. Give some of {', '.join(TASKS)}.")
+    if unknown := set(args.parts) - PARTS.keys():
+        raise ValueError(f"cannot run part {min(unknown)!r}. Give some of {', '.join(PARTS)} in --parts.")
     return args
 
 
@@ -271,41 +227,40 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     if args.output:
         check_output(f"{args.output}_a.md")
     with locked(Path(args.work_dir), "paper.py"):
-        return run_parts(Lab(args))
-
-
-def run_parts(lab: Lab) -> dict[str, str]:
-    args = lab.args
-    if "d" in args.parts:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(tqdm(pool.map(lab.base, (16, 32)), total=2, unit="base", desc="pretraining"))
-    parts = {part: globals()[f"part_{part}"](lab) for part in args.parts}
-    runs = {run.name: run for runs, _ in parts.values() for run in runs}.values()
-    for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
-        lab.scores(base, task, tokens)  # before several runs need them at the same time
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), unit="run", desc="paper") as bar:
-        waiting = [pool.submit(lab.result, run) for run in runs]
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    tables = {}
-    for part, (_, table) in parts.items():
-        lab.used.clear()
-        tables[part], rows = table()
-        print(f"\n{TITLES[part]}\n\n{tables[part]}")
+        lab = Lab(args)
+        runs = make_runs(lab)
+        tables = {}
+        for part in args.parts:
+            lab.used.clear()
+            tables[part], rows = PARTS[part].table(lab, runs[part])
+            print(f"\n{PARTS[part].title}\n\n{tables[part]}")
+            if args.output:
+                write_part(lab, part, tables[part], rows)
         if args.output:
-            source = made_by(lab, part)
-            write_text(f"{args.output}_{part}.md", f"# {TITLES[part]}\n\n{tables[part]}\n\n{source}\n")
-            decides = {name: getattr(args, name) for name in ("seeds", "steps", "ablation_tasks", "pretrain_tokens")}
-            facts = {"rows": rows, "made_by": source, "arguments": decides, "environments": lab.used}
-            write_json(f"{args.output}_{part}.json", facts)
-    if args.output:
-        print(f"\n{paper_results.conclude(args.output)}\n\nwritten to {args.output}_*")
+            print(f"\n{write_claims(args.output)}\n\nwritten to {args.output}_*")
+            save_pictures(args.output)
     return tables
+
+
+def make_runs(lab: Lab) -> dict[str, dict[tuple, Run]]:
+    """Make what is not there yet, several runs at a time. Return the runs of each part."""
+    args = lab.args
+    with ThreadPoolExecutor(args.jobs) as pool:
+        if "d" in args.parts:
+            list(tqdm(pool.map(lab.base, (16, 32)), total=2, unit="base", desc="pretraining"))
+        parts = {part: PARTS[part].runs(part, lab) for part in args.parts}
+        runs = {run.name: run for runs in parts.values() for run in runs.values()}.values()
+        for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
+            lab.scores(base, task, tokens)  # before several runs need them at the same time
+        list(tqdm(pool.map(lab.result, runs), total=len(runs), unit="run", desc="paper"))
+    return parts
+
+
+def write_part(lab: Lab, part: str, table: str, rows: list[dict]) -> None:
+    stem, source = f"{lab.args.output}_{part}", made_by(lab, part)
+    write_text(f"{stem}.md", f"# {PARTS[part].title}\n\n{table}\n\n{source}\n")
+    decides = {name: getattr(lab.args, name) for name in ("seeds", "steps", "ablation_tasks", "pretrain_tokens")}
+    write_json(f"{stem}.json", {"rows": rows, "made_by": source, "arguments": decides, "environments": lab.used})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results of paper.py: intervals over seeds, the paper's claims beside what came out, and pictures.
+"""The results of paper.py: intervals over seeds, the paper's claims beside the results here, and pictures.
 
 The rows of a part's table are {"name", "tasks": {task: [per seed]}, "average": [per seed], "general": [per seed],
 "share": [per run]}, in percent. A base has no seed and one value.
@@ -10,21 +10,21 @@ lies on the paper's side of 0, and does not hold if it lies on the other side. O
 import itertools
 import json
 import math
+import re
 import statistics
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from deepseek.files import write_json, write_text
 from evaluation.figures import new_figure, save_figure
-from utils import markdown_table, note
+from utils import markdown_table
 
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
 TASKS, GENERAL = "average", "general"
 
 
 def half_width(values: list[float]) -> float:
-    """Half-width of the 95 % t interval of the mean; 0 for a single value."""
+    """Return half the width of the 95 % t interval of the mean; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     return T95[min(len(values), len(T95)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
@@ -136,66 +136,70 @@ def verdict(values: list[float], kind: str) -> str:
 
 def claims_table(parts: dict[str, list[dict]]) -> tuple[str, list[dict]]:
     """Return the table and the rows of the claims about `parts`, {letter: rows}."""
-    rows = []
+    rows, lines = [], []
     for claim in CLAIMS:
         if claim.part in parts:
             values = differences(parts[claim.part], claim)
-            rows.append({**vars(claim), "here": values, "holds": verdict(values, claim.kind)})
-    where = {TASKS: "tasks", GENERAL: "general"}
-    lines = [
-        [
-            f"({r['part']}) {r['text']}",
-            where[r["key"]],
-            r["kind"] if r["paper"] is None else f"{r['paper']:+.1f}",
-            interval(r["here"], "+.1f"),
-            r["holds"],
-        ]
-        for r in rows
-    ]
+            holds = verdict(values, claim.kind)
+            rows.append({**vars(claim), "here": values, "holds": holds})
+            where = {TASKS: "tasks", GENERAL: "general"}[claim.key]
+            paper = claim.kind if claim.paper is None else f"{claim.paper:+.1f}"
+            lines.append([f"({claim.part}) {claim.text}", where, paper, interval(values, "+.1f"), holds])
     return markdown_table(["claim", "difference on", "paper", "here", "holds here?"], lines), rows
+
+
+def read_parts(stem: str) -> dict[str, dict]:
+    """Return the content of every STEM_<part>.json, by part."""
+    paths = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
+    return {part: json.loads(path.read_text(encoding="utf-8")) for part, path in paths.items() if path.is_file()}
+
+
+def write_claims(stem: str) -> str:
+    """Write STEM_claims.md and STEM_claims.json from every STEM_<part>.json; return the claims' table."""
+    found = read_parts(stem)
+    text, rows = claims_table({part: told["rows"] for part, told in found.items()})
+    sources = "\n".join(f"- ({part}) {told['made_by']}" for part, told in found.items() if part in "abd")
+    write_text(f"{stem}_claims.md", f"# The paper's claims, and what came out here\n\n{text}\n\n{NOTE}\n\n{sources}\n")
+    write_json(f"{stem}_claims.json", rows)
+    return text
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def gains_and_losses(rows: list[dict], title: str):
-    """Draw methods: score on the tasks (up) against general skills (right), with intervals over seeds."""
-    figure, axes = new_figure(6.4, 4.8, ncols=1)
-    for number, row in enumerate(rows):
-        x, y = row[GENERAL], row[TASKS]
-        axes.errorbar(
-            statistics.fmean(x), statistics.fmean(y), xerr=half_width(x), yerr=half_width(y),
-            fmt="osD^vPX*"[number % 8], color=f"C{number}", capsize=3, label=row["name"],
-        )  # fmt: skip
-    axes.set(xlabel="general skills (%)", ylabel="mean of the tasks (%)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
+def gains_and_losses(rows: list[dict], title: str, ylabel: str = "mean of the tasks (%)"):
+    """Draw methods: score on the tasks (up) against general skills (right), with intervals over seeds.
 
-
-def frontier(rows: list[dict], title: str):
-    """Draw methods at several learning rates: score on the task (up) against general skills (right)."""
+    Several rows of a name, one per learning rate, make a line.
+    """
     figure, axes = new_figure(6.4, 4.8, ncols=1)
     for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-        points = [(row[GENERAL][0], row[TASKS][0], row["learning_rate"]) for row in rows if row["name"] == name]
-        axes.plot(*list(zip(*points))[:2], "osD^v"[number % 5] + "-", color=f"C{number}", label=name)
-        for x, y, rate in points:
-            axes.annotate(rate, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=6, color=f"C{number}")
-    axes.set(xlabel="general skills (%)", ylabel="task (%)", title=title)
+        own = [row for row in rows if row["name"] == name]
+        x, y = ([statistics.fmean(row[key]) for row in own] for key in (GENERAL, TASKS))
+        xerr, yerr = ([half_width(row[key]) for row in own] for key in (GENERAL, TASKS))
+        look = {"fmt": "osD^vPX*"[number % 8] + "-", "color": f"C{number}", "capsize": 3, "label": name}
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, **look)
+        for row, *point in zip(own, x, y):
+            rate = row.get("learning_rate", "")
+            axes.annotate(rate, point, textcoords="offset points", xytext=(4, 4), fontsize=6, color=f"C{number}")
+    axes.set(xlabel="general skills (%)", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
 
 
-def curves(series: dict[str, list[tuple[float, dict]]], title: str, xlabel: str):
-    """Draw tasks and general skills over what is varied, {label: [(x, row)]}."""
+def curves(rows: list[dict], pattern: str, title: str, xlabel: str):
+    """Draw tasks and general skills over what is varied. `pattern` finds it, and the curve's label, in a row's name."""
+    series: dict[str, list[tuple[float, dict]]] = {}
+    for row in rows:
+        if match := re.fullmatch(pattern, row["name"]):
+            series.setdefault(match["label"] or "esft-token", []).append((float(match["x"]), row))
     figure, panels = new_figure(9, 3.6)
     for axes, key, ylabel in zip(panels, (TASKS, GENERAL), ("mean of the tasks (%)", "general skills (%)")):
         for label, points in series.items():
-            x, rows = zip(*points)
-            means = [statistics.fmean(row[key]) for row in rows]
-            halves = [half_width(row[key]) for row in rows]
-            axes.errorbar(x, means, yerr=halves, fmt="o-", capsize=3, label=label)
+            x, own = zip(*points)
+            means = [statistics.fmean(row[key]) for row in own]
+            axes.errorbar(x, means, yerr=[half_width(row[key]) for row in own], fmt="o-", capsize=3, label=label)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
@@ -203,7 +207,7 @@ def curves(series: dict[str, list[tuple[float, dict]]], title: str, xlabel: str)
     return figure
 
 
-def overlap(rows: list[dict], title: str):
+def heat_map(rows: list[dict], title: str):
     """Draw how many experts each pair of tasks shares."""
     names = [row["name"] for row in rows]
     figure, axes = new_figure(5, 4.2, ncols=1)
@@ -217,40 +221,19 @@ def overlap(rows: list[dict], title: str):
     return figure
 
 
-def pictures(stem: str, parts: dict[str, list[dict]]) -> None:
-    """Save STEM_a.png, ..., for the parts that have a picture."""
-    figures = {}
-    if "r" in parts:
-        figures["r"] = frontier(parts["r"], "Law and general skills at each learning rate")
-    for part, title in {"a": "What methods learn, and what they keep", "b": "What is trained"}.items():
-        if part in parts:
-            figures[part] = gains_and_losses(parts[part], title)
-    if "c" in parts:
-        swept = [row for row in parts["c"] if row["name"].startswith("top_p ")]
-        points = [(float(row["name"].split()[1]), row) for row in swept]
-        figures["c"] = curves({"esft-token": points}, "How many experts are trained", "top_p")
-    if "d" in parts:
-        varied: dict[str, list] = {}
-        for row in parts["d"]:  # "64 experts: full"
-            varied.setdefault(row["name"].split(": ")[1], []).append((int(row["name"].split()[0]), row))
-        figures["d"] = curves(varied, "Experts of a layer, of equal size together", "experts")
-    if "f" in parts:
-        figures["f"] = overlap(parts["f"], "Experts that tasks share (Jaccard index)")
-    for part, figure in figures.items():
-        save_figure(figure, f"{stem}_{part}.png")
+PICTURES = {
+    "r": (gains_and_losses, "Law and general skills at each learning rate", "task (%)"),
+    "a": (gains_and_losses, "What methods learn, and what they keep"),
+    "b": (gains_and_losses, "What is trained"),
+    "c": (curves, r"top_p (?P<x>.*)(?P<label>)", "How many experts are trained", "top_p"),
+    "d": (curves, r"(?P<x>\d+) experts: (?P<label>.*)", "Experts of a layer, of equal size together", "experts"),
+    "f": (heat_map, "Experts that tasks share (Jaccard index)"),
+}
 
 
-def conclude(stem: str) -> str:
-    """Write STEM_claims.md, STEM_claims.json and the pictures from every STEM_<part>.json; return the claims' table."""
-    paths = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
-    found = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in paths.items() if path.is_file()}
-    parts = {part: told["rows"] for part, told in found.items()}
-    text, rows = claims_table(parts)
-    sources = "\n".join(f"- ({part}) {told['made_by']}" for part, told in found.items() if part in "abd")
-    write_text(f"{stem}_claims.md", f"# The paper's claims, and what came out here\n\n{text}\n\n{NOTE}\n\n{sources}\n")
-    write_json(f"{stem}_claims.json", rows)
-    if find_spec("matplotlib"):
-        pictures(stem, parts)
-    else:
-        note("no pictures without matplotlib: python -m pip install -c constraints.txt matplotlib")
-    return text
+def save_pictures(stem: str) -> None:
+    """Save STEM_a.png, ..., of every STEM_<part>.json. Raise ValueError where matplotlib is missing."""
+    for part, told in read_parts(stem).items():
+        if part in PICTURES:
+            draw, *words = PICTURES[part]
+            save_figure(draw(told["rows"], *words), f"{stem}_{part}.png")
