@@ -25,13 +25,14 @@ Legend: T tokens, K top-k, N = T*K routed rows, E experts, e of them on this ran
 P ranks; in attention B batch, H heads, C head size.
 """
 
-import functools
+import copy
+import math
 import warnings
 import weakref
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -44,84 +45,66 @@ from deepseek.expert_parallel import Route, Shard
 from deepseek.experts import moe_layers
 from deepseek.gradient_sync import BUCKET_BYTES
 
+if TYPE_CHECKING:
+    from training.memory import MemorySettings
+
 # --------------------------------------------------------------------------------------------------------------------
 # what stays
 
 
-@dataclass(frozen=True)
+@dataclass
 class Resident:
     """What one process holds from step to step, in bytes unless a field says otherwise."""
 
-    trained_rows: int  # W[:S] of fused experts
-    frozen_rows: int  # W[S:]
-    dense: int  # all other weights and buffers
-    masters: int
-    trained: Counter  # bytes of an element -> trained parameters
-    embeddings: int  # trained parameters of embeddings
-    others: int  # trained parameters outside the routed experts
-    frozen_entries: int  # numbers in the matrices of frozen experts
-    largest_matrix: int  # numbers in an expert's largest matrix
-    largest_layer: int  # frozen weights of a decoder layer outside its experts
-    outside: int  # frozen weights outside decoder layers
-    largest_bucket: int  # gradients on their way between processes
+    trained_rows: int = 0  # W[:S] of fused experts
+    frozen_rows: int = 0  # W[S:]
+    dense: int = 0  # all other weights and buffers
+    masters: int = 0
+    trained: Counter = field(default_factory=Counter)  # bytes of an element -> trained parameters
+    embeddings: int = 0  # trained parameters of embeddings
+    others: int = 0  # trained parameters outside the routed experts
+    frozen_entries: int = 0  # numbers in the matrices of frozen experts
+    largest_matrix: int = 0  # numbers in an expert's largest matrix
+    largest_layer: int = 0  # frozen weights of a decoder layer outside its experts
+    outside: int = 0  # frozen weights outside decoder layers
+    largest_bucket: int = 0  # gradients on their way between processes
 
 
 def count_resident(model: nn.Module) -> Resident:
     """Count what a model holds that is ready to be trained."""
-    seen: set[int] = set()
-    rows, largest = _count_experts(model, seen)
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    trained, counts, by_layer = Counter(), Counter(), Counter()
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            trained[param.element_size()] += param.numel()
-            counts["others"] += param.numel() if ".trained." not in name else 0
-            counts["embeddings"] += param.numel() if id(param) in embeddings else 0
-        if _storage_key(param) in seen:  # an alias of W[:S], or tied
-            continue
-        seen.add(_storage_key(param))
-        if ".trained." in name or name.endswith(".original"):
-            counts["masters"] += param.nbytes
-        else:
-            counts["dense"] += param.nbytes
-            layer = next((part for part in name.split(".") if part.isdigit()), None)
-            by_layer[layer] += param.nbytes if not param.requires_grad else 0
-    for buffer in model.buffers():
-        if _storage_key(buffer) not in seen:
-            seen.add(_storage_key(buffer))
-            counts["dense"] += buffer.nbytes
-    gradients = [param.nbytes for param in model.parameters() if param.requires_grad]
-    return Resident(
-        trained_rows=rows["trained"],
-        frozen_rows=rows["frozen"],
-        dense=counts["dense"],
-        masters=counts["masters"],
-        trained=trained,
-        embeddings=counts["embeddings"],
-        others=counts["others"],
-        frozen_entries=rows["entries"],
-        largest_matrix=largest,
-        largest_layer=max((size for layer, size in by_layer.items() if layer is not None), default=0),
-        outside=by_layer[None],
-        largest_bucket=max(min(sum(gradients), BUCKET_BYTES), *gradients, 0),
-    )
-
-
-def _count_experts(model: nn.Module, seen: set[int]) -> tuple[Counter, int]:
-    """Count the rows of the fused experts and note their storages in `seen`. Also return the largest matrix."""
-    rows, largest = Counter(), 0
+    held, seen, by_layer = Resident(), set(), Counter()
     for layer in moe_layers(model, dense_ok=True).values():
         S = layer.num_trained
         for name in layer.tensor_names:
             tensor = layer.tensor(name)
             seen.add(_storage_key(tensor))
             each = tensor.nbytes // max(len(tensor), 1)
-            rows["trained"] += S * each
-            rows["frozen"] += (len(tensor) - S) * each
+            held.trained_rows += S * each
+            held.frozen_rows += (len(tensor) - S) * each
             if name in layer.weight_names:
-                rows["entries"] += (len(tensor) - S) * tensor[0].numel()
-                largest = max(largest, tensor[0].numel())
-    return rows, largest
+                held.frozen_entries += (len(tensor) - S) * tensor[0].numel()
+                held.largest_matrix = max(held.largest_matrix, tensor[0].numel())
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            held.trained[param.element_size()] += param.numel()
+            held.others += param.numel() if ".trained." not in name else 0
+            held.embeddings += param.numel() if id(param) in embeddings else 0
+        if _storage_key(param) in seen:  # an alias of W[:S], or tied
+            continue
+        seen.add(_storage_key(param))
+        if ".trained." in name or name.endswith(".original"):
+            held.masters += param.nbytes
+        else:
+            held.dense += param.nbytes
+            layer_index = next((part for part in name.split(".") if part.isdigit()), None)
+            by_layer[layer_index] += param.nbytes if not param.requires_grad else 0
+    held.dense += sum({_storage_key(b): b.nbytes for b in model.buffers() if _storage_key(b) not in seen}.values())
+    held.outside = by_layer.pop(None, 0)
+    held.largest_layer = max(by_layer.values(), default=0)
+    gradients = [param.nbytes for param in model.parameters() if param.requires_grad]
+    held.largest_bucket = max(min(sum(gradients), BUCKET_BYTES), *gradients, 0)
+    return held
 
 
 def _storage_key(tensor: Tensor) -> int:
@@ -132,71 +115,58 @@ def _storage_key(tensor: Tensor) -> int:
 # what comes and goes
 
 
-def trace_step(
-    model: nn.Module,
-    device: str,
-    seq_length: int,
-    batch_size: int,
-    label_share: float,
-    packed: bool,
-    accumulation: bool,
-    activation_checkpointing: bool,
-) -> Counter:
-    """Count the bytes that a step of `model`, which is on `meta`, would hold on a device ("cuda" or "cpu").
-
-    The arguments after `model` are those of `memory.MemorySettings`. Changes the model.
+def trace_step(model: nn.Module, s: "MemorySettings") -> Counter:
+    """Count the bytes that a step of `model`, which is on `meta`, would hold on the device of `s`. Changes the model.
 
     Returns:
         The bytes at the peak of a forward and backward by kind: gradients, activations, logits, transient. The model's
         own are not among them.
     """
-    answers = _Answers(model, device)
-    if activation_checkpointing:  # torch turns such a mode off in the backward, so the recomputation brings its own
-        how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: (nullcontext(), answers)}
-        model.activation_checkpointing_enable(how)
-    with FakeTensorMode() if device == "cpu" else torch.device("meta"), warnings.catch_warnings():
+    with FakeTensorMode() if s.device == "cpu" else torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # equal for aliases
-        if device == "cpu":
-            _move(model)
-        tracker = _FakeTracker(model, packed)
+        if s.device == "cpu":
+            model = _copy_to_cpu(model)
+        answers = _Answers(model, s.device)
+        if s.activation_checkpointing:  # torch turns such a mode off in the backward: the recomputation brings its own
+            how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: (nullcontext(), answers)}
+            model.activation_checkpointing_enable(how)
+        tracker = _FakeTracker(model, s.packed)
         for layer in moe_layers(model, dense_ok=True).values():
             layer.module.register_forward_pre_hook(tracker.note_rows, with_kwargs=True)
             if layer.shard:
                 layer.module.shard = _EvenShard(**vars(layer.shard))
-        labels_each = max(1, round(label_share * seq_length))
-        shapes = [(batch_size, seq_length)] * 2 + [(labels_each,), (batch_size * labels_each,)]
-        batch = [torch.empty(shape, dtype=torch.long, device=tracker.device) for shape in shapes]
         with answers:
-            return record_step(model, tracker, accumulation, *batch)
+            return record_step(model, tracker, s)
 
 
-def record_step(
-    model: nn.Module,
-    tracker: "StorageTracker",
-    accumulation: bool,
-    ids_BT: Tensor,
-    position_ids_BT: Tensor,
-    kept: Tensor,
-    labels: Tensor,
-) -> Counter:
-    """Run one step under a tracker and count what it holds at its peak, as `trace_step` does.
+def _copy_to_cpu(model: nn.Module) -> nn.Module:
+    """Copy a model from `meta` to fake CPU tensors, with its ties and aliases, which Module.to would lose."""
+    storages, copies = {}, {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        nbytes = tensor.untyped_storage().nbytes()
+        flat = storages.setdefault(_storage_key(tensor), torch.empty(nbytes, dtype=torch.uint8)).view(tensor.dtype)
+        copies[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        if isinstance(tensor, nn.Parameter):
+            copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
+    return copy.deepcopy(model, copies)
 
-    Args:
-        accumulation: gradients are there before the forward.
-        kept: positions of a pack that have logits.
-        labels: one for each of them in all packs.
-    """
+
+def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings") -> Counter:
+    """Run one step of random tokens under a tracker and count what it holds at its peak, as `trace_step` does."""
     hook = model.get_output_embeddings().register_forward_pre_hook(tracker.enter_head)
-    if accumulation:
-        for param in model.parameters():
-            if param.requires_grad:
-                param.grad = torch.empty_like(param)
-                tracker.leave_out(param.grad)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    for param in trained if s.accumulation else ():  # gradients are there before the forward
+        param.grad = torch.empty_like(param)
+        tracker.leave_out(param.grad)
+    B, T, labels_each = s.batch_size, s.seq_length, max(1, round(s.label_share * s.seq_length))
+    device = next(model.parameters()).device
+    ids_BT = torch.randint(model.config.get_text_config().vocab_size, (B, T), device=device)
+    shapes = ((B, T), (labels_each,), (B * labels_each,))
+    position_ids_BT, kept, labels = (torch.zeros(shape, dtype=torch.long, device=device) for shape in shapes)
     with tracker:
         for tensor in (ids_BT, position_ids_BT, kept, labels):
             tracker.note(tensor)
-        inputs = {"input_ids": ids_BT, "position_ids": position_ids_BT, "logits_to_keep": kept}
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(input_ids=ids_BT, position_ids=position_ids_BT, logits_to_keep=kept, use_cache=False).logits
         tracker.phase = "logits"
         # as in trainer.py, which lets go of the model's outputs before the backward
         logits = logits.flatten(0, 1).float()
@@ -205,30 +175,17 @@ def record_step(
         loss.backward()
         del loss
     hook.remove()
-    return tracker.at_peak([param.grad for param in model.parameters() if param.grad is not None])
+    return tracker.at_peak([param.grad for param in trained if param.grad is not None])
 
 
-def _move(model: nn.Module) -> None:
-    """Move a model from `meta` to fake CPU tensors. Module.to would refuse, and would lose ties and aliases."""
+@dataclass
+class Block:
+    """A storage: when it was made and let go, counted in such events, and in which part of the step."""
 
-    @functools.cache
-    def flat(key: int, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-
-    def moved(tensor: Tensor) -> Tensor:
-        storage = flat(_storage_key(tensor), tensor.untyped_storage().nbytes()).view(tensor.dtype)
-        return storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-
-    params: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is not None:
-                if id(param) not in params:
-                    params[id(param)] = nn.Parameter(moved(param), requires_grad=param.requires_grad)
-                module._parameters[name] = params[id(param)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = moved(buffer)
+    nbytes: int
+    phase: str
+    made: int
+    freed: float = math.inf
 
 
 class StorageTracker(TorchDispatchMode):
@@ -237,19 +194,17 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.phase = "forward"  # then logits, then backward
-        self.made: list[tuple[int, str]] = []  # bytes, phase
-        self.events: list[int] = []  # number of what was made, or ~number of what was let go
-        self.alive: dict[int, tuple[int, weakref.ref | None]] = {}  # storage -> number, or -1 for what was there before
+        self.clock = self.bytes = self.peak = self.peak_at = self.forward_ends = 0
+        self.blocks: list[Block] = []
+        self.alive: dict[int, tuple[Block | None, weakref.ref | None]] = {}  # by storage; None was there before
         self.before: list = []  # storages that were there before: kept, or their addresses would be used again
-        self.forward_ends = 0
         for tensor in (*model.parameters(), *model.buffers()):
             self.leave_out(tensor)
 
     def leave_out(self, tensor: Tensor) -> None:
         """Do not count this tensor."""
-        storage = tensor.untyped_storage()
-        self.before.append(storage)
-        self.alive[storage._cdata] = (-1, None)
+        self.before.append(tensor.untyped_storage())
+        self.alive[_storage_key(tensor)] = (None, None)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
@@ -264,19 +219,24 @@ class StorageTracker(TorchDispatchMode):
         key = storage._cdata
         if key in self.alive or not storage.nbytes():
             return
-        number = len(self.made)
-        self.made.append((storage.nbytes(), self.phase))
-        self.events.append(number)
+        block = Block(storage.nbytes(), self.phase, self.clock)
+        self.blocks.append(block)
+        self.bytes += block.nbytes
+        if self.bytes > self.peak:
+            self.peak, self.peak_at = self.bytes, self.clock
+        self.clock += 1
 
-        def gone(_, key=key, number=number):
-            self.events.append(~number)
+        def gone(_):
+            block.freed = self.clock
+            self.bytes -= block.nbytes
+            self.clock += 1
             self.alive.pop(key, None)
 
-        self.alive[key] = (number, weakref.ref(storage, gone))
+        self.alive[key] = (block, weakref.ref(storage, gone))
 
     def enter_head(self, _, args: tuple) -> None:
         """Hook of the head: what follows are logits, in the backward until the head's input has its gradient."""
-        self.phase, self.forward_ends = "logits", len(self.events)
+        self.phase, self.forward_ends = "logits", self.clock
         if args[0].requires_grad:
             args[0].register_hook(self._leave_head)
 
@@ -285,24 +245,16 @@ class StorageTracker(TorchDispatchMode):
 
     def at_peak(self, gradients: list[Tensor]) -> Counter:
         """Count by kind the bytes that are there when the most is."""
-        begun = {event: at for at, event in enumerate(self.events) if event >= 0}
-        ended = {~event: at for at, event in enumerate(self.events) if event < 0}
-        heights = list(accumulate(self.made[e][0] if e >= 0 else -self.made[~e][0] for e in self.events))
-        peak_at = heights.index(max(heights))
-        of_gradients = {self.alive.get(_storage_key(grad), (-1,))[0] for grad in gradients}
+        for grad in gradients:
+            block, _ = self.alive.get(_storage_key(grad), (None, None))
+            if block:
+                block.phase = "gradients"
         kinds = Counter()
-        for number, (size, phase) in enumerate(self.made):
-            end = ended.get(number, len(self.events))
-            if not begun[number] <= peak_at < end:
-                continue
-            if number in of_gradients:
-                kinds["gradients"] += size
-            elif phase == "logits":
-                kinds["logits"] += size
-            elif phase == "forward" and end > self.forward_ends:
-                kinds["activations"] += size
-            else:
-                kinds["transient"] += size
+        for block in self.blocks:
+            if block.made <= self.peak_at < block.freed:
+                saved = block.phase == "forward" and block.freed > self.forward_ends
+                rest = "activations" if saved else "transient"
+                kinds[block.phase if block.phase in ("gradients", "logits") else rest] += block.nbytes
         return kinds
 
 
@@ -316,7 +268,6 @@ class _FakeTracker(StorageTracker):
     def __init__(self, model: nn.Module, packed: bool):
         super().__init__(model)
         self.packed, self.rows = packed, 0
-        self.device = next(model.parameters()).device
 
     def note_rows(self, _, args: tuple, kwargs: dict) -> None:
         """Hook of an experts module: note how many rows are routed."""
@@ -382,9 +333,8 @@ class _Answers(TorchFunctionMode):
         options = {"is_causal": is_causal, "enable_gqa": enable_gqa}
         if self.on_gpu or _fuses(q, k, v, attn_mask, dropout_p, **options):
             return _FusedAttention.apply(q, k, v, attn_mask)
-        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, scale=scale, **options)[
-            0
-        ]
+        by_hand = torch.ops.aten._scaled_dot_product_attention_math
+        return by_hand(q, k, v, attn_mask, dropout_p, scale=scale, **options)[0]
 
 
 class _FusedAttention(torch.autograd.Function):

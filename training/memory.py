@@ -10,35 +10,25 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
+import esft
 from deepseek.expert_parallel import connect_experts
-from deepseek.experts import moe_layers, train_experts
+from deepseek.experts import moe_layers
 from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
-from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import auto_class
-from deepseek.masters import train_parameters
-from deepseek.placement import place_layers
+from deepseek.placement import Placement, place_layers
 from deepseek.process_groups import Ranks
 from training import dry_run
+from training.methods import prepare_model
 
 CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, kernels, and workspaces of cuBLAS and NCCL
 FRAGMENTATION = 0.05  # of a GPU's memory in use, that the caching allocator holds and cannot use
 SHORTEST = 512  # tokens of a pack, below which no advice goes
-TRACED = (  # the settings that a dry run takes
-    "device",
-    "seq_length",
-    "batch_size",
-    "label_share",
-    "packed",
-    "accumulation",
-    "activation_checkpointing",
-)
 DTYPES = ("bfloat16", "float32")
 FROZEN_BYTES = {kind: 1 + 4 / math.prod(block) for kind, block in BLOCKS.items()} | {"nf4": 0.5 + 4 / NF4_BLOCK}
 # bytes of state per trained parameter; a factor times the parameter's own size where torch keeps them in its dtype
@@ -81,19 +71,10 @@ class MemorySettings:
     device: str = "cuda"
 
     def __post_init__(self):
-        for key, known in {
-            "dtype": DTYPES,
-            "frozen_dtype": (None, *FROZEN_BYTES),
-            "optim": tuple(OPTIMIZERS),
-            "device": ("cuda", "cpu"),
-        }.items():
-            if (value := getattr(self, key)) not in known:
-                raise ValueError(f"{key}={value}: its memory is known for {', '.join(map(str, known))}")
-        for key in ("seq_length", "batch_size", "world_size", "ep_size"):
-            if (value := getattr(self, key)) < 1:
-                raise ValueError(f"{key}={value}: expected a whole number above 0")
-        if not 0 < self.label_share <= 1:
-            raise ValueError(f"label_share={self.label_share}: expected a share above 0 and up to 1")
+        known = {"dtype": DTYPES, "frozen_dtype": (None, *FROZEN_BYTES), "optim": OPTIMIZERS, "device": ("cuda", "cpu")}
+        for key, values in known.items():
+            if (value := getattr(self, key)) not in values:
+                raise ValueError(f"{key}={value}: its memory is known for {', '.join(map(str, values))}")
         if self.world_size % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size} does not divide the {self.world_size} processes")
 
@@ -133,19 +114,10 @@ class MemoryEstimate:
     def peak(self) -> int:
         return sum(dataclasses.astuple(self)) - self.host
 
-    def line(self) -> str:
-        """The kinds that are there, in GiB (or in MiB, where all is small)."""
-        unit, name, told = self._told()
-        return ", ".join(f"{label} {size / unit:,.1f}" for label, size in told.items() if size) + f" {name}"
-
-    def format_table(self) -> str:
-        """A line per kind, in GiB (or in MiB, where all is small)."""
-        unit, name, told = self._told()
-        return "\n".join(f"  {label:<20}{size / unit:>10,.2f} {name}" for label, size in told.items())
-
-    def _told(self) -> tuple[int, str, dict[str, int]]:
+    def sizes(self) -> dict[str, str]:
+        """Return the kinds that are there and their peak, in GiB (or in MiB, where all is small)."""
         unit, name = (2**30, "GiB") if self.peak >= 2**30 else (2**20, "MiB")
-        told = {
+        sizes = {
             "weights, experts": self.experts,
             "weights, all else": self.dense,
             "fp32 masters": self.masters,
@@ -156,35 +128,27 @@ class MemoryEstimate:
             "transient": self.transient,
             "device overhead": self.overhead,
             "peak": self.peak,
+            "in host memory": self.host,
         }
-        if self.host:
-            told["in host memory"] = self.host
-        return unit, name, told
+        return {label: f"{size / unit:,.2f} {name}" for label, size in sizes.items() if size}
 
 
 class Estimator:
-    """The memory of training a model in a given way, under any settings. Runs are kept, so that settings which differ
-    in what is merely counted cost nothing.
+    """The memory of training a model by a method of train.py, under any settings. Runs are kept, so that settings which
+    differ in what is merely counted cost nothing.
 
     Args:
-        config: of the model; `loading.empty_model(path).config` has it.
-        experts: {layer: ids of the experts to train}; None where `prepare` does it all.
-        names: parameters outside the routed experts that are trained with them.
-        prepare: what else makes a model (without storage) trainable, and returns it: `methods.prepare_model` for LoRA,
-            `train_everything` for full fine-tuning.
+        empty: the model, without weights.
+        experts: those to train; None for full and lora.
 
     Raises:
-        ValueError: a model that has no fused experts where they are to be trained, or ep_size with another method.
+        ValueError: a model that has no such experts, or ep_size and the like with another method.
     """
 
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        experts: Mapping[int, Collection[int]] | None = None,
-        names: Collection[str] = (),
-        prepare: Callable[[nn.Module], nn.Module] | None = None,
-    ):
-        self.config, self.experts, self.names, self.prepare = config, experts, names, prepare
+    def __init__(self, empty: nn.Module, method: str, experts: esft.ExpertConfig | None = None, lora_rank: int = 8):
+        self.config, self.method, self.experts, self.lora_rank = empty.config, method, experts, lora_rank
+        if experts is not None:
+            experts.check(empty)
         self._kept: dict[tuple, dry_run.Resident] = {}
         self._runs: dict[tuple, Counter] = {}
 
@@ -240,8 +204,7 @@ class Estimator:
         """(key, value) that save memory, the least costly in time (or in quality) first; none of the keys `fixed`."""
         found: list[tuple[str, object]] = [("activation_checkpointing", True)]
         if self.experts is not None:
-            with torch.device("meta"):
-                most = min(layer.num_experts for layer in moe_layers(self._model(settings)).values())
+            most = min(layer.num_experts for layer in moe_layers(self._model(settings)).values())
             sizes = range(settings.ep_size + 1, min(settings.world_size, most) + 1)
             found += [("ep_size", size) for size in sizes if settings.world_size % size == 0]
             found += [("shard_dense", True)] * (settings.world_size > 1)
@@ -293,9 +256,9 @@ class Estimator:
 
     # ---- the run
 
-    def _model(self, settings: MemorySettings) -> nn.Module:
-        config = copy.deepcopy(self.config)
-        return auto_class(config).from_config(config, dtype=getattr(torch, settings.dtype))
+    def _model(self, s: MemorySettings) -> nn.Module:
+        with torch.device("meta"):
+            return auto_class(self.config).from_config(copy.deepcopy(self.config), dtype=getattr(torch, s.dtype))
 
     def _held(self, s: MemorySettings) -> dry_run.Resident:
         key = (s.dtype, s.ep_size)
@@ -305,48 +268,36 @@ class Estimator:
 
     def _moving(self, s: MemorySettings) -> Counter:
         """Bytes by kind that come and go, at their peak."""
-        traced = {key: getattr(s, key) for key in TRACED}
-        key = (*traced.values(), s.dtype, s.ep_size)
+        key = (s.device, s.dtype, s.ep_size, s.seq_length, s.batch_size, s.label_share)
+        key += (s.packed, s.accumulation, s.activation_checkpointing)
         if key not in self._runs:
-            self._runs[key] = dry_run.trace_step(self._prepared(s), **traced)
+            self._runs[key] = dry_run.trace_step(self._prepared(s), s)
         return self._runs[key]
 
     def _prepared(self, s: MemorySettings) -> nn.Module:
         """The model on `meta` as one process trains it."""
+        model = self._model(s)
         with torch.device("meta"):
-            model = self._model(s)
-            placements = self._cut(model, s.ep_size)
-            if self.experts is not None:
-                model.requires_grad_(False)
-                train_parameters(model, self.names)
-                for layer in moe_layers(model).values():
-                    if self.experts.get(layer.index):
-                        train_experts(layer, self.experts[layer.index])
-                model.set_experts_implementation(IMPLEMENTATION)
-            if self.prepare:
-                model = self.prepare(model)
+            placements = self._cut(model, s.ep_size) if s.ep_size > 1 else {}
+            if self.method == "full":
+                model.requires_grad_(True)
+            else:
+                model = prepare_model(model, self.method, self.experts, self.lora_rank)
             if placements:
                 ranks = Ranks(world_size=s.ep_size, ep_size=s.ep_size)
-                connect_experts(model, placements, self.experts, ranks)
-            return model.train()
+                connect_experts(model, placements, self.experts.experts, ranks)
+        return model.train()
 
-    def _cut(self, model: nn.Module, ep_size: int) -> dict:
-        """Leave the experts of one rank: that with the most trained ones. Returns the placements by layer."""
-        if ep_size == 1:
-            return {}
-        layers = moe_layers(model)
-        trained = {layer: set(ids) for layer, ids in self.experts.items()}
+    def _cut(self, model: nn.Module, ep_size: int) -> dict[int, Placement]:
+        """Leave the experts of one rank: that with the most trained ones. Return the placements by layer."""
+        layers, trained = moe_layers(model), self.experts.experts
         placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, ep_size)
-        counts = [
-            sum(len(trained.get(i, set()) & set(p[rank])) for i, p in placements.items()) for rank in range(ep_size)
-        ]
-        rank = counts.index(max(counts))
+
+        def count(rank: int) -> int:
+            return sum(len(set(trained.get(i, ())) & set(placement[rank])) for i, placement in placements.items())
+
+        rank = max(range(ep_size), key=count)
         placements = {i: (p[rank], *p[:rank], *p[rank + 1 :]) for i, p in placements.items()}  # it becomes rank 0
-        for layer in layers.values():
-            layer.keep_local(placements[layer.index][0])
+        for i, layer in layers.items():
+            layer.keep_local(placements[i][0])
         return placements
-
-
-def train_everything(model: nn.Module) -> nn.Module:
-    """`prepare` of full fine-tuning."""
-    return model.requires_grad_(True)

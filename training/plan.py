@@ -1,7 +1,6 @@
 """How a run lies on its processes: who takes part, how many share a copy of the experts, and what fits on a GPU."""
 
 import dataclasses
-import functools
 import itertools
 import logging
 import os
@@ -20,8 +19,8 @@ from deepseek.partial_loading import quantization
 from deepseek.process_groups import Ranks, SharedError, join
 from training.config import RunConfig
 from training.data import IGNORE, Pack
-from training.memory import Estimator, MemoryEstimate, MemorySettings, train_everything
-from training.methods import choose_experts, prepare_model
+from training.memory import Estimator, MemoryEstimate, MemorySettings
+from training.methods import choose_experts
 from utils import log_to_stdout
 
 logger = logging.getLogger("esft")
@@ -109,7 +108,7 @@ def first_that_fits(
     """Return the fields of the Plan of the first layout whose peak is at most `budget` bytes, else of the last."""
     tried = []
     try:
-        estimator = make_estimator(plan.empty, config.method, plan.experts, config.lora_rank)
+        estimator = Estimator(plan.empty, config.method, plan.experts, config.lora_rank)
         for ep_size, checkpointing in layouts:
             settings = dataclasses.replace(settings, ep_size=ep_size, activation_checkpointing=checkpointing)
             memory = estimator.estimate(settings)
@@ -123,21 +122,10 @@ def first_that_fits(
         logger.info(f"  memory of a process could not be estimated: {(str(error) or repr(error)).splitlines()[0]}")
         return dict(zip(("ep_size", "activation_checkpointing"), layouts[-1]))
     logger.info(f"  memory of a process (GiB, of {budget / 2**30:,.1f}), estimated: {'; '.join(tried)}")
-    logger.info(f"    {memory.line()}")
+    logger.info("    " + ", ".join(f"{kind} {size}" for kind, size in memory.sizes().items()))
     if memory.peak > budget:
         warnings.warn(f"it may run out of memory; what saves some: {saving}", stacklevel=2)
     return {"ep_size": ep_size, "activation_checkpointing": checkpointing, "memory": memory, "saving": saving}
-
-
-def make_estimator(empty: nn.Module, method: str, experts: esft.ExpertConfig | None, lora_rank: int = 8) -> Estimator:
-    """Return the memory estimator of training `empty`, a model without weights, by a method of train.py."""
-    if experts is None:
-        prepare = functools.partial(prepare_model, method=method, lora_rank=lora_rank)
-        return Estimator(empty.config, prepare=train_everything if method == "full" else prepare)
-    experts.check(empty)
-    routed = tuple(f"{layer.name}." for layer in moe_layers(empty).values())
-    names = [name for name in esft.adapter_views(empty, experts) if not name.startswith(routed)]
-    return Estimator(empty.config, experts.experts, names)
 
 
 def memory_settings(

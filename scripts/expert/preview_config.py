@@ -37,8 +37,7 @@ from deepseek.experts import moe_layers
 from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation.selection import short_name
 from scripts.expert.generate_expert_config import check_scores
-from training.memory import FROZEN_BYTES, OPTIMIZERS, MemorySettings
-from training.plan import make_estimator
+from training.memory import FROZEN_BYTES, OPTIMIZERS, Estimator, MemorySettings
 from training.published_models import open_model
 from utils import command_parser, positive, run_cli
 
@@ -137,7 +136,7 @@ class Preview:
             checkpointing = self.settings.activation_checkpointing
             counts = [len(ids) for ids in config.experts.values()]
             trained = sum(len(ids) * self.each_L[layer] for layer, ids in config.experts.items())
-            memory = make_estimator(self.model, "esft", config).estimate(self.settings)
+            memory = Estimator(self.model, "esft", config).estimate(self.settings)
             self._kept[key] = {
                 "experts": sum(counts),
                 "experts_min": min(counts),
@@ -155,7 +154,7 @@ class Preview:
     def full_peak(self) -> int:
         """Return the peak in bytes of full fine-tuning on one device."""
         alone = dataclasses.replace(self.settings, world_size=1, ep_size=1, frozen_dtype=None, offload_frozen=False)
-        return make_estimator(self.model, "full", None).estimate(alone).peak
+        return Estimator(self.model, "full").estimate(alone).peak
 
     def largest(self, function: str, budget: int) -> dict | None:
         """Return the row of the largest top_p, in steps of `STEP`, whose peak is within `budget` bytes, or None."""

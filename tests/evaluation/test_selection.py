@@ -44,8 +44,7 @@ from evaluation.selection import (
 )
 from scripts.expert import compare_scores, generate_expert_config, get_expert_scores, preview_config, routing_drift
 from tests.helpers import make_model, refused, scores_of
-from training.memory import MemorySettings
-from training.plan import make_estimator
+from training.memory import Estimator, MemorySettings
 
 K, L, E = 3, 2, 12
 
@@ -356,7 +355,7 @@ def test_a_preview_has_the_figures_of_the_config(tasks, tiny_model_dir, capsys):
         assert row["share"] == pytest.approx(trained / sum(p.numel() for p in model.parameters()))
         assert (row["gradient_bytes"], row["optimizer_bytes"]) == (4 * trained, 8 * trained)
         settings = MemorySettings(seq_length=64, dtype="float32", device="cpu")
-        assert row["peak_bytes"] == make_estimator(model, "esft", config).estimate(settings).peak
+        assert row["peak_bytes"] == Estimator(model, "esft", config).estimate(settings).peak
         assert 0.5 < row["relative_step_time"] < 1
     few, many = result["rows"][:2]
     assert few["relative_step_time"] < many["relative_step_time"] and few["peak_bytes"] < many["peak_bytes"]

@@ -11,7 +11,7 @@ from tests.helpers import config_of, make_model
 from training.config import training_arguments
 from training.data import IGNORE, Pack
 from training.memory import Estimator
-from training.plan import make_estimator, memory_of_a_process, memory_settings, plan_run
+from training.plan import memory_of_a_process, memory_settings, plan_run
 from training.trainer import ESFTTrainer
 
 PACKS = [Pack([5] * 200, [IGNORE] * 100 + [5] * 100, [*range(120), *range(80)], [1, 2]), Pack([5], [5], [0], [3])]
@@ -43,7 +43,7 @@ def test_the_first_that_fits_is_taken(plan, files, tmp_path):
     order = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True)]
     config = config_of(files, tmp_path / "out")
     found, _ = plan(4, 2**40)
-    estimator = make_estimator(found.empty, "esft", found.experts)
+    estimator = Estimator(found.empty, "esft", found.experts)
     settings = memory_settings(config, training_arguments(config), found, PACKS, 4)
     layouts = {pair: {"ep_size": pair[0], "activation_checkpointing": pair[1]} for pair in order}
     peaks = {pair: estimator.estimate(dataclasses.replace(settings, **keys)).peak for pair, keys in layouts.items()}
