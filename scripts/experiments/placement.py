@@ -20,9 +20,10 @@ Legend: E experts, L MoE layers, P ranks.
 """
 
 import argparse
+import functools
+import operator
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output, write_json, write_text
 from deepseek.placement import Placement, imbalance, place_layers
-from deepseek.routing import read_logs
+from deepseek.routing import RouterCounts, read_logs
 from esft import ExpertConfig, ExpertScores
 from evaluation.figures import new_figure, save_figure
-from utils import command_parser, environment, markdown_table, run_cli
+from utils import command_parser, environment, markdown_table, positive, run_cli
 
 COLOURS = {"contiguous": "#969696", "score": "#08519c"}
 Loads = Mapping[int, Mapping[int, float]]  # [layer][expert] -> routed rows, in any unit
@@ -61,7 +62,7 @@ def read_recordings(path: Path) -> list[Recording]:
         ValueError, FileNotFoundError: nothing is there, something is damaged, or a log has a single forward.
     """
     folders = (sorted(p for p in path.glob("rank_*") if p.is_dir()) or [path]) if path.is_dir() else []
-    logs = [log for folder in folders for log in sorted(folder.glob("expert_weights_*.txt"))]
+    logs = [log for folder in folders for log in sorted(folder.glob("expert_weights_*.txt"))[:1]]  # one per rank
     recordings, width = [], 0
     if not logs or (path / "summary.json").is_file():
         score_LE = ExpertScores.load(path)["token"]
@@ -73,25 +74,26 @@ def read_recordings(path: Path) -> list[Recording]:
     return recordings
 
 
-def read_halves(folder: Path, logs: list[Path], width: int = 0) -> Recording:
-    """Count rows by layer and expert in each half of the lines of each log; at least `width` experts per layer."""
-    counts = read_logs(folder)[0]  # refuses damaged logs, and knows K
-    experts = dict.fromkeys(range(max(width, counts.sums["slots"].shape[1])), 0)
-    first_LE, second_LE = ({layer: Counter(experts) for layer in counts.layers} for _ in range(2))
+def read_halves(folder: Path, logs: list[Path], width: int) -> Recording:
+    """Return the routed rows in each half of each rank's forwards; at least `width` experts per layer."""
+    counts, halves = iter(read_logs(folder)), ([], [])
     for log in logs:
-        layer, lines = int(log.stem.removeprefix("expert_weights_")), log.read_text(encoding="utf-8").splitlines()
-        if len(lines) < 2:
+        forwards = len(log.read_text(encoding="utf-8").splitlines())
+        if forwards < 2:
             raise ValueError(f"cannot halve {log}: it has one forward. Give a file of scores instead.")
-        for number, line in enumerate(lines):
-            half_LE = first_LE if number < len(lines) // 2 else second_LE
-            half_LE[layer].update(map(int, line.partition("\t\t")[0].split("\t")))
-    first, second = (half_LE[layer].total() // counts.top_k for half_LE in (first_LE, second_LE))
-    layers = ", ".join(map(str, counts.layers))
+        for number in range(forwards):
+            halves[number >= forwards // 2].append(next(counts))
+    first, second = (functools.reduce(operator.add, half) for half in halves)
     how = (
-        f"placed by the first half of each routing log ({first:,} tokens) and measured on the second ({second:,}); "
-        f"layers {layers}; the trained experts were selected on both"
+        f"placed by the first half of each routing log ({first.tokens:,} tokens) and measured on the second "
+        f"({second.tokens:,}); layers {', '.join(map(str, first.layers))}; the trained experts were selected on both"
     )
-    return Recording("held out", how, first_LE, second_LE)
+    return Recording("held out", how, rows_by_expert(first, width), rows_by_expert(second, width))
+
+
+def rows_by_expert(counts: RouterCounts, width: int) -> Loads:
+    slots_LE = zip(counts.layers, counts.sums["slots"].tolist())
+    return {layer: dict(enumerate(slots_E + [0] * (width - len(slots_E)))) for layer, slots_E in slots_LE}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,16 +127,13 @@ def simulate(recording: Recording, trained_L: Mapping[int, tuple[int, ...]], ran
 
 
 def check_config(config: ExpertConfig, recordings: list[Recording]) -> None:
-    """Raise ValueError if the config names a layer or an expert that was not recorded."""
+    """Raise ValueError if the config selects no recorded expert, or an unknown expert of a recorded layer."""
     load_LE = recordings[-1].measure_LE  # a summary has all layers, logs may have some
-    for layer, ids in config.experts.items():
-        known = load_LE.get(layer, {}) if recordings[-1].name == "summary" else load_LE.get(layer, ids)
-        if odd := sorted(set(ids) - set(known)):
-            raise ValueError(
-                f"cannot place expert {odd[0]} of layer {layer}: the expert config names it, but no score does"
-            )
-    if not any(config.experts.get(layer) for layer in load_LE):
-        raise ValueError("cannot measure: the expert config selects no expert of the recorded layers")
+    chosen = {(layer, e) for layer in load_LE for e in config.experts.get(layer, ())}
+    if not chosen or not all(e in load_LE[layer] for layer, e in chosen):
+        raise ValueError(
+            "cannot measure: the expert config names other experts than the scores. Give one of the model."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -199,22 +198,14 @@ def draw(title: str, found: list[tuple[Recording, list[dict]]]):
             axes.grid(alpha=0.3)
     for axes in rows[-1]:
         axes.set_xlabel("ranks that share the experts")
-    rows[0][0].legend(fontsize=8)
-    rows[0][1].legend(fontsize=8)
+    for axes in rows[0]:
+        axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # command
-
-
-def numbers(text: str) -> list[int]:
-    """Convert "2,4,8" to ascending numbers above 1, as argparse's `type`."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) > 1 for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers above 1, separated by commas")
-    return sorted(set(map(int, words)))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -225,8 +216,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert_config", required=True, metavar="FILE", help="the trained experts: an expert config, or an adapter")
     add("--output", default="results/tables/placement", metavar="PATH", help="write PATH.md, a table, PATH.json, "
         "all results, and PATH.png, a picture (default: %(default)s)")  # fmt: skip
-    add("--ranks", type=numbers, default=[2, 4, 8, 16, 32, 64], metavar="N[,N]", help="values of ep_size, the ranks "
-        "that share the experts (default: 2,4,8,16,32,64)")  # fmt: skip
+    add("--ranks", type=positive, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N", help="values of ep_size, the "
+        "ranks that share the experts (default: 2 4 8 16 32 64)")  # fmt: skip
     add("--title", metavar="TEXT", help="name of the recording (default: the name of the scores' folder)")
     return parser.parse_args(argv)
 
@@ -234,9 +225,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[tuple[Recording, list[dict]]]:
     """Simulate, write the files, and return the recordings with their results."""
     args = parse_args(argv)
-    outputs = {suffix: f"{args.output}.{suffix}" for suffix in ("md", "json", "png")}
-    for output in outputs.values():
-        check_output(output)
+    check_output(f"{args.output}.md")
     recordings = read_recordings(Path(args.expert_scores_dir))
     config = ExpertConfig.load(args.expert_config)
     check_config(config, recordings)
@@ -252,12 +241,12 @@ def main(argv: list[str] | None = None) -> list[tuple[Recording, list[dict]]]:
     command = shlex.join(["python", "scripts/experiments/placement.py", *words])
     page = report(title, config, found, skipped, command)
     print(page)
-    write_text(outputs["md"], page)
+    write_text(f"{args.output}.md", page)
     told = [{"name": recording.name, "how": recording.how, "results": results} for recording, results in found]
     facts = {"environment": environment(), "command": command, "title": title, "skipped_ranks": skipped}
-    write_json(outputs["json"], {**facts, "recordings": told})
-    save_figure(draw(title, found), outputs["png"])
-    print(f"written to {', '.join(outputs.values())}")
+    write_json(f"{args.output}.json", {**facts, "recordings": told})
+    save_figure(draw(title, found), f"{args.output}.png")
+    print(f"written to {args.output}.md, .json and .png")
     return found
 
 
