@@ -63,7 +63,7 @@ def run(config: RunConfig) -> dict:
         return results
 
     tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
-    packs, eval_packs = ranks.on_rank_zero(lambda: load_data(tokenizer, **config.data))
+    packs, eval_packs = ranks.on_rank_zero(lambda: load_data(tokenizer, config))
     if args.eval_strategy != "no" and not eval_packs:
         raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
     if to_select and not checkpoint:
@@ -110,8 +110,8 @@ def finish_run(
     trainer.write_on_first(lambda: write_json(Path(config.output_dir, "run.json"), {**note, "results": results}))
     best = f" at step {results['best_step']}, the best" if trainer.args.load_best_model_at_end else ""
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
-    kind, flag = ("model", "--base_model_path") if config.method == "full" else ("adapter", "--adapter_dir")
-    where = f"{kind} in {config.output_dir}: eval_multigpu.py {flag}={config.output_dir}"
+    kind = "model" if config.method == "full" else "adapter"
+    where = f"{kind} in {config.output_dir}; next: python eval_multigpu.py --model={config.output_dir}"
     logger.info(f"{results['steps']} steps{loss}; {where}")
     return results
 

@@ -1,7 +1,8 @@
 """The settings of a run: keys in a YAML file and on the command line, read by transformers' HfArgumentParser.
 
 Our own keys are the fields of RunConfig. Every key of transformers' TrainingArguments is accepted beside them, and so
-are the short names in ALIASES. A key on the command line wins over the file, and `key=null` takes the file's away.
+are the short names in ALIASES. A key on the command line wins over the file, and `key=null` takes the file's away. Of a
+key that is given twice, the last value counts.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from deepseek.files import suggest, suggest_path
+from deepseek.files import suggest
 from utils import note
 
 ALIASES = {
@@ -37,10 +38,7 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
 }
 DEFAULTS = {  # of TrainingArguments, where ours differ
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "seed": 0,
+    **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
     "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
     "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
 }
@@ -73,13 +71,10 @@ class RunConfig:
     _argument_group_name = "keys of this project"
 
     base_model_path: str = _key(MISSING, "required: the base model: a folder or a hub id; or --model")
-    train_dataset: str = _key(MISSING, "required: a name in datasets/train, a .jsonl, .json or .parquet file, or a hub "
-                                       "id; or --data")  # fmt: skip
+    train_dataset: str = _key(MISSING, "required: a name in datasets/train, a file, or a hub id; or --data")
     output_dir: str = _key(MISSING, "required: a new folder, or the folder of this very run, which then goes on")
-    method: Literal["esft", "random", "full", "lora"] = _key("esft", "random: as many experts per layer as esft, drawn "
-                                                                     "by seed")  # fmt: skip
-    expert_config: str | None = _key(None, "the experts to train, from generate_expert_config.py; without it, esft "
-                                           "scores and selects them first")  # fmt: skip
+    method: Literal["esft", "random", "full", "lora"] = _key("esft", "random: as many experts as esft, drawn by seed")
+    expert_config: str | None = _key(None, "the experts to train; without it, esft scores and selects them first")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
     seq_length: int = _key(4096, "tokens in a pack of whole samples")
     overlong: Literal["error", "truncate"] = _key("error", "what to do with a sample longer than seq_length")
@@ -89,16 +84,14 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
     lora_rank: int = _key(8, "method lora: the rank")
     lora_alpha: int = _key(16, "method lora: the scale is alpha / rank")
-    global_batch_size: int | None = _key(None, "packs in an optimizer step, over all processes; it sets "
-                                               "gradient_accumulation_steps")  # fmt: skip
+    global_batch_size: int | None = _key(None, "packs in an optimizer step, over all processes and micro batches")
     ep_size: str = _key("1", "processes that share one copy of the experts, or auto: as few as fit on the GPUs")
     placement: Literal["score", "contiguous"] = _key("score", "which process holds which experts: even load, or by id")
     expert_scores_dir: str | None = _key(None, "the scores for placement; by default those beside expert_config")
     shard_dense: bool = _key(False, "share out the frozen weights that are not experts, too (FSDP2)")
     frozen_dtype: Literal["fp8", "int8", "nf4"] | None = _key(None, "quantize the frozen experts to save memory")
     offload_frozen: bool = _key(False, "keep the frozen experts in host memory")
-    activation_checkpointing: Literal["auto", "true", "false"] = _key("auto", "true: less memory, a third slower; "
-        "auto: true on a GPU that it would not fit otherwise, else false")  # fmt: skip
+    activation_checkpointing: Literal["auto", "true", "false"] = _key("auto", "auto: true on a GPU that needs it")
     attn_implementation: str | None = _key(None, "e.g. flash_attention_2; by default transformers chooses")
     save_opt_states: bool = _key(False, "keep optimizer states in checkpoints, to resume exactly")
     verify_frozen: bool = _key(False, "prove by hash that every frozen tensor kept its bits")
@@ -114,12 +107,6 @@ class RunConfig:
         return self.training.get("seed", DEFAULTS["seed"])
 
     @property
-    def data(self) -> dict[str, object]:
-        """The arguments of `load_data`."""
-        keys = ("train_dataset", "template", "seq_length", "overlong", "n_train_samples", "validation_fraction", "seed")
-        return {key: getattr(self, key) for key in keys}
-
-    @property
     def timeout(self) -> timedelta:
         """How long a process waits for the others."""
         return timedelta(seconds=self.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
@@ -132,8 +119,9 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         value = values.get(key)
         if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
             yield f"{key}={value} is not above 0"
-    if not 0 <= values.get("label_smoothing_factor", 0) <= 1:
-        yield f"label_smoothing_factor={values['label_smoothing_factor']} is not between 0 and 1"
+    for key in ("label_smoothing_factor", "validation_fraction"):
+        if not 0 <= values.get(key, 0) <= 1:
+            yield f"{key}={values[key]} is not between 0 and 1"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
     if config.global_batch_size and "gradient_accumulation_steps" in config.training:
@@ -171,15 +159,14 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     the `description` and all keys.
 
     Raises:
-        ValueError, OSError: an unknown key (the nearest known one is named), a key given twice, or a bad value.
+        ValueError, OSError: an unknown key (the nearest known one is named), a bad value, or no such file.
     """
     defaults = defaults or {}
-    usage = "%(prog)s --model MODEL --data DATA --output_dir DIR [--KEY=VALUE | KEY=VALUE ...]"
     parser = _Parser(
         (TrainingArguments, RunConfig),
         conflict_handler="resolve",  # two keys are ours, too
         formatter_class=_Help,
-        usage=usage,
+        usage="%(prog)s --model MODEL --data DATA --output_dir DIR [--KEY=VALUE | KEY=VALUE ...]",
         description=description,
         epilog="short names:\n" + "\n".join(f"  {short} = {key}" for short, key in ALIASES.items()),
     )
@@ -201,45 +188,33 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     return config
 
 
-def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
+def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:
     """Yield (key, value) of the words of a command line."""
-    words = iter([*argv, "--"])
-    word = next(words)
-    while word != "--":
-        name, equals, value = word.partition("=")
-        if not equals and not name.startswith("--"):
-            raise ValueError(f"cannot read {word!r}: a setting is written key=value")
-        word = next(words)
+    words = [f"--{word}" if re.match(r"\w+=", word) else word for word in argv]
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"cannot read {name!r}: a setting is written key=value")
         if not equals:
-            follows = not word.startswith("--") and not re.match(r"\w+=", word)
-            value, word = (word, next(words)) if follows else ("true", word)
-        yield name, None if value in ("null", "~", "") else value
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        yield name.removeprefix("--").replace("-", "_"), None if value in ("null", "~", "") else value
 
 
 def _yaml_pairs(path: str) -> Iterator[tuple[str, object]]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--train_config {path}: no such file{suggest_path(path)}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--train_config {path}: not valid YAML ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--train_config {path}: expected `key: value` lines")
-    yield from values.items()
+        yield from (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).items()
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: it does not hold `key: value` lines ({error})") from error
 
 
 def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str]) -> dict[str, object]:
-    """Return the values by full key; short names, and a key given twice, end here."""
-    values, names = {}, {}
+    """Return the values by full key."""
+    values = {}
     for name, value in pairs:
-        plain = name.removeprefix("--").replace("-", "_")
-        key = ALIASES.get(plain, plain)
+        key = ALIASES.get(name, name)
         if key not in known:
-            raise ValueError(f"{source}: unknown key {plain!r}{suggest(plain, known | ALIASES.keys())}")
-        if key in names and not (name == names[key] and name.startswith("--")):  # a repeated flag overrides
-            twice = f"{name!r} is given twice" if names[key] == name else f"{names[key]!r} and {name!r} are one key"
-            raise ValueError(f"{source}: {twice}. Give it once")
-        names[key], values[key] = name, value
+            raise ValueError(f"{source}: unknown key {name!r}{suggest(name, known | ALIASES.keys())}")
+        values[key] = value
     return values
 
 

@@ -23,12 +23,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import torch
 
 from deepseek.files import read_json_rows, suggest, suggest_path
 from utils import ROOT
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
 
 IGNORE = -100  # the label that cross entropy skips
 ROLES = ("system", "user", "assistant")
@@ -40,7 +44,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
-    """Return the path of a data set, or its hub id.
+    """Return the path of a data set, or its hub id. Raise ValueError if there is no such thing.
 
     `name` is a file's name in datasets/<split> without .jsonl, a path (.jsonl, .json, .parquet) or a hub id. `split` is
     "train" or "eval".
@@ -49,15 +53,13 @@ def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
     known = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
     if text in known:
         return known[text]
-    if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise FileNotFoundError(f"data set {text!r}: no such file{suggest_path(path)}")
+    if path.suffix in SUFFIXES and path.is_file():
         return path
-    if not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
+    if path.suffix not in SUFFIXES and not path.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         return text
     raise ValueError(
-        f"data set {text!r} is unknown{suggest(text, known)}: give one of those in datasets/{split} "
-        f"({', '.join(known) or 'none there'}), a path that ends in {', '.join(SUFFIXES)}, or a hub id"
+        f"cannot find data set {text!r}{suggest(text, known) or suggest_path(path)}. Give one of those in "
+        f"datasets/{split} ({', '.join(known) or 'none there'}), a file ({', '.join(SUFFIXES)}), or a hub id."
     )
 
 
@@ -100,15 +102,11 @@ def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
 
 
 def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list]:
-    """Return (train, validation), in the order of `samples`. A random `fraction` validates, and at least one if > 0."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"validation_fraction={fraction} is not in [0, 1)")
-    if fraction > 0 and len(samples) < 2:
-        raise ValueError(
-            f"validation_fraction={fraction} needs at least 2 samples, found {len(samples)}: add samples or set "
-            "validation_fraction=0"
-        )
-    count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 else 0
+    """Return (train, validation), in the order of `samples`. A random `fraction` validates.
+
+    If it is above 0, at least one of two or more samples validates. A single sample is always trained on.
+    """
+    count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 and samples else 0
     chosen = set(random.Random(seed).sample(range(len(samples)), count))
     return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
 
@@ -122,38 +120,38 @@ def _messages(row: dict, where: str) -> list[dict]:
         wanted = " or ".join("+".join(keys) for keys in SHAPES)
         raise ValueError(f"{where}: a row needs the keys {wanted}, this one has {', '.join(row) or 'none'}{hint}")
     turns = row[shape[0]]
-    listed = shape[0] in ("messages", "conversations")
-    if listed and not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
+    if len(shape) == 2:
+        question = f"{turns}\n\n{row['input']}" if shape[0] == "instruction" and row.get("input") else turns
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row[shape[1]]}]
+    if not (isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ValueError(f"{where}: {shape[0]!r} must be a list of objects")
     if shape[0] == "conversations":
         turns = [{"role": t.get("from"), "content": t.get("value"), "mask": t.get("mask")} for t in turns]
-    elif not listed:
-        question = f"{turns}\n\n{row['input']}" if shape[0] == "instruction" and row.get("input") else turns
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row[shape[1]]}]
     if shape[0] != "messages" and row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
+    turns = [{**turn, "role": SPEAKERS.get(str(turn.get("role")), turn.get("role"))} for turn in turns]
+    if complaint := next(_complaints(turns), None):
+        raise ValueError(f"{where}: {complaint}")
+    return [{key: turn[key] for key in ("role", "content", "mask") if turn.get(key) or key != "mask"} for turn in turns]
 
-    speakers = (*SPEAKERS, "system") if shape[0] == "conversations" else ROLES
-    messages = []
+
+def _complaints(turns: list[dict]) -> Iterator[str]:
+    """Yield what is wrong with the messages of a row."""
     for number, turn in enumerate(turns, 1):
-        role, content, mask = turn.get("role"), turn.get("content"), turn.get("mask")
-        if shape[0] == "conversations":
-            role = SPEAKERS.get(str(role), role)
-        at = f"{where}: message {number}"
+        role, content, mask, at = turn["role"], turn.get("content"), turn.get("mask"), f"message {number}"
         if role not in ROLES:
-            raise ValueError(f"{at}: unknown role {role!r}{suggest(role, speakers)}, expected {', '.join(speakers)}")
+            names = (*ROLES, *SPEAKERS)
+            yield f"{at}: unknown role {role!r}{suggest(role, names)}, expected {', '.join(names)}"
         if not isinstance(content, str):
-            raise ValueError(f"{at}: the content of {role} must be text, found {type(content).__name__}")
+            yield f"{at}: the content of {role} must be text, found {type(content).__name__}"
         if mask not in (None, 0, 1):
-            raise ValueError(f'{at}: "mask" must be 0 or 1, found {mask!r}')
+            yield f'{at}: "mask" must be 0 or 1, found {mask!r}'
         if role == "assistant" and not content.strip():
-            raise ValueError(f"{at}: the assistant turn is empty: fill it or drop the row")
+            yield f"{at}: the assistant turn is empty: fill it or drop the row"
         if role == "assistant" and number == 1 and not mask:
-            raise ValueError(f'{at}: an assistant turn that answers nothing: drop it or give it "mask": 1')
-        messages.append({"role": role, "content": content} | ({"mask": 1} if mask else {}))
-    if not any(m["role"] == "assistant" and not m.get("mask") for m in messages):
-        raise ValueError(f"{where}: no assistant turn that carries loss: add one or drop the row")
-    return messages
+            yield f'{at}: an assistant turn that answers nothing: drop it or give it "mask": 1'
+    if not any(turn["role"] == "assistant" and not turn.get("mask") for turn in turns):
+        yield "no assistant turn that carries loss: add one or drop the row"
 
 
 # ------------------------------------------------------------------------------------ messages -> tokens and labels
@@ -177,12 +175,10 @@ def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
     checkpoints': BOS, system text, blank line, "User: q", blank line, "Assistant:", then " a" and EOS).
 
     Raises:
-        ValueError: nothing carries loss, or the answers cannot be found exactly in the template's text.
+        ValueError: the answers cannot be found exactly in the template's text.
     """
-    pieces = _released_pieces(messages, tokenizer) if _is_released(template) else _chat_pieces(messages, tokenizer)
+    pieces = (_released_pieces if template == "released" else _chat_pieces)(messages, tokenizer)
     labels = [token if loss else IGNORE for ids, loss in pieces for token in ids]
-    if all(label == IGNORE for label in labels):
-        raise ValueError(f"{_name(messages)} has no token that carries loss: it needs an assistant turn without a mask")
     return Encoded([token for ids, _ in pieces for token in ids], labels)
 
 
@@ -191,24 +187,15 @@ def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
 
     A prompt that is rendered already ("User: ... Assistant:", as in the published evaluation files) gets BOS only.
     """
-    released = _is_released(template)
     if prompt.startswith("User: ") and prompt.endswith("Assistant:"):
         return _bos(tokenizer) + _ids(prompt, tokenizer)
-    if released:
+    if template == "released":
         return _bos(tokenizer) + _ids(f"User: {prompt}\n\nAssistant:", tokenizer)
     return _ids(_render([{"role": "user", "content": prompt}], tokenizer, answer_next=True), tokenizer)
 
 
-def _is_released(template: str) -> bool:
-    if template not in ("chat", "released"):
-        raise ValueError(f"template: {template!r} is neither 'chat' nor 'released'")
-    return template == "released"
-
-
 def _released_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
     """Return (tokens, carries loss) of the text before each answer and of each answer, each encoded alone."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("template: 'released' ends answers with EOS, which this tokenizer lacks: set `template: chat`")
     pieces, text = [(_bos(tokenizer), False)], ""
     for message in messages:
         role, content = message["role"], message["content"]
@@ -232,8 +219,6 @@ def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or message.get("mask"):
             continue
-        if i == 0:
-            raise ValueError(f'{_name(messages)} begins with an answer: put a user turn before it or give it "mask": 1')
         before = _render(messages[:i], tokenizer, answer_next=True)
         after = _render(messages[: i + 1], tokenizer)
         if not (after.startswith(before) and text.startswith(after)):
@@ -275,7 +260,7 @@ def _bos(tokenizer) -> list[int]:
 
 
 def _name(messages: list[dict]) -> str:
-    return f"the sample that begins {messages[0]['content'][:40]!r}" if messages else "an empty sample"
+    return f"the sample that begins {messages[0]['content'][:40]!r}"
 
 
 # ------------------------------------------------------------------------------------- samples -> packs -> tensors
@@ -303,11 +288,7 @@ class Pack:
 
 
 def pack(
-    encoded: list[Encoded],
-    seq_length: int,
-    overlong: str = "error",
-    seed: int = 0,
-    numbers: list[int] | None = None,
+    encoded: list[Encoded], seq_length: int, overlong: str = "error", seed: int = 0, numbers: list[int] | None = None
 ) -> list[Pack]:
     """Pack all samples into at most `seq_length` tokens each, none cut in two: longest first, best fit, then shuffled.
 
@@ -315,8 +296,6 @@ def pack(
     warning counts them. `seed` orders samples of equal length, and the packs. `numbers` name the samples in the packs
     and in the error (default: their indices).
     """
-    if seq_length < 2 or overlong not in ("error", "truncate"):
-        raise ValueError(f"seq_length={seq_length} must be at least 2, and overlong={overlong!r} 'error' or 'truncate'")
     numbers = range(len(encoded)) if numbers is None else numbers
     too_long = [i for i, sample in enumerate(encoded) if len(sample) > seq_length]
     if too_long and overlong == "error":
@@ -361,18 +340,12 @@ def pack(
     return packs
 
 
-def collate(packs: list[Pack], pad_token_id: int, seq_length: int | None = None) -> dict[str, torch.Tensor]:
-    """Return input_ids, labels and position_ids, int64 (B, T), where T is `seq_length` or the longest of `packs`.
+def collate(packs: list[Pack], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Return input_ids, labels and position_ids, int64 (B, T), where T is the length of the longest pack.
 
     Padding is a document of its own. There is no attention_mask: with one, transformers would build no mask itself.
     """
-    length = seq_length or max(map(len, packs))
-    if max(map(len, packs)) > length:
-        raise ValueError(
-            f"a pack of {max(map(len, packs))} tokens exceeds seq_length={length}: pack with that seq_length"
-        )
-    if pad_token_id is None:
-        raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token")
+    length = max(map(len, packs))
     gaps = [(p, length - len(p)) for p in packs]
     return {
         "input_ids": torch.tensor([p.input_ids + [pad_token_id] * gap for p, gap in gaps]),
@@ -389,25 +362,15 @@ def split_dataset(dataset: str | Path, n_samples: int | None, fraction: float, s
     return split_samples(rows, fraction, seed)
 
 
-def load_data(
-    tokenizer,
-    *,
-    train_dataset: str | Path,
-    template: str,
-    seq_length: int,
-    overlong: str,
-    n_train_samples: int | None,
-    validation_fraction: float,
-    seed: int,
-) -> tuple[list[Pack], list[Pack]]:
-    """Return (training packs, validation packs) of a data set; their `samples` are its row numbers, from 1."""
+def load_data(tokenizer, config: "RunConfig") -> tuple[list[Pack], list[Pack]]:
+    """Return the (training packs, validation packs) of a run. Their `samples` are rows of its data set, from 1."""
     both = []
-    for part in split_dataset(train_dataset, n_train_samples, validation_fraction, seed):
-        encoded = [encode(sample["messages"], tokenizer, template) for _, sample in part]
+    for part in split_dataset(config.train_dataset, config.n_train_samples, config.validation_fraction, config.seed):
+        encoded = [encode(sample["messages"], tokenizer, config.template) for _, sample in part]
         numbers = [number for number, _ in part]
-        both.append(pack(encoded, seq_length, overlong, seed, numbers) if part else [])
+        both.append(pack(encoded, config.seq_length, config.overlong, config.seed, numbers))
     if not both[0]:
-        raise ValueError(f"train_dataset {train_dataset}: no sample is left to train on; raise seq_length")
+        raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
     return both[0], both[1]
 
 

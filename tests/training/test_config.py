@@ -37,8 +37,9 @@ def test_a_setting_can_be_written_in_several_ways(words):
     assert config.save_opt_states is True and config.training["max_steps"] == 5
 
 
-def test_a_repeated_flag_overrides():
-    assert read_config(["model=m", "data=d", "--output_dir=a", "--output_dir=b"]).output_dir == "b"
+def test_the_last_value_of_a_key_counts():
+    config = read_config(["model=m", "data=d", "--output_dir=a", "output_dir=b", "lr=1.0", "learning_rate=2.0"])
+    assert (config.output_dir, config.training["learning_rate"]) == ("b", 2.0)
 
 
 def test_every_key_of_training_arguments_is_accepted():
@@ -57,8 +58,6 @@ def test_every_key_of_training_arguments_is_accepted():
     [
         ("learning_rat=1", "command line: unknown key 'learning_rat' .did you mean 'learning_rate'"),
         ("training=1", "unknown key 'training'"),
-        ("lr=1.0 learning_rate=2.0", "'lr' and 'learning_rate' are one key"),
-        ("lr=1.0 lr=2.0", "'lr' is given twice"),
         ("oops", "'oops': a setting is written key=value"),
         ("method=lorra", "method: invalid choice: 'lorra'"),
         ("frozen_dtype=fp9", "frozen_dtype: invalid choice: 'fp9'"),
@@ -68,6 +67,7 @@ def test_every_key_of_training_arguments_is_accepted():
         ("max_steps=0", "max_steps=0"),
         ("num_train_epochs=0", "num_train_epochs=0"),
         ("label_smoothing_factor=2", "label_smoothing_factor=2"),
+        ("validation_fraction=1.5", "validation_fraction=1.5 is not between 0 and 1"),
         ("ep_size=0", "ep_size=0 is neither"),
         ("ep_size=few", "ep_size=few is neither"),
         ("seq_length=true", "seq_length: invalid int value: 'true'"),
@@ -107,9 +107,8 @@ def test_a_file_is_read_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("- a\n", "key: value"),
-        ("a: [", "not valid YAML"),
-        ("lr: 1\nlearning_rate: 2", "c.yaml: 'lr' and 'learning_rate' are one key"),
+        ("- a\n", "key: value` lines"),
+        ("a: [", "c.yaml: it does not hold `key: value` lines"),
         ("sed: 1", "c.yaml: unknown key 'sed' .did you mean 'seed'"),
     ],
 )
@@ -121,7 +120,7 @@ def test_a_bad_file_is_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file.*no\.yaml"):
         read_config([*FULL, f"--train_config={tmp_path / 'no.yaml'}"])
 
 

@@ -139,8 +139,7 @@ def test_masked_answers_carry_no_loss(chat, template):
     masked = [TURNS[0], TURNS[1] | {"mask": 1}, *TURNS[2:]]
     assert encode(masked, tokenizer, template).input_ids == encode(TURNS, tokenizer, template).input_ids
     assert learned(encode(masked, tokenizer, template), tokenizer) == [" A number.<eos>"]
-    with pytest.raises(ValueError, match=r"'What is red\?' has no token that carries loss"):
-        encode(masked[:2], tokenizer, template)
+    assert not learned(encode(masked[:2], tokenizer, template), tokenizer)
 
 
 @pytest.mark.parametrize("template", [DEEPSEEK, CHATML])
@@ -177,10 +176,6 @@ def test_templates_that_cannot_serve_say_so(chat):
         encode(TURNS, chat(None))
     with pytest.raises(ValueError, match=r"refuses .*roles must alternate"):
         encode(TURNS, chat("{{ raise_exception('roles must alternate') }}"))
-    with pytest.raises(ValueError, match="'chta' is neither"):
-        encode(TURNS, chat(DEEPSEEK), "chta")
-    with pytest.raises(ValueError, match="begins with an answer"):
-        encode(TURNS[1:], chat(DEEPSEEK))
     assert learned(encode(TURNS[:2], chat(HEADLESS)), chat(HEADLESS)) == [TURNS[1]["content"]]
 
 
@@ -252,8 +247,6 @@ def test_overlong_samples():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pack([*short, long, unlearnable], 20)  # all fit: nothing to warn about
-    with pytest.raises(ValueError, match="overlong='cut'"):
-        pack(short, 8, overlong="cut")
 
 
 def test_packing_time_is_near_linear():
@@ -267,17 +260,12 @@ def test_packing_time_is_near_linear():
 
 def test_collate_pads_with_a_document_of_its_own():
     a, b = pack([Encoded([5, 6, 7], [IGNORE, 6, 7])], 8) + pack([Encoded([8, 9], [IGNORE, 9])], 8)
-    batch = collate([a, b], pad_token_id=2, seq_length=5)
+    batch = collate([a, b], pad_token_id=2)
     assert set(batch) == {"input_ids", "labels", "position_ids"}  # an attention_mask would switch the boundaries off
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 2, 2], [8, 9, 2, 2, 2]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE], [IGNORE, 9, IGNORE, IGNORE, IGNORE]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 2]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, 9, IGNORE]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert collate([a, b], pad_token_id=2)["labels"].shape == (2, 3)
-    with pytest.raises(ValueError, match="3 tokens exceeds seq_length=2"):
-        collate([a], pad_token_id=2, seq_length=2)
-    with pytest.raises(ValueError, match="no pad token"):
-        collate([a], pad_token_id=None)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -314,9 +302,9 @@ def test_packed_documents_have_the_logits_they_have_alone(packed_model, batch_si
     samples = [[rng.randrange(3, 64) for _ in range(n)] for n in (9, 7, 12, 3)]
     encoded = [Encoded(ids, ids) for ids in samples]
     packs = [pack(encoded[2 * i : 2 * i + 2], 16, seed=i)[0] for i in range(batch_size)]
-    batch = collate(packs, pad_token_id=2, seq_length=18)
+    batch = collate([*packs, data.Pack([5] * 18, [5] * 18, [*range(18)], [0])], pad_token_id=2)  # a longer one: padding
     together = packed_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-    one = {"position_ids": torch.arange(18).expand(batch_size, -1)}
+    one = {"position_ids": torch.arange(18).expand(batch_size + 1, -1)}
     leaking = packed_model(input_ids=batch["input_ids"], **one).logits  # the negative: positions that never restart
     cached = packed_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=True).logits
     assert not torch.allclose(cached, together, atol=1e-2)  # why `use_cache=False` is demanded
@@ -388,7 +376,7 @@ def turns(*roles_and_texts: tuple[str, object]) -> str:
         (turns(("user", "q"), ("asistant", "a")), r"message 2: unknown role 'asistant' \(did you mean 'assistant'\?\)"),
         (
             '{"conversations": [{"from": "bing", "value": "q"}]}',
-            "message 1: unknown role 'bing', expected human, gpt, system",
+            "message 1: unknown role 'bing', expected system, user, assistant, human, gpt",
         ),
         ('{"conversations": [{"from": "humam", "value": "q"}]}', r"message 1: .*'humam' \(did you mean 'human'\?\)"),
         ('{"conversations": [{"from": ["gpt"], "value": "q"}]}', r"message 1: unknown role \['gpt'\]"),
@@ -443,13 +431,13 @@ def test_resolve_dataset(tmp_path, monkeypatch):
     assert resolve_dataset("datasets/train/law.jsonl") == Path("datasets/train/law.jsonl")
     assert resolve_dataset(tmp_path / "datasets/train/law.jsonl").is_file()
     assert resolve_dataset("owner/law-2.0") == "owner/law-2.0"
-    with pytest.raises(ValueError, match=r"'lwa' is unknown \(did you mean 'law'\?\): .*datasets/train \(law\)"):
+    with pytest.raises(
+        ValueError, match=r"'lwa' \(did you mean 'law'\?\)\. Give one of those in datasets/train \(law\)"
+    ):
         resolve_dataset("lwa")
-    with pytest.raises(ValueError, match="'datasets/train' is unknown"):  # a folder is no hub id
+    with pytest.raises(ValueError, match="cannot find data set 'datasets/train'"):  # a folder is no hub id
         resolve_dataset("datasets/train")
-    with pytest.raises(FileNotFoundError, match=r"'law.jsonl': no such file$"):
-        resolve_dataset("law.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"no such file \(did you mean 'law.jsonl'\?\)"):
+    with pytest.raises(ValueError, match=r"'datasets/train/laww.jsonl' \(did you mean 'law.jsonl'\?\)"):
         resolve_dataset("datasets/train/laww.jsonl")
 
 
@@ -462,10 +450,7 @@ def test_split_is_of_samples_disjoint_and_deterministic():
     assert split_samples(samples, 0, seed=3) == (samples, []) and split_samples([], 0, seed=3) == ([], [])
     assert [len(part) for part in split_samples(samples, 0.999, seed=3)] == [1, 99]
     assert [len(part) for part in split_samples(samples[:2], 0.02, seed=3)] == [1, 1]
-    with pytest.raises(ValueError, match=r"found 1: .*validation_fraction=0"):
-        split_samples(samples[:1], 0.5, seed=3)
-    with pytest.raises(ValueError, match=r"1\.5 is not in"):
-        split_samples(samples, 1.5, seed=3)
+    assert split_samples(samples[:1], 0.5, seed=3) == (samples[:1], [])
 
 
 def test_a_pack_comes_apart_into_its_documents():

@@ -97,7 +97,7 @@ def test_a_run_has_the_losses_of_one_process(files, tmp_path, world, keys):
     keys["expert_config"] = files / keys.get("expert_config", "experts.json")
     accumulated = keys.get("accumulation_steps", 1)
     alone = config_of(files, tmp_path / "one", **{**keys, "accumulation_steps": accumulated * world})
-    packs, eval_packs = load_data(esft.load_tokenizer(files / "m32"), **alone.data)
+    packs, eval_packs = load_data(esft.load_tokenizer(files / "m32"), alone)
     assert len(packs) % (world * accumulated) and len(eval_packs) % world  # where data end, a rank has no batch
     one = train.run(alone)
     scores = files / "scores"

@@ -29,7 +29,7 @@ def test_first_step_is_the_same_however_the_batch_is_cut(files, start, tiny_toke
         "train_dataset": start.folder / "few.jsonl", "validation_fraction": 0, "eval_steps": None, "save_steps": None,
         "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 1, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    packs = data.load_data(tiny_tokenizer, **config_of(files, start.folder, **keys).data)[0]
+    packs = data.load_data(tiny_tokenizer, config_of(files, start.folder, **keys))[0]
     assert len(packs) == 4 and len({len(pack) for pack in packs}) > 1
     by_hand, mean_of_means = loss_by_hand(make_model(), tiny_tokenizer, rows)
     adapters = []
@@ -67,7 +67,7 @@ def test_where_documents_of_a_pack_see_each_other_each_is_alone(files, start, ti
 def test_validation_loss_is_the_mean_over_its_tokens(files, start, tiny_tokenizer, eval_batch_size):
     result = start(eval_batch_size=eval_batch_size, learning_rate=0, max_steps=2)
     rows = data.load_samples(files / "data.jsonl")
-    packs = data.load_data(tiny_tokenizer, **config_of(files, start.folder / "out").data)[1]
+    packs = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out"))[1]
     validation = [rows[number - 1] for pack in packs for number in pack.samples]
     assert len(validation) == 6
     by_hand, mean_of_means = loss_by_hand(make_model(), tiny_tokenizer, validation)

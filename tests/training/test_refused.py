@@ -46,7 +46,7 @@ def bad(files, tmp_path_factory) -> Path:
 
 
 WRONG = [
-    ({"train_dataset": "no.jsonl"}, "no such file"),
+    ({"train_dataset": "no.jsonl"}, "cannot find data set .*no.jsonl"),
     ({"train_dataset": "oops.jsonl"}, r"oops.jsonl:2: not valid JSON"),
     ({"train_dataset": "role.jsonl"}, r"role.jsonl:2.*role"),
     ({"train_dataset": "empty.jsonl"}, r"empty.jsonl:2"),

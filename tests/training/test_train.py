@@ -28,7 +28,7 @@ def test_output_is_pleasant(files, start, capsys, recwarn):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start, monkeypatch, capsys, tiny_tokenizer):
     keys = {"save_opt_states": True, "save_steps": 1, "batch_size": 1, "accumulation_steps": 3}
-    packs, _ = data.load_data(tiny_tokenizer, **config_of(files, start.folder / "out", **keys).data)
+    packs, _ = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out", **keys))
     original, seen = ESFTTrainer._loss_sum, []
 
     def broken(self, model, inputs, *args):
