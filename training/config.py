@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from deepseek.files import suggest
@@ -279,6 +279,8 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             use_cpu=config.device == "cpu" or not cuda,
             save_only_model=not config.save_opt_states,
         )
+        tried = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, tried, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"the training arguments do not fit: {error}") from error
     if args.report_to and (missing := set(args.report_to) - {*get_available_reporting_integrations()}):

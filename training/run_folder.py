@@ -28,26 +28,13 @@ from training.model import LoadedModel
 from training.plan import Plan
 from training.trainer import ESFTTrainer
 
-LAYOUT = (
-    "ep_size",
-    "placement",
-    "expert_scores_dir",
-    "shard_dense",
-    "global_batch_size",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "ddp_timeout",
-    "activation_checkpointing",
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "disable_tqdm",
-    "logging_steps",
-    "report_to",
+LAYOUT = {
+    *("ep_size", "placement", "expert_scores_dir", "shard_dense", "activation_checkpointing", "ddp_timeout"),
+    *("global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_persistent_workers", "disable_tqdm", "logging_steps", "report_to"),
     "output_dir",  # a folder that was moved still holds the same run
-)
+}
 
 
 def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
@@ -120,20 +107,15 @@ def _identity(note: dict) -> dict:
 def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> None:
     """Remove what an earlier try left and this one does not go on from, and write run.json."""
     folder = Path(config.output_dir)
-    remove_stale(folder, config.overwrite and not checkpoint, checkpoint)
-    write_json(folder / "run.json", note)
-
-
-def remove_stale(folder: Path, everything: bool, checkpoint: Path | None) -> None:
-    """Remove checkpoints after `checkpoint` and half-written adapters, or `everything`."""
-    for path in folder.iterdir() if everything else ():
+    for path in folder.iterdir() if config.overwrite and not checkpoint else ():
         if path.name not in MADE:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in list_checkpoints(folder):
         if checkpoint is None or step_of(path) > step_of(checkpoint):
             shutil.rmtree(path)
-    for path in folder.glob(".adapter.safetensors.*"):
+    for path in folder.glob(".adapter.safetensors.*"):  # half-written
         shutil.rmtree(path, ignore_errors=True)
+    write_json(folder / "run.json", note)
 
 
 def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_verified: bool) -> dict:

@@ -90,18 +90,12 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-class BeforeFirstStep(TrainerCallback):
-    """Call a function on rank 0 when training begins: what is refused until then changes no file."""
-
-    def __init__(self, trainer: "ESFTTrainer", function: Callable[[], object]):
-        self.trainer, self.function = trainer, function
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.write_on_first(self.function)
-
-
 class ESFTTrainer(SavingTrainer):
-    """The Trainer of a run. Rank 0 calls `before_first_step`; `memory_advice` is for a GPU whose memory runs out."""
+    """The Trainer of a run.
+
+    Rank 0 calls `before_first_step` when training begins. What is refused until then changes no file. `memory_advice`
+    is for a GPU whose memory runs out.
+    """
 
     def __init__(
         self, *, method: str, ranks: Ranks, before_first_step: Callable[[], object], memory_advice: str, **kwargs
@@ -116,11 +110,10 @@ class ESFTTrainer(SavingTrainer):
         self.step_seconds: list[float] = []
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset
         self._start, self._seconds, self._tokens = None, 0.0, 0
-        self.memory_advice, self.progress = memory_advice, Progress()
+        self.before_first_step, self.memory_advice, self.progress = before_first_step, memory_advice, Progress()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
-        self.add_callback(BeforeFirstStep(self, before_first_step))
 
     def train(self, *args, **kwargs):
         """Train to the last step. SIGTERM or Ctrl-C ends it after the step at work, with a checkpoint.
@@ -205,16 +198,6 @@ class ESFTTrainer(SavingTrainer):
     def create_optimizer(self, model=None):
         return self.ranks.run_or_fail_together(functools.partial(super().create_optimizer, model))
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        def create():
-            try:
-                return super(ESFTTrainer, self).create_scheduler(num_training_steps, optimizer)
-            except TypeError as error:
-                kind = self.args.lr_scheduler_type.value
-                raise ValueError(f"lr_scheduler_kwargs do not fit lr_scheduler_type={kind}: {error}") from error
-
-        return self.ranks.run_or_fail_together(create)
-
     def get_train_dataloader(self):
         args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._batches = Batches(len(self.train_dataset), args.train_batch_size, self.ranks, seed)
@@ -229,6 +212,9 @@ class ESFTTrainer(SavingTrainer):
         )
 
     def _run_epoch(self, **kwargs):
+        if self.before_first_step:
+            self.write_on_first(self.before_first_step)
+            self.before_first_step = None
         self._batches.epoch = kwargs["epoch"]
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
