@@ -27,6 +27,7 @@ import shlex
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,39 +76,29 @@ AUTO_CLASSES = {
     AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
-OUTPUT = "results/tables/families"
-SUFFIXES = (".md", ".json")
 
 SMALL_NAMES = {  # a small number -> the names in configs that get it
     0: "pad_token_id",
-    1: "bos_token_id first_k_dense_replace num_dense_layers n_group topk_group attn_layer_offset encoder_layers",
-    2: (
-        "eos_token_id expert_layer_period num_experts_per_tok top_k_experts moe_topk moe_k num_key_value_heads "
-        "swa_num_key_value_heads index_n_heads attn_layer_period linear_num_key_heads depth"
-    ),
-    4: (
-        "num_hidden_layers num_attention_heads swa_num_attention_heads linear_num_heads linear_num_value_heads "
-        "mamba_n_heads mamba_num_heads mamba_dt_rank num_heads encoder_attention_heads"
-    ),
-    8: (
-        "hidden_size_per_layer_input num_experts n_routed_experts num_local_experts moe_num_experts head_dim "
-        "swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim index_topk linear_head_dim "
-        "linear_key_head_dim linear_value_head_dim mamba_head_dim mamba_d_state ssm_state_size patch_size "
-        "downsample_hidden_size"
-    ),
-    16: (
-        "moe_intermediate_size shared_intermediate_size shared_expert_intermediate_size "
+    1: "bos_token_id first_k_dense_replace num_dense_layers n_group topk_group attn_layer_offset encoder_layers "
+       "indexer_kv_heads",
+    2: "eos_token_id expert_layer_period num_experts_per_tok top_k_experts moe_topk moe_k num_key_value_heads "
+       "swa_num_key_value_heads index_n_heads indexer_n_heads attn_layer_period linear_num_key_heads depth",
+    4: "num_hidden_layers num_attention_heads swa_num_attention_heads linear_num_heads linear_num_value_heads "
+       "mamba_n_heads mamba_num_heads mamba_dt_rank num_heads encoder_attention_heads indexer_compress_ratio "
+       "index_kpool",
+    8: "hidden_size_per_layer_input num_experts n_routed_experts num_local_experts moe_num_experts head_dim "
+       "swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim indexer_head_dim index_topk "
+       "indexer_budget linear_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim mamba_d_state "
+       "ssm_state_size patch_size downsample_hidden_size",
+    16: "moe_intermediate_size shared_intermediate_size shared_expert_intermediate_size moe_hidden_size "
         "shared_experts_intermediate_size moe_shared_expert_intermediate_size router_hidden_size sliding_window "
-        "sliding_window_size kv_lora_rank q_lora_rank o_lora_rank mamba_d_head encoder_ffn_dim"
-    ),
-    32: (
-        "hidden_size text_hidden_size intermediate_size dense_intermediate_size out_hidden_size image_size "
-        "d_model output_dim projector_hidden_size projection_hidden_dim"
-    ),
+        "sliding_window_size kv_lora_rank q_lora_rank o_lora_rank mamba_d_head encoder_ffn_dim",
+    32: "hidden_size text_hidden_size intermediate_size dense_intermediate_size out_hidden_size image_size "
+        "d_model output_dim projector_hidden_size projection_hidden_dim",
     64: "position_embedding_size num_position_embeddings",
     128: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
     256: "max_position_embeddings",
-}
+}  # fmt: skip
 SMALL = {name: number for number, names in SMALL_NAMES.items() for name in names.split()}
 MEDIA_TOKEN = 127  # the id of every image, video and sound token; no input has it
 SPARSE = ["dense", "sparse", "sparse", "sparse"]
@@ -115,32 +106,18 @@ EXCEPTIONS: dict[str, dict] = {
     "cohere2_moe": {"num_shared_experts": 1},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": SPARSE}},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_q_lora_rank": 16,
-        "swa_kv_lora_rank": 16,
-        "swa_head_dim": 16,
-        "swa_qk_nope_head_dim": 8,
-        "swa_v_head_dim": 8,
-    },
+    "dots3_note": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+                   "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
     "ernie4_5_vl_moe": {"text_config": {"hidden_size": 512, "moe_intermediate_size": [16, 16]}},
     "gemma4": {"text_config": {"enable_moe_block": True, "global_head_dim": 8}},
     "diffusion_gemma": {"text_config": {"global_head_dim": 8}},
     "glm4v_moe": {"text_config": {"head_dim": 128}},
-    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 4, "mlp_layer_types": SPARSE}},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "mlp_layer_types": SPARSE}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "muse_spark": {"text_config": {"moe_hidden_size": 16}, "audio_config": {"hidden_sizes": [8, 8, 8, 8]}},
+    "muse_spark": {"audio_config": {"hidden_sizes": [8, 8, 8, 8]}},
     "nemotron_h": {"n_groups": 2},
-    "qwen4_exp": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-    },
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------------
 # tiny models
@@ -204,9 +181,7 @@ def make_model(family: str, **changes) -> tuple[type, nn.Module]:
                 buffer.normal_(std=0.05)
             elif name.endswith("tid2eid"):  # experts by token id
                 buffer.copy_(torch.arange(buffer.numel()).view_as(buffer) % SMALL["n_routed_experts"])
-            elif name.endswith(
-                "balancing_biases"
-            ):  # for the experts, and for skipping them, which is -1 in a new model
+            elif name.endswith("balancing_biases"):  # a new model has -1 for skipping the experts alone
                 buffer.fill_(-1)
     return auto, model.eval()
 
@@ -253,10 +228,8 @@ def digests(model: nn.Module) -> dict[str, str]:
     parts: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         parts |= {f"{name}.{e}": row for e, row in enumerate(tensor)} if name in fused else {name: tensor}
-    return {
-        name: hashlib.sha256(part.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-        for name, part in parts.items()
-    }
+    as_bytes = {name: part.contiguous().flatten().view(torch.uint8).numpy() for name, part in parts.items()}
+    return {name: hashlib.sha256(part).hexdigest() for name, part in as_bytes.items()}
 
 
 def check_layout(model: nn.Module) -> None:
@@ -269,10 +242,8 @@ def check_layout(model: nn.Module) -> None:
             h = torch.full((1, 2 * width), 0.5, requires_grad=True)  # (1, 2F); within all limits that families set
             (reads,) = torch.autograd.grad(module._apply_gate(h)[0, 0], h)
             pair = [0, width if module.is_concatenated else 1]
-            check(
-                reads[0].nonzero().flatten().tolist() == pair,
-                f"{name}: is_concatenated is {module.is_concatenated}, its gate reads other columns",
-            )
+            lie = f"{name}: is_concatenated is {module.is_concatenated}, its gate reads other columns"
+            check(reads[0].nonzero().flatten().tolist() == pair, lie)
     by_flags = logits(model)
     model.set_experts_implementation("eager")
     by_loop = logits(model)
@@ -303,13 +274,10 @@ def count(model: nn.Module) -> RouterCounts:
         handle.remove()
     counts = capture.counts()
     reached_LE = torch.stack([slots_LE[index] for index in counts.layers])
-    check(
-        torch.equal(counts.sums["slots"], reached_LE), "the counts are not those of the tokens that reach the experts"
-    )
-    check(
-        all(sums_LE.shape == reached_LE.shape for sums_LE in counts.sums.values()),
-        "there are router probabilities of more than the experts",
-    )
+    told = "the counts are not those of the tokens that reach the experts"
+    check(torch.equal(counts.sums["slots"], reached_LE), told)
+    told = "there are router probabilities of more than the experts"
+    check(all(sums_LE.shape == reached_LE.shape for sums_LE in counts.sums.values()), told)
     return counts
 
 
@@ -344,7 +312,6 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     Raises:
         BrokenLifeError: a step gave a wrong result. Other errors come from the model, or are refusals of the project.
     """
-    moe_layers(model)
     model.set_experts_implementation("grouped_mm")
     check_layout(model)
     untouched, base = logits(model), digests(model)
@@ -474,7 +441,8 @@ def format_layouts(results: list[Result]) -> str:
 
 def report(results: list[Result], known: int, command: str) -> str:
     """Return the page of the results as Markdown."""
-    facts = environment()
+    facts, counts = environment(), Counter(r.result.partition(":")[0] for r in results)
+    words = {"fails": "fail", "passes": "pass", "refused": "refused"}
     parts = [
         "# Every family that transformers fuses",
         "A tiny random model of each, taken through the life of an adapter in fp32 on the CPU: scores, selection, "
@@ -482,17 +450,11 @@ def report(results: list[Result], known: int, command: str) -> str:
         "is that of the experts' tensors; layers are those of the tiny model.",
         format_layouts(results),
         format_families(results),
-        f"{len(results)} of {known} families: {', '.join(f'{n} {kind}' for kind, n in kinds(results).items())}.",
+        f"{len(results)} of {known} families: {', '.join(f'{counts[k]} {words[k]}' for k in words if counts[k])}.",
         f"`{command}`, {facts['date'][:10]}, transformers {facts['transformers']}, torch {facts['torch']}, "
         f"python {facts['python']}, {facts['device']}.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def kinds(results: list[Result]) -> dict[str, int]:
-    """Count the results that pass, are refused or fail."""
-    words = [result.result.split(":")[0] for result in results]
-    return {{"passes": "pass", "fails": "fail"}.get(word, word): words.count(word) for word in sorted(set(words))}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -501,10 +463,8 @@ def kinds(results: list[Result]) -> dict[str, int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    add = parser.add_argument
-    add("--families", metavar="NAME[,NAME]", help="the families to check (default: all)")
-    add("--output", metavar="PATH", help="write PATH.md and PATH.json (default: "
-        f"{OUTPUT} for all families; print only for some)")  # fmt: skip
+    parser.add_argument("--families", metavar="NAME[,NAME]", help="the families to check (default: all)")
+    parser.add_argument("--output", metavar="PATH", help="write PATH.md and PATH.json (default: print only)")
     return parser.parse_args(argv)
 
 
@@ -515,10 +475,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
     for family in families:
         if family not in known:
             raise ValueError(f"cannot check {family!r}: transformers has no such fused family{suggest(family, known)}")
-    stem = args.output or (None if args.families else OUTPUT)
-    outputs = [Path(f"{stem}{suffix}") for suffix in SUFFIXES] if stem else []
-    for output in outputs:
-        check_output(output)
+    if args.output:
+        check_output(f"{args.output}.md")
     torch.set_num_threads(1)  # the number of threads can change the bits that are compared
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -530,11 +488,10 @@ def main(argv: list[str] | None = None) -> list[Result]:
     command = shlex.join(["python", "scripts/experiments/check_families.py", *words])
     page = report(results, len(known), command)
     print(page)
-    if outputs:
+    if args.output:
         rows = {r.family: {key: value for key, value in asdict(r).items() if key != "family"} for r in results}
-        write_text(outputs[0], page)
-        write_json(outputs[1], {"environment": environment(), "command": command, "families": rows})
-        print(f"written to {', '.join(map(str, outputs))}")
+        write_text(f"{args.output}.md", page)
+        write_json(f"{args.output}.json", {"environment": environment(), "command": command, "families": rows})
     return results
 
 
