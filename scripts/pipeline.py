@@ -118,6 +118,13 @@ def split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
+def known_method(name: str) -> str:
+    """Return a name of METHODS. Raise ValueError for any other."""
+    if name not in METHODS:
+        raise ValueError(f"cannot run method {name!r}{suggest(name, METHODS)}. Choose of {', '.join(METHODS)}.")
+    return name
+
+
 def eval_datasets(args: argparse.Namespace) -> list[str]:
     """Return the data sets to evaluate on. The default is the one named as the training set, and `general`."""
     if args.eval_dataset:
@@ -129,51 +136,47 @@ def eval_datasets(args: argparse.Namespace) -> list[str]:
     return names
 
 
+def flags(args: argparse.Namespace, names: str) -> dict[str, object]:
+    """Return the flags of these names."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
 def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, list[str]]:
     """Return the key=value words for train.py, by method.
 
     Raises:
-        ValueError, OSError: a word that is not METHOD:KEY=VALUE, a flag of the pipeline, or what train.py refuses.
+        ValueError, OSError: an unknown method, a key that is set already, or what train.py refuses.
     """
     from training.config import ALIASES, read_config, training_arguments  # slow, and --help can do without
 
     given: dict[str, dict[str, str]] = {method: {} for method in ("", *METHODS)}
     for word in args.overrides:
-        key, equals, value = word.partition("=")
-        method, _, key = key.rpartition(":")
-        key = ALIASES.get(key, key)
-        if not equals:
-            raise ValueError(f"cannot read {word!r}: a training key is written key=value. See train.py --help.")
-        if method not in given:
-            raise ValueError(f"cannot read {word!r}: there is no such method{suggest(method, METHODS)}.")
-        if key in given[method]:
-            raise ValueError(f"cannot use {word!r}: {key} is given twice. Give it once.")
-        if key in OURS:
-            raise ValueError(f"cannot use {word!r}: the pipeline sets {key} for all stages. Use its flags (--help).")
-        given[method][key] = value
+        name, _, value = word.partition("=")
+        method, _, key = name.rpartition(":")
+        key, of_method = ALIASES.get(key, key), given[method and known_method(method)]
+        if key in OURS or key in of_method:
+            raise ValueError(f"cannot use {word!r}: {key} is set already, by another word or by a flag (--help).")
+        of_method[key] = value
 
     words = {}
     for method in methods:
         function, train_method = METHODS[method]
-        keys = {"method": train_method, "seq_length": args.seq_length, "template": args.template, "seed": args.seed}
+        keys = {"method": train_method, **flags(args, "seq_length template seed")}
         keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
         keys |= {"save_opt_states": "true"} | given[""] | given[method]
         words[method] = [f"{key}={value}" for key, value in keys.items()]
-        flags = [f"--{key}={getattr(args, key)}" for key in ("base_model_path", "train_dataset", "train_config")]
-        later = ["--output_dir=later", *(["--expert_config=later"] if function else [])]
-        config = read_config([*flags, *later, *words[method]])
+        paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
+        paths |= {"expert_config": "later"} if function else {}
+        config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *words[method]])
         training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
     return words
 
 
 def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> None:
     """Raise ValueError or OSError for what would stop a later stage after hours of earlier ones."""
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"cannot run method {method!r}{suggest(method, METHODS)}. Choose of {', '.join(METHODS)}.")
-    for name in ("top_p_token", "top_p_gate"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"cannot use --{name} {getattr(args, name)}: it is above 0 and at most 1.")
+    for name, top_p in flags(args, "top_p_token top_p_gate").items():
+        if not 0 < top_p <= 1:
+            raise ValueError(f"cannot use --{name} {top_p}: it is above 0 and at most 1.")
     if "lora" in methods and find_spec("peft") is None:
         raise ValueError(f"cannot run lora: it needs peft. Run {PYTHON} -m pip install -c constraints.txt peft.")
     load_samples(args.train_dataset)
@@ -185,95 +188,61 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
         get_evaluator(name)  # and the libraries of its metrics
 
 
-def given(args: argparse.Namespace, names: str) -> dict[str, object]:
-    """Return the flags of these names."""
-    return {name: getattr(args, name) for name in names.split()}
-
-
 def score_and_select(args: argparse.Namespace, stages: Stages, folder: Path, functions: list[str]) -> None:
     """Score the experts on the training data, and select some by each score function."""
-    scores, configs = folder / "expert_scores", folder / "expert_configs"
-    stages.run(
-        scores / "summary.json",
-        "scripts/expert/get_expert_scores.py",
-        eval_dataset=args.train_dataset,
-        base_model_path=args.base_model_path,
-        output_dir=scores,
-        **given(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype"),
-    )
+    scores, task = folder / "expert_scores", {"eval_dataset": args.train_dataset}
+    places = {**task, "base_model_path": args.base_model_path, "output_dir": scores}
+    settings = flags(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
+    stages.run(scores / "summary.json", "scripts/expert/get_expert_scores.py", **places, **settings)
     for function in functions:
-        stages.run(
-            configs / f"{function}.json",
-            "scripts/expert/generate_expert_config.py",
-            eval_dataset=args.train_dataset,
-            expert_scores_dir=scores,
-            output_path=configs / f"{function}.json",
-            score_function=function,
-            top_p=args.top_p_token if function == "token" else args.top_p_gate,
-        )
+        config = folder / "expert_configs" / f"{function}.json"
+        rule = {"score_function": function, "top_p": getattr(args, f"top_p_{function}")}
+        paths = {"expert_scores_dir": scores, "output_path": config}
+        stages.run(config, "scripts/expert/generate_expert_config.py", **task, **paths, **rule)
 
 
 def train(args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]]) -> None:
     """Train each method with its keys."""
     for method, words in keys.items():
-        function, _ = METHODS[method]
-        run = folder / "checkpoints" / method
-        stages.run(
-            run / "trainer_state.json",
-            "train_ep.py" if function and args.nproc_per_node > 1 else "train.py",
-            processes=args.nproc_per_node,
-            base_model_path=args.base_model_path,
-            train_dataset=args.train_dataset,
-            train_config=args.train_config,
-            expert_config=folder / "expert_configs" / f"{function}.json" if function else None,
-            output_dir=run,
-            keys=words,
-        )
+        function, run = METHODS[method][0], folder / "checkpoints" / method
+        script = "train_ep.py" if function and args.nproc_per_node > 1 else "train.py"
+        config = folder / "expert_configs" / f"{function}.json" if function else None
+        paths = flags(args, "base_model_path train_dataset train_config") | {"expert_config": config, "output_dir": run}
+        stages.run(run / "trainer_state.json", script, processes=args.nproc_per_node, keys=words, **paths)
 
 
 def evaluate(args: argparse.Namespace, stages: Stages, folder: Path, methods: list[str], datasets: list[str]) -> None:
     """Evaluate the base and each method on all data sets."""
-    completions = folder / "completions"
     for method in ["base", *methods]:
-        run = folder / "checkpoints" / method
-        last = f"{method}.{Path(datasets[-1]).stem}.jsonl" if len(datasets) > 1 else f"{method}.jsonl"
+        run, output = folder / "checkpoints" / method, folder / "completions" / f"{method}.jsonl"
+        last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl") if len(datasets) > 1 else output
         stages.run(
-            completions / last,
+            last,
             "eval_multigpu.py",
             eval_dataset=",".join(datasets),
             base_model_path=run if method == "full" else args.base_model_path,
             adapter_dir=None if method in ("base", "full") else run,
-            output_path=completions / f"{method}.jsonl",
-            **given(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
+            output_path=output,
+            **flags(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
             n_samples=args.n_eval_samples,
-            **given(args, "seed dtype"),
+            **flags(args, "seed dtype"),
         )
 
 
 def merge_and_draw(args: argparse.Namespace, stages: Stages, folder: Path, methods: list[str]) -> None:
     """Merge the first ESFT adapter into the base, and draw the experts of the first method that selects some."""
-    esft = [method for method in methods if METHODS[method][1] == "esft"]
+    esft, merged = [method for method in methods if METHODS[method][1] == "esft"], folder / "merged"
     if esft and not args.no_merge:
-        stages.run(
-            folder / "merged" / "config.json",
-            "scripts/merge_adapter.py",
-            base_model_path=args.base_model_path,
-            adapter_dir=folder / "checkpoints" / esft[0],
-            output_dir=folder / "merged",
-            overwrite=True,
-        )
+        paths = {"base_model_path": args.base_model_path, "adapter_dir": folder / "checkpoints" / esft[0]}
+        stages.run(merged / "config.json", "scripts/merge_adapter.py", **paths, output_dir=merged, overwrite=True)
     functions = [METHODS[method][0] for method in [*esft, *methods] if METHODS[method][0]]
     if find_spec("matplotlib") is None:
         note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
     elif functions:
-        stages.run(
-            folder / "expert_scores.png",
-            "scripts/expert/plot_expert_scores.py",
-            expert_scores_dir=folder / "expert_scores",
-            expert_config=folder / "expert_configs" / f"{functions[0]}.json",
-            score_function=functions[0],
-            output_path=folder / "expert_scores.png",
-        )
+        picture, function = folder / "expert_scores.png", functions[0]
+        config = folder / "expert_configs" / f"{function}.json"
+        drawn = {"expert_scores_dir": folder / "expert_scores", "expert_config": config, "score_function": function}
+        stages.run(picture, "scripts/expert/plot_expert_scores.py", **drawn, output_path=picture)
 
 
 def table_rows(run: Run, methods: list[str], datasets: list[str]) -> list[dict]:
@@ -364,7 +333,7 @@ def run_stages(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    methods = split(args.methods)
+    methods = [known_method(name) for name in split(args.methods)]
     resolve_dataset(args.train_dataset, "train")
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import check_output
+from deepseek.files import check_output, read_json
 from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
 from scripts.expert.generate_expert_config import default_top_p, split_list
-from utils import command_parser, positive, run_cli
+from utils import command_parser, markdown_table, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,41 +52,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ one: stability
 
 
+STABILITY = """{score_function} score, top_p {top_p:g}: {packs} packs with {tokens:,} tokens, {draws} draws
+
+{layer_table}
+
+* not selected on all tokens; an expert is uncertain if {bounds[0]:.0%} to {bounds[1]:.0%} of the draws select it
+{total} experts are selected, {certain} of them certain; {outside} others are uncertain
+draws and all tokens: Jaccard {jaccard:.3f} [{jaccard_ci95[0]:.3f}, {jaccard_ci95[1]:.3f}]
+random selections of these sizes: Jaccard {random_jaccard:.3f}
+
+{sample_table}"""
+
+
 def format_stability(found: dict) -> str:
     """Return the selection layer by layer with its uncertain experts, and the growth of stability."""
-    lines = [
-        f"{found['score_function']} score, top_p {found['top_p']:g}: {found['packs']} packs with {found['tokens']:,} "
-        f"tokens, {found['draws']} draws",
-        f"{'layer':>5}{'selected':>10}{'uncertain':>11}{'Jaccard':>9}  uncertain experts (share of draws)",
-    ]
-    for layer, ids in found["selected"].items():
+    layers, selected = [], found["selected"]
+    for layer, ids in selected.items():
         unsure = [(e, share) for la, e, share in found["uncertain"] if la == layer]
         shown = " ".join(f"{e}{'' if e in ids else '*'} ({share:.0%})" for e, share in unsure[:8])
         shown += f" ... ({len(unsure) - 8} more)" if len(unsure) > 8 else ""
-        lines.append(f"{layer:>5}{len(ids):>10}{len(unsure):>11}{found['jaccard_by_layer'][layer]:>9.2f}  {shown}")
-    low, high = found["jaccard_ci95"]
-    selected = sum(map(len, found["selected"].values()))
-    inside = sum(e in found["selected"][layer] for layer, e, _ in found["uncertain"])
-    lines += [
-        "  * not selected on all tokens; an expert is uncertain if {:.0%} to {:.0%} of the draws select it".format(
-            *UNCERTAIN
-        ),
-        f"draws and all tokens: Jaccard {found['jaccard']:.3f} [{low:.3f}, {high:.3f}]; random selections of these "
-        f"sizes {found['random_jaccard']:.3f}",
-        f"{selected} experts are selected, {selected - inside} of them certain; {len(found['uncertain']) - inside} "
-        "others are uncertain",
-        "",
-        f"{'sample':>8}{'packs':>7}{'tokens':>10}{'with all':>10}{'with as many others':>21}",
-    ]
+        layers.append([layer, len(ids), len(unsure), f"{found['jaccard_by_layer'][layer]:.2f}", shown])
+    samples = []
     for row in found["growth"]:
-        other = row["jaccard_with_other_packs"]
         share = f"1/{round(1 / row['share'])}" if row["share"] < 1 else "1"
-        shown = "-" if other is None else f"{other:.3f}"
-        lines.append(f"{share:>8}{row['packs']:>7}{row['tokens']:>10,}{row['jaccard_with_all']:>10.3f}{shown:>21}")
-    return "\n".join(lines)
+        pair = (row["jaccard_with_all"], row["jaccard_with_other_packs"])
+        shown = ["-" if jaccard is None else f"{jaccard:.3f}" for jaccard in pair]
+        samples.append([share, row["packs"], f"{row['tokens']:,}", *shown])
+    total, outside = sum(map(len, selected.values())), sum(e not in selected[la] for la, e, _ in found["uncertain"])
+    return STABILITY.format(
+        **found,
+        layer_table=markdown_table(["layer", "selected", "uncertain", "Jaccard", "uncertain (share of draws)"], layers),
+        bounds=UNCERTAIN,
+        total=total,
+        certain=total - len(found["uncertain"]) + outside,
+        outside=outside,
+        sample_table=markdown_table(["sample", "packs", "tokens", "with all", "with as many others"], samples),
+    )
 
 
-def draw_stability(found: dict, title: str):
+def draw_stability(found: dict, name: str):
     """Return a figure of how often each expert is selected, and of stability over tokens."""
     figure, (left, right) = new_figure(11.5, 4.6, width_ratios=(1.6, 1))
     layers = list(found["selected"])
@@ -105,10 +109,8 @@ def draw_stability(found: dict, title: str):
 
     rows = found["growth"]
     tokens = [row["tokens"] for row in rows]
-    curves = (
-        ("with_all", "o-", "#08519c", "with all tokens"),
-        ("with_other_packs", "s--", "#d94801", "with as many other tokens"),
-    )
+    curves = [("with_all", "o-", "#08519c", "with all tokens")]
+    curves += [("with_other_packs", "s--", "#d94801", "with as many other tokens")]
     for key, style, colour, label in curves:
         points = [(row["tokens"], row[f"jaccard_{key}"]) for row in rows if row[f"jaccard_{key}"] is not None]
         right.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=label)
@@ -119,7 +121,7 @@ def draw_stability(found: dict, title: str):
     right.set(ylim=(0, 1), xlabel="tokens scored", ylabel="Jaccard of the selections", title="stability")
     right.grid(alpha=0.3)
     right.legend(frameon=False, loc="center right")
-    figure.suptitle(title)
+    figure.suptitle(f"Selection by {found['score_function']} score, top_p {found['top_p']:g}, {name}")
     return figure
 
 
@@ -130,13 +132,9 @@ def read_source(path: str, args: argparse.Namespace) -> tuple[ExpertConfig, Expe
     """Return a selection, its scores if there are any, and the experts per layer if the source has that number."""
     place = Path(path)
     file = place / CONFIG_NAME if (place / CONFIG_NAME).is_file() else place
-    try:
-        data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: it is not valid JSON ({error})") from error
-    if isinstance(data, dict) and data.keys() & {"experts", "selected_experts"}:
-        base = data.get("base") or {}
-        return ExpertConfig.load(file), None, base.get("num_experts")
+    data = read_json(file) if file.is_file() else {}
+    if "experts" in data or "selected_experts" in data:
+        return ExpertConfig.load(file), None, (data.get("base") or {}).get("num_experts")
     scores = ExpertScores.load(place)
     config = select_experts(scores, score_function=args.score_function, top_p=default_top_p(args))
     return config, scores, max(map(len, scores[args.score_function].values()))
@@ -145,28 +143,20 @@ def read_source(path: str, args: argparse.Namespace) -> tuple[ExpertConfig, Expe
 def compare(args: argparse.Namespace) -> dict:
     """Return the overlap and correlation of every two sources, which must be of one model."""
     paths = args.expert_scores_dir
-    sources = [read_source(path, args) for path in paths]
-    sizes = {count: path for path, (_, _, count) in zip(paths, sources) if count}
-    if args.num_experts:
-        sizes.setdefault(args.num_experts, "--num_experts")
+    configs, every, counts = zip(*(read_source(path, args) for path in paths))
+    sizes = {count: path for path, count in zip([*paths, "--num_experts"], [*counts, args.num_experts]) if count}
     if len(sizes) != 1:
         found = "; ".join(f"{path} has {count} experts per layer" for count, path in sizes.items())
-        what = (
-            f"they are of different models ({found})"
-            if found
-            else "the experts of a layer are unknown. Give --num_experts"
-        )
-        raise ValueError(f"cannot compare these: {what}")
-    num_experts = next(iter(sizes))
-    score_LEs = [scores[args.score_function] if scores else None for _, scores, _ in sources]
-    known = [score_LE.keys() for score_LE in score_LEs if score_LE]
-    layers = sorted(known[0] if known else set().union(*(config.experts for config, *_ in sources)))
-    for path, (config, *_), score_LE in zip(paths, sources, score_LEs):
-        odd = config.experts.keys() ^ set(layers) if score_LE else config.experts.keys() - set(layers)
-        odd = [f"layer {layer}" for layer in odd]
-        odd += [f"expert {e}" for ids in config.experts.values() for e in ids if e >= num_experts]
+        raise ValueError(f"cannot compare these: {found or 'the experts per layer are unknown. Give --num_experts'}")
+    (num_experts,) = sizes
+    score_LEs = [scores[args.score_function] if scores else None for scores in every]
+    layers = sorted(next(filter(None, score_LEs), None) or set().union(*(config.experts for config in configs)))
+    for path, config, score_LE in zip(paths, configs, score_LEs):
+        ids_L, known = config.experts, set(layers)
+        odd = [*(ids_L.keys() ^ known if score_LE else ids_L.keys() - known)]
+        odd += [layer for layer, ids in ids_L.items() if max(ids, default=0) >= num_experts]
         if odd:
-            raise ValueError(f"cannot compare {path}: it differs from the others in {odd[0]}. It is of another model")
+            raise ValueError(f"cannot compare {path}: its layer {odd[0]} is not one of the others' model")
     correlations = [[correlation(a, b) if a and b else None for b in score_LEs] for a in score_LEs]
     short = [short_name(path) for path in paths]
     return {
@@ -176,37 +166,34 @@ def compare(args: argparse.Namespace) -> dict:
         "top_p": default_top_p(args),
         "num_experts": num_experts,
         "layers": layers,
-        "sizes": [sum(map(len, config.experts.values())) for config, *_ in sources],
-        "overlap": overlap([config for config, *_ in sources], dict.fromkeys(layers, num_experts)),
+        "sizes": [sum(map(len, config.experts.values())) for config in configs],
+        "overlap": overlap(configs, dict.fromkeys(layers, num_experts)),
         "correlation": [[None if x is None or math.isnan(x) else x for x in row] for row in correlations],
     }
 
 
 def format_overlap(found: dict) -> str:
     """Return the matrices."""
-    names, first = found["names"], max(12, *(len(name) + 2 for name in found["names"]))
-    width = max(first, 16)
-
-    def matrix(title: str, rows: list[list[str]]) -> list[str]:
-        table = zip(["", *names], [names, *rows])
-        return ["", title, *(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in row) for name, row in table)]
-
-    lines = [
-        f"{found['score_function']} score, top_p {found['top_p']:g}, {len(found['layers'])} layers of "
-        f"{found['num_experts']} experts",
-        *(f"  {name}: {size} experts, {path}" for name, size, path in zip(names, found["sizes"], found["paths"])),
-    ]
-    pairs = [[f"{c['jaccard']:.3f} ({c['random_jaccard']:.3f})" for c in row] for row in found["overlap"]]
-    lines += matrix("Jaccard of the selections (of two random selections of these sizes)", pairs)
+    names, within = found["names"], []
     for i, name in enumerate(names):
         for other, cell in zip(names[:i], found["overlap"][i]):
             low, high = cell["random_ci95"]
             if low <= cell["jaccard"] <= high:
-                lines.append(f"  {other} and {name}: within chance (95 % of random pairs: {low:.3f} to {high:.3f})")
+                within.append(f"{other} and {name}: within chance (95 % of random pairs: {low:.3f} to {high:.3f})")
+
+    def matrix(title: str, rows: list[list[str]]) -> str:
+        return f"{title}\n\n{markdown_table(['', *names], [[name, *row] for name, row in zip(names, rows)])}"
+
+    lines = [f"{found['score_function']} score, top_p {found['top_p']:g}, {len(found['layers'])} layers of "
+             f"{found['num_experts']} experts"]  # fmt: skip
+    lines += [f"{name}: {size} experts, {path}" for name, size, path in zip(names, found["sizes"], found["paths"])]
+    pairs = [[f"{c['jaccard']:.3f} ({c['random_jaccard']:.3f})" for c in row] for row in found["overlap"]]
+    parts = ["\n".join(lines), matrix("Jaccard of the selections (of two random selections of these sizes)", pairs)]
+    parts += ["\n".join(within)] if within else []
     if sum(row[i] is not None for i, row in enumerate(found["correlation"])) > 1:
         values = [["-" if value is None else f"{value:.3f}" for value in row] for row in found["correlation"]]
-        lines += matrix("correlation of the scores within layers", values)
-    return "\n".join(lines)
+        parts.append(matrix("correlation of the scores within layers", values))
+    return "\n\n".join(parts)
 
 
 def draw_overlap(found: dict):
@@ -242,8 +229,6 @@ def draw_overlap(found: dict):
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.output_path:
-        if Path(args.output_path).suffix != ".png":
-            raise ValueError(f"--output_path {args.output_path} must end in .png")
         check_output(args.output_path)
         new_figure(1, 1)  # raises if matplotlib is missing
     if len(args.expert_scores_dir) == 1:
@@ -251,16 +236,14 @@ def main(argv: list[str] | None = None) -> dict:
         packs = PackCounts.load(folder.parent if folder.is_file() else folder)
         found = stability(packs, args.score_function, default_top_p(args), args.n_bootstrap, args.seed)
         text = format_stability(found)
-        title = f"Selection by {args.score_function} score, top_p {found['top_p']:g}, {short_name(folder)}"
-        figure = draw_stability(found, title) if args.output_path else None
+        figure = draw_stability(found, short_name(folder)) if args.output_path else None
     else:
         found = compare(args)
         text = format_overlap(found)
         figure = draw_overlap(found) if args.output_path else None
+    print(json.dumps(found, indent=2) if args.json else text)
     if figure:
         save_figure(figure, args.output_path)
-    print(json.dumps(found, indent=2) if args.json else text)
-    if args.output_path:
         print(f"written to {args.output_path}", file=sys.stderr if args.json else sys.stdout)
     return found
 

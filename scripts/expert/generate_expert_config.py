@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.experts import moe_layers
 from deepseek.files import write_text
 from deepseek.loading import empty_model
-from esft import SCORE_FUNCTIONS, STRATEGIES, TOP_P, ExpertConfig, ExpertScores, adapter_views, select_experts
+from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, select_experts
 from evaluation.selection import even_counts, ranked_experts, union_of
-from utils import command_parser, note, run_cli
+from utils import command_parser, markdown_table, note, run_cli
 
-CUMULATIVE = ("cumulative", "random", "uniform")  # the controls take as many
-FLAGS = {"top_p": CUMULATIVE, "fraction": ("fraction",), "top_k": ("topk",), "seed": ("random",)}
+TAKES = {"cumulative": ("top_p",), "fraction": ("fraction",), "topk": ("top_k",)}  # strategy -> its options
+TAKES |= {"random": ("top_p", "seed"), "uniform": ("top_p",)}  # these controls take as many experts as cumulative
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,15 +47,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert_scores_dir", required=True, metavar="DIR[,DIR]", help="folder of scores, or a summary or flat JSON "
         "file; several give the union of their selections")  # fmt: skip
     add("--output_path", required=True, metavar="FILE", help="the expert config to write (.json)")
-    add("--eval_dataset", metavar="NAME[,NAME]", help="name of the task of each scores dir, for the table; a note says "
-        "if the scores are of another (default: none)")  # fmt: skip
+    add("--eval_dataset", metavar="NAME[,NAME]", help="name of the task of each scores dir, for the table")
     add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="share of the routed slots, gate weight per "
         "token, or router probability over all experts (default: token)")  # fmt: skip
-    add("--strategy", choices=(*STRATEGIES, "uniform"), default="cumulative", help="see above (default: cumulative)")
+    add("--strategy", choices=TAKES, default="cumulative", help="see above (default: cumulative)")
     add("--top_p", type=float, metavar="P", help="cumulative and its controls: the sum of scores to reach in each "
         "layer, above 0 and up to 1 (default: 0.2, for gate 0.1)")  # fmt: skip
-    add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1 "
-        "(no default)")  # fmt: skip
+    add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1")
     add("--top_k", type=int, metavar="N", help="topk: experts per layer (no default)")
     add("--seed", type=int, metavar="N", help="random: seed of the draw (default: 0)")
     add("--train_shared_experts", action="store_true", help="also train the shared experts (default: frozen)")
@@ -73,8 +71,6 @@ def split_list(text: str) -> list[str]:
 
 def load_scores(folders: list[str], score_function: str) -> list[ExpertScores]:
     """Return the scores of each task, which must have the same layers and experts."""
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"cannot join {','.join(folders)}: one is there twice")
     found = [ExpertScores.load(folder) for folder in folders]
     shapes = [{layer: len(score_E) for layer, score_E in scores[score_function].items()} for scores in found]
     for folder, shape in zip(folders, shapes):
@@ -89,22 +85,21 @@ def default_top_p(args: argparse.Namespace) -> float:
 
 
 def strategy_options(args: argparse.Namespace) -> dict:
-    """Return the options of the strategy that were given, and the paper's top_p if the strategy has one."""
-    options = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    for name in options:
-        if args.strategy not in FLAGS[name]:
-            raise ValueError(f"--{name} has no effect with --strategy {args.strategy}. Leave it out")
-    for name in ("fraction", "top_k"):
-        if args.strategy in FLAGS[name] and name not in options:
-            raise ValueError(f"--strategy {args.strategy} needs --{name}")
-    return {"top_p": default_top_p(args), **options} if args.strategy in CUMULATIVE else options
+    """Return the options of the strategy. By default, top_p is the paper's."""
+    takes = TAKES[args.strategy]
+    given = {name for name in ("top_p", "fraction", "top_k", "seed") if getattr(args, name) is not None}
+    if not set(takes) - {"top_p", "seed"} <= given <= set(takes):
+        flags = " and ".join(f"--{name}" for name in takes)
+        raise ValueError(f"cannot use --strategy {args.strategy}: it takes {flags}. Give no flag of another strategy.")
+    options = {"top_p": default_top_p(args), "seed": None} | {name: getattr(args, name) for name in given}
+    return {name: options[name] for name in takes if options[name] is not None}
 
 
 def select(every: list[ExpertScores], args: argparse.Namespace) -> ExpertConfig:
     """Return the config that the flags ask for."""
     options, function = strategy_options(args), args.score_function
     seed = options.pop("seed", 0)
-    strategy = "cumulative" if args.strategy in CUMULATIVE else args.strategy
+    strategy = "cumulative" if "top_p" in options else args.strategy
     each = [select_experts(scores, score_function=function, strategy=strategy, **options) for scores in every]
     experts = (each[0] if len(each) == 1 else union_of(each)).experts
     ranked_L = union_of([ExpertConfig(ranked_experts(scores, function)) for scores in every]).experts
@@ -121,12 +116,9 @@ def check_scores(scores: ExpertScores, model: nn.Module, path: str, score_functi
     """Raise ValueError if the scores at `path` are not of all experts of `model`."""
     expected = {index: layer.num_experts for index, layer in moe_layers(model).items()}
     found = {layer: len(score_E) for layer, score_E in scores[score_function].items()}
-    for layer in sorted(expected | found):
-        if found.get(layer) != expected.get(layer):
-            raise ValueError(
-                f"cannot use {path}: layer {layer} has scores of {found.get(layer, 0)} experts, and the model has "
-                f"{expected.get(layer, 0)}: it is another model"
-            )
+    if odd := sorted(layer for layer in expected | found if found.get(layer) != expected.get(layer)):
+        counts = f"has scores of {found.get(odd[0], 0)} experts, and the model has {expected.get(odd[0], 0)}"
+        raise ValueError(f"cannot use {path}: layer {odd[0]} {counts}. It is another model.")
 
 
 def print_notes(every: list[ExpertScores], config: ExpertConfig, names: list[str], args: argparse.Namespace) -> None:
@@ -136,32 +128,27 @@ def print_notes(every: list[ExpertScores], config: ExpertConfig, names: list[str
         if dataset and Path(dataset).stem != Path(name).stem:
             note(f"these scores were computed on {dataset!r}, not on {name!r}")
     top_p = default_top_p(args)
-    for scores in every if args.strategy in CUMULATIVE else ():
+    for scores in every if "top_p" in TAKES[args.strategy] else ():
         sums = {layer: sum(score_E.values()) for layer, score_E in scores[args.score_function].items()}
-        low = [layer for layer in sums if sums[layer] < top_p and len(config.experts[layer]) > 1]
-        if low:
-            note(
-                f"all experts were taken in {len(low)} of {len(sums)} layers, because their scores sum to less than "
-                f"top_p {top_p:g} (layer {low[0]}: {sums[low[0]]:.4f})"
-            )
+        if low := [layer for layer in sums if sums[layer] < top_p and len(config.experts[layer]) > 1]:
+            why = f"their scores sum to less than top_p {top_p:g} (layer {low[0]}: {sums[low[0]]:.4f})"
+            note(f"all experts were taken in {len(low)} of {len(sums)} layers, because {why}")
 
 
 def format_selection(every: list[ExpertScores], config: ExpertConfig, args: argparse.Namespace) -> str:
     """Return a line per layer (experts, the sum of their scores in each task, their ids), and the total."""
-    every_LE = [scores[args.score_function] for scores in every]
-    lines = [
-        f"{args.score_function} score, {args.strategy}" + (f", {args.eval_dataset}" if args.eval_dataset else ""),
-        f"{'layer':>5}{'experts':>9}{'of':>5}{'score':>9}{' ' * 9 * (len(every) - 1)}  ids, "
-        + ("as drawn" if args.strategy == "random" else "best first"),
-    ]
+    every_LE, rows = [scores[args.score_function] for scores in every], []
     for layer, ids in config.experts.items():
-        totals = "".join(f"{sum(score_LE[layer][e] for e in ids):>9.4f}" for score_LE in every_LE)
+        totals = [f"{sum(score_LE[layer][e] for e in ids):.4f}" for score_LE in every_LE]
         shown = " ".join(map(str, ids[:16])) + (f" ... ({len(ids) - 16} more)" if len(ids) > 16 else "")
-        lines.append(f"{layer:>5}{len(ids):>9}{len(every_LE[0][layer]):>5}{totals}  {shown}")
+        rows.append([layer, len(ids), len(every_LE[0][layer]), *totals, shown])
+    order = "as drawn" if args.strategy == "random" else "best first"
+    table = markdown_table(["layer", "experts", "of", *["score"] * len(every), f"ids, {order}"], rows)
     taken, of = sum(map(len, config.experts.values())), sum(map(len, every_LE[0].values()))
-    lines.append(f"{taken} of {of} routed experts ({taken / of:.1%}) in {len(every_LE[0])} layers")
-    extra = ["shared experts"] * config.shared_experts + ["all other modules"] * config.non_expert_modules
-    return "\n".join([*lines, *(f"and {name}" for name in extra)])
+    also = "\nand shared experts" * config.shared_experts + "\nand all other modules" * config.non_expert_modules
+    what = ", ".join(filter(None, [f"{args.score_function} score", args.strategy, args.eval_dataset]))
+    total = f"{taken} of {of} routed experts ({taken / of:.1%}) in {len(every_LE[0])} layers"
+    return f"{what}\n\n{table}\n\n{total}{also}"
 
 
 def main(argv: list[str] | None = None) -> ExpertConfig:

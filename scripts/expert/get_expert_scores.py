@@ -26,7 +26,7 @@ from deepseek.loading import empty_model, plan_devices
 from esft import TOP_P, ExpertScores, RouterCapture, load_tokenizer, select_experts
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
-from utils import command_parser, environment, note, positive, run_cli
+from utils import command_parser, environment, markdown_table, note, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,27 +73,21 @@ def sample_settings(args: argparse.Namespace, model: nn.Module) -> SampleSetting
     if context and context < seq_length:
         note(f"seq_length {seq_length} is more than the model's context, so packs have at most {context} tokens")
         seq_length = context
-    return SampleSettings(
-        args.eval_dataset, args.n_sample_tokens, seq_length, args.overlong, args.template, args.skip_template_tokens,
-        args.seed,
-    )  # fmt: skip
+    names = ("n_sample_tokens", "overlong", "template", "skip_template_tokens", "seed")
+    return SampleSettings(args.eval_dataset, seq_length=seq_length, **{name: getattr(args, name) for name in names})
 
 
 def format_scores(scores: ExpertScores) -> str:
     """Return a line per layer: tokens, how many experts the paper's cuts take, and the highest token score."""
     functions = [name for name in ("token", "gate") if name in scores.by_function]
     cuts = {name: select_experts(scores, score_function=name, top_p=TOP_P[name]).experts for name in functions}
-    heads = "".join(f"{f'{name} {TOP_P[name]:g}':>12}" for name in functions)
-    lines = [
-        f"{'':>15}  experts that the paper's cut takes",
-        f"{'layer':>5}{'tokens':>10}{heads}   highest token score",
-    ]
+    rows = []
     for layer, score_E in scores["token"].items():
         best = max(score_E, key=lambda e: (score_E[e], -e))
-        counts = "".join(f"{len(cuts[name][layer]):>12}" for name in functions)
-        top = f"{score_E[best]:.1%} on expert {best} of {len(score_E)}"
-        lines.append(f"{layer:>5}{scores.meta['tokens']:>10}{counts}   {top}")
-    return "\n".join(lines)
+        counts = [len(cuts[name][layer]) for name in functions]
+        rows.append([layer, scores.meta["tokens"], *counts, f"{score_E[best]:.1%} on expert {best} of {len(score_E)}"])
+    heads = [f"experts by {name} {TOP_P[name]:g}" for name in functions]
+    return markdown_table(["layer", "tokens", *heads, "highest token score"], rows)
 
 
 def note_replaced(path: Path, meta: dict) -> None:

@@ -41,8 +41,6 @@ def main(argv: list[str] | None = None) -> Path:
     source = Path(args.expert_scores_dir)
     folder = source if source.is_dir() else source.parent
     output_path = Path(args.output_path or folder / f"{args.score_function}_scores.png")
-    if output_path.suffix != ".png":
-        raise ValueError(f"--output_path {output_path} must end in .png")
     title = args.title or f"Expert scores ({args.score_function}) on {Path(scores.meta.get('dataset') or folder).stem}"
     save_figure(draw_experts(scores, config, args.score_function, default_top_p(args), title), output_path)
     print(f"written to {output_path}")

@@ -39,7 +39,7 @@ from evaluation.selection import short_name
 from scripts.expert.generate_expert_config import check_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, Estimator, MemorySettings
 from training.published_models import open_model
-from utils import command_parser, positive, run_cli
+from utils import command_parser, markdown_table, positive, run_cli
 
 SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 STEP = 0.01  # of top_p, in the search for what fits
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="a folder with config.json, a hub id, or "
         "a name of configs/published.json")  # fmt: skip
-    add("--top_p", type=float, nargs="+", default=list(SWEEP), metavar="P", help="sums of scores to preview, each "
+    add("--top_p", type=float, nargs="+", default=SWEEP, metavar="P", help="sums of scores to preview, each "
         f"above 0 and up to 1 (default: {' '.join(map(str, SWEEP))})")  # fmt: skip
     add("--budget_gb", type=float, metavar="GB", help="memory of a GPU in GiB: find the largest top_p that fits")
     add("--seq_length", type=positive, default=4096, metavar="T", help="tokens of a pack (default: 4096)")
@@ -62,20 +62,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights (default: bfloat16)")
     add("--activation_checkpointing", action="store_true", help="recompute activations (default: save them)")
     add("--ep_size", type=positive, default=1, metavar="N", help="GPUs that share the experts (default: 1)")
-    add(
-        "--frozen_dtype", choices=tuple(FROZEN_BYTES), help="dtype of the frozen experts (default: that of the weights)"
-    )
+    add("--frozen_dtype", choices=FROZEN_BYTES, help="dtype of the frozen experts (default: that of the weights)")
     add("--offload_frozen", action="store_true", help="keep the frozen experts in host memory")
-    add("--optim", choices=tuple(OPTIMIZERS), default="adamw_torch_fused", metavar="NAME", help="transformers' name "
+    add("--optim", choices=OPTIMIZERS, default="adamw_torch_fused", metavar="NAME", help="transformers' name "
         "(default: adamw_torch_fused)")  # fmt: skip
     add("--device", choices=("cuda", "cpu"), default="cuda", help="the device to estimate for (default: cuda)")
     add("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    if any(not 0 < p <= 1 for p in args.top_p):
-        raise ValueError(f"--top_p {' '.join(map(str, args.top_p))}: expected numbers above 0 and up to 1")
-    if args.budget_gb is not None and not args.budget_gb > 0:
-        raise ValueError(f"--budget_gb {args.budget_gb}: expected a number above 0")
-    return args
+    return parser.parse_args(argv)
 
 
 def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, checkpointing: bool) -> float | None:
@@ -83,28 +76,24 @@ def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, 
     top_k = scores.meta.get("top_k") or getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if "token" not in scores.by_function or not top_k:
         return None
-    layers = moe_layers(model)
+    layers, head = moe_layers(model), model.get_output_embeddings()
     fused = tuple(f"{layer.name}." for layer in layers.values())
     first = min(layer for layer, ids in config.experts.items() if ids)
     looked_up = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    weights = {
-        name: param.numel()
-        for name, param in model.named_parameters()
-        if param.ndim == 2 and not name.startswith(fused) and param is not looked_up
-    }
-    forward, below, trained = float(sum(weights.values())), 0.0, 0.0
+    forward, below, trained = 0.0, 0.0, 0.0
     if head is not None and head.weight is looked_up:
         forward += looked_up.numel()
-    for name, size in weights.items():
-        number = re.search(r"\.(\d+)\.", name)
-        below += size if number and int(number[1]) < first else 0
+    for name, param in model.named_parameters():
+        if param.ndim == 2 and not name.startswith(fused) and param is not looked_up:
+            forward += param.numel()
+            number = re.search(r"\.(\d+)\.", name)
+            below += param.numel() if number and int(number[1]) < first else 0
     for index, layer in layers.items():
         active = top_k * sum(layer.tensor(name)[0].numel() for name in layer.tensor_names)
-        rows = sum(scores["token"][index][e] for e in config.experts.get(index, ()))  # share of the routed rows
         forward += active
         below += active if index < first else 0
-        trained += active * rows
+        # of the routed rows, those of the trained experts
+        trained += active * sum(scores["token"][index][e] for e in config.experts.get(index, ()))
     again = forward if checkpointing else 0
     return (forward + (forward - below) + trained + again) / (3 * forward + again)
 
@@ -167,36 +156,25 @@ def format_rows(rows: list[dict]) -> str:
     """Return a line per row, with memory in GiB, or in MiB if all peaks are below 1 GiB."""
     small = max(row["peak_bytes"] for row in rows) < 2**30
     unit, name = (2**20, "MiB") if small else (2**30, "GiB")
-    heads = ("experts", "per layer", "parameters", "share", "adapter", "gradients", "optimizer", "peak", "step time")
-    lines = [
-        f"{'':>11}{'':>9}{'':>11}{'':>16}{'':>8}{f'memory in {name}':>40}{'of full':>11}",
-        f"{'score':<6}{'p':>5}" + "".join(f"{head:>{w}}" for head, w in zip(heads, (9, 11, 16, 8, 10, 10, 10, 10, 11))),
-    ]
+    heads = ["score", "p", "experts", "per layer", "parameters", "share"]
+    heads += [f"{what} ({name})" for what in ("adapter", "gradients", "optimizer", "peak")]
+    lines = []
     for row in rows:
+        counts = [row["experts"], f"{row['experts_min']} to {row['experts_max']}", f"{row['trained_parameters']:,}"]
         sizes = [row[key] / unit for key in ("adapter_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")]
         time = row["relative_step_time"]
-        lines.append(
-            f"{row['score_function']:<6}{row['top_p']:>5g}{row['experts']:>9}"
-            f"{row['experts_min']:>6} to{row['experts_max']:>3}{row['trained_parameters']:>15,}{row['share']:>8.1%}"
-            + "".join(f"{size:>10,.2f}" for size in sizes)
-            + (f"{time:>11.2f}" if time else f"{'-':>11}")
-        )
-    return "\n".join(lines)
+        start = [row["score_function"], f"{row['top_p']:g}", *counts, f"{row['share']:.1%}"]
+        lines.append([*start, *(f"{size:,.2f}" for size in sizes), f"{time:.2f}" if time else "-"])
+    return markdown_table([*heads, "step time of full"], lines)
 
 
 def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
     """Return the command that writes the config of a row."""
-    name = Path(dataset).stem if dataset else short_name(args.expert_scores_dir)
-    flags = {
-        "expert_scores_dir": args.expert_scores_dir,
-        "score_function": row["score_function"],
-        "top_p": f"{row['top_p']:g}",
-        "output_path": f"results/expert_configs/{name}_{row['score_function']}.json",
-    }
-    if Path(args.base_model_path).exists():
-        flags["base_model_path"] = args.base_model_path
-    script = "scripts/expert/generate_expert_config.py"
-    return shlex.join(["python", script, *(f"--{key}={value}" for key, value in flags.items())])
+    name, function = Path(dataset).stem if dataset else short_name(args.expert_scores_dir), row["score_function"]
+    words = [f"--expert_scores_dir={args.expert_scores_dir}", f"--score_function={function}"]
+    words += [f"--top_p={row['top_p']:g}", f"--output_path=results/expert_configs/{name}_{function}.json"]
+    words += [f"--base_model_path={args.base_model_path}"] if Path(args.base_model_path).exists() else []
+    return shlex.join(["python", "scripts/expert/generate_expert_config.py", *words])
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -210,39 +188,34 @@ def main(argv: list[str] | None = None) -> dict:
     result: dict = {"model": args.base_model_path, "expert_scores": args.expert_scores_dir, "rows": rows}
     result |= {"parameters": preview.total, "settings": vars(preview.settings), "full_peak_bytes": preview.full_peak()}
     result["budget"] = None
-    if args.budget_gb:
+    if args.budget_gb is not None:
         budget = int(args.budget_gb * 2**30)
         found = {function: preview.largest(function, budget) for function in scores.by_function}
         commands = {name: command(row, args, scores.meta.get("dataset")) for name, row in found.items() if row}
         result["budget"] = {"bytes": budget, "largest": found, "commands": commands}
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result)
-    if args.budget_gb and not any(result["budget"]["largest"].values()):
-        raise ValueError(
-            f"no top_p fits {args.budget_gb:g} GiB. Try --activation_checkpointing, --frozen_dtype=nf4 or a shorter "
-            "--seq_length; scripts/estimate_memory.py finds what fits"
-        )
+    print(json.dumps(result, indent=2) if args.json else format_preview(result))
+    if result["budget"] and not result["budget"]["commands"]:
+        hint = "Try --activation_checkpointing or a shorter --seq_length; scripts/estimate_memory.py finds what fits."
+        raise ValueError(f"no top_p fits {args.budget_gb:g} GiB. {hint}")
     return result
 
 
-def show(result: dict) -> None:
-    """Print the tables."""
-    settings = result["settings"]
+def format_preview(result: dict) -> str:
+    """Return the tables."""
+    settings, full, budget = result["settings"], result["full_peak_bytes"] / 2**30, result["budget"]
     how = f"{settings['dtype']}, {settings['seq_length']} tokens a pack, {settings['optim']}, {settings['device']}"
-    print(f"{result['model']}, {result['parameters']:,} parameters; {how}")
-    print(format_rows(result["rows"]))
-    full = result["full_peak_bytes"]
-    print(f"full fine-tuning, on one device: a peak of {full / 2**30:,.2f} GiB in the same dtype")
-    print("step time: FLOPs of matrix products, full fine-tuning is 1 (see --help)")
-    if not result["budget"]:
-        return
-    print(f"\nlargest top_p within {result['budget']['bytes'] / 2**30:g} GiB:")
-    if rows := [row for row in result["budget"]["largest"].values() if row]:
-        print(format_rows(rows))
-    for function, row in result["budget"]["largest"].items():
-        print(f"  {result['budget']['commands'][function]}" if row else f"{function}: none fits")
+    lines = [
+        f"{result['model']}, {result['parameters']:,} parameters; {how}\n",
+        f"{format_rows(result['rows'])}\n",
+        f"full fine-tuning, on one device: a peak of {full:,.2f} GiB in the same dtype",
+        "step time: FLOPs of matrix products, full fine-tuning is 1 (see --help)",
+    ]
+    if budget:
+        lines.append(f"\nlargest top_p within {budget['bytes'] / 2**30:g} GiB:\n")
+        if rows := [row for row in budget["largest"].values() if row]:
+            lines.append(f"{format_rows(rows)}\n")
+        lines += [budget["commands"].get(function, f"{function}: none fits") for function in budget["largest"]]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks import load_rows
 from deepseek.experts import MoELayer, moe_layers
-from deepseek.files import check_output, suggest_path, write_json
+from deepseek.files import check_output, write_json
 from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import Drift, routed, routed_ids, short_name
 from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
-from training.data import read_rows
-from utils import command_parser, environment, note, run_cli
+from utils import command_parser, environment, markdown_table, note, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,16 +59,8 @@ def experts_by_layer(model: nn.Module) -> dict[int, int]:
 
 def eval_samples(dataset: str) -> list[dict]:
     """Return the rows of an evaluation set as conversations: the prompt and its first gold answer."""
-    samples = []
-    for where, row in read_rows(dataset, "eval"):
-        answers = row.get("raw_answers") or row.get("answers") or []
-        if not isinstance(row.get("prompt"), str) or not answers:
-            raise ValueError(f'cannot read {where}: a row of evaluation data needs "prompt" and "answers"')
-        turns = (("user", row["prompt"]), ("assistant", str(answers[0])))
-        samples.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-    if not samples:
-        raise ValueError(f"cannot read data set {dataset!r}: it has no rows")
-    return samples
+    turns = [(("user", row["prompt"]), ("assistant", row["raw_answers"][0])) for row in load_rows(dataset)]
+    return [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
 
 
 @torch.no_grad()
@@ -86,11 +78,8 @@ def routing(model: nn.Module, packs: list[MaskedPack]) -> Iterator[dict[int, Ten
     handles = [layer.module.register_forward_pre_hook(see(layer)) for layer in layers.values()]
     try:
         for one in packs:
-            seen.clear()
             forward_pack(model, one.pack)
-            if missing := sorted(layers.keys() - seen.keys()):
-                raise ValueError(f"cannot see the routing of layer {missing[0]}: its experts were never called")
-            yield {layer: seen[layer][torch.tensor(one.mask)] for layer in layers}
+            yield {layer: seen.pop(layer)[torch.tensor(one.mask)] for layer in layers}
     finally:
         for handle in handles:
             handle.remove()
@@ -128,18 +117,15 @@ def make_report(drift_L: dict[int, Drift], config: ExpertConfig | None) -> dict:
 
 def format_drift(result: dict) -> str:
     """Return a line per layer, and the mean over layers."""
-    lines = [
-        f"{'':>5}{'':>9}{'total':>11}{'slots':>10}{'slots on trained experts':>27}",
-        f"{'layer':>5}{'trained':>9}{'variation':>11}{'changed':>10}{'before':>14}{'after':>13}",
-    ]
+    rows = []
     for layer, row in (*result["layers"].items(), ("mean", result["mean"])):
         trained = len(result["trained"][layer]) if layer in result["trained"] else ""
         shares = [row["trained_before"], row["trained_after"]]
         shown = ["-" if share is None else f"{share:.1%}" for share in shares]
-        lines.append(
-            f"{layer:>5}{trained:>9}{row['total_variation']:>11.3f}{row['changed']:>10.1%}{shown[0]:>14}{shown[1]:>13}"
-        )
-    return "\n".join(lines)
+        rows.append([layer, trained, f"{row['total_variation']:.3f}", f"{row['changed']:.1%}", *shown])
+    return markdown_table(
+        ["layer", "trained", "total variation", "slots changed", "on trained experts before", "after"], rows
+    )
 
 
 def draw(result: dict):
@@ -148,14 +134,9 @@ def draw(result: dict):
     layers = list(result["layers"])
     rows, places = list(result["layers"].values()), range(len(layers))
     step = max(1, len(layers) // 14)
-    left.plot(places, [100 * r["changed"] for r in rows], "o-", color="#08519c", label="routed slots that changed")
-    left.plot(
-        places,
-        [100 * r["total_variation"] for r in rows],
-        "s--",
-        color="#d94801",
-        label="load that moved (total var.)",
-    )
+    changed, moved = ([100 * row[key] for row in rows] for key in ("changed", "total_variation"))
+    left.plot(places, changed, "o-", color="#08519c", label="routed slots that changed")
+    left.plot(places, moved, "s--", color="#d94801", label="load that moved (total var.)")
     left.set(title="what moved", ylabel="%")
     if rows[0]["trained_before"] is None:
         right.text(0.5, 0.5, "no experts of its own", ha="center", va="center", transform=right.transAxes)
@@ -172,9 +153,8 @@ def draw(result: dict):
         axes.set_xlabel("decoder layer")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, axis="y")
-    figure.suptitle(
-        f"Routing of {result['dataset']}, {result['tokens']:,} tokens, before and after {short_name(result['adapter'])}"
-    )
+    data = f"{result['dataset']}, {result['tokens']:,} tokens"
+    figure.suptitle(f"Routing of {data}, before and after {short_name(result['adapter'])}")
     return figure
 
 
@@ -182,8 +162,6 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     output, adapter = Path(args.output_dir) / "drift.json", Path(args.adapter_dir)
     check_output(output)
-    if not adapter.is_dir():
-        raise ValueError(f"cannot read --adapter_dir {adapter}: no such folder{suggest_path(adapter)}")
     whole = (adapter / "config.json").is_file()
     config = None if whole or is_lora(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)
@@ -217,12 +195,10 @@ def main(argv: list[str] | None = None) -> dict:
     print(format_drift(result))
     print(f"written to {output}")
     try:
-        figure = draw(result)
+        save_figure(draw(result), output.with_suffix(".png"))
+        print(f"written to {output.with_suffix('.png')}")
     except ValueError as error:  # matplotlib is missing
         note(str(error))
-    else:
-        save_figure(figure, output.with_suffix(".png"))
-        print(f"written to {output.with_suffix('.png')}")
     return result
 
 

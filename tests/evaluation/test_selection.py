@@ -241,7 +241,7 @@ def test_compare_one(tasks, tmp_path, capsys):
         ([tmp_path / "nowhere"], ["nowhere"]),
         ([tasks / "a", "--score_function", "prob"], ["no score 'prob'"]),
         ([tasks / "a", "--top_p", 2], ["top_p is 2"]),
-        ([tasks / "a", "--output_path", tmp_path / "x.pdf"], [".png"]),
+        ([tasks / "a", "--n_bootstrap", 9, "--output_path", tmp_path / "x.txt"], ["'txt' is not supported"]),
     ):
         refused(capsys, compare_scores.main, ["--expert_scores_dir", *flags], *words)
 
@@ -260,11 +260,11 @@ def test_compare_several(tasks, tmp_path, capsys):
     same = ["--expert_scores_dir", tmp_path / "c.json", tmp_path / "c.json"]
     refused(capsys, compare_scores.main, same, "--num_experts")
     assert call(compare_scores.main, *same, "--num_experts", 8)["overlap"][0][1]["jaccard"] == 1
-    refused(capsys, compare_scores.main, [*argv, "--num_experts", 9], "different models")
+    refused(capsys, compare_scores.main, [*argv, "--num_experts", 9], "--num_experts has 9 experts per layer")
     (tmp_path / "d.json").write_text('{"experts": {"7": [1]}}')
     refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "layer 7")
     (tmp_path / "d.json").write_text('{"experts": {"1": [8]}}')
-    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "expert 8")
+    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "layer 1")
 
 
 def test_pictures(tasks, tmp_path, capsys, monkeypatch):
@@ -393,8 +393,7 @@ def test_the_budget_is_used_up_and_kept(tasks, tiny_model_dir, capsys, tmp_path)
     assert sum(map(len, written.values())) == found["experts"]
     argv = ["--expert_scores_dir", tasks / "a", "--model", tiny_model_dir, "--device", "cpu"]
     refused(capsys, preview_config.main, [*argv, "--budget_gb", 1e-6, "--top_p", 0.2], "no top_p fits")
-    refused(capsys, preview_config.main, [*argv, "--top_p", 0], "--top_p 0")
-    refused(capsys, preview_config.main, [*argv, "--budget_gb", -1], "--budget_gb")
+    refused(capsys, preview_config.main, [*argv, "--top_p", 0], "top_p is 0")
     make_model(n_routed_experts=9).save_pretrained(tmp_path / "nine")
     refused(capsys, preview_config.main, [*argv[:2], "--model", tmp_path / "nine"], "another model")
 

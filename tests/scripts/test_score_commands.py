@@ -156,7 +156,7 @@ def test_plot(official, tmp_path, capsys):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "c.json").write_text('{"experts": {"1": [64]}}')
     refused(capsys, plot_expert_scores.main, [*argv, "--expert_config", tmp_path / "c.json"], "layer 1", "same model")
-    refused(capsys, plot_expert_scores.main, [*argv, "--output_path", tmp_path / "p.pdf"], ".png")
+    refused(capsys, plot_expert_scores.main, [*argv, "--output_path", tmp_path / "p.txt"], "'txt' is not supported")
 
 
 def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
