@@ -1,25 +1,21 @@
 r"""Trace a training step without weights and without a device, and count what it would hold.
 
 `count_resident` counts what never moves: weights, fp32 masters, trained parameters. `trace_step` sends a micro batch
-forward and back through tensors without storage. It runs the code that trains: the modules of the family, our grouped
-GEMM, dispatch and combine, activation checkpointing. A mode below them notes every storage that is made and let go. It
-needs to know nothing about a family:
+forward and back through tensors without storage. It runs the code that trains, whatever the family, and a mode below it
+notes every storage that is made and let go:
 
     bytes   |         ____/\/\_        Activations pile up in the forward. Then come the logits of the head, then the
             |    ____/         \/\_    workspaces of the backward while the activations go.
             |___/                  \_   -> the highest point, and what is there, by kind
             +-------------------------  time
 
-The code paths of two devices differ. For "cpu" the tensors are torch's fake ones, which say that they are on the CPU,
-and attention takes whatever torch takes there. For "cuda" they are torch's `meta` tensors, and attention is a fused
-kernel that saves q, k, v, its output and the mask.
+For "cpu" the tensors are torch's fake ones, which say that they are on the CPU, and attention takes what torch takes
+there. For "cuda" they are torch's `meta` tensors, and attention is a fused kernel that saves q, k, v, its output and
+the mask. No function is replaced: modes of torch answer for attention and for values of tensors.
 
 Sizes that depend on the data are expectations. Routed rows are spread evenly over the experts, so the S trained experts
 of E get S/E of them, and a rank receives as many rows as it sends. This matters on the CPU only, because a GPU computes
 with the size of all rows (grouped_gemm.py).
-
-No function of torch or of this project is replaced. Modes of torch answer for attention and for values of tensors, and
-the model that is traced, which is private to the trace, gets a `Shard` that needs no other rank.
 
 Legend: T tokens, K top-k, N = T*K routed rows, E experts, e of them on this rank, S trained experts of a layer,
 P ranks; in attention B batch, H heads, C head size.
@@ -47,9 +43,6 @@ from deepseek.gradient_sync import BUCKET_BYTES
 
 if TYPE_CHECKING:
     from training.memory import MemorySettings
-
-# --------------------------------------------------------------------------------------------------------------------
-# what stays
 
 
 @dataclass
@@ -97,8 +90,8 @@ def count_resident(model: nn.Module) -> Resident:
             held.masters += param.nbytes
         else:
             held.dense += param.nbytes
-            layer_index = next((part for part in name.split(".") if part.isdigit()), None)
-            by_layer[layer_index] += param.nbytes if not param.requires_grad else 0
+            layer_index = next(filter(str.isdigit, name.split(".")), None)
+            by_layer[layer_index] += 0 if param.requires_grad else param.nbytes
     held.dense += sum({_storage_key(b): b.nbytes for b in model.buffers() if _storage_key(b) not in seen}.values())
     held.outside = by_layer.pop(None, 0)
     held.largest_layer = max(by_layer.values(), default=0)
@@ -111,16 +104,11 @@ def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# what comes and goes
-
-
 def trace_step(model: nn.Module, s: "MemorySettings") -> Counter:
     """Count the bytes that a step of `model`, which is on `meta`, would hold on the device of `s`. Changes the model.
 
-    Returns:
-        The bytes at the peak of a forward and backward by kind: gradients, activations, logits, transient. The model's
-        own are not among them.
+    The count is by kind, at the peak of a forward and backward: gradients, activations, logits, transient. The model's
+    own bytes are not among them.
     """
     with FakeTensorMode() if s.device == "cpu" else torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # equal for aliases
@@ -145,9 +133,8 @@ def _copy_to_cpu(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         nbytes = tensor.untyped_storage().nbytes()
         flat = storages.setdefault(_storage_key(tensor), torch.empty(nbytes, dtype=torch.uint8)).view(tensor.dtype)
-        copies[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-        if isinstance(tensor, nn.Parameter):
-            copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
+        own = flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        copies[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
     return copy.deepcopy(model, copies)
 
 
@@ -256,10 +243,6 @@ class StorageTracker(TorchDispatchMode):
                 rest = "activations" if saved else "transient"
                 kinds[block.phase if block.phase in ("gradients", "logits") else rest] += block.nbytes
         return kinds
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# answers for what cannot run without data, other processes, or a device
 
 
 class _FakeTracker(StorageTracker):

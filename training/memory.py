@@ -107,10 +107,6 @@ class MemoryEstimate:
     host: int = 0
 
     @property
-    def weights(self) -> int:
-        return self.experts + self.dense
-
-    @property
     def peak(self) -> int:
         return sum(dataclasses.astuple(self)) - self.host
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import esft
-from deepseek.experts import FusedExperts, TrainedExperts, moe_layers
+from deepseek.experts import TrainedExperts, moe_layers
 from deepseek.frozen import FrozenExperts
 from deepseek.process_groups import Ranks
 
@@ -29,20 +29,13 @@ def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.
     named.check(model)
     if method == "esft":
         return named
-    generator, layers = random.Random(seed), moe_layers(model)
-    drawn = {
-        index: tuple(generator.sample(range(layers[index].num_experts), len(ids)))
-        for index, ids in named.experts.items()
-    }
+    generator, sizes = random.Random(seed), {index: layer.num_experts for index, layer in moe_layers(model).items()}
+    drawn = {index: tuple(generator.sample(range(sizes[index]), len(ids))) for index, ids in named.experts.items()}
     return dataclasses.replace(named, experts=drawn)
 
 
 def prepare_model(
-    model: nn.Module,
-    method: str,
-    experts: esft.ExpertConfig | None = None,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
+    model: nn.Module, method: str, experts: esft.ExpertConfig | None = None, lora_rank: int = 8, lora_alpha: int = 16
 ) -> nn.Module:
     """Make trainable what `method` trains, and nothing else."""
     if method == "full":
@@ -99,21 +92,19 @@ def count_trained(model: nn.Module) -> dict:
     """
     trained = [param for param in model.parameters() if param.requires_grad]
     # the trained rows of fused experts are parameters of their own and would count twice, and LoRA's are extra
-    extra = (".trained.", "lora_")
-    added = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in extra))
-    parameters = sum(param.numel() for param in model.parameters()) - added
-    count = sum(param.numel() for param in trained)
-    nbytes = sum(param.numel() * param.element_size() for param in trained)
-    frozen_bytes = 0
+    named = model.named_parameters()
+    parameters = sum(param.numel() for name, param in named if ".trained." not in name and "lora_" not in name)
+    count, nbytes, frozen_bytes = sum(param.numel() for param in trained), sum(param.nbytes for param in trained), 0
     if selected := esft.trained_config(model):
         for layer in moe_layers(model).values():
-            frozen_bytes += frozen_experts_bytes(layer)
+            frozen_bytes += sum(layer.tensor(name).data[layer.num_trained :].nbytes for name in layer.weight_names)
             each = sum(layer.tensor(name).shape[1:].numel() for name in layer.tensor_names)
             here = set(layer.local_ids)
             elsewhere = len(set(selected.experts.get(layer.index, ())) - here) * each
             parameters += (layer.num_experts - len(here)) * each
             if layer.frozen:
                 parameters += layer.frozen.num_parameters()
+                frozen_bytes += layer.frozen.nbytes()
             count, nbytes = count + elsewhere, nbytes + elsewhere * torch.float32.itemsize
     return {
         "parameters": parameters,
@@ -122,12 +113,6 @@ def count_trained(model: nn.Module) -> dict:
         "optimizer_bytes": 2 * nbytes,
         "frozen_expert_bytes": frozen_bytes,
     }
-
-
-def frozen_experts_bytes(layer: FusedExperts) -> int:
-    """Return the bytes of the matrices of a layer that are not trained, in whatever form they are stored."""
-    rows = sum(layer.tensor(name).data[layer.num_trained :].nbytes for name in layer.weight_names)
-    return rows + (layer.frozen.nbytes() if layer.frozen else 0)
 
 
 def format_trained(model: nn.Module, method: str) -> str:
@@ -144,10 +129,8 @@ def format_trained(model: nn.Module, method: str) -> str:
         lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {size:,.1f} MiB")
     share = counts["trained_parameters"] / counts["parameters"]
     lines.append(f"  trained parameters {counts['trained_parameters']:,} of {counts['parameters']:,} ({share:.2%})")
-    lines.append(
-        f"  gradients {counts['gradient_bytes'] / 2**20:,.1f} MiB, AdamW states "
-        f"{counts['optimizer_bytes'] / 2**20:,.1f} MiB"
-    )
+    gradients, states = counts["gradient_bytes"] / 2**20, counts["optimizer_bytes"] / 2**20
+    lines.append(f"  gradients {gradients:,.1f} MiB, AdamW states {states:,.1f} MiB")
     return "\n".join(lines)
 
 

@@ -76,10 +76,7 @@ def place_experts(config: RunConfig, plan: Plan) -> dict[int, Placement]:
     if (path := find_scores(config)) is not None:
         load_LE, source = esft.ExpertScores.load(path)["token"], f"by {path}"
     contiguous, trained = config.placement == "contiguous", plan.experts.experts
-    try:
-        placements = place_layers(num_experts_L, trained, plan.ep_size, load_LE, contiguous)
-    except ValueError as error:
-        raise ValueError(f"{error} (placement {source}; expert_scores_dir=... gives others)") from error
+    placements = place_layers(num_experts_L, trained, plan.ep_size, load_LE, contiguous)
     load_LE = load_LE or {index: dict.fromkeys(range(n), 1 / n) for index, n in num_experts_L.items()}
     found = imbalance(placements, trained, load_LE)
     logger.info(
