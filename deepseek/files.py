@@ -17,11 +17,13 @@ os.umask(UMASK)
 def check_output(path: str | Path, folder: bool = False) -> None:
     """Raise ValueError if no file (or folder) can be written to `path`. Call this before hours of work."""
     path = Path(path)
+    cause, place = None, next(place for place in path.absolute().parents if place.exists())
     if path.exists() and path.is_dir() != folder:
-        raise ValueError(f"{path} cannot be written: it is a {'file' if folder else 'folder'}; give another path")
-    place = next(place for place in path.absolute().parents if place.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ValueError(f"{path} cannot be written: {place} is not a writable folder; give another path")
+        cause = f"it is a {'file' if folder else 'folder'}"
+    elif not (place.is_dir() and os.access(place, os.W_OK)):
+        cause = f"{place} is not a writable folder"
+    if cause:
+        raise ValueError(f"{path} cannot be written: {cause}; give another path")
 
 
 @contextlib.contextmanager
@@ -71,20 +73,27 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_json(path: str | Path, unique_keys: bool = False) -> object:
-    """Return the content of a JSON file. A ValueError names the file, and with `unique_keys` a key that is repeated."""
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Put `path` in front of a ValueError about its content."""
     try:
-        return json.loads(
-            Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats if unique_keys else None
-        )
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json(path: str | Path) -> object:
+    """Return the content of a JSON file. A ValueError names the file, and a key that is repeated."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); make it again") from error
 
 
-def _refuse_repeats(pairs: list[tuple[str, object]]) -> dict:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"the key {repeated[0]!r} is there twice")
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
     return dict(pairs)
 
 
@@ -102,14 +111,12 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
             if b"\\ud" in text.lower():  # half of a surrogate pair: JSON allows it, a tokenizer or a file does not
                 json.dumps(value, ensure_ascii=False).encode()
             return value
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{path}:{line}: a broken character, {error.object[error.start]!r}: mend it") from error
-        except json.JSONDecodeError as error:
-            line += error.lineno - 1
-            reason = error.msg.removesuffix(" at")
-            raise ValueError(f"{path}:{line}: not valid JSON ({reason} at column {error.colno})") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{line}: not UTF-8 text (byte {error.start})") from error
+        except ValueError as error:
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                line += error.lineno - 1
+                reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            raise ValueError(f"{path}:{line}: not valid JSON ({reason})") from error
 
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if path.suffix == ".json" and content.lstrip().startswith(b"["):

@@ -368,7 +368,7 @@ def turns(*roles_and_texts: tuple[str, object]) -> str:
     [
         ('{"messages": [}', r"not valid JSON \(Expecting value at column 15\)"),
         ('{"prompt": "q\t"}', r"not valid JSON \(Invalid control character at column 14\)"),
-        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "\xff"}', "byte 0xff in position 12"),
         ("[1]", "expected a JSON object, found list"),
         ('{"mesages": []}', r"needs the keys messages or .*this one has mesages \(did you mean 'messages'\?\)"),
         ('{"prompt": "q"}', r"prompt\+completion"),
@@ -474,5 +474,5 @@ def test_a_broken_character_is_an_error_with_its_line(tmp_path):
     path.write_text(
         r'{"prompt": "\ud83d\ude00", "completion": "b"}' + "\n" + r'{"prompt": "\ud800", "completion": "b"}'
     )
-    with pytest.raises(ValueError, match=r"d\.jsonl:2: a broken character"):
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON .*surrogates not allowed"):
         data.load_samples(path)
