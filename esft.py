@@ -50,7 +50,7 @@ from deepseek.adapters import (  # noqa: F401 (some are for those who import esf
     split_adapter_shapes,
 )
 from deepseek.experts import moe_layers, release_experts, train_experts
-from deepseek.files import atomic_path, read_json, suggest, suggest_path, write_json
+from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
@@ -78,21 +78,19 @@ class ExpertScores:
     meta: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        layers = set().union(*self.by_function.values())
+        layers = sorted(set().union(*self.by_function.values()))
         if not layers:
             raise ValueError("there are no scores in it: no layer has any")
         for function, score_LE in self.by_function.items():
-            if absent := sorted(layers - score_LE.keys()):
-                raise ValueError(f"{function} scores: layer {absent[0]} is missing, which other scores have")
             num_experts = 1 + max(max(score_E, default=-1) for score_E in score_LE.values())
-            for layer, score_E in score_LE.items():
-                where = f"{function} score of layer {layer}"
-                if missing := sorted(set(range(num_experts)) - score_E.keys()):
-                    raise ValueError(f"{where}: expert {missing[0]} is missing ({len(missing)} of {num_experts} are)")
-                for expert, score in score_E.items():
-                    if expert < 0 or not isinstance(score, (int, float)) or not math.isfinite(score) or score < 0:
-                        raise ValueError(f"{where}, expert {expert}: {score!r} is not a score; compute them again")
-                total, rounding = sum(score_E.values()), 0.5 * num_experts * 10 ** -_digits(num_experts) + 1e-6
+            rounding = 0.5 * num_experts * 10 ** -_digits(num_experts) + 1e-6
+            for layer in layers:
+                where, score_E = f"{function} score of layer {layer}", score_LE.get(layer, {})
+                for expert in sorted({*score_E, *range(num_experts)}):
+                    score = score_E.get(expert, "nothing")
+                    if expert < 0 or not isinstance(score, (int, float)) or not 0 <= score < math.inf:
+                        raise ValueError(f"{where}, expert {expert}: found {score}, expected a number from 0")
+                total = sum(score_E.values())
                 if total == 0 or (function != "gate" and abs(total - 1) > rounding):
                     raise ValueError(f"{where}: the experts' scores sum to {total:g}, not to 1; compute them again")
 
@@ -141,19 +139,18 @@ class ExpertScores:
             hint = "make them with scripts/expert/get_expert_scores.py"
             raise FileNotFoundError(f"{path}: no such scores{suggest_path(path)}; {hint}")
         data = read_json(path)
-        try:
-            if not any(key.endswith("_scores") for key in data):
-                return cls({"token": _read_flat(data)})
-            tables = {name: data[f"{name}_scores"] for name in SCORE_FUNCTIONS if f"{name}_scores" in data}
-            by_function = {
-                name: dict(sorted((int(layer), {int(e): s for e, s in row.items()}) for layer, row in table.items()))
-                for name, table in tables.items()
-            }
-            return cls(by_function, dict(data.get("meta", {})))
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: not a summary of expert scores, expected token_scores by layer") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with named(path):
+            try:
+                if not any(key.endswith("_scores") for key in data):
+                    return cls({"token": _read_flat(data)})
+                tables = {name: data[f"{name}_scores"].items() for name in SCORE_FUNCTIONS if f"{name}_scores" in data}
+                by_function = {
+                    name: dict(sorted((int(layer), {int(e): s for e, s in row.items()}) for layer, row in table))
+                    for name, table in tables.items()
+                }
+                return cls(by_function, dict(data.get("meta", {})))
+            except (AttributeError, TypeError) as error:
+                raise ValueError(f"not a summary of expert scores by layer ({error}); compute them again") from error
 
 
 def _read_flat(data: Mapping[str, float]) -> dict[int, dict[int, float]]:
@@ -165,10 +162,9 @@ def _read_flat(data: Mapping[str, float]) -> dict[int, dict[int, float]]:
         sum_LE.setdefault(int(match[1]), {})[int(match[2])] = value
     score_LE: dict[int, dict[int, float]] = {}
     for layer, sum_E in sum_LE.items():
-        total = sum(sum_E.values())
-        if not math.isfinite(total) or total <= 0 or min(sum_E.values()) < 0:
-            raise ValueError(f"layer {layer}: scores must be finite, >= 0 and not all 0; compute the scores again")
-        score_LE[layer] = {e: round(value / total, _digits(len(sum_E))) for e, value in sum_E.items()}
+        total, sound = sum(sum_E.values()), all(0 <= value < math.inf for value in sum_E.values())
+        digits = _digits(len(sum_E))
+        score_LE[layer] = {e: round(v / total, digits) for e, v in sum_E.items()} if sound and total else sum_E
     return score_LE
 
 
@@ -191,19 +187,14 @@ class ExpertConfig:
     @classmethod
     def load(cls, path: str | Path) -> "ExpertConfig":
         """Read an expert config, or the one of an adapter folder. Unknown keys, repeats and non-numbers are refused."""
-        path = Path(path)
-        if path.is_dir():
-            if not (path / CONFIG_NAME).is_file():
-                raise FileNotFoundError(describe_wrong_folder(path))
-            path = path / CONFIG_NAME
+        folder = Path(path)
+        path = folder / CONFIG_NAME if folder.is_dir() else folder
         if not path.is_file():
-            hint = "make one with scripts/expert/generate_expert_config.py"
-            raise FileNotFoundError(f"{path}: no such expert config{suggest_path(path)}; {hint}")
-        data = read_json(path, unique_keys=True)
-        try:
+            wrong = f"{path}: no such expert config or adapter{suggest_path(path)}"
+            raise FileNotFoundError(describe_wrong_folder(folder) if folder.is_dir() else wrong)
+        data = read_json(path)
+        with named(path):
             return cls.from_dict(data)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "ExpertConfig":
@@ -212,34 +203,28 @@ class ExpertConfig:
         {"experts": {"1": [ids]}, "shared_experts": bool, "non_expert_modules": bool}
         {"selected_experts": [["layer_1", 3], ...]}
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"expected a JSON object, found {type(data).__name__}")
         known = ("experts", "selected_experts", "shared_experts", "non_expert_modules", "base", "meta")
-        if unknown := [str(key) for key in data if key not in known]:
+        if unknown := [str(key) for key in data if key not in known] if isinstance(data, Mapping) else []:
+            hint = suggest(unknown[0], known)
             if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", unknown[0]):
-                hint = "make an expert config of them with scripts/expert/generate_expert_config.py"
-                raise ValueError(f"these are expert scores; {hint}")
-            raise ValueError(f"unknown key {unknown[0]!r}{suggest(unknown[0], known)}")
-        if ("experts" in data) == ("selected_experts" in data):
-            raise ValueError('expected either "experts" or "selected_experts"')
+                hint = ": these are expert scores; make a config of them with scripts/expert/generate_expert_config.py"
+            raise ValueError(f"unknown key {unknown[0]!r}{hint}")
         experts: dict[int, tuple[int, ...]] = {}
         try:
-            for layer, ids in data["experts"].items() if "experts" in data else ():
-                if int(layer) in experts:
-                    raise ValueError(f"layer {int(layer)} twice")
-                experts[int(layer)] = tuple(ids)
-            for name, expert in data.get("selected_experts", ()):
+            (form,) = {"experts", "selected_experts"} & data.keys()
+            rows = data[form].items() if form == "experts" else ((name, [expert]) for name, expert in data[form])
+            for name, ids in rows:
                 layer = int(str(name).removeprefix("layer_"))
-                experts[layer] = (*experts.get(layer, ()), expert)
+                experts[layer] = (*experts.get(layer, ()), *ids)
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f'"experts" must map layer numbers to lists of expert ids ({error})') from error
+            forms = '{"experts": {"1": [3, 7]}} or {"selected_experts": [["layer_1", 3], ["layer_1", 7]]}'
+            raise ValueError(f"expected layers and their experts as in {forms} ({error})") from error
         for layer, ids in experts.items():
             if any(type(e) is not int or e < 0 for e in ids) or len(set(ids)) != len(ids):
                 raise ValueError(f"layer {layer}: expert ids must be distinct numbers from 0, found {list(ids)}")
         flags = {key: data.get(key, False) for key in ("shared_experts", "non_expert_modules")}
-        for key, value in flags.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{key} must be true or false, found {value!r}")
+        if wrong := [key for key, value in flags.items() if not isinstance(value, bool)]:
+            raise ValueError(f"{wrong[0]} must be true or false, found {flags[wrong[0]]!r}")
         if not (any(experts.values()) or any(flags.values())):
             raise ValueError("it selects nothing: no expert, no shared experts, no other module")
         return cls(dict(sorted(experts.items())), **flags)
@@ -255,16 +240,13 @@ class ExpertConfig:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if the config names a layer or an expert that `model` does not have."""
         layers = moe_layers(model)
-        for layer, ids in self.experts.items():
-            if layer not in layers:
+        first, last = min(layers), max(layers)
+        for index, ids in self.experts.items():
+            num_experts, highest = layers[index if index in layers else first].num_experts, max(ids, default=0)
+            if index not in layers or highest >= num_experts:
                 raise ValueError(
-                    f"the expert config names layer {layer}, but the model's MoE layers are {min(layers)} to "
-                    f"{max(layers)}: it was made for another model"
-                )
-            if max(ids, default=0) >= (num_experts := layers[layer].num_experts):
-                raise ValueError(
-                    f"the expert config names expert {max(ids)} of layer {layer}, which has {num_experts} (0 to "
-                    f"{num_experts - 1}): it was made for another model"
+                    f"it was made for another model: it names expert {highest} of layer {index}, and this model's MoE "
+                    f"layers are {first} to {last}, with experts 0 to {num_experts - 1}"
                 )
 
 
@@ -296,16 +278,13 @@ def select_experts(
         ValueError: the strategy or the score is unknown, or a value is out of its range.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(
-            f"unknown strategy {strategy!r}{suggest(strategy, STRATEGIES)}: one of {', '.join(STRATEGIES)}"
-        )
-    for name, value in (("top_p", top_p), ("fraction", fraction)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} is {value}, expected a number above 0 and up to 1")
+        known = ", ".join(STRATEGIES)
+        raise ValueError(f"unknown strategy {strategy!r}{suggest(strategy, STRATEGIES)}: one of {known}")
     score_LE, generator = scores[score_function], random.Random(seed)
-    num_experts = min(map(len, score_LE.values()))
-    if top_k < 1 or (strategy == "topk" and top_k > num_experts):
-        raise ValueError(f"top_k is {top_k}, expected a number from 1 to {num_experts}, the experts of a layer")
+    most = min(map(len, score_LE.values())) if strategy == "topk" else math.inf
+    for name, value, limit in (("top_p", top_p, 1), ("fraction", fraction, 1), ("top_k", top_k, most)):
+        if not 0 < value <= limit:
+            raise ValueError(f"{name} is {value}, expected a number above 0 and up to {limit}")
     experts: dict[int, tuple[int, ...]] = {}
     for layer, score_E in sorted(score_LE.items()):
         ranked = sorted(score_E, key=lambda e: (-score_E[e], e))
@@ -411,19 +390,16 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing was trained or loaded, or not all experts are here in the model's dtype.
     """
-    if any(layer.frozen for layer in moe_layers(model).values()):
-        raise ValueError("the frozen experts are stored otherwise than in the base: save the adapter and merge that "
-                         "on disk, with scripts/merge_adapter.py")  # fmt: skip
+    if any(layer.frozen or layer.shard for layer in moe_layers(model).values()):
+        raise ValueError("not all experts are here as in the base: save the adapter and merge that on disk, with "
+                         "scripts/merge_adapter.py")  # fmt: skip
     _release(model, _state(model))
     return model
 
 
 def _release(model: nn.Module, state: _State) -> None:
-    layers = moe_layers(model).values()
-    if state.training and any(layer.shard for layer in layers):
-        raise ValueError("the trained experts lie on several ranks: save the adapter, and merge that on disk")
     if state.training:
-        for layer in layers:
+        for layer in moe_layers(model).values():
             if layer.trained:
                 release_experts(layer)
         release_parameters(model)
@@ -470,15 +446,11 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         ValueError, FileNotFoundError: there is no adapter; a tensor is missing, unknown, truncated or of another shape;
             the adapter is of another base; a loaded adapter already holds one of its experts.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"adapter {folder}: no such folder{suggest_path(folder)}")
     if is_lora(folder):
         return merge_lora(model, folder)
     config = ExpertConfig.load(folder)
-    try:
+    with named(f"adapter {folder}"):
         state, loaded = _read_checked(model, folder, config)
-    except ValueError as error:
-        raise ValueError(f"adapter {folder}: {error}") from error
     layers = moe_layers(model).values()
     if not state.training:
         for layer in layers:

@@ -8,7 +8,6 @@
 
 import contextlib
 import hashlib
-import json
 import re
 import warnings
 from collections import defaultdict
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
+from deepseek.files import read_json
 from deepseek.masters import DTYPE_OF_BASE, trained_parameter
 
 CONFIG_NAME = "expert_cfg.json"
@@ -138,14 +138,14 @@ def base_note(model: nn.Module, router: str) -> dict:
 def check_base(model: nn.Module, folder: str | Path) -> None:
     """Raise ValueError if an adapter's note says that it was made for another base than `model`."""
     path = Path(folder) / (BASE_NAME if is_lora(folder) else CONFIG_NAME)
-    base = json.loads(path.read_text(encoding="utf-8")).get("base") if path.is_file() else None
+    base = read_json(path).get("base") if path.is_file() else None
     base = base if isinstance(base, dict) else {}  # a note that someone else wrote
-    state = find_state(model)
+    state, model_type = find_state(model), model.config.model_type
     router = state.router if state else router_fingerprint(model)
-    if base.get("model_type", model.config.model_type) != model.config.model_type:
-        raise ValueError(f"it was made for a {base['model_type']} model, this one is {model.config.model_type}")
-    if base.get("router") and router and base["router"] != router:
-        raise ValueError("it was trained on another base model: the routers' weights differ")
+    other_type = base.get("model_type", model_type) != model_type
+    if other_type or (router and base.get("router", router) not in ("", router)):
+        how = f"a {base['model_type']} model, this one is {model_type}" if other_type else "the routers' weights differ"
+        raise ValueError(f"it was trained on another base model: {how}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -155,10 +155,10 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
 def read_adapter(
     folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Return the tensors of an adapter folder by the names in `expected`. See `find_adapter_tensors`.
+    """Return the tensors of an adapter folder by the names in `expected`.
 
     Raises:
-        ValueError, FileNotFoundError: as from `find_adapter_tensors`, and for NaN or infinite values.
+        ValueError: as from `find_adapter_tensors`, and for NaN or infinite values.
     """
     found, loaded = find_adapter_tensors(folder, expected, skipped), {}
     for path in sorted({path for path, _ in found.values()}):
@@ -177,35 +177,29 @@ def find_adapter_tensors(
     A key may lack the leading "model.". Tensors named in `skipped` may be there too.
 
     Raises:
-        ValueError, FileNotFoundError: there is no file, or a damaged one; a tensor is missing, unknown, of another
-            shape than in `expected`, or not of a dtype in `DTYPES`.
+        ValueError: a file is damaged; a tensor is missing, unknown, there twice, of another shape than in `expected`,
+            or not of a dtype in `DTYPES`.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} is not an adapter: there is no *.safetensors in it")
-    found: dict[str, tuple[Path, str]] = {}
-    for path in files:
+    places: dict[str, list[tuple[Path, str]]] = {name: [] for name in expected}
+    for path in sorted(Path(folder).glob("*.safetensors")):
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 name = key if key in expected or key in skipped else f"model.{key}"
-                if name in skipped:
-                    continue
-                if name not in expected:
-                    raise ValueError(f"{path.name}: {key} is not in its {CONFIG_NAME} or not in this model")
-                if name in found:
-                    raise ValueError(f"{path.name}: {key} is in this folder twice; keep one adapter per folder")
-                header, wanted = file.get_slice(key), tuple(expected[name].shape)
-                if header.get_dtype() not in DTYPES:
-                    known = ", ".join(DTYPES)
-                    raise ValueError(f"{path.name}: {key} is stored as {header.get_dtype()}, expected {known}")
-                if (shape := tuple(header.get_shape())) != wanted:
-                    raise ValueError(
-                        f"{name} has shape {shape}, this model's is {wanted}: it was made for another base"
-                    )
-                found[name] = (path, key)
-    if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{missing[0]} is missing")
-    return found
+                if name in expected:
+                    header, wanted = file.get_slice(key), tuple(expected[name].shape)
+                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                    if shape != wanted or dtype not in DTYPES:
+                        wanted = f"{wanted} in {', '.join(DTYPES)}"
+                        raise ValueError(f"{name} has shape {shape} in {dtype}, this model's is {wanted}")
+                if name not in skipped:
+                    places.setdefault(name, []).append((path, key))
+    for name, found in places.items():
+        if len(found) != (name in expected):
+            files = ", ".join(path.name for path, _ in found) or "*.safetensors"
+            unknown = f"not in its {CONFIG_NAME} or not in this model"
+            problem = unknown if name not in expected else "there twice" if found else "missing"
+            raise ValueError(f"{name} is {problem} ({files})")
+    return {name: found[0] for name, found in places.items()}
 
 
 @contextlib.contextmanager
@@ -242,17 +236,14 @@ def is_lora(folder: str | Path) -> bool:
 
 def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """Merge a LoRA adapter of peft into the model, for good."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        hint = "python -m pip install -c constraints.txt peft"
-        raise ValueError(f"adapter {folder} is a LoRA, which needs peft: {hint}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft makes patterns for the fused experts, and then finds them unused
         try:
+            from peft import PeftModel
+
             check_base(model, folder)
             return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
         except Exception as error:  # a damaged folder makes peft raise almost anything
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            kind = "" if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: "
             reason = f"{kind}{error}".strip().split("\n")[0]
-            raise ValueError(f"adapter {folder} is not a LoRA of this model ({reason})") from error
+            raise ValueError(f"cannot merge the LoRA adapter {folder}: {reason}") from error

@@ -35,8 +35,7 @@ class RouterCounts:
     sums: dict[str, Tensor]
 
     def __add__(self, other: "RouterCounts") -> "RouterCounts":
-        if (self.top_k, self.layers) != (other.top_k, other.layers):
-            raise ValueError("cannot add counts of different models: their layers or their top-k differ")
+        assert (self.top_k, self.layers) == (other.top_k, other.layers), "these are counts of different models"
         sums = {kind: sums_LE + other.sums[kind] for kind, sums_LE in self.sums.items()}
         return RouterCounts(self.top_k, self.tokens + other.tokens, self.layers, sums)
 
@@ -52,8 +51,8 @@ class RouterCapture:
     through a softmax. Routers that return probabilities already are taken as they are.
 
     Raises:
-        ValueError: the model has no fused experts, or no router logits for `prob`. From `counts`: a layer's hook never
-            fired, or missed some tokens, or saw NaN.
+        ValueError: the model has no fused experts, or no router logits for `prob`. From `counts`: a layer's hook missed
+            tokens, or saw NaN.
     """
 
     def __init__(self, model: nn.Module, prob: bool = False):
@@ -92,12 +91,9 @@ class RouterCapture:
     def _count(self, layer: MoELayer):
         def hook(_module, args) -> None:
             _, ids_TK, weights_TK, *_ = args
-            T, K = ids_TK.shape
-            self._top_k[layer.index] = K
-            if self._mask is not None and len(self._mask) != T:
-                raise ValueError(f"the token mask has {len(self._mask)} tokens, the forward {T}")
-            ones_T = torch.ones(T, dtype=torch.int64, device=ids_TK.device)
-            keep_T = ones_T if self._mask is None else self._mask.to(ids_TK.device, torch.int64)
+            T, self._top_k[layer.index] = ids_TK.shape
+            mask_T = torch.ones(T) if self._mask is None else self._mask
+            keep_T = mask_T.to(ids_TK.device, torch.int64)
             slots_N = (keep_T[:, None] * (weights_TK != 0)).reshape(-1)  # in ZAYA, weight 0 skips the expert
             gates_N = (weights_TK.detach().double() * RouterCounts.UNIT).round().long().reshape(-1) * slots_N
             ids_N = ids_TK.reshape(-1)
@@ -130,10 +126,9 @@ class RouterCapture:
         """Return the counts so far, in host memory."""
         tokens = {index: int(self._sums.get(("tokens", index), 0)) for index in self.layers}
         for index, layer in self.layers.items():
-            if index not in self._top_k:
-                raise ValueError(f"cannot score layer {index}: its experts ({layer.name}) were never called")
-            if tokens[index] != max(tokens.values()) or self._top_k[index] != max(self._top_k.values()):
-                raise ValueError(f"layer {index} saw {tokens[index]} tokens where another saw {max(tokens.values())}")
+            if index not in self._top_k or tokens[index] != max(tokens.values()):
+                seen = f"{tokens[index]} of {max(tokens.values())} tokens"
+                raise ValueError(f"cannot score layer {index}: its experts ({layer.name}) saw {seen}")
             if unsound := int(self._sums["unsound", index]):
                 raise ValueError(
                     f"cannot score layer {index}: the gate weights of {unsound} tokens are not finite. The model is "
@@ -161,7 +156,7 @@ def _routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[n
 # --------------------------------------------------------------------------------------------------------------------
 # the released logs
 
-Line = tuple[str, list[int], list[float]]  # "file:line", expert ids and gate weights of one forward
+Line = tuple[Path, int, list[int], list[float]]  # file, number in it, expert ids and gate weights of one forward
 
 
 def read_logs(folder: Path) -> list[RouterCounts]:
@@ -171,15 +166,15 @@ def read_logs(folder: Path) -> list[RouterCounts]:
     say what K and E are. E is the highest id of all layers plus one. K is found by `_find_top_k`.
     """
     lines_L = _read_ranks(folder)
-    top_k = _find_top_k([ids for lines in lines_L.values() for _, ids, _ in lines])
-    num_experts = 1 + max(max(ids) for lines in lines_L.values() for _, ids, _ in lines)
+    top_k = _find_top_k([ids for lines in lines_L.values() for *_, ids, _ in lines])
+    num_experts = 1 + max(max(ids) for lines in lines_L.values() for *_, ids, _ in lines)
     counts = []
     for forward in zip(*lines_L.values()):
-        for where, ids, _ in forward:
+        for path, number, ids, _ in forward:
             if _repeats(ids, top_k):
-                raise ValueError(f"{where}: a token has one expert twice among its {top_k}: the log is damaged")
-        ids_LN = torch.tensor([ids for _, ids, _ in forward])
-        gates_LN = torch.tensor([gates for _, _, gates in forward], dtype=torch.float64)
+                raise ValueError(f"{path}:{number}: a token has one expert twice among its {top_k}: the log is damaged")
+        ids_LN = torch.tensor([ids for *_, ids, _ in forward])
+        gates_LN = torch.tensor([gates for *_, gates in forward], dtype=torch.float64)
         zeros_LE = torch.zeros(len(forward), num_experts, dtype=torch.int64)
         sums = {
             "slots": zeros_LE.scatter_add(1, ids_LN, torch.ones_like(ids_LN)),
@@ -207,44 +202,33 @@ def _repeats(ids: list[int], top_k: int) -> int:
 def _read_ranks(folder: Path) -> dict[int, list[Line]]:
     """Return the lines of all ranks by layer. Raise ValueError or FileNotFoundError where the logs do not match."""
     lines_L: dict[int, list[Line]] = {}
-    ranks = sorted(path for path in folder.glob("rank_*") if path.is_dir()) or [folder]
-    for rank in ranks:
-        found = ((re.fullmatch(r"expert_weights_(\d+)\.txt", path.name), path) for path in rank.iterdir())
-        files = dict(sorted((int(match[1]), path) for match, path in found if match))
-        if not files:
-            raise FileNotFoundError(f"{rank}: no summary.json and no expert_weights_<layer>.txt in it")
-        if lines_L and files.keys() != lines_L.keys():
-            odd = min(files.keys() ^ lines_L.keys())
-            raise ValueError(f"{rank}: layer {odd} is logged by some ranks and not by others; compute the logs again")
-        first: list[int] = []
-        for layer, path in files.items():
-            lines = _read_log(path)
-            sizes = [len(ids) for _, ids, _ in lines]
-            first = first or sizes
-            if sizes != first:
-                raise ValueError(
-                    f"{path}: its {len(sizes)} forwards ({sum(sizes)} slots) are not those of the first layer "
-                    f"({len(first)}, {sum(first)}): truncated, or mixed up with another run"
-                )
-            lines_L.setdefault(layer, []).extend(lines)
-    return lines_L
+    for rank in sorted(path for path in folder.glob("rank_*") if path.is_dir()) or [folder]:
+        for path in rank.iterdir():
+            if match := re.fullmatch(r"expert_weights_(\d+)\.txt", path.name):
+                lines_L.setdefault(int(match[1]), []).extend(_read_log(path))
+    if not any(lines_L.values()):
+        raise FileNotFoundError(f"{folder}: no summary.json in it and no line in any expert_weights_<layer>.txt")
+    shapes_L = {layer: [(path.parent, len(ids)) for path, _, ids, _ in lines] for layer, lines in lines_L.items()}
+    first = min(lines_L)
+    if odd := [layer for layer in sorted(lines_L) if shapes_L[layer] != shapes_L[first]]:
+        raise ValueError(
+            f"{folder}: layers {first} and {odd[0]} do not log the same forwards ({len(shapes_L[first])} and "
+            f"{len(shapes_L[odd[0]])} lines): a log is truncated, missing, or of another run"
+        )
+    return dict(sorted(lines_L.items()))
 
 
 def _read_log(path: Path) -> list[Line]:
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        where = f"{path}:{number}"
-        left, tab, right = line.strip().partition("\t\t")
+        left, _, right = line.strip().partition("\t\t")
         try:
             ids, gates = [int(x) for x in left.split("\t")], [float(x) for x in right.split("\t")]
-        except ValueError as error:
-            raise ValueError(f"{where}: not a line of the routing log ({error}): truncated, or not a log") from error
-        if not tab or len(ids) != len(gates):
-            raise ValueError(f"{where}: {len(ids)} expert ids but {len(gates)} gate weights: the line is truncated")
-        bad = next((g for g in gates if not math.isfinite(g) or g < 0), None)
-        if bad is not None or min(ids) < 0:
-            raise ValueError(f"{where}: {min(ids) if bad is None else bad} is not an expert id or gate weight")
-        lines.append((where, ids, gates))
-    if not lines:
-        raise ValueError(f"{path}: the log is empty; compute it again")
+            sound = len(ids) == len(gates) and min(ids) >= 0 and all(0 <= gate < math.inf for gate in gates)
+        except ValueError:
+            sound = False
+        if not sound:
+            expected = "expert ids, two tabs, and as many gate weights, all from 0"
+            raise ValueError(f"{path}:{number}: expected {expected}: the line is truncated, or the file is not a log")
+        lines.append((path, number, ids, gates))
     return lines
