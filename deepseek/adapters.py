@@ -243,7 +243,10 @@ def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
 
             check_base(model, folder)
             return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
+        except ImportError as error:
+            hint = "python -m pip install -c constraints.txt peft"
+            raise ValueError(f"cannot merge the LoRA adapter {folder}: {error}. It needs peft: {hint}") from error
         except Exception as error:  # a damaged folder makes peft raise almost anything
-            kind = "" if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: "
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             reason = f"{kind}{error}".strip().split("\n")[0]
             raise ValueError(f"cannot merge the LoRA adapter {folder}: {reason}") from error

@@ -172,7 +172,7 @@ REFUSED = {
         change_adapter(lambda t: t.update({UP.replace("5", "6"): t[UP].clone()})),
         r"experts\.6\.up_proj\.weight is not in its expert_cfg",
     ),
-    "an adapter of whole numbers": (retype("adapter", torch.int8), rf"{UP} is stored as I8, expected F64, F32"),
+    "an adapter of whole numbers": (retype("adapter", torch.int8), rf"{UP} has shape .* in I8, this .* in F64, F32"),
     "a base in fp8": (retype("base", torch.float8_e4m3fn), rf"into {UP} of the base: it is F8_E4M3"),
     "other routers": (other_base(seed=1), "routers' weights differ"),
     "fewer layers": (other_base(num_hidden_layers=2), "layer 2"),

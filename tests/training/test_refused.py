@@ -58,7 +58,7 @@ WRONG = [
     ({"base_model_path": "bare"}, "cannot be loaded|tokenizer"),
     ({"base_model_path": "fp8", "method": "full"}, "is stored in fp8, which method full cannot train"),
     ({"expert_config": "none.json"}, "no such expert config"),
-    ({"expert_config": "layer9.json"}, "names layer 9"),
+    ({"expert_config": "layer9.json"}, "of layer 9"),
     ({"expert_config": "expert8.json"}, "names expert 8 of layer 1"),
     ({"expert_config": None, "method": "random"}, "needs --expert_config"),
     ({"eval_steps": 2, "validation_fraction": 0}, "needs a validation set"),
