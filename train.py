@@ -19,6 +19,8 @@ the step at work, with a checkpoint and exit code 143 or 130.
 import dataclasses
 import functools
 import logging
+import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -64,8 +66,6 @@ def run(config: RunConfig) -> dict:
 
     tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
     packs, eval_packs = ranks.on_rank_zero(lambda: load_data(tokenizer, config))
-    if args.eval_strategy != "no" and not eval_packs:
-        raise SharedError(f"eval_strategy={args.eval_strategy} needs a validation set: raise validation_fraction")
     if to_select and not checkpoint:
         ranks.on_rank_zero(lambda: score_and_select(config))
 
@@ -111,8 +111,9 @@ def finish_run(
     best = f" at step {results['best_step']}, the best" if trainer.args.load_best_model_at_end else ""
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
-    where = f"{kind} in {config.output_dir}; next: python eval_multigpu.py --model={config.output_dir}"
-    logger.info(f"{results['steps']} steps{loss}; {where}")
+    logger.info(f"{results['steps']} steps{loss}; {kind} in {config.output_dir}")
+    script = os.path.relpath(utils.ROOT / "eval_multigpu.py")
+    logger.info("next: " + shlex.join(["python", script, f"--model={config.output_dir}"]))
     return results
 
 

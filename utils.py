@@ -141,16 +141,15 @@ def run_command(
     )
     try:
         printed, told = process.communicate()
-    except BaseException:
-        process.terminate()
+    finally:
+        process.terminate()  # does nothing after the command has ended
         process.wait()
-        raise
     if process.returncode and quiet:
         lines = [line for line in told.splitlines() if line.strip()] or ["it printed no error"]
         reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
         raise ChildProcessError(f"cannot run {' '.join(words)}: {reason.removeprefix('error: ')}")
     if process.returncode:
-        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+        sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     return printed
 
 

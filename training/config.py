@@ -122,10 +122,22 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     for key in ("label_smoothing_factor", "validation_fraction"):
         if not 0 <= values.get(key, 0) <= 1:
             yield f"{key}={values[key]} is not between 0 and 1"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        yield "torch sees no GPU for device=cuda. Give device=cpu or mend the installation"
+    reports = values.get("report_to") or []
+    for name in [reports] if isinstance(reports, str) else reports:
+        if name not in ("none", "all", *get_available_reporting_integrations()):
+            yield f"report_to={name} is not installed. Give report_to=none or install it"
+    if values.get("eval_strategy", "no") != "no" and not config.validation_fraction:
+        yield f"eval_strategy={values['eval_strategy']} needs a validation set. Raise validation_fraction"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
     if config.global_batch_size and "gradient_accumulation_steps" in config.training:
         yield "global_batch_size sets gradient_accumulation_steps. Give one of them"
+    batch = _batch_split(config)
+    if batch and batch["gradient_accumulation_steps"] % 1:
+        size = batch["per_device_train_batch_size"]
+        yield f"global_batch_size={config.global_batch_size} cannot be shared out in batches of {size}. Change it"
     if config.method in ("full", "lora"):
         changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen") if values[key]]
         changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
@@ -252,38 +264,28 @@ def _make_config(values: dict[str, object]) -> RunConfig:
     return RunConfig(**{key: value for key, value in values.items() if key in ours}, training=training)
 
 
-def _batch_split(config: RunConfig) -> dict[str, int]:
-    """Return the batch of a process and the accumulation that `global_batch_size` comes to."""
+def _batch_split(config: RunConfig) -> dict[str, float]:
+    """Return the keys that `global_batch_size` sets. An uneven split gives a fraction as the accumulation."""
     if config.global_batch_size is None:
         return {}
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    share = config.global_batch_size / processes
+    share = config.global_batch_size / int(os.environ.get("WORLD_SIZE", 1))
     size = min(config.training.get("per_device_train_batch_size", 8), max(int(share), 1))
-    if share % size:
-        raise ValueError(
-            f"global_batch_size={config.global_batch_size} cannot be shared out evenly to {processes} processes in "
-            f"batches of {size}: change it, per_device_train_batch_size or the number of processes"
-        )
-    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": int(share) // size}
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": share / size}
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
     """Return the TrainingArguments of a run. Under torchrun this needs the process group, so it comes after `join`."""
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ValueError("cannot use device=cuda: torch sees no GPU. Give device=cpu or mend the installation")
+    batch = {key: int(value) for key, value in _batch_split(config).items()}
     try:
         args = TrainingArguments(
-            **{**config.training, **_batch_split(config)},
+            **{**config.training, **batch},
             output_dir=config.output_dir,
-            use_cpu=config.device == "cpu" or not cuda,
+            use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
             save_only_model=not config.save_opt_states,
         )
         tried = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
         get_scheduler(args.lr_scheduler_type, tried, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
     except (TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"the training arguments do not fit: {error}") from error
-    if args.report_to and (missing := set(args.report_to) - {*get_available_reporting_integrations()}):
-        raise ValueError(f"report_to={missing.pop()} is not installed: give report_to=none or install it")
+        raise ValueError(f"cannot start this run: {error}") from error
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun, never for nn.DataParallel
     return args

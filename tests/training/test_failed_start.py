@@ -15,7 +15,7 @@ from tests.rank_helpers import rank_arguments, told, train_on
         ("weights", r"weights' cannot be loaded"),
         ("config", r"config' cannot be loaded"),
         ("tokenizer", r"tokenizer' cannot be loaded"),
-        ("argument", r"the training arguments do not fit"),
+        ("argument", r"cannot start this run: "),
         ("batch", r"global_batch_size=3 cannot be shared out"),
         ("optimizer", r"lomo"),
     ],

@@ -51,7 +51,7 @@ WRONG = [
     ({"train_dataset": "role.jsonl"}, r"role.jsonl:2.*role"),
     ({"train_dataset": "empty.jsonl"}, r"empty.jsonl:2"),
     ({"seq_length": 8}, "more than seq_length=8"),
-    ({"train_dataset": "long.jsonl", "validation_fraction": 0}, "sample 7 has"),
+    ({"train_dataset": "long.jsonl", "validation_fraction": 0, "eval_steps": None}, "sample 7 has"),
     ({"output_dir": "file/out"}, "cannot be written"),
     ({"base_model_path": "dense"}, "dense model"),
     ({"base_model_path": "none"}, "no such folder"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import esft
+import eval_multigpu
 from deepseek.files import write_json
 from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same
 from training import data
@@ -24,6 +26,15 @@ def test_output_is_pleasant(files, start, capsys, recwarn):
         assert re.search(r"6/6 .*loss=.*tokens/s=.*validation=", shown.err)
         assert "Writing" not in shown.err and "arn" not in shown.err.replace("learn", "")
     assert not [str(w.message) for w in recwarn]
+
+
+def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkeypatch):
+    monkeypatch.chdir(start.folder)
+    start("my run", max_steps=1)
+    _, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert Path(script).resolve() == ROOT / "eval_multigpu.py"
+    eval_multigpu.main([*flags, "--max_new_tokens=2"])
+    assert list(start.folder.glob("results/completions/my run.*.summary.json"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start, monkeypatch, capsys, tiny_tokenizer):
