@@ -101,12 +101,10 @@ def page(folders: list[str | Path], count: int = 2, seed: int = 0) -> str:
     """Return the HTML of a report, with `count` questions of each kind.
 
     Raises:
-        ValueError, FileNotFoundError: a folder that is no run, is given twice, or has a damaged file.
+        ValueError, FileNotFoundError: a folder that is not a run, or has a damaged file.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     names = [path.resolve().name for path in paths]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("cannot make a report: a folder is given twice. Give each once.")
     names = names if len(set(names)) == len(names) else list(map(str, paths))
     runs = [read_run(path, name, f"{name}/" if len(paths) > 1 else "") for path, name in zip(paths, names)]
     models = [model for run in runs for model in run.trained]
@@ -136,8 +134,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
     output = Path(args.output or Path(args.runs[0]) / "report.html")
-    if output.suffix not in (".html", ".htm"):
-        raise ValueError(f"cannot write --output {output}: it does not end in .html. Give another name.")
     text = page(args.runs, args.n_samples, args.seed)
     check_output(output)
     write_text(output, text)

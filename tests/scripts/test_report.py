@@ -364,6 +364,5 @@ def test_what_is_no_run_is_one_sentence(break_it, sentence, run, tmp_path, capsy
     assert not output.exists()
 
 
-def test_a_folder_given_twice_is_refused(run):
-    with pytest.raises(ValueError, match="given twice"):
-        page(run, run / ".." / "mine")
+def test_a_folder_given_twice_is_shown_once(run):
+    assert page(run / ".." / "mine", run).source == page(run).source
