@@ -22,10 +22,12 @@ the optimizer's step, favors ESFT. The time says what arithmetic is saved. It is
 import argparse
 import bisect
 import dataclasses
+import functools
 import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,38 +36,43 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import moe_layers
-from esft import ExpertConfig, ExpertScores, select_experts
+from esft import ExpertConfig, ExpertScores, adapter_views, select_experts
 from evaluation.selection import short_name
 from scripts.expert.generate_expert_config import check_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, Estimator, MemorySettings
 from training.published_models import open_model
 from utils import command_parser, markdown_table, positive, run_cli
 
-SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 STEP = 0.01  # of top_p, in the search for what fits
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
+    sweep = [0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="a folder with config.json, a hub id, or "
         "a name of configs/published.json")  # fmt: skip
-    add("--top_p", type=float, nargs="+", default=SWEEP, metavar="P", help="sums of scores to preview, each "
-        f"above 0 and up to 1 (default: {' '.join(map(str, SWEEP))})")  # fmt: skip
+    add(
+        "--top_p",
+        type=float,
+        nargs="+",
+        default=sweep,
+        metavar="P",
+        help="sums of scores to reach (default: %(default)s)",
+    )
     add("--budget_gb", type=float, metavar="GB", help="memory of a GPU in GiB: find the largest top_p that fits")
-    add("--seq_length", type=positive, default=4096, metavar="T", help="tokens of a pack (default: 4096)")
-    add("--per_device_train_batch_size", "--batch_size", type=positive, default=1, metavar="N", help="packs of a "
-        "micro batch (default: 1)")  # fmt: skip
-    add("--one_micro_batch", action="store_true", help="a step has one micro batch (default: several, and gradients "
-        "are kept between them)")  # fmt: skip
+    add("--seq_length", type=positive, default=4096, metavar="N", help="tokens of a pack (default: 4096)")
+    add("--per_device_train_batch_size", "--batch_size", dest="batch_size", type=positive, default=1,
+        metavar="N", help="packs of a micro batch (default: 1)")  # fmt: skip
+    add("--one_micro_batch", dest="accumulation", action="store_false", help="a step has one micro batch (default: "
+        "several, and gradients are kept between them)")  # fmt: skip
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights (default: bfloat16)")
     add("--activation_checkpointing", action="store_true", help="recompute activations (default: save them)")
     add("--ep_size", type=positive, default=1, metavar="N", help="GPUs that share the experts (default: 1)")
     add("--frozen_dtype", choices=FROZEN_BYTES, help="dtype of the frozen experts (default: that of the weights)")
     add("--offload_frozen", action="store_true", help="keep the frozen experts in host memory")
-    add("--optim", choices=OPTIMIZERS, default="adamw_torch_fused", metavar="NAME", help="transformers' name "
-        "(default: adamw_torch_fused)")  # fmt: skip
+    add("--optim", choices=OPTIMIZERS, default="adamw_torch_fused", metavar="NAME", help="default: %(default)s")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="the device to estimate for (default: cuda)")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
@@ -98,58 +105,33 @@ def relative_time(model: nn.Module, scores: ExpertScores, config: ExpertConfig, 
     return (forward + (forward - below) + trained + again) / (3 * forward + again)
 
 
-class Preview:
-    """Estimates for one model and its scores."""
+def preview(model: nn.Module, scores: ExpertScores, settings: MemorySettings, function: str, top_p: float) -> dict:
+    """Return what `top_p` of a score selects, and what it costs to train."""
+    config = select_experts(scores, score_function=function, top_p=top_p)
+    counts = [len(ids) for ids in config.experts.values()]
+    trained = sum(view.numel() for view in adapter_views(model, config).values())
+    memory = Estimator(model, "esft", config).estimate(settings)
+    return {
+        "score_function": function,
+        "top_p": top_p,
+        "experts": sum(counts),
+        "experts_min": min(counts),
+        "experts_max": max(counts),
+        "trained_parameters": trained,
+        "share": trained / sum(param.numel() for param in model.parameters()),
+        "adapter_bytes": 2 * trained,
+        "gradient_bytes": memory.gradients,
+        "optimizer_bytes": memory.optimizer,
+        "peak_bytes": memory.peak,
+        "relative_step_time": relative_time(model, scores, config, settings.activation_checkpointing),
+    }
 
-    def __init__(self, model: nn.Module, scores: ExpertScores, args: argparse.Namespace):
-        self.model, self.scores = model, scores
-        same = ("seq_length", "dtype", "ep_size", "frozen_dtype", "offload_frozen", "optim", "activation_checkpointing")
-        self.settings = MemorySettings(
-            **{name: getattr(args, name) for name in (*same, "device")},
-            batch_size=args.per_device_train_batch_size,
-            accumulation=not args.one_micro_batch,
-            world_size=args.ep_size,
-        )
-        self.total = sum(param.numel() for param in model.parameters())
-        self.each_L = {  # parameters of an expert
-            index: sum(view.numel() for view in layer.expert_shapes().values())
-            for index, layer in moe_layers(model).items()
-        }
-        self._kept: dict = {}
 
-    def row(self, function: str, top_p: float) -> dict:
-        """Return what `top_p` of a score selects, and what it costs to train."""
-        config = select_experts(self.scores, score_function=function, top_p=top_p)
-        key = tuple(config.experts.items())
-        if key not in self._kept:
-            checkpointing = self.settings.activation_checkpointing
-            counts = [len(ids) for ids in config.experts.values()]
-            trained = sum(len(ids) * self.each_L[layer] for layer, ids in config.experts.items())
-            memory = Estimator(self.model, "esft", config).estimate(self.settings)
-            self._kept[key] = {
-                "experts": sum(counts),
-                "experts_min": min(counts),
-                "experts_max": max(counts),
-                "trained_parameters": trained,
-                "share": trained / self.total,
-                "adapter_bytes": 2 * trained,
-                "gradient_bytes": memory.gradients,
-                "optimizer_bytes": memory.optimizer,
-                "peak_bytes": memory.peak,
-                "relative_step_time": relative_time(self.model, self.scores, config, checkpointing),
-            }
-        return {"score_function": function, "top_p": top_p, **self._kept[key]}
-
-    def full_peak(self) -> int:
-        """Return the peak in bytes of full fine-tuning on one device."""
-        alone = dataclasses.replace(self.settings, world_size=1, ep_size=1, frozen_dtype=None, offload_frozen=False)
-        return Estimator(self.model, "full").estimate(alone).peak
-
-    def largest(self, function: str, budget: int) -> dict | None:
-        """Return the row of the largest top_p, in steps of `STEP`, whose peak is within `budget` bytes, or None."""
-        top_ps = [round(n * STEP, 4) for n in range(1, round(1 / STEP) + 1)]
-        fitting = bisect.bisect_right(top_ps, budget, key=lambda top_p: self.row(function, top_p)["peak_bytes"])
-        return self.row(function, top_ps[fitting - 1]) if fitting else None
+def largest(row_of: Callable[[float], dict], budget: int) -> dict | None:
+    """Return the row of the largest top_p, in steps of `STEP`, whose peak is within `budget` bytes, or None."""
+    top_ps = [round(n * STEP, 4) for n in range(1, round(1 / STEP) + 1)]
+    fitting = bisect.bisect_right(top_ps, budget, key=lambda top_p: row_of(top_p)["peak_bytes"])
+    return row_of(top_ps[fitting - 1]) if fitting else None
 
 
 def format_rows(rows: list[dict]) -> str:
@@ -183,14 +165,22 @@ def main(argv: list[str] | None = None) -> dict:
     model = open_model(args.base_model_path)
     for function in scores.by_function:
         check_scores(scores, model, args.expert_scores_dir, function)
-    preview = Preview(model, scores, args)
-    rows = [preview.row(function, p) for function in scores.by_function for p in sorted(set(args.top_p))]
-    result: dict = {"model": args.base_model_path, "expert_scores": args.expert_scores_dir, "rows": rows}
-    result |= {"parameters": preview.total, "settings": vars(preview.settings), "full_peak_bytes": preview.full_peak()}
-    result["budget"] = None
+    known = {field.name for field in dataclasses.fields(MemorySettings)}
+    settings = MemorySettings(world_size=args.ep_size, **{k: v for k, v in vars(args).items() if k in known})
+    row_of = {name: functools.partial(preview, model, scores, settings, name) for name in scores.by_function}
+    alone = dataclasses.replace(settings, world_size=1, ep_size=1, frozen_dtype=None, offload_frozen=False)
+    result: dict = {
+        "model": args.base_model_path,
+        "expert_scores": args.expert_scores_dir,
+        "rows": [row(top_p) for row in row_of.values() for top_p in sorted(set(args.top_p))],
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "settings": vars(settings),
+        "full_peak_bytes": Estimator(model, "full").estimate(alone).peak,
+        "budget": None,
+    }
     if args.budget_gb is not None:
         budget = int(args.budget_gb * 2**30)
-        found = {function: preview.largest(function, budget) for function in scores.by_function}
+        found = {function: largest(row, budget) for function, row in row_of.items()}
         commands = {name: command(row, args, scores.meta.get("dataset")) for name, row in found.items() if row}
         result["budget"] = {"bytes": budget, "largest": found, "commands": commands}
     print(json.dumps(result, indent=2) if args.json else format_preview(result))
