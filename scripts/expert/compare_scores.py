@@ -22,10 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output, read_json
-from esft import CONFIG_NAME, SCORE_FUNCTIONS, ExpertConfig, ExpertScores, select_experts
+from esft import CONFIG_NAME, ExpertConfig, ExpertScores, select_experts
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
-from scripts.expert.generate_expert_config import default_top_p, split_list
+from scripts.expert.generate_expert_config import add_score_flags, default_top_p, split_list
 from utils import command_parser, markdown_table, positive, run_cli
 
 
@@ -34,14 +34,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--expert_scores_dir", required=True, nargs="+", metavar="DIR", help="one folder of get_expert_scores.py or of "
         "the released raw logs; or several scores, expert configs (.json) or adapters")  # fmt: skip
-    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="the score that selects experts and is "
-        "correlated (default: token)")  # fmt: skip
-    add("--top_p", type=float, metavar="P", help="sum of scores to reach in each layer, above 0 and up to 1 (default: "
-        "the paper's, 0.2, for gate 0.1)")  # fmt: skip
+    add_score_flags(parser)
     add("--n_bootstrap", type=positive, default=1000, metavar="N", help="one folder: draws (default: 1000)")
     add("--seed", type=int, default=0, metavar="N", help="one folder: seed of the draws (default: 0)")
-    add("--num_experts", type=positive, metavar="N", help="several: experts of a layer, needed if there are only "
-        "expert configs (no default)")  # fmt: skip
+    add("--num_experts", type=positive, metavar="N", help="several: experts of a layer, if all are expert configs")
     add("--output_path", metavar="FILE", help="a picture to write (.png; default: none)")
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)

@@ -48,20 +48,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "file; several give the union of their selections")  # fmt: skip
     add("--output_path", required=True, metavar="FILE", help="the expert config to write (.json)")
     add("--eval_dataset", metavar="NAME[,NAME]", help="name of the task of each scores dir, for the table")
-    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="share of the routed slots, gate weight per "
-        "token, or router probability over all experts (default: token)")  # fmt: skip
     add("--strategy", choices=TAKES, default="cumulative", help="see above (default: cumulative)")
-    add("--top_p", type=float, metavar="P", help="cumulative and its controls: the sum of scores to reach in each "
-        "layer, above 0 and up to 1 (default: 0.2, for gate 0.1)")  # fmt: skip
+    add_score_flags(parser)
     add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1")
-    add("--top_k", type=int, metavar="N", help="topk: experts per layer (no default)")
+    add("--top_k", type=int, metavar="N", help="topk: experts per layer")
     add("--seed", type=int, metavar="N", help="random: seed of the draw (default: 0)")
     add("--train_shared_experts", action="store_true", help="also train the shared experts (default: frozen)")
     add("--train_non_expert_modules", action="store_true", help="also train everything but experts: attention, norms, "
         "embeddings, head, dense layers, routers (default: frozen)")  # fmt: skip
-    add("--base_model_path", "--model", metavar="MODEL", help="folder or hub id of the base model, to check the config "
-        "and count its parameters (default: no check)")  # fmt: skip
+    add("--base_model_path", "--model", metavar="MODEL", help="base model, to check the config and count parameters")
     return parser.parse_args(argv)
+
+
+def add_score_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which score selects experts, and up to what sum."""
+    parser.add_argument("--score_function", choices=SCORE_FUNCTIONS, default="token", help="share of the routed slots, "
+        "gate weight per token, or router probability over all experts (default: token)")  # fmt: skip
+    parser.add_argument("--top_p", type=float, metavar="P", help="cumulative and its controls: the sum of scores to "
+        "reach in each layer, above 0 and up to 1 (default: the paper's, 0.2, for gate 0.1)")  # fmt: skip
 
 
 def split_list(text: str) -> list[str]:

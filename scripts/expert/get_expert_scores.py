@@ -36,8 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "paper: a name in datasets/train, a path (.jsonl, .json, .parquet) or a hub id")  # fmt: skip
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--output_dir", required=True, metavar="DIR", help="folder for summary.json and packs.safetensors")
-    add("--prob", action="store_true", help="also score the mean router probability over all experts (default: token "
-        "and gate scores only)")  # fmt: skip
+    add("--prob", action="store_true", help="also score the mean router probability over all experts")
     add("--world_size", type=positive, default=1, metavar="N", help="processes, each with a whole model; on the CPU "
         "each computes with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
     add_shared_flags(parser)
@@ -49,20 +48,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to sample, rounded up to whole "
         "documents, or all if there are fewer (default: 131072, the paper's)")  # fmt: skip
-    add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens; at most the model's "
-        "context (default: 4096, the paper's)")  # fmt: skip
+    add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens (default: 4096)")
     add("--overlong", choices=("error", "truncate"), default="error", help="a document longer than seq_length is an "
         "error, or keeps its head (default: error)")  # fmt: skip
     add("--template", choices=("chat", "released"), default="chat", help="how messages become tokens: the tokenizer's "
         "chat template, or the one of the released checkpoints (default: chat)")  # fmt: skip
-    add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents; the "
-        "model still reads those of the template (default: count all)")  # fmt: skip
-    add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs over which each process spreads its model "
-        "(default: 1)")  # fmt: skip
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dtype of the "
-        "weights (default: auto, as stored)")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto, the GPUs if "
-        "there are any)")  # fmt: skip
+    add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents")
+    add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs that share a model (default: 1)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
+        "(default: auto, as stored)")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, the GPUs if there are any")
     add("--seed", type=int, default=0, metavar="N", help="seed of the documents' order (default: 0)")
 
 

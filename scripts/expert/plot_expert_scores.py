@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from esft import SCORE_FUNCTIONS, ExpertConfig, ExpertScores
+from esft import ExpertConfig, ExpertScores
 from evaluation.figures import draw_experts, save_figure
-from scripts.expert.generate_expert_config import default_top_p
+from scripts.expert.generate_expert_config import add_score_flags, default_top_p
 from utils import command_parser, run_cli
 
 
@@ -23,14 +23,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
-    add("--expert_config", metavar="FILE", help="expert config, or adapter folder, whose experts are marked (default: "
-        "none)")  # fmt: skip
-    add("--output_path", metavar="FILE", help="the picture (.png; default: <score_function>_scores.png beside the "
-        "scores)")  # fmt: skip
-    add("--score_function", choices=SCORE_FUNCTIONS, default="token", help="which score is drawn (default: token)")
-    add("--top_p", type=float, metavar="P", help="where the right panel's cut lies, above 0 and up to 1 (default: the "
-        "paper's, 0.2, for gate 0.1)")  # fmt: skip
-    add("--title", metavar="TEXT", help="of the picture (default: the data set of the scores, where they name it)")
+    add("--expert_config", metavar="FILE", help="expert config, or adapter, whose experts are marked (default: none)")
+    add("--output_path", metavar="FILE", help="the picture (default: <score_function>_scores.png beside the scores)")
+    add_score_flags(parser)
+    add("--title", metavar="TEXT", help="of the picture (default: the data set of the scores)")
     return parser.parse_args(argv)
 
 

@@ -45,8 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adapter_dir", required=True, metavar="DIR", help="adapter, LoRA, or whole fine-tuned model")
     add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME", help="data set to route: a "
         "name in datasets/<split>, a path (.jsonl, .json, .parquet) or a hub id")  # fmt: skip
-    add("--split", choices=("train", "eval"), default="train", help="its rows are training data, or prompts with "
-        "answers (default: train)")  # fmt: skip
+    add("--split", choices=("train", "eval"), default="train", help="training data, or prompts (default: train)")
     add("--output_dir", required=True, metavar="DIR", help="folder for drift.json and drift.png")
     add_shared_flags(parser)
     return parser.parse_args(argv)
