@@ -37,12 +37,12 @@ from transformers import HfArgumentParser
 
 import esft
 from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
-from deepseek.files import check_output, suggest_path, write_json, write_jsonl
+from deepseek.files import check_output, write_json, write_jsonl
 from deepseek.loading import empty_model, plan_devices
 from evaluation import code_runner
 from evaluation.config import EvalConfig, fill_from_run
 from evaluation.journal import AnswerJournal
-from evaluation.judge import NO_SCORE, OPENAI, Judge, grade
+from evaluation.judge import NO_SCORE, Judge, grade
 from evaluation.lm_eval_harness import Suite, load_suites
 from evaluation.lm_eval_results import evaluate_share
 from evaluation.results import compare, format_results, summarize
@@ -70,8 +70,6 @@ def parse_args(argv: list[str] | None = None) -> EvalConfig:
 
 
 def check_adapter(config: EvalConfig) -> None:
-    if not Path(config.adapter_dir).is_dir():
-        raise ValueError(f"--adapter_dir {config.adapter_dir}: no such folder{suggest_path(config.adapter_dir)}")
     if not esft.is_lora(config.adapter_dir):
         experts = esft.ExpertConfig.load(config.adapter_dir)  # raises where the folder is not an adapter
         experts.check(empty_model(config.base_model_path))
@@ -90,8 +88,8 @@ def output_path(config: EvalConfig, name: str, alone: bool) -> Path:
     if (summary := path.with_suffix(".summary.json")).is_file():
         try:
             was = json.loads(summary.read_text(encoding="utf-8"))["arguments"]
-            other = was.get("adapter_dir") or was["base_model_path"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            other = was["adapter_dir"] or was["base_model_path"]
+        except (ValueError, KeyError, TypeError):
             other = "something else"
         if Path(other).resolve() != model:
             raise ValueError(f"{summary} is of {other}: give an --output_path, or move it away")
@@ -101,8 +99,6 @@ def output_path(config: EvalConfig, name: str, alone: bool) -> Path:
 def plan_jobs(config: EvalConfig) -> list[Job]:
     """Read the data sets and name the outputs. With --with_base the jobs of the base come first."""
     names, jobs = [Path(dataset).stem for dataset in config.datasets], []
-    if len(set(names)) < len(names):
-        raise ValueError(f"--eval_dataset {config.eval_dataset!r} must list data sets of different names")
     for name, dataset in zip(names, config.datasets):
         path = output_path(config, name, alone=len(names) == 1 and not config.suites)
         rows = load_rows(dataset, config.n_samples, config.seed)
@@ -126,9 +122,9 @@ def plan_suites(config: EvalConfig, jobs: list[Job]) -> tuple[dict[str, list[Sui
     names = [suite.name for loaded in found.values() for suite in loaded]
     alone = len(names) == 1 and not jobs
     paths = {name: output_path(config, name.replace("/", "_"), alone) for name in names}
-    for path, n in Counter([*(job.output_path for job in jobs), *paths.values()]).items():
+    for path, n in Counter([*(job.output_path for job in jobs), *map(paths.get, names)]).items():
         if n > 1:
-            raise ValueError(f"two of the data sets and suites would be written to {path}: give one at a time")
+            raise ValueError(f"cannot write two data sets or suites to {path}. Give one of them at a time")
         check_output(path)
         check_output(path.with_suffix(".summary.json"))
     return found, paths
@@ -146,10 +142,10 @@ def plan_judge(config: EvalConfig, jobs: list[Job]) -> Judge | None:
     key = os.environ.get(config.judge_key_env, "").strip()
     if not any(any(job.tasks) for job in jobs) or not (key or config.judge_base_url):
         return None
-    note(f"asking {config.judge_model} at {config.judge_base_url or OPENAI}{'' if key else ', without a key'}")
-    judge = Judge(
-        config.judge_model, key, Path(config.judge_cache), config.judge_base_url, parallel=config.judge_parallel
-    )
+    check_output(config.judge_cache, folder=True)
+    cache = Path(config.judge_cache)
+    judge = Judge(config.judge_model, key, cache, config.judge_base_url, parallel=config.judge_parallel)
+    note(f"asking {judge.model} at {judge.base_url}{'' if key else ', without a key'}")
     judge.check()
     return judge
 

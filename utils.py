@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -151,6 +152,15 @@ def run_command(
     if process.returncode:
         sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     return printed
+
+
+def import_extra(module: str, extra: str):
+    """Import a module of an optional dependency. Raises ValueError with the way to install it, if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        hint = f"Install what is missing: pip install -e '.[{extra}]' -c constraints.txt"
+        raise ValueError(f"cannot import {module}: {error}. {hint}") from error
 
 
 def environment() -> dict:

@@ -2,22 +2,25 @@
 
 import json
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from deepseek.files import check_output, write_jsonl
-from evaluation.judge import check_url
-from evaluation.lm_eval_harness import KNOWN
+from deepseek.files import suggest_path, write_jsonl
 from training.data import split_dataset
 from utils import ROOT, note
 
+KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
 COUNTS = (
     "world_size", "gpus_per_rank", "max_new_tokens", "eval_batch_size", "n_samples", "judge_parallel",
     "suite_max_new_tokens",
 )  # fmt: skip
-FOR_DATASETS = ("max_new_tokens", "template", "evaluator", "judge_model", "judge_base_url")
-FOR_SUITES = ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template")
+NEEDS = {  # flag -> flags that have no effect without it
+    "eval_dataset": ("max_new_tokens", "template", "evaluator", "judge_model"),
+    "suite": ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template"),
+    "judge_model": ("judge_base_url",),
+    "adapter_dir": ("with_base",),
+}
 
 
 def _flag(default: object, text: str, metavar: str | None = None, *aliases: str) -> object:
@@ -27,14 +30,13 @@ def _flag(default: object, text: str, metavar: str | None = None, *aliases: str)
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to evaluate, and how. Raises ValueError for a value out of range and for flags that contradict."""
+    """What to evaluate, and how."""
 
-    base_model_path: str = field(
-        metadata={
-            "help": "folder or hub id of the base model; a folder of train.py knows its base and its task",
-            "aliases": ["--model"],
-            "metavar": "MODEL",
-        }
+    base_model_path: str = _flag(
+        MISSING,
+        "folder or hub id of the base model; a folder of train.py knows its base and its task",
+        "MODEL",
+        "--model",
     )
     adapter_dir: str | None = _flag(None, "folder of an adapter to put on the base", "DIR")
     with_base: bool = _flag(False, "answer without the adapter too, and print what it changed with 95 %% intervals")
@@ -87,36 +89,26 @@ class EvalConfig:
     def suites(self) -> list[str]:
         return _split(self.suite)
 
-    def __post_init__(self):
-        for name in COUNTS:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name} {value} must be at least 1")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"--num_fewshot {self.num_fewshot} must be at least 0")
+    def check(self) -> None:
+        """Raise ValueError for values out of range, for flags that contradict and for files that are missing."""
+        for name, least in {**dict.fromkeys(COUNTS, 1), "num_fewshot": 0}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"cannot evaluate with --{name} {value}: it must be at least {least}")
         if self.output_path and Path(self.output_path).suffix != ".jsonl":
-            raise ValueError(f"--output_path {self.output_path} must end in .jsonl")
-        if self.judge_base_url and not self.judge_model:
-            raise ValueError("--judge_base_url needs --judge_model, the name of the model that grades there")
+            raise ValueError(f"cannot write --output_path {self.output_path}: it must end in .jsonl")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.judge_key_env):  # not shown: it may be the key itself
             raise ValueError("--judge_key_env is the NAME of an environment variable (capitals, digits, _), not a key")
-
-    def check(self) -> None:
-        """Check what depends on the run that base_model_path may name, and what is to be written."""
         if not self.datasets and not self.suites:
-            raise ValueError("nothing to evaluate on: give --eval_dataset, --suite or both")
-        if self.with_base and not self.adapter_dir:
-            raise ValueError("--with_base compares an adapter with its base: give --adapter_dir too")
+            raise ValueError("there is nothing to evaluate on. Give --eval_dataset, --suite or both")
         default = {flag.name: flag.default for flag in fields(self)}
-        for names, given, needed in (
-            (FOR_DATASETS, self.datasets, "--eval_dataset"),
-            (FOR_SUITES, self.suites, "--suite"),
-        ):
+        for needed, names in NEEDS.items():
             unused = [name for name in names if getattr(self, name) != default[name]]
-            if unused and not given:
-                raise ValueError(f"--{unused[0]} has an effect only with {needed}: give that too, or leave it out")
-        if self.judge_model:
-            check_url(self.judge_base_url)
-            check_output(self.judge_cache, folder=True)
+            if unused and not getattr(self, needed):
+                raise ValueError(f"--{unused[0]} has an effect only with --{needed}. Give that too, or leave it out")
+        task_files = [name for name in self.suites if name.endswith((".yaml", ".yml"))]
+        for path in [self.adapter_dir, self.task_dir, *task_files]:
+            if path and not Path(path).exists():
+                raise ValueError(f"cannot read {path}: no such file or folder{suggest_path(path)}")
 
 
 def _split(names: str) -> list[str]:
@@ -132,11 +124,13 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
     if not (folder / "run.json").is_file():
         return config
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
-    found = {"template": run["template"]} if config.template == "chat" else {}
+    found = {}
     if run["method"] != "full":
         found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
     if not config.datasets and not config.suites:
         found["eval_dataset"] = _eval_dataset_of(run, folder)
+    if config.template == "chat" and (config.datasets or not config.suites):
+        found["template"] = run["template"]
     return replace(config, **found)
 
 

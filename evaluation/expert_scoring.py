@@ -66,31 +66,23 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
     samples = load_samples(settings.dataset) if samples is None else samples
     order, tokens = list(range(len(samples))), 0
     random.Random(settings.seed).shuffle(order)
-    encoded: list[Encoded] = []
-    masks: list[list[bool]] = []
+    encoded: dict[int, Encoded] = {}  # by number, from 1
+    masks: dict[int, list[bool]] = {}
     for i in order:
         if tokens >= settings.n_sample_tokens:
             break
         messages = samples[i]["messages"]
-        document = encode(messages, tokenizer, settings.template)
-        if len(document) > settings.seq_length and settings.overlong == "error":
-            raise ValueError(
-                f"cannot pack sample {i + 1} of {settings.dataset!r}: it has {len(document)} tokens, more than "
-                f"seq_length {settings.seq_length}. Give --overlong truncate or a larger --seq_length"
-            )
-        mask = [True] * len(document)
+        document = encoded[i + 1] = encode(messages, tokenizer, settings.template)
+        masks[i + 1] = [True] * len(document)
         if settings.skip_template_tokens:
-            mask = content_mask(messages, document, tokenizer, settings.template)
-        encoded.append(document)
-        masks.append(mask)
+            masks[i + 1] = content_mask(messages, document, tokenizer, settings.template)
         tokens += min(len(document), settings.seq_length)
-    packs = pack(encoded, settings.seq_length, settings.overlong, settings.seed)
+    packs = pack(list(encoded.values()), settings.seq_length, settings.overlong, settings.seed, list(encoded))
     if not packs:
         raise ValueError(f"cannot pack {settings.dataset!r}: no answer begins within seq_length {settings.seq_length}")
     if tokens < settings.n_sample_tokens:
-        note(
-            f"{settings.dataset} has {tokens} tokens, fewer than n_sample_tokens {settings.n_sample_tokens}: all count"
-        )
+        wanted = f"fewer than n_sample_tokens {settings.n_sample_tokens}"
+        note(f"{settings.dataset} has {tokens} tokens, {wanted}: all count")
     return [MaskedPack(p, [keep for i in p.samples for keep in masks[i][: settings.seq_length]]) for p in packs]
 
 

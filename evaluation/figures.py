@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import math
 import re
 import warnings
@@ -12,36 +13,18 @@ import numpy as np
 
 from deepseek.files import atomic_path
 from esft import ExpertConfig, ExpertScores, select_experts
+from utils import import_extra
 
-UNITS = {
-    "token": "share of routed slots (%)",
-    "gate": "gate weight per token (%)",
-    "prob": "router probability (%)",
-}
+UNITS = {"token": "share of routed slots (%)", "gate": "gate weight per token (%)", "prob": "router probability (%)"}
 MARK, CUT = "#e8000b", "#0f9d58"  # red and green, against every blue
-COLOURS = (
-    "#2f7fd6",
-    "#cf6a00",
-    "#12908a",
-    "#b04fc9",
-    "#d9534f",
-    "#6b8f16",
-    "#7b6be0",
-    "#c2447f",
-)  # on white and on dark
+COLOURS = ("#2f7fd6", "#cf6a00", "#12908a", "#b04fc9", "#d9534f", "#6b8f16", "#7b6be0", "#c2447f")  # on any page
 BASE = "#7d8794"  # the base model is gray
 MAX_POINTS = 600  # of a curve
 
 
 def new_figure(width: float, height: float, ncols: int = 2, nrows: int = 1, **options):
     """Return a figure and its axes, side by side; sizes are in inches. Raise ValueError where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("pictures need matplotlib: python -m pip install -c constraints.txt matplotlib") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = import_extra("matplotlib.figure", "plot").Figure(figsize=(width, height), dpi=150, layout="constrained")
     return figure, figure.subplots(nrows, ncols, **options)
 
 
@@ -70,7 +53,7 @@ def figure_to_svg(figure, label: str) -> str:
 
 def colours_of(labels: Iterable[str]) -> dict[str, str]:
     """Return a colour for each label, in their order."""
-    return {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
+    return dict(zip(labels, itertools.cycle(COLOURS)))
 
 
 def draw_experts(

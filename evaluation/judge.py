@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from deepseek.files import write_json
 from evaluation.rubrics import judge_prompt, read_score
+from utils import import_extra
 
 OPENAI = "https://api.openai.com/v1"
 NO_SCORE = "a reply without a score from 0 to 10"
@@ -46,14 +47,11 @@ class Judge:
     reasons: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
-        try:
-            import openai
-        except ImportError:
-            raise ValueError("--judge_model needs openai, which is not installed: pip install -e '.[eval]'") from None
+        self._openai = openai = import_extra("openai", "eval")
         if not re.fullmatch(r"[!-~]*", self.key):  # the client would show the key in its error
             raise ValueError("the judge's key holds characters that no key has: set it again")
         self.base_url = check_url(self.base_url)
-        self._openai, self._refusal = openai, ""
+        self._refusal = ""
         self._client = openai.OpenAI(api_key=self.key or "none", base_url=self.base_url, timeout=self.timeout)
         headers = None if self.key else {"Authorization": openai.Omit()}
         self._options = {"model": self.model, "temperature": 0, "extra_headers": headers}

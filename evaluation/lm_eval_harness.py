@@ -15,20 +15,18 @@ import random
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig
 
-from deepseek.files import suggest, suggest_path
+from deepseek.files import suggest
+from evaluation.config import KNOWN
 from evaluation.generation import end_tokens, generation_config
-from utils import sentence
+from utils import import_extra, sentence
 
-KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
 EXPECTED = ("Overwriting default num_fewshot", "generation_kwargs")  # warnings of lm-eval about what the user asked for
 
 # ------------------------------------------------------------------------------------------------ suites
@@ -65,27 +63,17 @@ def load_suites(
     A name is a task, group or tag of lm-eval, one of `task_dir`, or the path of a task's YAML file.
 
     Raises:
-        ValueError: lm-eval is missing, a task is unknown or there twice, its data cannot be fetched, or it runs code of
-            the model without `allow_code_execution`.
+        ValueError: lm-eval is missing, a task is unknown, its data cannot be fetched, or it runs code of the model
+            without `allow_code_execution`.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        install = "pip install -e '.[suites]' -c constraints.txt"
-        raise ValueError(f"cannot run --suite: lm-eval is not installed ({error}). Install it: {install}") from error
+    TaskManager = import_extra("lm_eval.tasks", "suites").TaskManager
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # an error says what they log about it
-    if task_dir is not None and not Path(task_dir).is_dir():
-        raise ValueError(f"cannot read --task_dir {task_dir}: no such folder{suggest_path(task_dir)}")
     with _lm_eval_session(allow_code_execution):
         manager = TaskManager(include_path=task_dir and str(task_dir), include_defaults=False)
         if not all(_is_path(name) or name in manager.task_index for name in names):  # lm-eval's own take seconds
             manager = TaskManager(include_path=str(task_dir)) if task_dir else _default_tasks()
-        suites = {name: _load(manager, name, allow_code_execution) for name in names}
-    tasks = [task for loaded in suites.values() for suite in loaded for task in suite.tasks]
-    if repeated := [task for task, n in Counter(tasks).items() if n > 1]:
-        raise ValueError(f"cannot run --suite {','.join(names)}: it has the task {repeated[0]} twice. Name it once")
-    return suites
+        return {name: _load(manager, name, allow_code_execution) for name in names}
 
 
 @functools.cache
@@ -99,24 +87,29 @@ def _is_path(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
+@contextlib.contextmanager
+def _errors_of(suite: str) -> Iterator[None]:
+    """Put the name of a suite before any error: tasks, their templates, filters and metrics raise every type."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot run --suite {suite}: {sentence(error)}") from error
+
+
 def _load(manager, name: str, allow_code_execution: bool) -> list[Suite]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    if _is_path(name) and not Path(name).is_file():
-        raise ValueError(f"cannot run --suite {name}: no such file{suggest_path(name)}")
-    try:
+    with _errors_of(name):
         written = load_yaml(Path(name), resolve_func=False) if _is_path(name) else name
         if isinstance(written, dict) and isinstance(written.get("task"), list):
             raise ValueError("it is a group. Give its name, and its folder with --task_dir")
-        configs = list(_task_configs(manager.task_index, written))
-        if not allow_code_execution and any(config.get("unsafe_code") for config in configs):
+        unsafe = any(config.get("unsafe_code") for config in _task_configs(manager.task_index, written))
+        if unsafe and not allow_code_execution:
             raise ValueError(
                 "it runs the code that the model writes, with your rights. Give --allow_code_execution, best in a "
                 "container without a network"
             )
         loaded = manager.load([name])
-    except Exception as error:
-        raise ValueError(f"cannot run --suite {name}: {sentence(error)}") from error
     tops = list(loaded["groups"].values())[:1] or loaded["tasks"].values()  # a group comes before its members
     return [suite for top in tops for suite in _suites_of(top)]
 
@@ -184,9 +177,8 @@ class SuiteAnswers:
                 found.setdefault(key, {})[sample["doc_id"]] = sample[metric]
         return found
 
-    def prompts(self, task: str) -> dict[int, str]:
-        """Return the hash of each sample's prompt."""
-        return {sample["doc_id"]: sample["prompt_hash"] for sample in self.results["samples"][task]}
+    def count(self, task: str) -> int:
+        return len({sample["doc_id"] for sample in self.results["samples"][task]})
 
 
 def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> SuiteAnswers:
@@ -204,7 +196,7 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
     with generation_config(model, config), _lm_eval_session(settings.allow_code_execution) as warnings:
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=settings.batch_size, softmax_dtype="float32")
         warnings.clear()  # lm-eval warns that the model is in memory
-        try:
+        with _errors_of(suite.name):
             results = simple_evaluate(
                 lm,
                 tasks=[suite.group or next(iter(suite.tasks.values()))],
@@ -217,10 +209,6 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
                 confirm_run_unsafe_code=settings.allow_code_execution,
                 bootstrap_iters=100,  # for its own table, where a metric is not a mean
             )
-        except (OSError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # of a template, filter or metric of the task, or of a short context
-            raise ValueError(f"cannot ask --suite {suite.name}: {sentence(error)}") from error
         notes = _notes(warnings)
     if settings.num_fewshot is not None and set(results["n-shot"].values()) != {settings.num_fewshot}:
         notes.append(f"num_fewshot={settings.num_fewshot} is ignored where a task fixes its own at 0")

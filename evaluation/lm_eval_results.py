@@ -108,16 +108,14 @@ def summarize_suite(
     "higher_is_better".
 
     With `base`, the means are over the samples that have a value from both models, each of "groups" has its "base", and
-    "against_base" is there. Raises ValueError if the two models were asked different prompts.
+    "against_base" is there.
     """
     models = [answers] if base is None else [base, answers]
-    if other := [name for name in suite.tasks if base and base.prompts(name) != answers.prompts(name)]:
-        raise ValueError(f"cannot compare the two models: they were asked different prompts of {other[0]}")
     keys = _metric_keys(suite, answers)
     primary = PRIMARY[suite.name] if PRIMARY.get(suite.name) in keys else keys[0]
     metric = SuiteMetric(suite, primary, models)
     every = {key: SuiteMetric(suite, key, [answers]) for key in keys}
-    n = sum(len(answers.prompts(name)) for name in suite.tasks)
+    n = sum(answers.count(name) for name in suite.tasks)
     draws_CR = metric.draws(resamples, seed)
     groups = {}
     for name in suite.tasks if suite.group is not None else ():

@@ -25,6 +25,8 @@ from collections import Counter
 from fractions import Fraction
 from functools import cache
 
+from utils import import_extra
+
 _NOT_JSON = object()
 
 
@@ -87,26 +89,19 @@ class _Words:
         return self._PATTERN.findall(text.lower())
 
 
-def _missing(library: str) -> ValueError:
-    return ValueError(f"this metric needs {library}, which is not installed: pip install -e '.[eval]'")
-
-
 @cache
 def _rouge():
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise _missing("rouge-score") from None
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+    return import_extra("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 @cache
 def _chrf():
-    try:
-        from sacrebleu.metrics import CHRF
-    except ImportError:
-        raise _missing("sacrebleu") from None
-    return CHRF()
+    return import_extra("sacrebleu.metrics", "eval").CHRF()
+
+
+@cache
+def _bleu(tokenizer: str):
+    return import_extra("sacrebleu.metrics", "eval").BLEU(effective_order=True, tokenize=tokenizer)
 
 
 def rouge_l(prediction: str, answer: str) -> float | None:
@@ -124,15 +119,6 @@ def chrf(prediction: str, answer: str) -> float | None:
 
 
 _HAN, _KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff]")
-
-
-@cache
-def _bleu(tokenizer: str):
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        raise _missing("sacrebleu") from None
-    return BLEU(effective_order=True, tokenize=tokenizer)
 
 
 def bleu(prediction: str, answer: str) -> float | None:

@@ -125,21 +125,16 @@ def read_run(folder: Path, name: str = "", prefix: str = "") -> Run:
     """Read a folder of pipeline.py or train.py. A model's label is `prefix` and its method, or `name` for train.py.
 
     Raises:
-        ValueError, FileNotFoundError: no such folder, no run in it, or a file that is damaged.
+        ValueError: there is no run in the folder, or a file is damaged.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"cannot read {folder}: no such folder{suggest_path(folder)}. Give the folder of a run."
-        )
     run = Run(name or folder.resolve().name, folder, f"{prefix}base")
     if (folder / "run.json").is_file():
         _read_training(run)
     else:
         _read_pipeline(run, prefix)
     if not run.trained and not run.evaluations:
-        raise ValueError(
-            f"cannot read {folder}: no run.json, checkpoints or completions in it. Give the folder of a run."
-        )
+        what = f"no run.json, checkpoints or completions in it{suggest_path(folder)}"
+        raise ValueError(f"cannot read {folder}: {what}. Give the folder of a run.")
     return run
 
 

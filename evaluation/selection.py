@@ -78,22 +78,17 @@ class PackCounts:
         """Read what get_expert_scores.py wrote to a folder, or the released raw logs in it, with a line per pack."""
         folder = Path(folder)
         path = folder / PACKS_NAME
-        if not path.is_file():
-            if any(folder.glob("expert_weights_*.txt")) or any(folder.glob("rank_*/expert_weights_*.txt")):
-                return cls.of(read_logs(folder))
-            raise FileNotFoundError(
-                f"cannot find the counts of each pack in {folder}: no {PACKS_NAME}. Score the experts again with "
-                "scripts/expert/get_expert_scores.py"
-            )
+        if not path.is_file() and any(folder.rglob("expert_weights_*.txt")):
+            return cls.of(read_logs(folder))
         try:
             tensors = load_file(path)
-            sums = {kind: tensors[kind].long() for kind in ("slots", "gates", "probs") if kind in tensors}
+            sums = {kind: tensors[kind].long() for kind in KINDS.values() if kind in tensors}
             packs = cls(int(tensors["top_k"]), tensors["layers"].tolist(), tensors["tokens"], sums)
-            scores = ExpertScores.from_counts(packs.total())
+            if ExpertScores.from_counts(packs.total()).by_function != ExpertScores.load(folder).by_function:
+                raise ValueError("summary.json beside it has other scores")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"cannot read {path}: it is damaged ({error}). Score the experts again") from error
-        if scores.by_function != ExpertScores.load(folder).by_function:
-            raise ValueError(f"cannot use {path}: summary.json beside it has other scores. Score the experts again")
+            again = "Score the experts again with scripts/expert/get_expert_scores.py"
+            raise ValueError(f"cannot read the counts of packs in {path}: {error}. {again}") from error
         return packs
 
 
@@ -266,10 +261,10 @@ def overlap(configs: list[ExpertConfig], num_experts: dict[int, int]) -> list[li
     """Return [i][j] -> {"jaccard", "shared", "random_jaccard", "random_ci95"} of every two selections."""
 
     def pair(a: ExpertConfig, b: ExpertConfig) -> dict:
-        a_L, b_L = ({layer: set(config.experts.get(layer, ())) for layer in num_experts} for config in (a, b))
-        shared = sum(len(a_L[layer] & b_L[layer]) for layer in num_experts)
-        either = sum(len(a_L[layer] | b_L[layer]) for layer in num_experts)
-        mean, low, high = expected_jaccard([(len(a_L[la]), len(b_L[la]), E) for la, E in num_experts.items()])
+        a_set, b_set = ({(layer, e) for layer, ids in c.experts.items() for e in ids} for c in (a, b))
+        shared, either = len(a_set & b_set), len(a_set | b_set)
+        sizes = [(len(a.experts.get(la, ())), len(b.experts.get(la, ())), E) for la, E in num_experts.items()]
+        mean, low, high = expected_jaccard(sizes)
         found = {"jaccard": shared / either if either else 1.0, "shared": shared}
         return {**found, "random_jaccard": mean, "random_ci95": [low, high]}
 

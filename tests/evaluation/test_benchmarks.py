@@ -235,15 +235,13 @@ def test_evaluator_is_that_of_the_name_or_the_one_asked_for():
         get_evaluator("my_task", "intnet")
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [("sacrebleu.metrics", "sacrebleu"), ("rouge_score.rouge_scorer", "rouge-score")]
-)
-def test_a_missing_library_is_one_sentence(monkeypatch, module, name):
+@pytest.mark.parametrize("module", ["sacrebleu.metrics", "rouge_score.rouge_scorer"])
+def test_a_missing_library_is_one_sentence(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     for scorer in (metrics._rouge, metrics._chrf, metrics._bleu):
         scorer.cache_clear()
     get_evaluator("intent")
-    with pytest.raises(ValueError, match=rf"{name}.*pip install"):
+    with pytest.raises(ValueError, match=rf"cannot import {module}: .*pip install"):
         get_evaluator("law")
 
 

@@ -146,7 +146,7 @@ def test_a_model_that_has_its_own_temperature(server, make):
 
 def test_a_missing_library_is_one_sentence(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match=r"--judge_model needs openai.*pip install"):
+    with pytest.raises(ValueError, match=r"cannot import openai: .*pip install"):
         make()
 
 

@@ -87,10 +87,10 @@ def test_pack_counts_add_up_and_survive_the_file(tmp_path):
     with pytest.raises(ValueError, match="has other scores"):
         PackCounts.load(tmp_path)
     (tmp_path / PACKS_NAME).write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=f"{PACKS_NAME}: it is damaged"):
+    with pytest.raises(ValueError, match=f"cannot read the counts of packs in .*{PACKS_NAME}"):
         PackCounts.load(tmp_path)
     (tmp_path / PACKS_NAME).unlink()
-    with pytest.raises(FileNotFoundError, match=r"get_expert_scores\.py"):
+    with pytest.raises(ValueError, match=r"No such file.*get_expert_scores\.py"):
         PackCounts.load(tmp_path)
 
 

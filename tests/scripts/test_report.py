@@ -341,7 +341,7 @@ def test_the_command_writes_one_file(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "break_it, sentence",
     [
-        (lambda run: shutil.rmtree(run), "no such folder"),
+        (lambda run: run.rename(run.with_name("mine2")), "did you mean"),
         (
             lambda run: [shutil.rmtree(run / name) for name in ("checkpoints", "completions")],
             "Give the folder of a run",
