@@ -136,17 +136,14 @@ class Method:
         counts["trained_share"] = counts["trained_parameters"] / counts["parameters"]
         self.facts |= {**counts, "memory_before_bytes": memory_bytes()[0]}
 
-    def step(self, ids_BT: Tensor) -> None:
-        self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
-        if self.optimizer:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-
     def turn(self, steps: int) -> float:
         """Return the seconds that `steps` steps took."""
         data, start = list(itertools.islice(self.batches, steps)), clock()
         for ids_BT in data:
-            self.step(ids_BT)
+            self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+            if self.optimizer:
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
         return clock() - start
 
 
@@ -191,14 +188,6 @@ def finish() -> dict:
     return {**held.facts, "peak_memory_bytes": memory_bytes()[1]}
 
 
-def profile() -> str:
-    """Return torch.profiler's table of one step."""
-    with torch.profiler.profile() as profiler:
-        held.turn(1)
-    key = f"self_{'cuda' if torch.cuda.is_initialized() else 'cpu'}_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40)
-
-
 def measure(methods: list[str], args: argparse.Namespace) -> dict[str, dict]:
     """Return each method's facts and its "turns", one per round. Every round begins with another method.
 
@@ -228,9 +217,6 @@ def measure(methods: list[str], args: argparse.Namespace) -> dict[str, dict]:
                 turns[method].append(call(method, turn, args.steps))
             print(f"  round {number + 1} of {args.rounds} done: {', '.join(methods)}", file=sys.stderr)
         results = {method: {**call(method, finish), "turns": turns[method]} for method in methods}
-        if args.profile and methods != ["capture"]:
-            for method in methods:
-                print(f"\n{method}, one step\n{call(method, profile)}")
     return results
 
 
@@ -316,7 +302,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of weights, tokens and trained experts (default: %(default)s)")
     add("--threads", type=positive, default=os.cpu_count(), help="CPU threads of each process (default: all cores)")
     add("--output_path", help="the JSON (default: results/benchmarks/<shape>_<device>.json)")
-    add("--profile", action="store_true", help="also print torch.profiler's table of a step of each method")
     args = parser.parse_args(argv)
     args.methods = list(args.methods)
     args.output_path = args.output_path or f"results/benchmarks/{args.shape}_{args.device}.json"

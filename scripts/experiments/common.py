@@ -1,7 +1,6 @@
 """Shared by the experiments: random models, one training as a child process, and the files of a result."""
 
 import argparse
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
-from deepseek.files import write_json, write_text
+from deepseek.files import read_json, write_json, write_text
 from training.published_models import published_models
 from utils import ROOT, environment, run_command
 
@@ -52,20 +51,19 @@ def draw_experts(layers: Iterable[int], count: int, seed: int) -> dict[int, list
     return {layer: generator.sample(range(64), count) for layer in layers}
 
 
-def write_model(folder: Path, hidden: int = 512, layers: int = 7, n_trained: int = 8, seed: int = 0) -> int:
-    """Write a random DeepSeek-V2, nearly all of it routed experts, with a tokenizer and an `experts.json`.
+def write_model(folder: Path, seed: int = 0) -> int:
+    """Write a random DeepSeek-V2 of 317M parameters, nearly all of it routed experts, with a tokenizer.
 
-    `hidden` is also the hidden size of an expert. `experts.json` names `n_trained` of the 64 experts of every layer.
-    Returns the bytes of the model's tensors.
+    `experts.json` beside it names 8 of the 64 experts of every layer. Returns the bytes of the model's tensors.
     """
-    experts = draw_experts(range(1, layers), n_trained, seed)
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    size = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), hidden)
-    size |= {"vocab_size": len(tokenizer), "n_shared_experts": 1, "num_hidden_layers": layers, "v_head_dim": 32}
+    size = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 512)
+    size |= {"vocab_size": len(tokenizer), "n_shared_experts": 1, "num_hidden_layers": 7, "v_head_dim": 32}
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**LIKE_V2_LITE, **SMALL_HEADS, **size}))
     model.save_pretrained(folder, max_shard_size="200MB")
     tokenizer.save_pretrained(folder)
+    experts = draw_experts(range(1, 7), 8, seed)
     write_json(folder / "experts.json", {"experts": experts, "shared_experts": False, "non_expert_modules": False})
     return sum(parameter.nbytes for parameter in model.parameters())
 
@@ -75,7 +73,7 @@ def train(out: Path, *keys: object, processes: int = 1) -> dict:
     script = "train_ep.py" if processes > 1 else "train.py"
     words = [script, f"--output_dir={out}", "overwrite=true", "disable_tqdm=true", *keys]
     run_command(words, processes=processes, quiet=True)
-    return json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+    return read_json(out / "run.json")["results"]
 
 
 def write_result(args: argparse.Namespace, command: str, table: str, remarks: str, **results: object) -> None:

@@ -29,9 +29,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "there are enough (default: 4)")  # fmt: skip
     add("--rounds", type=positive, default=3, metavar="N", help="runs of each ep_size, in turns (default: 3)")
     add("--steps", type=positive, default=6, metavar="N", help="optimizer steps of a run (default: 6)")
-    add("--layers", type=positive, default=7, metavar="N", help="decoder layers, the first one dense (default: 7)")
-    add("--hidden", type=positive, default=512, metavar="N", help="hidden size, also of an expert (default: 512)")
-    add("--n_trained", type=positive, default=8, metavar="N", help="trained experts of 64 per layer (default: 8)")
     add("--seed", type=int, default=0, metavar="N", help="seed of weights, experts and data order (default: 0)")
     add("--output", metavar="FILE", help="write FILE.md and FILE.json (default: print only)")
     return parser.parse_args(argv)
@@ -39,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     """Train with every ep_size in every round; return one row per ep_size."""
-    whole = write_model(folder, args.hidden, args.layers, args.n_trained, args.seed)
+    whole = write_model(folder, args.seed)
     keys = [f"--base_model_path={folder}", "--train_dataset=law", f"--expert_config={folder / 'experts.json'}"]
     keys += [f"max_steps={args.steps}", "seq_length=256", "per_device_train_batch_size=2", "learning_rate=1e-4"]
     keys += [f"seed={args.seed}", "validation_fraction=0"]

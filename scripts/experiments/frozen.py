@@ -9,7 +9,6 @@ pages of the files.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -45,17 +44,12 @@ def losses(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     run_command(["scripts/expert/get_expert_scores.py", task, base, f"--output_dir={scores}", *size], quiet=True)
     run_command(["scripts/expert/generate_expert_config.py", task, f"--expert_scores_dir={scores}",
                  f"--output_path={experts}", "--score_function=token", "--top_p=0.2"], quiet=True)  # fmt: skip
-    keys = (
-        base,
-        f"--train_dataset={args.train_dataset}",
-        f"--expert_config={experts}",
-        "--train_config=configs/tiny.yaml",
-    )
-    options = f"max_steps={args.steps}", "load_best_model_at_end=false", "save_strategy=no", "--verify_frozen"
+    keys = [base, f"--train_dataset={args.train_dataset}", f"--expert_config={experts}", f"max_steps={args.steps}"]
+    keys += ["--train_config=configs/tiny.yaml", "load_best_model_at_end=false", "save_strategy=no", "--verify_frozen"]
     found: dict[str, list[float]] = {dtype: [] for dtype in ("none", *DTYPES)}
     for seed in args.seeds:
         for dtype, values in found.items():
-            values.append(train(folder / "run", *keys, *options, f"data_seed={seed}", as_key(dtype))["eval_loss"])
+            values.append(train(folder / "run", *keys, f"data_seed={seed}", as_key(dtype))["eval_loss"])
             print(f"seed {seed}, {dtype}: validation loss {values[-1]:.4f}, frozen tensors kept their bits")
     return found
 
@@ -86,7 +80,6 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.output:
         check_output(f"{args.output}.md")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as name:
         held, found = memory(Path(name)), losses(Path(name), args)
     table = format_table(found, held)
