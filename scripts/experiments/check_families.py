@@ -39,44 +39,22 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
+import esft
 from deepseek.experts import FusedExperts, MoELayer, moe_layers
 from deepseek.files import check_output, suggest, write_json, write_text
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.masters import trained_parameter
 from deepseek.routing import RouterCounts
-from esft import (
-    ExpertConfig,
-    ExpertScores,
-    RouterCapture,
-    adapter_views,
-    add_adapter,
-    merge,
-    save_adapter,
-    select_experts,
-    to_esft,
-    unload,
-)
+from esft import ExpertConfig, ExpertScores, RouterCapture, adapter_views, select_experts
 from utils import command_parser, environment, markdown_table, run_cli
 
 AUTO_CLASSES = {
-    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    transformers.AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    transformers.AutoModelForImageTextToText: transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    transformers.AutoModelForTokenClassification: transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 }
-
 SMALL_NAMES = {  # a small number -> the names in configs that get it
     0: "pad_token_id",
     1: "bos_token_id first_k_dense_replace num_dense_layers n_group topk_group attn_layer_offset encoder_layers "
@@ -141,12 +119,12 @@ def model_class(family: str) -> tuple[type, type]:
     types = [name for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) == family]
     for auto, mapping in AUTO_CLASSES.items():
         for name in types:
-            if CONFIG_MAPPING[name] in mapping:
-                return auto, mapping[CONFIG_MAPPING[name]]
+            if transformers.CONFIG_MAPPING[name] in mapping:
+                return auto, mapping[transformers.CONFIG_MAPPING[name]]
     raise ValueError(f"{', '.join(auto.__name__ for auto in AUTO_CLASSES)} have no model of {family}")
 
 
-def small_config(cls: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
+def small_config(cls: type[transformers.PreTrainedConfig], changes: dict) -> transformers.PreTrainedConfig:
     """Return a config with SMALL's values for the names it has, then `changes`, which nest as the configs do."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in SMALL.items() if name in names}
@@ -155,7 +133,7 @@ def small_config(cls: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig
         values.pop("head_dim", None)
         values["num_key_value_heads"] = values["num_attention_heads"]
     for name, sub in cls.sub_configs.items():
-        sub = type(getattr(cls(), name)) if sub is AutoConfig else sub
+        sub = type(getattr(cls(), name)) if sub is transformers.AutoConfig else sub
         values[name] = small_config(sub, changes.get(name, {}))
     return cls(**values | {name: value for name, value in changes.items() if name not in cls.sub_configs})
 
@@ -319,7 +297,7 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     config = select_experts(ExpertScores.from_counts(count(model)), top_p=0.4)
     config = dataclasses.replace(config, shared_experts=bool(shared_experts(model)))
 
-    to_esft(model, config)
+    esft.to_esft(model, config)
     check(torch.equal(logits(model), untouched), "to_esft changes the logits")
     wanted = gradients(model, config)
     model.set_experts_implementation(REFERENCE)
@@ -343,14 +321,14 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
 
     trained = logits(model)
     check(not near(trained, untouched), "the trained experts do not change the logits")
-    save_adapter(model, folder / "adapter")
-    unload(model)
+    esft.save_adapter(model, folder / "adapter")
+    esft.unload(model)
     check(digests(model) == base, "unload does not give the base back")
     check(torch.equal(logits(model), untouched), "after unload the logits are not the base's")
-    add_adapter(model, folder / "adapter")
+    esft.add_adapter(model, folder / "adapter")
     check(torch.equal(logits(model), trained), "the base with the adapter is not the trained model")
     adapter = {name: view.clone() for name, view in adapter_views(model, config).items()}
-    merge(model)
+    esft.merge(model)
     model.save_pretrained(folder / "merged")
     check_names(folder / "merged", adapter)
     reloaded = auto.from_pretrained(folder / "merged", dtype=torch.float32).eval()

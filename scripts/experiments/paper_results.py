@@ -8,14 +8,13 @@ lies on the paper's side of 0, and does not hold if it lies on the other side. O
 """
 
 import itertools
-import json
 import math
 import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek.files import write_json, write_text
+from deepseek.files import read_json, write_json, write_text
 from evaluation.figures import new_figure, save_figure
 from utils import markdown_table
 
@@ -151,7 +150,7 @@ def claims_table(parts: dict[str, list[dict]]) -> tuple[str, list[dict]]:
 def read_parts(stem: str) -> dict[str, dict]:
     """Return the content of every STEM_<part>.json, by part."""
     paths = {part: Path(f"{stem}_{part}.json") for part in "rabcdef"}
-    return {part: json.loads(path.read_text(encoding="utf-8")) for part, path in paths.items() if path.is_file()}
+    return {part: read_json(path) for part, path in paths.items() if path.is_file()}
 
 
 def write_claims(stem: str) -> str:

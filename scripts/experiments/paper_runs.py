@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from deepseek.files import read_jsonl, sha256, write_json, write_jsonl
+from deepseek.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from esft import ExpertConfig, ExpertScores, select_experts
 from utils import ROOT, environment, run_command
 
@@ -55,11 +55,8 @@ class Run:
         parts = [Path(self.base).name, self.task, self.method]
         if self.method in ("esft", "random"):
             parts += [self.score, f"p{self.top_p:g}", f"n{self.n_sample_tokens}"]
-            parts += [
-                word
-                for word, on in (("none", not self.experts), ("shared", self.shared), ("else", self.all_else))
-                if on
-            ]
+            words = {"none": not self.experts, "shared": self.shared, "else": self.all_else}
+            parts += [word for word, holds in words.items() if holds]
         if self.method != "base":
             parts.append(f"lr{self.rate}")
         return "-".join([*parts, str(self.seed)])
@@ -131,7 +128,7 @@ class Lab:
         """Return the result kept in `path`, if it was made from the same; else call `make` with a fresh folder."""
         made_of = self.made_of(run)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # an unreadable result is made again
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             if found["made_of"] == made_of:
                 self.used.append(found["environment"])
                 return found
@@ -148,22 +145,16 @@ class Lab:
         return self.kept(self.folder / "results" / f"{run.name}{steps}.json", run, functools.partial(self._run, run))
 
     def _run(self, run: Run, folder: Path) -> dict:
-        out, answers = folder / "trained", folder / "answers.jsonl"
-        evaluation = ["eval_multigpu.py", f"--eval_dataset={run.task},general", "--max_new_tokens=64",
-                      "--eval_batch_size=64", f"--output_path={answers}"]  # fmt: skip
-        trained: dict = {}
-        if run.method == "base":
-            self.command(*evaluation, f"--base_model_path={run.base}")
-        else:
+        out, answers, trained = folder / "trained", folder / "answers.jsonl", {}
+        model = [f"--base_model_path={out if run.method == 'full' else run.base}"]
+        if run.method != "base":
             trained = self.train(run, out, self.args.steps)
-            if run.method == "full":
-                self.command(*evaluation, f"--base_model_path={out}")
-            else:
-                self.command(*evaluation, f"--base_model_path={run.base}", f"--adapter_dir={out}")
-        scores = {}
-        for name in (run.task, "general"):
-            summary = answers.with_name(f"{answers.stem}.{name}.summary.json")
-            scores[name] = json.loads(summary.read_text(encoding="utf-8"))["mean"]
+            if run.method != "full":
+                model.append(f"--adapter_dir={out}")
+        self.command("eval_multigpu.py", *model, f"--eval_dataset={run.task},general", "--max_new_tokens=64",
+                     "--eval_batch_size=64", f"--output_path={answers}")  # fmt: skip
+        summaries = {name: answers.with_suffix(f".{name}.summary.json") for name in (run.task, "general")}
+        scores = {name: read_json(path)["mean"] for name, path in summaries.items()}
         return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
 
     def train(self, run: Run, out: Path, steps: int) -> dict:
@@ -175,7 +166,7 @@ class Lab:
         if run.method in ("esft", "random"):
             keys.append(f"--expert_config={self.experts(run)}")
         self.command("train.py", f"--base_model_path={run.base}", *keys)
-        return json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+        return read_json(out / "run.json")["results"]
 
     def timed(self, run: Run, number: int, steps: int) -> dict:
         """Return the results of `train`, once for each number."""

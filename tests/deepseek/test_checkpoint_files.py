@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from deepseek.checkpoint_files import Shard, reserve
 from deepseek.experts import moe_layers
@@ -157,7 +157,7 @@ def test_gate_and_up_that_are_interleaved_on_disk_only(tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen4_exp"])
 def test_the_language_model_of_a_model_of_images_and_text(family, tmp_path):
     """AutoModelForCausalLM takes the text part of such a checkpoint; a merge goes into that, and leaves the images'."""
-    cls = check_families.CONFIG_MAPPING[family]
+    cls = CONFIG_MAPPING[family]
     config = check_families.small_config(cls, {"text_config": check_families.EXCEPTIONS.get(family, {})})
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "base")

@@ -5,6 +5,7 @@ import json
 import pytest
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+import esft
 from deepseek.grouped_gemm import reference_experts_forward
 from scripts.experiments import check_families
 from scripts.experiments.check_families import BrokenLifeError, discover, life, main, make_model, run_family
@@ -77,7 +78,7 @@ def test_square_weights_are_no_lie(tmp_path):
 
 def broken(name, after):
     """The step `name` of a life, and then `after`, which spoils it."""
-    step = getattr(check_families, name)
+    step = getattr(esft, name)
 
     def spoiled(model, *args):
         step(model, *args)
@@ -102,7 +103,7 @@ def broken(name, after):
     ],
 )
 def test_a_broken_step_is_caught(name, after, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(check_families, name, broken(name, after))
+    monkeypatch.setattr(esft, name, broken(name, after))
     auto, model = make_model("qwen3_moe")
     with pytest.raises(BrokenLifeError, match=sentence):
         life(model, auto, tmp_path)
