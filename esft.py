@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from deepseek.adapters import (  # noqa: F401 (some are for those who import esft)
     CONFIG_NAME,
     WEIGHTS_NAME,
+    adapter_shapes,
     adapter_views,
     base_note,
     check_base,
@@ -47,7 +48,6 @@ from deepseek.adapters import (  # noqa: F401 (some are for those who import esf
     ordinary_parameters,
     read_adapter,
     router_fingerprint,
-    split_adapter_shapes,
 )
 from deepseek.experts import moe_layers, release_experts, train_experts
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
@@ -478,9 +478,9 @@ def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) ->
         state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})
     if state.training and config != state.config:
         raise ValueError("it holds other experts than this model trains; unload(model) first")
-    expected, remote = split_adapter_shapes(model, config)
-    loaded = read_adapter(folder, expected, remote)
-    taken = [] if state.training else sorted(expected.keys() & state.displaced.keys())
+    here = adapter_shapes(model, config, local=True)
+    loaded = read_adapter(folder, adapter_shapes(model, config), here)
+    taken = [] if state.training else sorted(here.keys() & state.displaced.keys())
     if taken:
         raise ValueError(f"{taken[0]} is held by an adapter loaded before ({len(taken)} are); unload(model) first")
     return state, loaded

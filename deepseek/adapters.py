@@ -67,19 +67,18 @@ def adapter_views(model: nn.Module, config) -> dict[str, Tensor]:
     return views
 
 
-def split_adapter_shapes(model: nn.Module, config) -> tuple[dict[str, Tensor], set[str]]:
-    """Return (tensors of the shapes that an adapter of `config` has here, names of the tensors of other ranks)."""
-    here: dict[str, Tensor] = {}
-    remote: set[str] = set()
+def adapter_shapes(model: nn.Module, config, local: bool = False) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors of an adapter of `config`, by their names in it.
+
+    Under expert parallelism they are those of all ranks, or with `local` those of this rank.
+    """
+    shapes: dict[str, torch.Size] = {}
     for layer in moe_layers(model).values():
-        local, shapes = set(layer.local_ids), layer.expert_shapes()
+        here, views = set(layer.local_ids), layer.expert_shapes().items()
         for expert in config.experts.get(layer.index, ()):
-            names = {f"{layer.name}.{expert}.{projection}": shape for projection, shape in shapes.items()}
-            if expert in local:
-                here |= names
-            else:
-                remote |= names.keys()
-    return here | {name: trained_parameter(model, name) for name in ordinary_parameters(model, config)}, remote
+            if expert in here or not local:
+                shapes |= {f"{layer.name}.{expert}.{projection}": view.shape for projection, view in views}
+    return shapes | {name: trained_parameter(model, name).shape for name in ordinary_parameters(model, config)}
 
 
 def experts_by_layer(names: Iterable[str]) -> tuple[dict[int, list[int]], list[str]]:
@@ -152,29 +151,25 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
 # files
 
 
-def read_adapter(
-    folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """Return the tensors of an adapter folder by the names in `expected`.
+def read_adapter(folder: str | Path, expected: Mapping[str, torch.Size], names: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors `names` of an adapter folder, which must hold those of `expected`.
 
     Raises:
         ValueError: as from `find_adapter_tensors`, and for NaN or infinite values.
     """
-    found, loaded = find_adapter_tensors(folder, expected, skipped), {}
-    for path in sorted({path for path, _ in found.values()}):
+    found, loaded = find_adapter_tensors(folder, expected), {}
+    for path in sorted({found[name][0] for name in names}):
         with _open(path) as file:
-            loaded |= {name: file.get_tensor(key) for name, (where, key) in found.items() if where == path}
+            loaded |= {name: file.get_tensor(found[name][1]) for name in names if found[name][0] == path}
     if broken := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{broken[0]} has values that are not finite ({len(broken)} tensors have); train it anew")
     return loaded
 
 
-def find_adapter_tensors(
-    folder: str | Path, expected: Mapping[str, Tensor], skipped: Collection[str] = ()
-) -> dict[str, tuple[Path, str]]:
+def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size]) -> dict[str, tuple[Path, str]]:
     """Return (file, key in it) of each tensor of an adapter folder, by the names in `expected`, without reading it.
 
-    A key may lack the leading "model.". Tensors named in `skipped` may be there too.
+    A key may lack the leading "model.".
 
     Raises:
         ValueError: a file is damaged; a tensor is missing, unknown, there twice, of another shape than in `expected`,
@@ -184,15 +179,14 @@ def find_adapter_tensors(
     for path in sorted(Path(folder).glob("*.safetensors")):
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                name = key if key in expected or key in skipped else f"model.{key}"
-                if name in expected:
-                    header, wanted = file.get_slice(key), tuple(expected[name].shape)
-                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                    if shape != wanted or dtype not in DTYPES:
-                        wanted = f"{wanted} in {', '.join(DTYPES)}"
-                        raise ValueError(f"{name} has shape {shape} in {dtype}, this model's is {wanted}")
-                if name not in skipped:
-                    places.setdefault(name, []).append((path, key))
+                name = key if key in expected else f"model.{key}"
+                places.setdefault(name, []).append((path, key))
+                header = file.get_slice(key)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                wanted = tuple(expected.get(name, shape))
+                if shape != wanted or dtype not in DTYPES:
+                    known = ", ".join(DTYPES)
+                    raise ValueError(f"{name} has shape {shape} in {dtype}, this model's is {wanted} in {known}")
     for name, found in places.items():
         if len(found) != (name in expected):
             files = ", ".join(path.name for path, _ in found) or "*.safetensors"

@@ -153,32 +153,25 @@ def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[
         device: "cpu", "cuda", or "auto" for GPUs where there are any.
 
     Raises:
-        ValueError: there are too few GPUs for world_size x gpus_per_rank, or none although "cuda" was asked for.
+        ValueError: there are fewer than world_size x gpus_per_rank GPUs.
     """
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and not gpus:
-        raise ValueError("--device cuda: torch sees no GPU here, give --device cpu or check the driver")
-    if device == "cpu" or not gpus:
-        if gpus_per_rank > 1:
-            raise ValueError(f"--gpus_per_rank {gpus_per_rank} needs GPUs and this run is on the CPU: leave it out")
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if not gpus and device != "cuda" and gpus_per_rank == 1:
         return [["cpu"]] * world_size
-    if world_size * gpus_per_rank > gpus:
-        raise ValueError(
-            f"--world_size {world_size} with --gpus_per_rank {gpus_per_rank} needs {world_size * gpus_per_rank} GPUs "
-            f"and torch sees {gpus}: lower one of them"
-        )
+    if (needed := world_size * gpus_per_rank) > gpus:
+        flags = f"--device {device} --world_size {world_size} --gpus_per_rank {gpus_per_rank}"
+        raise ValueError(f"cannot run with {flags}: that needs {needed} GPUs and there are {gpus}. Change one of them.")
     return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
 
 
 def _load(function, path: str | Path, **kwargs):
     """Call a loading function of transformers. Whatever it raises becomes one sentence with the path in it."""
-    path = str(path)
-    if not Path(path).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise FileNotFoundError(f"model {path!r}: no such folder, and not a hub id (owner/name)")
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"model {path!r} is not a model: the folder has no config.json")
+    path, hub_id = str(path), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    if not (Path(path, "config.json").is_file() or (hub_id and not Path(path).exists())):
+        why = "it has no config.json" if Path(path).exists() else "no such folder, and not a hub id (owner/name)"
+        raise FileNotFoundError(f"model {path!r}: {why}")
     try:
         return function(path, **kwargs)
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
         raise ValueError(f"model {path!r} cannot be loaded: {type(error).__name__}: {reason}") from error

@@ -22,6 +22,8 @@ was published with the model computes it in the model's dtype, so near ties can 
 Legend: T tokens, D hidden, F expert hidden, E experts, K top-k.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -40,7 +42,8 @@ class DeepseekConfig(LlamaConfig):
     """The keys of config.json. A missing key has the default of the published configuration class.
 
     Raises:
-        ValueError: the router is not of this model type, or the model is a DeepSeek-V2 under its first name.
+        ValueError: the router is not of this model type, or the model is a DeepSeek-V2 under its first name. A value of
+            another type is a StrictDataclassError of huggingface_hub.
     """
 
     model_type = "deepseek"
@@ -61,7 +64,7 @@ class DeepseekConfig(LlamaConfig):
     moe_layer_freq: int | None = 1
     first_k_dense_replace: int | None = 0
     norm_topk_prob: bool | None = False
-    scoring_func: str | None = "softmax"
+    scoring_func: Literal["softmax"] | None = "softmax"  # routers of this model type know no other
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
@@ -71,19 +74,10 @@ class DeepseekConfig(LlamaConfig):
                 "kv_lora_rank means latent attention, so this is DeepSeek-V2 under its first model type: put "
                 '"model_type": "deepseek_v2" and "architectures": ["DeepseekV2ForCausalLM"] into its config.json'
             )
-        if self.n_routed_experts is None:
-            return
-        if self.scoring_func != "softmax":
-            raise ValueError(f'scoring_func {self.scoring_func!r}: routers of model type "deepseek" know softmax only')
-        if not 1 <= (self.num_experts_per_tok or 0) <= self.n_routed_experts:
+        if self.n_routed_experts is not None and not 1 <= (self.num_experts_per_tok or 0) <= self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and the {self.n_routed_experts} of "
                 "n_routed_experts"
-            )
-        if (self.moe_layer_freq or 0) < 1 or self.first_k_dense_replace is None:
-            raise ValueError(
-                f"moe_layer_freq {self.moe_layer_freq} and first_k_dense_replace {self.first_k_dense_replace} do not "
-                "say which layers have experts: the published model has 1 and 1"
             )
 
     def has_experts(self, layer: int) -> bool:
@@ -182,14 +176,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, v2.DeepseekV2ForCausalLM):
         self.post_init()
 
 
-def register() -> None:
-    """Register the model type with transformers. It does no harm to do so again."""
-    AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
-    AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
-    AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
-    # experts have the names of DeepSeek-V2's checkpoints, for which transformers uses the conversion of Qwen2-MoE
-    conversion = get_checkpoint_conversion_mapping("qwen2_moe")
-    register_checkpoint_conversion_mapping("deepseek", conversion, overwrite=True)
-
-
-register()
+AutoConfig.register("deepseek", DeepseekConfig, exist_ok=True)
+AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)
+AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
+# experts have the names of DeepSeek-V2's checkpoints, for which transformers uses the conversion of Qwen2-MoE
+conversion = get_checkpoint_conversion_mapping("qwen2_moe")
+register_checkpoint_conversion_mapping("deepseek", conversion, overwrite=True)

@@ -77,7 +77,7 @@ def merge_adapter(
     model, stored = open_base(base)
     config, sources = read_adapters(model, adapters)
     places = find_places(model, config.experts, sources, stored)
-    shapes = {name: view.shape for name, view in esft.adapter_views(model, config).items()}
+    shapes = esft.adapter_shapes(model, config)
     check_places(base, stored, places, shapes)
 
     with atomic_path(output, folder=True) as folder:
@@ -139,7 +139,7 @@ def find_tensors(model: nn.Module, adapter: Path) -> tuple[ExpertConfig, Sources
     try:
         config.check(model)
         esft.check_base(model, adapter)
-        return config, esft.find_adapter_tensors(adapter, esft.adapter_views(model, config))
+        return config, esft.find_adapter_tensors(adapter, esft.adapter_shapes(model, config))
     except ValueError as error:
         raise ValueError(f"adapter {adapter}: {error}") from error
 

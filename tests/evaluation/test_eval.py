@@ -138,9 +138,9 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
 @pytest.mark.parametrize(
     ("gpus", "flags", "sentence"),
     [
-        (0, ["--device=cuda"], "torch sees no GPU"),
-        (0, ["--device=auto", "--gpus_per_rank=2"], "needs GPUs"),
-        (4, ["--device=cuda", "--world_size=3", "--gpus_per_rank=2"], "needs 6 GPUs and torch sees 4"),
+        (0, ["--device=cuda"], "needs 1 GPUs and there are 0"),
+        (0, ["--device=auto", "--gpus_per_rank=2"], "needs 2 GPUs and there are 0"),
+        (4, ["--device=cuda", "--world_size=3", "--gpus_per_rank=2"], "needs 6 GPUs and there are 4"),
         (0, ["--adapter_dir=nowhere"], "cannot read nowhere: no such file or folder"),
         (0, ["--adapter_dir=testz"], "did you mean 'tests'"),
         (0, ["--adapter_dir=tests"], "expert_cfg.json"),

@@ -95,7 +95,7 @@ def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, t
 def test_scoring_refusals(data, tiny_model_dir, tmp_path, capsys, monkeypatch):
     base = ["--eval_dataset", data, "--model", tiny_model_dir, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    refused(capsys, get_expert_scores.main, [*base, "--device", "cuda"], "--device cuda", "no GPU")
+    refused(capsys, get_expert_scores.main, [*base, "--device", "cuda"], "--device cuda", "there are 0")
     refused(capsys, get_expert_scores.main, [*base, "--device", "cpu", "--gpus_per_rank", 2], "--gpus_per_rank")
     refused(capsys, get_expert_scores.main, [*base, "--seq_length", 10], "sample", "overlong=truncate")
     refused(capsys, get_expert_scores.main, [*base, "--eval_dataset", tmp_path / "no.jsonl"], "no.jsonl")
