@@ -1,24 +1,24 @@
-r"""Trace a training step without weights and without a device, and count what it would hold.
+r"""Count the bytes that a training step would hold, without weights and without a device.
 
-`count_resident` counts what never moves: weights, fp32 masters, trained parameters. `trace_step` sends a micro batch
-forward and back through tensors without storage. It runs the code that trains, whatever the family, and a mode below it
-notes every storage that is made and let go:
+`count_resident` counts what stays from step to step: weights, fp32 masters and trained parameters. `trace_step` sends a
+micro batch forward and back through tensors without storage. It runs the same code as a training, for every family of
+models, and a torch mode notes when each storage is made and freed:
 
-    bytes   |         ____/\/\_        Activations pile up in the forward. Then come the logits of the head, then the
-            |    ____/         \/\_    workspaces of the backward while the activations go.
-            |___/                  \_   -> the highest point, and what is there, by kind
+    bytes   |         ____/\/\_        The forward saves activations. The head makes logits. The backward makes
+            |    ____/         \/\_    workspaces and frees the activations.
+            |___/                  \_   -> the result: what is there at the highest point, by kind
             +-------------------------  time
 
-For "cpu" the tensors are torch's fake ones, which say that they are on the CPU, and attention takes what torch takes
-there. For "cuda" they are torch's `meta` tensors, and attention is a fused kernel that saves q, k, v, its output and
-the mask. No function is replaced: modes of torch answer for attention and for values of tensors.
+The code that runs depends on the device. For "cpu" the tensors are torch's fake tensors on the CPU, and attention is
+what torch chooses there. For "cuda" they are `meta` tensors, and attention is a fused kernel. It saves q, k, v, its
+output and the mask. No function is replaced: torch modes answer when the model asks for attention or for a value.
 
-Sizes that depend on the data are expectations. Routed rows are spread evenly over the experts, so the S trained experts
-of E get S/E of them, and a rank receives as many rows as it sends. This matters on the CPU only, because a GPU computes
-with the size of all rows (grouped_gemm.py).
+Sizes that depend on the data are expectations. Routed rows are spread evenly over the experts: S trained experts of E
+get S/E of the rows, and a rank receives as many rows as it sends. This matters on the CPU only. A GPU reserves room for
+all rows (grouped_gemm.py).
 
-Legend: T tokens, K top-k, N = T*K routed rows, E experts, e of them on this rank, S trained experts of a layer,
-P ranks; in attention B batch, H heads, C head size.
+T tokens, K top-k, N = T*K routed rows, E experts, e experts on this rank, S trained experts of a layer, P ranks. In
+attention: B batch, H heads, C head size.
 """
 
 import copy
@@ -47,24 +47,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Resident:
-    """What one process holds from step to step, in bytes unless a field says otherwise."""
+    """What one process holds from step to step, in bytes if the comment does not say otherwise."""
 
-    trained_rows: int = 0  # W[:S] of fused experts
-    frozen_rows: int = 0  # W[S:]
+    trained_rows: int = 0  # W[:S] of the fused experts
+    frozen_rows: int = 0  # W[S:] of the fused experts
     dense: int = 0  # all other weights and buffers
     masters: int = 0
-    trained: Counter = field(default_factory=Counter)  # bytes of an element -> trained parameters
-    embeddings: int = 0  # trained parameters of embeddings
-    others: int = 0  # trained parameters outside the routed experts
-    frozen_entries: int = 0  # numbers in the matrices of frozen experts
-    largest_matrix: int = 0  # numbers in an expert's largest matrix
+    trained: Counter = field(default_factory=Counter)  # bytes of an element -> count of trained parameters
+    embeddings: int = 0  # count of trained parameters in embeddings
+    others: int = 0  # count of trained parameters outside the routed experts
+    frozen_entries: int = 0  # count of numbers in the matrices of frozen experts
+    largest_matrix: int = 0  # count of numbers in the largest matrix of an expert
     largest_layer: int = 0  # frozen weights of a decoder layer outside its experts
     outside: int = 0  # frozen weights outside decoder layers
-    largest_bucket: int = 0  # gradients on their way between processes
+    largest_bucket: int = 0  # gradients that processes exchange at once
 
 
 def count_resident(model: nn.Module) -> Resident:
-    """Count what a model holds that is ready to be trained."""
+    """Count what a prepared model holds."""
     held, seen, by_layer = Resident(), set(), Counter()
     for layer in moe_layers(model, dense_ok=True).values():
         S = layer.num_trained
@@ -83,7 +83,7 @@ def count_resident(model: nn.Module) -> Resident:
             held.trained[param.element_size()] += param.numel()
             held.others += param.numel() if ".trained." not in name else 0
             held.embeddings += param.numel() if id(param) in embeddings else 0
-        if _storage_key(param) in seen:  # an alias of W[:S], or tied
+        if _storage_key(param) in seen:  # an alias of W[:S], or a tied weight
             continue
         seen.add(_storage_key(param))
         if ".trained." in name or name.endswith(".original"):
@@ -105,17 +105,16 @@ def _storage_key(tensor: Tensor) -> int:
 
 
 def trace_step(model: nn.Module, s: "MemorySettings") -> Counter:
-    """Count the bytes that a step of `model`, which is on `meta`, would hold on the device of `s`. Changes the model.
+    """Count the bytes that a step would hold at its peak, by kind: gradients, activations, logits, transient.
 
-    The count is by kind, at the peak of a forward and backward: gradients, activations, logits, transient. The model's
-    own bytes are not among them.
+    The model's own bytes are not counted. `model` is on `meta` and is changed. The step is one on the device of `s`.
     """
     with FakeTensorMode() if s.device == "cpu" else torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # equal for aliases
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # it tells aliases from copies
         if s.device == "cpu":
             model = _copy_to_cpu(model)
         answers = _Answers(model, s.device)
-        if s.activation_checkpointing:  # torch turns such a mode off in the backward: the recomputation brings its own
+        if s.activation_checkpointing:  # torch turns the mode off in the backward, so the recomputation turns it on
             how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: (nullcontext(), answers)}
             model.activation_checkpointing_enable(how)
         tracker = _FakeTracker(model, s.packed)
@@ -128,7 +127,7 @@ def trace_step(model: nn.Module, s: "MemorySettings") -> Counter:
 
 
 def _copy_to_cpu(model: nn.Module) -> nn.Module:
-    """Copy a model from `meta` to fake CPU tensors, with its ties and aliases, which Module.to would lose."""
+    """Copy a model from `meta` to fake CPU tensors. Unlike Module.to, keep its tied weights and aliases."""
     storages, copies = {}, {}
     for tensor in (*model.parameters(), *model.buffers()):
         nbytes = tensor.untyped_storage().nbytes()
@@ -139,10 +138,10 @@ def _copy_to_cpu(model: nn.Module) -> nn.Module:
 
 
 def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings") -> Counter:
-    """Run one step of random tokens under a tracker and count what it holds at its peak, as `trace_step` does."""
+    """Run one step on random tokens under a tracker. Return the bytes at its peak by kind, as `trace_step` does."""
     hook = model.get_output_embeddings().register_forward_pre_hook(tracker.enter_head)
     trained = [param for param in model.parameters() if param.requires_grad]
-    for param in trained if s.accumulation else ():  # gradients are there before the forward
+    for param in trained if s.accumulation else ():  # an earlier micro batch has left gradients
         param.grad = torch.empty_like(param)
         tracker.leave_out(param.grad)
     B, T, labels_each = s.batch_size, s.seq_length, max(1, round(s.label_share * s.seq_length))
@@ -155,7 +154,7 @@ def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings"
             tracker.note(tensor)
         logits = model(input_ids=ids_BT, position_ids=position_ids_BT, logits_to_keep=kept, use_cache=False).logits
         tracker.phase = "logits"
-        # as in trainer.py, which lets go of the model's outputs before the backward
+        # as in trainer.py, which frees the model's outputs before the backward
         logits = logits.flatten(0, 1).float()
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         del logits
@@ -167,31 +166,31 @@ def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings"
 
 @dataclass
 class Block:
-    """A storage: when it was made and let go, counted in such events, and in which part of the step."""
+    """A storage. Times are counted in events: the making and the freeing of storages."""
 
     nbytes: int
-    phase: str
+    phase: str  # the part of the step that made it
     made: int
     freed: float = math.inf
 
 
 class StorageTracker(TorchDispatchMode):
-    """Note when each storage is made and let go, and in which part of the step."""
+    """Notes when each storage is made and freed, and in which part of the step."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.phase = "forward"  # then logits, then backward
         self.clock = self.bytes = self.peak = self.peak_at = self.forward_ends = 0
         self.blocks: list[Block] = []
-        self.alive: dict[int, tuple[Block | None, weakref.ref | None]] = {}  # by storage; None was there before
-        self.before: list = []  # storages that were there before: kept, or their addresses would be used again
+        self.alive: dict[int, Block | None] = {}  # by storage; None: not counted
+        self.before: list = []  # storages that are not counted; kept here, because a freed address is used again
         for tensor in (*model.parameters(), *model.buffers()):
             self.leave_out(tensor)
 
     def leave_out(self, tensor: Tensor) -> None:
         """Do not count this tensor."""
         self.before.append(tensor.untyped_storage())
-        self.alive[_storage_key(tensor)] = (None, None)
+        self.alive[_storage_key(tensor)] = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
@@ -201,7 +200,7 @@ class StorageTracker(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor) -> None:
-        """Count the tensor's storage from now until it is let go."""
+        """Count the tensor's storage from now until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive or not storage.nbytes():
@@ -212,17 +211,17 @@ class StorageTracker(TorchDispatchMode):
         if self.bytes > self.peak:
             self.peak, self.peak_at = self.bytes, self.clock
         self.clock += 1
+        self.alive[key] = block
+        weakref.finalize(storage, self._free, key, block)
 
-        def gone(_):
-            block.freed = self.clock
-            self.bytes -= block.nbytes
-            self.clock += 1
-            self.alive.pop(key, None)
-
-        self.alive[key] = (block, weakref.ref(storage, gone))
+    def _free(self, key: int, block: Block) -> None:
+        block.freed = self.clock
+        self.bytes -= block.nbytes
+        self.clock += 1
+        del self.alive[key]
 
     def enter_head(self, _, args: tuple) -> None:
-        """Hook of the head: what follows are logits, in the backward until the head's input has its gradient."""
+        """Hook of the head: logits follow. In the backward they end with the gradient of the head's input."""
         self.phase, self.forward_ends = "logits", self.clock
         if args[0].requires_grad:
             args[0].register_hook(self._leave_head)
@@ -231,10 +230,9 @@ class StorageTracker(TorchDispatchMode):
         self.phase = "backward"
 
     def at_peak(self, gradients: list[Tensor]) -> Counter:
-        """Count by kind the bytes that are there when the most is."""
+        """Return the bytes at the peak by kind."""
         for grad in gradients:
-            block, _ = self.alive.get(_storage_key(grad), (None, None))
-            if block:
+            if block := self.alive[_storage_key(grad)]:
                 block.phase = "gradients"
         kinds = Counter()
         for block in self.blocks:
@@ -246,7 +244,7 @@ class StorageTracker(TorchDispatchMode):
 
 
 class _FakeTracker(StorageTracker):
-    """Track a model without storage, and answer where the model asks for a value that only data could tell."""
+    """Tracks a model without storage, and answers when the model asks for a value that depends on data."""
 
     def __init__(self, model: nn.Module, packed: bool):
         super().__init__(model)
@@ -259,33 +257,33 @@ class _FakeTracker(StorageTracker):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._answer(args[0])
-        if func is torch.ops.aten._grouped_mm.default:  # torch's own fake one refuses fp32
+        if func is torch.ops.aten._grouped_mm.default:  # torch's own version for fake tensors refuses fp32
             func = _grouped_mm
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _answer(self, tensor: Tensor) -> bool | int | float:
-        if tensor.dtype == torch.bool:  # "is there one document only?"
+        if tensor.dtype == torch.bool:  # the question is: does the pack hold a single document?
             return not self.packed
-        if tensor.dtype == torch.int32 and self.rows:  # offs_E[S - 1], the rows of the first S of e experts
+        if tensor.dtype == torch.int32 and self.rows:  # offs_E[S - 1]: how many rows the first S of e experts get
             e = tensor.untyped_storage().nbytes() // tensor.element_size()
             return self.rows * (tensor.storage_offset() + 1) // e
         return 0.0 if tensor.dtype.is_floating_point else 0
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias=None, out_dtype=None) -> Tensor:
-    """(N, I) and (groups, I, O) -> (N, O), or (O, N) and (N, I) -> (groups, O, I)."""
+    """Return an empty result: (N, I) and (groups, I, O) -> (N, O), or (O, N) and (N, I) -> (groups, O, I)."""
     return a.new_empty(len(a), b.shape[-1]) if b.ndim == 3 else a.new_empty(len(offs), len(a), b.shape[-1])
 
 
 class _EvenRoute(Route):
-    """A route without other ranks."""
+    """A route that makes room for rows, but exchanges none."""
 
     def exchange(self, rows: Tensor, back: bool = False) -> Tensor:
         return rows.contiguous().new_empty(sum(self.sent if back else self.received), rows.shape[1])
 
 
 class _EvenShard(Shard):
-    """A shard of which every rank sends, and receives, the same number of rows."""
+    """A shard where every rank sends and receives the same number of rows."""
 
     def route(self, slot_TK: Tensor) -> Route:
         slot_N, P = slot_TK.reshape(-1), len(self.sizes_P)
@@ -297,7 +295,7 @@ class _EvenShard(Shard):
 
 
 class _Answers(TorchFunctionMode):
-    """Answer as the device would where the model asks torch for attention, or for the device of a weight."""
+    """Answers as the device would when the model asks torch for attention or for the device of a weight."""
 
     def __init__(self, model: nn.Module, device: str):
         super().__init__()
@@ -309,7 +307,7 @@ class _Answers(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs or {})
         if self.adapted and func == Tensor.device.__get__ and id(args[0]) in self.adapted:
-            return torch.device("cuda")  # peft hands it to torch.autocast, which does not know `meta`
+            return torch.device("cuda")  # peft gives it to torch.autocast, which does not know `meta`
         return func(*args, **kwargs or {})
 
     def _attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
@@ -321,11 +319,11 @@ class _Answers(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Hold what a fused kernel holds: q, k, v (B, H, T, C), the output in the order of tokens, and a number per row."""
+    """Holds what a fused kernel holds: q, k, v (B, H, T, C), the mask, the output (B, T, H, C), a number per row."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        if mask is not None and mask.dtype == torch.bool:  # torch turns it into numbers and keeps them
+        if mask is not None and mask.dtype == torch.bool:  # torch converts the mask to numbers and keeps those
             mask = torch.empty_like(mask, dtype=q.dtype)
         B, H, T, _ = q.shape
         out = q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)
@@ -340,7 +338,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _fuses(q, k, v, mask, dropout_p, is_causal, enable_gqa) -> bool:
-    """Ask torch with small tensors whether it would take a fused kernel on the CPU."""
+    """Ask torch, with small tensors, whether it would choose a fused kernel on the CPU."""
     with _disable_current_modes(), torch.device("cpu"):
         q, k, v = (torch.zeros(1, t.shape[1], 2, t.shape[3], dtype=t.dtype, requires_grad=True) for t in (q, k, v))
         mask = None if mask is None else torch.ones(1, 1, 2, 2, dtype=mask.dtype)

@@ -1,9 +1,9 @@
-"""How much memory a training step takes at its peak, from a model's config alone: no weights, and no device.
+"""Estimate the peak memory of a training step from a model's config. This takes no weights and no device.
 
-What comes and goes in a forward and backward is found by a dry run on tensors without storage (dry_run.py). Around it
-stands what never moves: weights, fp32 masters, optimizer states, and gradients where micro batches accumulate. They are
-counted tensor by tensor, as methods.py makes them trainable and expert_parallel.py deals them out. What no dry run can
-show is a constant: see `CONTEXT_BYTES` and `FRAGMENTATION`.
+A dry run on tensors without storage finds what comes and goes in a forward and backward (dry_run.py). Weights, fp32
+masters and optimizer states stay, and so do gradients if micro batches accumulate. They are counted on the tensors of a
+model that methods.py has made trainable and expert_parallel.py has split. Two constants stand for what neither can
+show: `CONTEXT_BYTES` and `FRAGMENTATION`.
 """
 
 import copy
@@ -27,11 +27,10 @@ from training import dry_run
 from training.methods import prepare_model
 
 CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, kernels, and workspaces of cuBLAS and NCCL
-FRAGMENTATION = 0.05  # of a GPU's memory in use, that the caching allocator holds and cannot use
-SHORTEST = 512  # tokens of a pack, below which no advice goes
-DTYPES = ("bfloat16", "float32")
+FRAGMENTATION = 0.05  # the share of a GPU's memory in use that the caching allocator holds and cannot use
+SHORTEST = 512  # tokens: advice makes no pack shorter
 FROZEN_BYTES = {kind: 1 + 4 / math.prod(block) for kind, block in BLOCKS.items()} | {"nf4": 0.5 + 4 / NF4_BLOCK}
-# bytes of state per trained parameter; a factor times the parameter's own size where torch keeps them in its dtype
+# size in bytes of a trained parameter -> bytes of its optimizer states
 OPTIMIZERS: dict[str, Callable[[int], float]] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit"), lambda _: 2 + 8 / 256),
@@ -48,18 +47,13 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What the memory of a run depends on, beside the model and what is trained; all for one process.
+    """The settings that the memory of one process depends on, beside the model and what is trained."""
 
-    seq_length and batch_size are tokens of a pack and packs of a micro batch; label_share is the share of tokens that
-    bear a loss (the head runs on these only); packed: a pack holds several documents, so that attention takes a mask;
-    accumulation: an optimizer step has several micro batches, so that gradients are there in each forward.
-    """
-
-    seq_length: int = 4096
-    batch_size: int = 1
-    label_share: float = 1.0
-    packed: bool = True
-    accumulation: bool = True
+    seq_length: int = 4096  # tokens of a pack
+    batch_size: int = 1  # packs of a micro batch
+    label_share: float = 1.0  # share of the tokens that have a loss: the head runs on these alone
+    packed: bool = True  # a pack holds several documents, and attention takes a mask
+    accumulation: bool = True  # a step has several micro batches, and gradients are there in each forward
     dtype: str = "bfloat16"
     world_size: int = 1
     ep_size: int = 1
@@ -70,48 +64,33 @@ class MemorySettings:
     activation_checkpointing: bool = False
     device: str = "cuda"
 
-    def __post_init__(self):
-        known = {"dtype": DTYPES, "frozen_dtype": (None, *FROZEN_BYTES), "optim": OPTIMIZERS, "device": ("cuda", "cpu")}
-        for key, values in known.items():
-            if (value := getattr(self, key)) not in values:
-                raise ValueError(f"{key}={value}: its memory is known for {', '.join(map(str, values))}")
-        if self.world_size % self.ep_size:
-            raise ValueError(f"ep_size={self.ep_size} does not divide the {self.world_size} processes")
-
     def changed_from(self, other: "MemorySettings") -> str:
-        """`key=value` of what differs, as train.py takes them."""
-        pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        told = [f"{k}={str(v).lower() if v is True else v}" for k, v in pairs if v != getattr(other, k)]
-        return " ".join(told) or "as asked"
+        """Return the settings that differ as `key=value`, as train.py takes them."""
+        changed = [(key, value) for key, value in vars(self).items() if value != vars(other)[key]]
+        return " ".join(f"{key}={str(value).lower()}" for key, value in changed) or "as asked"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process at the moment of its peak, by kind; `peak` is their sum.
+    """The bytes of one process at the moment of its peak, by kind. `peak` is their sum."""
 
-    experts, dense: weights in the dtype the model computes in (or quantized), routed experts and all else; masters:
-    fp32 parameters beside weights of another dtype; activations: saved in the forward; logits: what the head makes, and
-    its gradients; transient: workspaces, gathered or dequantized weights, a bucket of gradients; overhead: of the
-    device, by rule of thumb. `host` lies in the host's memory and is no part of the peak.
-    """
-
-    experts: int
-    dense: int
-    masters: int
+    experts: int  # weights of the routed experts, in the dtype the model computes in, or quantized
+    dense: int  # all other weights
+    masters: int  # fp32 parameters beside weights of another dtype
     gradients: int
     optimizer: int
-    activations: int
-    logits: int
-    transient: int
-    overhead: int
-    host: int = 0
+    activations: int  # saved in the forward
+    logits: int  # what the head makes, and its gradients
+    transient: int  # workspaces, gathered or dequantized weights, a bucket of gradients
+    overhead: int  # of the device: a rule of thumb
+    host: int = 0  # in the host's memory, which is not a part of the peak
 
     @property
     def peak(self) -> int:
         return sum(dataclasses.astuple(self)) - self.host
 
     def sizes(self) -> dict[str, str]:
-        """Return the kinds that are there and their peak, in GiB (or in MiB, where all is small)."""
+        """Return the kinds that take memory, and their peak, as text: in GiB, or in MiB if the peak is below 1 GiB."""
         unit, name = (2**30, "GiB") if self.peak >= 2**30 else (2**20, "MiB")
         sizes = {
             "weights, experts": self.experts,
@@ -130,15 +109,16 @@ class MemoryEstimate:
 
 
 class Estimator:
-    """The memory of training a model by a method of train.py, under any settings. Runs are kept, so that settings which
-    differ in what is merely counted cost nothing.
+    """Estimates the memory of training a model by a method of train.py, under any settings.
+
+    It keeps its dry runs. Another estimate costs nothing if it differs only in what is counted.
 
     Args:
-        empty: the model, without weights.
-        experts: those to train; None for full and lora.
+        empty: the model without weights.
+        experts: the experts to train; None for methods full and lora.
 
     Raises:
-        ValueError: a model that has no such experts, or ep_size and the like with another method.
+        ValueError: the model does not have these experts.
     """
 
     def __init__(self, empty: nn.Module, method: str, experts: esft.ExpertConfig | None = None, lora_rank: int = 8):
@@ -146,16 +126,16 @@ class Estimator:
         if experts is not None:
             experts.check(empty)
         self._kept: dict[tuple, dry_run.Resident] = {}
-        self._runs: dict[tuple, Counter] = {}
+        self._runs: dict[MemorySettings, Counter] = {}
 
     def estimate(self, s: MemorySettings) -> MemoryEstimate:
-        """Of the process that has most to hold."""
-        if self.experts is None and (s.ep_size > 1 or s.shard_dense or s.frozen_dtype or s.offload_frozen):
-            raise ValueError("ep_size, shard_dense, frozen_dtype and offload_frozen are for methods esft and random")
+        """Return the memory of the process that holds the most. Raise ValueError for an unknown optimizer."""
+        if s.optim not in OPTIMIZERS:
+            raise ValueError(f"cannot estimate the memory of optim={s.optim}: known are {', '.join(OPTIMIZERS)}")
         return self._sum(s, Counter(self._moving(s)))
 
     def _sum(self, s: MemorySettings, moving: Counter) -> MemoryEstimate:
-        """What is held, counted, and `moving` of a step."""
+        """Add what stays to what is `moving` in a step."""
         held, host = self._held(s), 0
         experts, dense = held.trained_rows + held.frozen_rows, held.dense
         if s.frozen_dtype or s.offload_frozen:
@@ -163,7 +143,7 @@ class Estimator:
             entries = CHUNK * held.largest_matrix
             each = FROZEN_BYTES[s.frozen_dtype] if s.frozen_dtype else size
             stored = held.frozen_rows - int(held.frozen_entries * (size - each))
-            # a few experts' matrices of one projection; from 8 bits they go through fp32, twice for a moment
+            # matrices of one projection of a few experts; dequantizing 8 bits makes two copies in fp32
             moving["transient"] += entries * (size + 8 * (s.frozen_dtype in BLOCKS))
             if s.offload_frozen and s.device == "cuda":
                 host = int(held.frozen_entries * each)
@@ -171,7 +151,7 @@ class Estimator:
                 moving["transient"] += int(entries * each)
             experts = held.trained_rows + stored
         if s.shard_dense and s.world_size > 1:
-            # FSDP2: whole are the layer at work, the next one, and what stands outside of layers
+            # FSDP2 gathers the layer at work, the next one, and the weights outside the layers
             moving["transient"] += min(dense - dense // s.world_size, 2 * held.largest_layer + held.outside)
             dense //= s.world_size
         if s.world_size > s.ep_size or (s.world_size > 1 and held.others):
@@ -179,25 +159,19 @@ class Estimator:
         gradients = sum(count * size for size, count in held.trained.items())
         if s.accumulation:
             moving["gradients"] = gradients
-        elif moving.total() < gradients:  # the peak is the optimizer step, of which no activation is left
+        elif moving.total() < gradients:  # the peak is in the optimizer step, where no activation is left
             moving = Counter(gradients=gradients)
         kinds = {kind: moving[kind] for kind in ("gradients", "activations", "logits", "transient")}
-        optimizer = self._states(held, s.optim)
+        state = OPTIMIZERS[s.optim]
+        optimizer = sum(int(count * state(size)) for size, count in held.trained.items())
+        if "bit" in s.optim and "32bit" not in s.optim:  # transformers keeps the states of embeddings in 32 bits
+            optimizer += int(held.embeddings * (OPTIMIZERS["paged_adamw_32bit"](4) - state(4)))
         used = experts + dense + held.masters + optimizer + sum(kinds.values())
         overhead = CONTEXT_BYTES + int(FRAGMENTATION * used) if s.device == "cuda" else 0
         return MemoryEstimate(experts, dense, held.masters, optimizer=optimizer, overhead=overhead, host=host, **kinds)
 
-    @staticmethod
-    def _states(held: dry_run.Resident, optim: str) -> int:
-        """Bytes of optimizer states."""
-        state = OPTIMIZERS[optim]
-        total = sum(int(count * state(size)) for size, count in held.trained.items())
-        if "bit" in optim and "32bit" not in optim:  # transformers keeps those of embeddings in 32 bits
-            total += int(held.embeddings * (OPTIMIZERS["paged_adamw_32bit"](4) - state(4)))
-        return total
-
     def ladder(self, settings: MemorySettings, fixed: Collection[str] = ()) -> Iterator[tuple[str, object]]:
-        """(key, value) that save memory, the least costly in time (or in quality) first; none of the keys `fixed`."""
+        """Yield (key, value) that save memory, the least costly in time or quality first, and no key in `fixed`."""
         found: list[tuple[str, object]] = [("activation_checkpointing", True)]
         if self.experts is not None:
             most = min(layer.num_experts for layer in moe_layers(self._model(settings)).values())
@@ -217,15 +191,16 @@ class Estimator:
     def advise(
         self, settings: MemorySettings, memory_bytes: int, fixed: Collection[str] = ()
     ) -> list[tuple[MemorySettings, MemoryEstimate]]:
-        """Return settings that fit into `memory_bytes`, the nearest to what was asked for first; empty where none does.
+        """Return settings that fit into `memory_bytes`, the least costly first. Return [] if nothing fits.
 
-        What was asked for alone, where it fits. Else every single step of `ladder` that suffices; where none does, the
-        shortest run of steps from its beginning that does, without those of them that are not needed.
+        If `settings` fit, they are the only answer. Otherwise the answers are `settings` with one step of `ladder`, for
+        every step that is enough. If no step is, the answer is the shortest beginning of `ladder` that fits, without
+        the steps that it can spare.
         """
 
         def fits(changes: dict) -> tuple[MemorySettings, MemoryEstimate] | None:
             changed = dataclasses.replace(settings, **changes)
-            if self._sum(changed, Counter()).peak > memory_bytes:  # without a step to run
+            if self._sum(changed, Counter()).peak > memory_bytes:  # what stays is too much: no dry run is needed
                 return None
             memory = self.estimate(changed)
             return (changed, memory) if memory.peak <= memory_bytes else None
@@ -250,7 +225,7 @@ class Estimator:
                 return [found]
         return []
 
-    # ---- the run
+    # ---- the model and its dry run
 
     def _model(self, s: MemorySettings) -> nn.Module:
         with torch.device("meta"):
@@ -263,15 +238,15 @@ class Estimator:
         return self._kept[key]
 
     def _moving(self, s: MemorySettings) -> Counter:
-        """Bytes by kind that come and go, at their peak."""
-        key = (s.device, s.dtype, s.ep_size, s.seq_length, s.batch_size, s.label_share)
-        key += (s.packed, s.accumulation, s.activation_checkpointing)
+        """Return the bytes by kind that come and go, at their peak."""
+        counted = {"world_size": s.ep_size, "shard_dense": False, "frozen_dtype": None, "offload_frozen": False}
+        key = dataclasses.replace(s, **counted, optim="sgd")
         if key not in self._runs:
-            self._runs[key] = dry_run.trace_step(self._prepared(s), s)
+            self._runs[key] = dry_run.trace_step(self._prepared(key), key)
         return self._runs[key]
 
     def _prepared(self, s: MemorySettings) -> nn.Module:
-        """The model on `meta` as one process trains it."""
+        """Return the model on `meta` as one process trains it."""
         model = self._model(s)
         with torch.device("meta"):
             placements = self._cut(model, s.ep_size) if s.ep_size > 1 else {}
@@ -285,7 +260,7 @@ class Estimator:
         return model.train()
 
     def _cut(self, model: nn.Module, ep_size: int) -> dict[int, Placement]:
-        """Leave the experts of one rank: that with the most trained ones. Return the placements by layer."""
+        """Keep only the experts of the rank that trains the most of them. Return the placements by layer."""
         layers, trained = moe_layers(model), self.experts.experts
         placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, ep_size)
 

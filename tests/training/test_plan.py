@@ -94,6 +94,11 @@ def test_a_run_goes_on_where_nothing_can_be_estimated(plan, monkeypatch):
     assert said == ["  memory of a process could not be estimated: no such kernel"]
 
 
+def test_a_run_goes_on_with_an_optimizer_of_unknown_states(plan):
+    found, said = plan(1, 2**40, optim="adafactor")
+    assert found.memory is None and "cannot estimate the memory of optim=adafactor" in said[0]
+
+
 def test_a_run_saves_memory_by_itself_and_says_what_to_do_when_it_is_out(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.plan.memory_of_a_process", lambda device: 1)
     enabled = []
