@@ -23,7 +23,6 @@ import copy
 import dataclasses
 import hashlib
 import re
-import shlex
 import sys
 import tempfile
 import warnings
@@ -39,16 +38,18 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 import esft
 from deepseek.experts import FusedExperts, MoELayer, moe_layers
-from deepseek.files import check_output, suggest, write_json, write_text
+from deepseek.files import check_output, suggest
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.masters import trained_parameter
 from deepseek.routing import RouterCounts
 from esft import ExpertConfig, ExpertScores, RouterCapture, adapter_views, select_experts
-from utils import command_parser, environment, markdown_table, run_cli
+from scripts.experiments.common import publish
+from utils import command_parser, markdown_table, run_cli
 
 AUTO_CLASSES = {
     transformers.AutoModelForCausalLM: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -111,20 +112,12 @@ def discover() -> dict[str, list[str]]:
 
 
 def model_class(family: str) -> tuple[type, type]:
-    """Return (Auto class, model class), a causal language model if the family has one.
-
-    Raises:
-        ValueError: the family has no model that gives logits over the tokens of a text.
-    """
-    types = [name for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) == family]
-    for auto, mapping in AUTO_CLASSES.items():
-        for name in types:
-            if transformers.CONFIG_MAPPING[name] in mapping:
-                return auto, mapping[transformers.CONFIG_MAPPING[name]]
-    raise ValueError(f"{', '.join(auto.__name__ for auto in AUTO_CLASSES)} have no model of {family}")
+    """Return (Auto class, model class) of the family's first model that gives logits over the tokens of a text."""
+    configs = [CONFIG_MAPPING[name] for name in CONFIG_MAPPING_NAMES if model_type_to_module_name(name) == family]
+    return next((auto, known[config]) for auto, known in AUTO_CLASSES.items() for config in configs if config in known)
 
 
-def small_config(cls: type[transformers.PreTrainedConfig], changes: dict) -> transformers.PreTrainedConfig:
+def small_config(cls: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
     """Return a config with SMALL's values for the names it has, then `changes`, which nest as the configs do."""
     names = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in SMALL.items() if name in names}
@@ -350,11 +343,10 @@ def check_names(folder: Path, adapter: dict[str, Tensor]) -> None:
 # table
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
     """A row of the table. `result` is "passes" or the reason against it."""
 
-    family: str
     model: str = ""
     layout: str = ""
     layers: tuple[int, ...] = ()
@@ -362,8 +354,8 @@ class Result:
     result: str = ""
 
 
-def describe(model: nn.Module) -> dict:
-    """Return a model's class and layout for the table."""
+def describe_layout(model: nn.Module) -> str:
+    """Return the layout of a model's experts in words."""
     module = next(experts.module for _, experts in _experts(model))
     words = {
         "gate": module.has_gate,
@@ -373,66 +365,55 @@ def describe(model: nn.Module) -> dict:
         "interleaved": module.has_gate and not module.is_concatenated,
         "post-norm": module.has_post_expert_norm,
     }
-    return {"model": type(model).__name__, "layout": ", ".join(word for word, holds in words.items() if holds)}
+    return ", ".join(word for word, holds in words.items() if holds)
 
 
 def run_family(family: str) -> Result:
     """Take a family's tiny model through its life, and return what happened."""
-    facts: dict = {"family": family}
+    found = Result()
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             auto, model = make_model(family)
-            facts |= describe(model)
-            facts["layers"] = tuple(moe_layers(model))
-            facts["shared"] = bool(shared_experts(model))
+            found.model, found.layout = type(model).__name__, describe_layout(model)
+            found.layers = tuple(moe_layers(model))
+            found.shared = bool(shared_experts(model))
             life(model, auto, Path(folder))
+        found.result = "passes"
     except BrokenLifeError as error:
-        return Result(**facts, result=f"fails: {error}")
+        found.result = f"fails: {error}"
     except Exception as error:  # sixty families can raise anything
-        reason = " ".join(str(error).split())
-        refused = isinstance(error, ValueError) and "model" in facts and "layers" not in facts  # by moe_layers
-        return Result(**facts, result=f"refused: {reason}" if refused else f"fails: {type(error).__name__}: {reason}")
-    return Result(**facts, result="passes")
+        refused = isinstance(error, ValueError) and found.model and not found.layers  # by moe_layers
+        kind = "refused" if refused else f"fails: {type(error).__name__}"
+        found.result = f"{kind}: {' '.join(str(error).split())}"
+    return found
 
 
-def format_families(results: list[Result]) -> str:
-    """Return Markdown with one line per family."""
-    head = ["family", "model class", "layout", "MoE layers", "shared experts", "result"]
-    rows = []
-    for r in results:
-        layers, shared = ", ".join(map(str, r.layers)) or "-", "yes" if r.shared else "-"
-        rows.append([r.family, r.model or "-", r.layout or "-", layers, shared, r.result])
-    return markdown_table(head, rows)
-
-
-def format_layouts(results: list[Result]) -> str:
-    """Return Markdown with one line per layout and the families that pass, and one per family that does not."""
-    passing: dict[str, list[str]] = {}
-    for r in results:
+def report(results: dict[str, Result], known: int) -> str:
+    """Return the page of the results as Markdown: the families by layout, then one line per family."""
+    by_layout: dict[str, list[str]] = {}
+    for family, r in results.items():
         if r.result == "passes":
-            passing.setdefault(r.layout, []).append(r.family)
-    rows = [[layout, ", ".join(names)] for layout, names in sorted(passing.items(), key=lambda pair: -len(pair[1]))]
-    rows += [[f"{r.family}:", r.result] for r in results if r.result != "passes"]
-    return markdown_table(["experts", "families that pass"], rows)
-
-
-def report(results: list[Result], known: int, command: str) -> str:
-    """Return the page of the results as Markdown."""
-    facts, counts = environment(), Counter(r.result.partition(":")[0] for r in results)
+            by_layout.setdefault(r.layout, []).append(family)
+    layouts = [[layout, ", ".join(names)] for layout, names in sorted(by_layout.items(), key=lambda x: -len(x[1]))]
+    layouts += [[f"{family}:", r.result] for family, r in results.items() if r.result != "passes"]
+    families = [
+        [family, r.model or "-", r.layout or "-", ", ".join(map(str, r.layers)) or "-", "yes" if r.shared else "-",
+         r.result]
+        for family, r in results.items()
+    ]  # fmt: skip
+    counts = Counter(r.result.partition(":")[0] for r in results.values())
     words = {"fails": "fail", "passes": "pass", "refused": "refused"}
     parts = [
         "# Every family that transformers fuses",
         "A tiny random model of each, taken through the life of an adapter in fp32 on the CPU: scores, selection, "
         "training, adapter, merged checkpoint (`scripts/experiments/check_families.py` says what has to hold). Layout "
         "is that of the experts' tensors; layers are those of the tiny model.",
-        format_layouts(results),
-        format_families(results),
+        markdown_table(["experts", "families that pass"], layouts),
+        markdown_table(["family", "model class", "layout", "MoE layers", "shared experts", "result"], families),
         f"{len(results)} of {known} families: {', '.join(f'{counts[k]} {words[k]}' for k in words if counts[k])}.",
-        f"`{command}`, {facts['date'][:10]}, transformers {facts['transformers']}, torch {facts['torch']}, "
-        f"python {facts['python']}, {facts['device']}.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -446,7 +427,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> list[Result]:
+def main(argv: list[str] | None = None) -> dict[str, Result]:
     """Check the families and return their results."""
     args, known = parse_args(argv), discover()
     families = args.families.split(",") if args.families else list(known)
@@ -458,18 +439,9 @@ def main(argv: list[str] | None = None) -> list[Result]:
     torch.set_num_threads(1)  # the number of threads can change the bits that are compared
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    results = []
-    for family in (progress := tqdm(families, unit="family")):
-        progress.set_description(family)
-        results.append(run_family(family))
-    words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "scripts/experiments/check_families.py", *words])
-    page = report(results, len(known), command)
-    print(page)
-    if args.output:
-        rows = {r.family: {key: value for key, value in asdict(r).items() if key != "family"} for r in results}
-        write_text(f"{args.output}.md", page)
-        write_json(f"{args.output}.json", {"environment": environment(), "command": command, "families": rows})
+    results = {family: run_family(family) for family in tqdm(families, unit="family")}
+    rows = {family: asdict(result) for family, result in results.items()}
+    publish(args, __file__, argv, report(results, len(known)), families=rows)
     return results
 
 

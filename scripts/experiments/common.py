@@ -1,7 +1,9 @@
-"""Shared by the experiments: random models, one training as a child process, and the files of a result."""
+"""What the experiments share: random models, one training as a child process, and the page of a result."""
 
 import argparse
 import random
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,21 +17,13 @@ from utils import ROOT, environment, run_command
 TINY = ROOT / "results" / "models" / "tiny"
 SHAPES = ("tiny", "36m", "v2-lite")
 LIKE_V2_LITE = {
-    "first_k_dense_replace": 1,
-    "q_lora_rank": None,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "n_group": 1,
-    "topk_group": 1,
-}
+    "first_k_dense_replace": 1, "q_lora_rank": None, "n_routed_experts": 64, "n_shared_experts": 2,
+    "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 SMALL_HEADS = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
-}
+}  # fmt: skip
 
 
 def shape_config(shape: str) -> DeepseekV2Config:
@@ -76,9 +70,19 @@ def train(out: Path, *keys: object, processes: int = 1) -> dict:
     return read_json(out / "run.json")["results"]
 
 
-def write_result(args: argparse.Namespace, command: str, table: str, remarks: str, **results: object) -> None:
-    """Write `args.output`.md, the table and how it was made, and `args.output`.json, all results."""
-    facts = environment()
-    made = f"`{command}`, {facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, {remarks}"
-    write_text(f"{args.output}.md", f"{table}\n\n{made}\n")
-    write_json(f"{args.output}.json", {**results, "arguments": vars(args), "environment": facts})
+def publish(args: argparse.Namespace, script: str, argv: list[str] | None, page: str, remarks="", **results) -> None:
+    """Print a page, and the command that made it. Write them to `args.output`.md, and all results to .json, if asked.
+
+    `script` is the file of the command and `argv` its flags, None for those of this process.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    command, facts = shlex.join(["python", f"scripts/experiments/{Path(script).name}", *words]), environment()
+    versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
+    page += f"\n\n`{command}`, {facts['date'][:10]}, {facts['device']}, {versions}{remarks and f', {remarks}'}\n"
+    print(page)
+    if args.output:
+        write_text(f"{args.output}.md", page)
+        write_json(
+            f"{args.output}.json", {**results, "command": command, "arguments": vars(args), "environment": facts}
+        )
+        print(f"written to {args.output}.md and .json")

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
-from scripts.experiments.common import train, write_model, write_result
+from scripts.experiments.common import publish, train, write_model
 from utils import command_parser, markdown_table, positive, run_cli
 
 
@@ -78,11 +78,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         check_output(f"{args.output}.md")
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), args)
-    table = format_table(rows)
-    print(table)
-    if args.output:
-        command = f"python scripts/experiments/expert_parallel.py --processes={args.processes}"
-        write_result(args, command, table, f"seed {args.seed}", rows=rows)
+    publish(args, __file__, argv, format_table(rows), f"seed {args.seed}", rows=rows)
     return rows
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
 from deepseek.frozen import DTYPES
-from scripts.experiments.common import TINY, train, write_model, write_result
+from scripts.experiments.common import TINY, publish, train, write_model
 from utils import command_parser, markdown_table, positive, run_cli, run_command
 
 
@@ -82,15 +82,8 @@ def main(argv: list[str] | None = None) -> dict:
         check_output(f"{args.output}.md")
     with tempfile.TemporaryDirectory() as name:
         held, found = memory(Path(name)), losses(Path(name), args)
-    table = format_table(found, held)
-    print(table)
-    if args.output:
-        remarks = (
-            f"{args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss on results/models/tiny (means, and "
-            "the range of the ratio), memory and time on 317M random parameters in fp32"
-        )
-        command = f"python scripts/experiments/frozen.py --steps={args.steps}"
-        write_result(args, command, table, remarks, losses=found, memory=held)
+    remarks = f"seeds {' '.join(map(str, args.seeds))}; loss on results/models/tiny, memory and time on 317M parameters"
+    publish(args, __file__, argv, format_table(found, held), remarks, losses=found, memory=held)
     return found
 
 

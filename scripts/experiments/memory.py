@@ -1,22 +1,24 @@
-"""Compare the peak memory that training/memory.py estimates with that of a process that trains, on the CPU of Linux.
+"""Compare the peak memory that training/memory.py estimates with the memory of a process that trains, on a Linux CPU.
 
     python scripts/experiments/memory.py --output=results/tables/memory
 
-Each case is a process of its own. It trains a miniature for a step, so that libraries and threads are warm, and notes
-its resident set. Then it builds a random model of the case's shape and trains it for three steps, as trainer.py does
-(packed documents, AdamW, a label on every token). Measured is the highest resident set less the one noted. The C
-library's allocator has to give every block above 64 KiB back at once. Otherwise what it keeps for later would count.
+Each case has a process of its own. The process first trains a miniature for one step. This loads libraries and starts
+threads. It notes its resident set. Then it trains a random model of the case's shape for `--steps` steps, as trainer.py
+does: packed documents, AdamW, a label on every token. The result is the highest resident set minus the one noted.
+
+The allocator of the C library usually keeps freed memory, and that would count. Two environment variables make it
+return every block above 64 KiB at once.
 """
 
 import argparse
 import copy
 import ctypes
-import dataclasses
 import gc
 import json
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.experts import moe_layers
 from deepseek.files import check_output
 from esft import ExpertConfig
-from scripts.experiments.common import LIKE_V2_LITE, shape_config, write_result
+from scripts.experiments.common import LIKE_V2_LITE, publish, shape_config
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import prepare_model
 from utils import command_parser, markdown_table, positive, run_cli, run_command
 
 METHODS = ("esft", "full", "lora")
 IN_BF16 = (
-    "In bfloat16 it does not agree on a CPU: the kernels hold memory that no tensor shows. Part of it is what oneDNN\n"
-    "keeps of kernels (esft took 457 MiB with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0); the rest was not tracked down."
+    "The estimate does not hold for bfloat16 on a CPU: its kernels use memory that no tensor shows. oneDNN keeps some "
+    "of it (esft took 457 MiB with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0). We do not know where the rest comes from."
 )
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 WIDE = {  # a DeepSeek-V2 of 0.5B parameters
@@ -60,48 +62,48 @@ TOKENS = {  # packs of a micro batch, and their length
 }
 
 
-def case_config(shape: str) -> PreTrainedConfig:
-    """Return the configuration of a named shape."""
-    if shape not in CONFIGS:
-        return shape_config(shape)
-    family, values = CONFIGS[shape]
-    return AutoConfig.for_model(family, **values)
+def cases() -> list[dict]:
+    """Return every shape with every method, with and without checkpointing; then accumulation and bf16 on one shape."""
+    plain = {"accumulation": False, "dtype": "float32"}
+    found = [
+        {"shape": shape, "method": method, "checkpointing": on, **plain}
+        for shape in TOKENS
+        for method in METHODS
+        for on in (False, True)
+        if method != "lora" or shape in ("tiny", "36m", "qwen3_moe")
+    ]
+    base = {"shape": "36m", "checkpointing": True, "accumulation": True}
+    return found + [{**base, "method": m, "dtype": dtype} for dtype in ("float32", "bfloat16") for m in METHODS]
+
+
+def open_case(case: dict) -> tuple[PreTrainedConfig, MemorySettings]:
+    """Return the configuration of a case's model, and what else its memory depends on."""
+    shape = case["shape"]
+    family, values = CONFIGS.get(shape, ("", {}))
+    config = AutoConfig.for_model(family, **values) if family else shape_config(shape)
+    settings = {key: case[key] for key in ("accumulation", "dtype")} | {
+        "activation_checkpointing": case["checkpointing"]
+    }
+    batch_size, seq_length = TOKENS[shape]
+    return config, MemorySettings(seq_length=seq_length, batch_size=batch_size, device="cpu", **settings)
 
 
 def trained_experts(model: nn.Module, method: str) -> ExpertConfig | None:
-    """Return a sixth of the experts of every MoE layer, drawn, for method esft."""
+    """Draw a sixth of the experts of every MoE layer, for method esft."""
     draw, sizes = random.Random(0), {index: layer.num_experts for index, layer in moe_layers(model).items()}
     drawn = {index: tuple(sorted(draw.sample(range(size), -(-size // 6)))) for index, size in sizes.items()}
     return ExpertConfig(drawn) if method == "esft" else None
 
 
-def case_settings(case: dict) -> MemorySettings:
-    """Return what the memory of a case depends on."""
-    batch_size, seq_length = TOKENS[case["shape"]]
-    return MemorySettings(
-        seq_length=seq_length,
-        batch_size=batch_size,
-        accumulation=case["accumulation"],
-        activation_checkpointing=case["checkpointing"],
-        dtype=case["dtype"],
-        device="cpu",
-    )
-
-
 def estimate(case: dict) -> MemoryEstimate:
-    """Return the memory of a case, as estimated."""
+    config, settings = open_case(case)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(case_config(case["shape"]))
-    experts = trained_experts(empty, case["method"])
-    return Estimator(empty, case["method"], experts).estimate(case_settings(case))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the process that trains
+        empty = AutoModelForCausalLM.from_config(config)
+    return Estimator(empty, case["method"], trained_experts(empty, case["method"])).estimate(settings)
 
 
 def train(config: PreTrainedConfig, settings: MemorySettings, method: str, steps: int) -> None:
-    """Train a random model for some steps, as trainer.py does, on one process."""
+    """Train a random model for some steps in this process, as trainer.py does."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).train()
     model.set_experts_implementation("grouped_mm")
@@ -126,51 +128,33 @@ def train(config: PreTrainedConfig, settings: MemorySettings, method: str, steps
 
 
 def _resident(key: str) -> int:
-    """Return VmRSS (now) or VmHWM (highest so far) of this process, in bytes."""
+    """Return the resident set of this process in bytes: VmRSS is the present one, VmHWM the highest so far."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def work(case: dict, steps: int) -> int:
-    """Return the peak of a case, measured in this process, which must be a fresh one."""
-    config, settings = case_config(case["shape"]), case_settings(case)
+    """Return the peak of a case in bytes, measured in this process. The process must be fresh."""
+    config, settings = open_case(case)
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = 2, 512
-    train(small, dataclasses.replace(settings, seq_length=32, batch_size=1), case["method"], 1)
+    train(small, replace(settings, seq_length=32, batch_size=1), case["method"], 1)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the miniature left in the heap
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    ctypes.CDLL(None).malloc_trim(0)  # return what the miniature left in the heap
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before = _resident("VmRSS")
     train(config, settings, case["method"], steps)
     return _resident("VmHWM") - before
 
 
 def measure(case: dict, steps: int = 3) -> int:
-    """Return the peak in bytes of a fresh process on one thread."""
+    """Return the peak of a case in bytes, from a fresh process on one thread."""
     words = [__file__, "--case", json.dumps(case), f"--steps={steps}"]
     return int(run_command(words, quiet=True, env={"OMP_NUM_THREADS": "1", **MALLOC}).splitlines()[-1])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# all cases
-
-
-def cases() -> list[dict]:
-    """Return shapes, methods and checkpointing, all with all; beside these, accumulation and bf16 on one shape."""
-    plain = {"accumulation": False, "dtype": "float32"}
-    found = [
-        {"shape": shape, "method": method, "checkpointing": on, **plain}
-        for shape in TOKENS
-        for method in METHODS
-        for on in (False, True)
-        if method != "lora" or shape in ("tiny", "36m", "qwen3_moe")
-    ]
-    base = {"shape": "36m", "checkpointing": True, "accumulation": True}
-    return found + [{**base, "method": m, "dtype": dtype} for dtype in ("float32", "bfloat16") for m in METHODS]
-
-
 def format_rows(rows: list[dict]) -> str:
-    """Return the table, a line per case, and how many estimates are within 10 %."""
+    """Return the table, with one line per case, and how many estimates are within 10 %."""
     head = ("shape", "tokens", "method", "dtype", "checkpointing", "accumulation", "measured (MiB)", "estimated", "off")
     lines = []
     for row in rows:
@@ -180,34 +164,38 @@ def format_rows(rows: list[dict]) -> str:
         lines.append((row["shape"], f"{B} x {T}", row["method"], row["dtype"], *flags, *sizes, f"{row['off']:+.1%}"))
     worst = max((row["off"] for row in rows), key=abs)
     within = sum(abs(row["off"]) <= 0.1 for row in rows)
-    return f"{markdown_table(head, lines)}\n\n{within} of {len(rows)} within 10 %; the farthest is {worst:+.1%}."
+    return (
+        f"{markdown_table(head, lines)}\n\n{within} of {len(rows)} are within 10 %. The worst is off by {worst:+.1%}."
+    )
+
+
+def compare(case: dict, steps: int) -> dict:
+    """Estimate and measure a case, and return its row of the table."""
+    start = time.perf_counter()
+    found = estimate(case)
+    row = {**case, "tokens": TOKENS[case["shape"]], "estimate_seconds": time.perf_counter() - start}
+    row |= {"measured_bytes": measure(case, steps), "estimated_bytes": found.peak, "estimate": vars(found)}
+    return {**row, "off": found.peak / row["measured_bytes"] - 1}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=positive, default=3, metavar="N", help="optimizer steps of a case (default: 3)")
-    add("--output", default="results/tables/memory", metavar="FILE", help="of FILE.md and .json (default: %(default)s)")
-    add("--case", help=argparse.SUPPRESS)
+    add("--output", default="results/tables/memory", metavar="FILE", help="write FILE.md and FILE.json (default: "
+        "%(default)s)")  # fmt: skip
+    add("--case", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.case:
-        print(work(json.loads(args.case), args.steps))
+        print(work(args.case, args.steps))
         return
     check_output(f"{args.output}.md")
     rows = []
     for case in cases():
-        start = time.perf_counter()
-        memory = estimate(case)
-        seconds, measured = time.perf_counter() - start, measure(case, args.steps)
-        rows.append(
-            {**case, "tokens": TOKENS[case["shape"]], "measured_bytes": measured, "estimated_bytes": memory.peak}
-        )
-        rows[-1] |= {"off": memory.peak / measured - 1, "estimate": vars(memory), "estimate_seconds": seconds}
+        rows.append(compare(case, args.steps))
         print(format_rows(rows[-1:]).splitlines()[2], flush=True)
-    table = format_rows(rows)
-    print(table.splitlines()[-1])
     remarks = f"one thread, seed 0, {' '.join(f'{key}={value}' for key, value in MALLOC.items())}"
-    write_result(args, "python scripts/experiments/memory.py", f"{table}\n{IN_BF16}", remarks, rows=rows)
+    publish(args, __file__, argv, f"{format_rows(rows)} {IN_BF16}", remarks, rows=rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Legend: E experts, L MoE layers, P ranks.
 import argparse
 import functools
 import operator
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,14 +29,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import check_output, write_json, write_text
+from deepseek.files import check_output
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.routing import RouterCounts, read_logs
 from esft import ExpertConfig, ExpertScores
 from evaluation.figures import new_figure, save_figure
-from utils import command_parser, environment, markdown_table, positive, run_cli
+from scripts.experiments.common import publish
+from utils import command_parser, markdown_table, positive, run_cli
 
-COLOURS = {"contiguous": "#969696", "score": "#08519c"}
+LOOKS = {
+    "contiguous": {"color": "#969696", "label": "contiguous"},
+    "score": {"color": "#08519c", "label": "by score"},
+}
 Loads = Mapping[int, Mapping[int, float]]  # [layer][expert] -> routed rows, in any unit
 
 
@@ -51,6 +54,9 @@ class Recording:
     measure_LE: Loads
 
 
+Found = list[tuple[Recording, list[dict]]]  # the results of each number of ranks
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # recorded routing
 
@@ -61,7 +67,7 @@ def read_recordings(path: Path) -> list[Recording]:
     Raises:
         ValueError, FileNotFoundError: nothing is there, something is damaged, or a log has a single forward.
     """
-    folders = (sorted(p for p in path.glob("rank_*") if p.is_dir()) or [path]) if path.is_dir() else []
+    folders = sorted(folder for folder in path.glob("rank_*") if folder.is_dir()) or [path]
     logs = [log for folder in folders for log in sorted(folder.glob("expert_weights_*.txt"))[:1]]  # one per rank
     recordings, width = [], 0
     if not logs or (path / "summary.json").is_file():
@@ -120,7 +126,7 @@ def simulate(recording: Recording, trained_L: Mapping[int, tuple[int, ...]], ran
     sizes_L = {layer: len(load_E) for layer, load_E in load_LE.items()}
     floors = [max(1, ranks * max(load_E.values()) / sum(load_E.values())) for load_E in load_LE.values()]
     result: dict = {"ranks": ranks, "floor": sum(floors) / len(floors)}
-    for kind in COLOURS:
+    for kind in LOOKS:
         placements = place_layers(sizes_L, trained_L, ranks, recording.place_LE, contiguous=kind == "contiguous")
         result[kind] = imbalance(placements, trained_L, load_LE) | step_time(placements, trained_L, load_LE)
     return result
@@ -129,11 +135,9 @@ def simulate(recording: Recording, trained_L: Mapping[int, tuple[int, ...]], ran
 def check_config(config: ExpertConfig, recordings: list[Recording]) -> None:
     """Raise ValueError if the config selects no recorded expert, or an unknown expert of a recorded layer."""
     load_LE = recordings[-1].measure_LE  # a summary has all layers, logs may have some
-    chosen = {(layer, e) for layer in load_LE for e in config.experts.get(layer, ())}
+    chosen = [(layer, e) for layer in load_LE for e in config.experts.get(layer, ())]
     if not chosen or not all(e in load_LE[layer] for layer, e in chosen):
-        raise ValueError(
-            "cannot measure: the expert config names other experts than the scores. Give one of the model."
-        )
+        raise ValueError("cannot measure: the expert config names other experts than the scores. Give the model's own.")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ def format_results(results: list[dict]) -> str:
     head = ["ranks", "load", "worst layer", "floor", "trained experts", "step / even", "contiguous step / ours"]
     rows = []
     for r in results:
-        old, new = (r[kind] for kind in COLOURS)
+        old, new = (r[kind] for kind in LOOKS)
         pairs = [
             f"{old[key] / old.get(unit, 1):.2f} -> **{new[key] / new.get(unit, 1):.2f}**"
             for key, unit in (("load", ""), ("load_worst", ""), ("trained", ""), ("step", "even"))
@@ -155,11 +159,8 @@ def format_results(results: list[dict]) -> str:
     return markdown_table(head, rows)
 
 
-def report(
-    title: str, config: ExpertConfig, found: list[tuple[Recording, list[dict]]], skipped: list[int], command: str
-) -> str:
+def report(title: str, config: ExpertConfig, found: Found, skipped: list[int]) -> str:
     """Return the page of the results as Markdown."""
-    facts = environment()
     parts = [
         f"# Placement of experts: {title}",
         "Simulated, contiguous -> **by score**. Load is max / mean over ranks of the routed rows, on average over "
@@ -173,21 +174,19 @@ def report(
         parts += [f"**{recording.name.capitalize()}**: {recording.how}{rest}.", format_results(results)]
     if skipped:
         parts.append(f"Left out: {', '.join(map(str, skipped))} ranks, more than a layer has experts.")
-    parts.append(f"`{command}`, {facts['date'][:10]}, python {facts['python']}; no chance is involved.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
-def draw(title: str, found: list[tuple[Recording, list[dict]]]):
+def draw(title: str, found: Found):
     """Return a figure of load and step over the number of ranks, with a row per recording."""
-    figure, rows = new_figure(9, 0.8 + 2.9 * len(found), nrows=len(found), sharex=True, squeeze=False)
-    for (recording, results), (left, right) in zip(found, rows):
+    figure, panels = new_figure(9, 0.8 + 2.9 * len(found), nrows=len(found), sharex=True, squeeze=False)
+    for (recording, results), (left, right) in zip(found, panels):
         ranks = [r["ranks"] for r in results]
-        for kind, colour in COLOURS.items():
-            label = {"contiguous": "contiguous", "score": "by score"}[kind]
-            left.plot(ranks, [r[kind]["load"] for r in results], "o-", color=colour, label=label)
-            worst = [r[kind]["load_worst"] for r in results]
-            left.plot(ranks, worst, "--", color=colour, lw=1, label=f"{label}, worst layer")
-            right.plot(ranks, [r[kind]["step"] / r[kind]["even"] for r in results], "o-", color=colour, label=label)
+        for kind, look in LOOKS.items():
+            left.plot(ranks, [r[kind]["load"] for r in results], "o-", **look)
+            worst = {**look, "label": f"{look['label']}, worst layer", "lw": 1}
+            left.plot(ranks, [r[kind]["load_worst"] for r in results], "--", **worst)
+            right.plot(ranks, [r[kind]["step"] / r[kind]["even"] for r in results], "o-", **look)
         left.plot(ranks, [r["floor"] for r in results], ":", color="black", lw=1, label="floor of any placement")
         left.set(title=f"{recording.name}: load of the busiest rank", ylabel="max / mean")
         right.set(title=f"{recording.name}: time of the experts in a step", ylabel="step / even")
@@ -195,11 +194,9 @@ def draw(title: str, found: list[tuple[Recording, list[dict]]]):
             axes.set_xscale("log", base=2)
             axes.set_xticks(ranks, ranks)
             axes.set_ylim(bottom=0.95)
+            axes.set_xlabel("ranks that share the experts")
             axes.grid(alpha=0.3)
-    for axes in rows[-1]:
-        axes.set_xlabel("ranks that share the experts")
-    for axes in rows[0]:
-        axes.legend(fontsize=8)
+            axes.legend(fontsize=8)
     figure.suptitle(title)
     return figure
 
@@ -222,31 +219,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> list[tuple[Recording, list[dict]]]:
+def main(argv: list[str] | None = None) -> Found:
     """Simulate, write the files, and return the recordings with their results."""
     args = parse_args(argv)
     check_output(f"{args.output}.md")
-    recordings = read_recordings(Path(args.expert_scores_dir))
-    config = ExpertConfig.load(args.expert_config)
+    source = Path(args.expert_scores_dir).resolve()
+    recordings, config = read_recordings(Path(args.expert_scores_dir)), ExpertConfig.load(args.expert_config)
     check_config(config, recordings)
     fewest = min(len(load_E) for recording in recordings for load_E in recording.measure_LE.values())
-    skipped = [ranks for ranks in args.ranks if ranks > fewest]
-    taken = [ranks for ranks in args.ranks if ranks <= fewest]
-    if not taken:
-        raise ValueError(f"cannot spread {fewest} experts of a layer over {skipped[0]} ranks. Give fewer --ranks.")
+    taken = [ranks for ranks in args.ranks if ranks <= fewest] or args.ranks  # place_layers refuses too many
+    skipped = [ranks for ranks in args.ranks if ranks not in taken]
     found = [(recording, [simulate(recording, config.experts, ranks) for ranks in taken]) for recording in recordings]
-    source = Path(args.expert_scores_dir).resolve()
     title = args.title or (source if source.is_dir() else source.parent).name
-    words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "scripts/experiments/placement.py", *words])
-    page = report(title, config, found, skipped, command)
-    print(page)
-    write_text(f"{args.output}.md", page)
     told = [{"name": recording.name, "how": recording.how, "results": results} for recording, results in found]
-    facts = {"environment": environment(), "command": command, "title": title, "skipped_ranks": skipped}
-    write_json(f"{args.output}.json", {**facts, "recordings": told})
+    page = report(title, config, found, skipped)
+    publish(args, __file__, argv, page, "no chance is involved", title=title, skipped_ranks=skipped, recordings=told)
     save_figure(draw(title, found), f"{args.output}.png")
-    print(f"written to {args.output}.md, .json and .png")
     return found
 
 
