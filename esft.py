@@ -80,7 +80,7 @@ class ExpertScores:
     def __post_init__(self):
         layers = sorted(set().union(*self.by_function.values()))
         if not layers:
-            raise ValueError("there are no scores in it: no layer has any")
+            raise ValueError("no layer has scores. Compute them again.")
         for function, score_LE in self.by_function.items():
             num_experts = 1 + max(max(score_E, default=-1) for score_E in score_LE.values())
             rounding = 0.5 * num_experts * 10 ** -_digits(num_experts) + 1e-6
@@ -92,7 +92,7 @@ class ExpertScores:
                         raise ValueError(f"{where}, expert {expert}: found {score}, expected a number from 0")
                 total = sum(score_E.values())
                 if total == 0 or (function != "gate" and abs(total - 1) > rounding):
-                    raise ValueError(f"{where}: the experts' scores sum to {total:g}, not to 1; compute them again")
+                    raise ValueError(f"{where}: the experts' scores sum to {total:g}, not to 1. Compute them again.")
 
     def __getitem__(self, function: str) -> dict[int, dict[int, float]]:
         """Return score_LE of a function."""
@@ -101,13 +101,13 @@ class ExpertScores:
         needed = "; get_expert_scores.py --prob adds it for models whose router logits transformers records"
         hint = needed if function == "prob" else ""
         known = " and ".join(self.by_function)
-        raise ValueError(f"there is no score {function!r}{suggest(function, self.by_function)}: there is {known}{hint}")
+        raise ValueError(f"cannot use score {function!r}{suggest(function, self.by_function)}: there is {known}{hint}")
 
     @classmethod
     def from_counts(cls, counts: RouterCounts, **meta: object) -> "ExpertScores":
         """Compute the scores of counted routing, rounded as in the released files."""
         if not counts.tokens:
-            raise ValueError("no token was counted: give more data, or look at the token mask")
+            raise ValueError("cannot score experts: no token was counted. Give more data, or look at the token mask.")
         by_function: dict[str, dict[int, dict[int, float]]] = {}
         for function, kind in zip(SCORE_FUNCTIONS, ("slots", "gates", "probs")):
             for layer, sum_E in zip(counts.layers, counts.sums[kind].tolist() if kind in counts.sums else ()):
@@ -136,8 +136,8 @@ class ExpertScores:
                 return cls.load(path / "summary.json")
             return cls.from_counts(functools.reduce(operator.add, read_logs(path)))
         if not path.is_file():
-            hint = "make them with scripts/expert/get_expert_scores.py"
-            raise FileNotFoundError(f"{path}: no such scores{suggest_path(path)}; {hint}")
+            hint = "Make them with scripts/expert/get_expert_scores.py."
+            raise FileNotFoundError(f"cannot read {path}: no such scores{suggest_path(path)}. {hint}")
         data = read_json(path)
         with named(path):
             try:
@@ -150,7 +150,7 @@ class ExpertScores:
                 }
                 return cls(by_function, dict(data.get("meta", {})))
             except (AttributeError, TypeError) as error:
-                raise ValueError(f"not a summary of expert scores by layer ({error}); compute them again") from error
+                raise ValueError(f"not a summary of expert scores by layer ({error}). Compute them again.") from error
 
 
 def _read_flat(data: Mapping[str, float]) -> dict[int, dict[int, float]]:
@@ -190,7 +190,7 @@ class ExpertConfig:
         folder = Path(path)
         path = folder / CONFIG_NAME if folder.is_dir() else folder
         if not path.is_file():
-            wrong = f"{path}: no such expert config or adapter{suggest_path(path)}"
+            wrong = f"cannot read {path}: no such expert config or adapter{suggest_path(path)}"
             raise FileNotFoundError(describe_wrong_folder(folder) if folder.is_dir() else wrong)
         data = read_json(path)
         with named(path):
@@ -245,8 +245,8 @@ class ExpertConfig:
             num_experts, highest = layers[index if index in layers else first].num_experts, max(ids, default=0)
             if index not in layers or highest >= num_experts:
                 raise ValueError(
-                    f"it was made for another model: it names expert {highest} of layer {index}, and this model's MoE "
-                    f"layers are {first} to {last}, with experts 0 to {num_experts - 1}"
+                    f"the expert config names expert {highest} of layer {index}, and this model's MoE layers are "
+                    f"{first} to {last}, with experts 0 to {num_experts - 1}"
                 )
 
 
@@ -279,12 +279,12 @@ def select_experts(
     """
     if strategy not in STRATEGIES:
         known = ", ".join(STRATEGIES)
-        raise ValueError(f"unknown strategy {strategy!r}{suggest(strategy, STRATEGIES)}: one of {known}")
+        raise ValueError(f"cannot select by {strategy!r}{suggest(strategy, STRATEGIES)}. Give one of {known}.")
     score_LE, generator = scores[score_function], random.Random(seed)
     most = min(map(len, score_LE.values())) if strategy == "topk" else math.inf
     for name, value, limit in (("top_p", top_p, 1), ("fraction", fraction, 1), ("top_k", top_k, most)):
         if not 0 < value <= limit:
-            raise ValueError(f"{name} is {value}, expected a number above 0 and up to {limit}")
+            raise ValueError(f"cannot select experts: {name} is {value}. Give a number above 0 and up to {limit}.")
     experts: dict[int, tuple[int, ...]] = {}
     for layer, score_E in sorted(score_LE.items()):
         ranked = sorted(score_E, key=lambda e: (-score_E[e], e))
@@ -319,7 +319,7 @@ class _State:
 
 def _state(model: nn.Module) -> _State:
     if (state := find_state(model)) is None:
-        raise ValueError("this model has no adapter and nothing trained: call to_esft or add_adapter first")
+        raise ValueError("cannot do this: the model has no adapter. Call to_esft or add_adapter first.")
     return state
 
 
@@ -353,7 +353,7 @@ def to_esft(
     config = config if isinstance(config, ExpertConfig) else ExpertConfig.from_dict(config)
     config.check(model)
     if find_state(model):
-        raise ValueError("this model has been through to_esft or add_adapter: unload(model) or merge(model) it first")
+        raise ValueError("cannot train: the model has been through to_esft or add_adapter. Call unload or merge first.")
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     layers = list(moe_layers(model).values())
     for layer in layers:
@@ -377,7 +377,7 @@ def unload(model: nn.Module) -> nn.Module:
     """Give the base model back, bit for bit. Whatever was trained or loaded is gone."""
     state = _state(model)
     if state.displaced is None:
-        raise ValueError("the base's values were not kept: use to_esft(model, config, keep_base=True)")
+        raise ValueError("cannot unload: the base's values were not kept. Use to_esft(model, config, keep_base=True).")
     _release(model, state)
     for name, view in adapter_views(model, state.config).items():
         view.copy_(state.displaced[name])
@@ -391,8 +391,8 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: nothing was trained or loaded, or not all experts are here in the model's dtype.
     """
     if any(layer.frozen or layer.shard for layer in moe_layers(model).values()):
-        raise ValueError("not all experts are here as in the base: save the adapter and merge that on disk, with "
-                         "scripts/merge_adapter.py")  # fmt: skip
+        raise ValueError("cannot merge: not all experts are here as in the base. Save the adapter and merge it on "
+                         "disk with scripts/merge_adapter.py.")  # fmt: skip
     _release(model, _state(model))
     return model
 
@@ -477,12 +477,12 @@ def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) ->
         frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
         state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})
     if state.training and config != state.config:
-        raise ValueError("it holds other experts than this model trains; unload(model) first")
+        raise ValueError("it holds other experts than this model trains. Call unload first.")
     here = adapter_shapes(model, config, local=True)
     loaded = read_adapter(folder, adapter_shapes(model, config), here)
     taken = [] if state.training else sorted(here.keys() & state.displaced.keys())
     if taken:
-        raise ValueError(f"{taken[0]} is held by an adapter loaded before ({len(taken)} are); unload(model) first")
+        raise ValueError(f"{taken[0]} is held by an adapter loaded before ({len(taken)} are). Call unload first.")
     return state, loaded
 
 

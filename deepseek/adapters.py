@@ -162,7 +162,7 @@ def read_adapter(folder: str | Path, expected: Mapping[str, torch.Size], names: 
         with _open(path) as file:
             loaded |= {name: file.get_tensor(found[name][1]) for name in names if found[name][0] == path}
     if broken := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} has values that are not finite ({len(broken)} tensors have); train it anew")
+        raise ValueError(f"{broken[0]} has values that are not finite ({len(broken)} tensors have). Train it anew.")
     return loaded
 
 
@@ -202,21 +202,21 @@ def _open(path: Path) -> Iterator:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged or truncated ({error}); fetch or save it again") from error
+        raise ValueError(f"{path.name} is damaged or truncated ({error}). Fetch or save it again.") from error
 
 
 def describe_wrong_folder(folder: Path) -> str:
     """Return a sentence that says what a folder without an adapter holds instead."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
     if (folder / "config.json").is_file():
-        hint = "it holds a whole model: give it as --base_model_path"
+        hint = "It holds a whole model: give it as --base_model_path."
     elif checkpoints:
-        hint = f"its run did not finish: go on with it, or give {checkpoints[-1]}"
+        hint = f"Its run did not finish: go on with it, or give {checkpoints[-1]}."
     elif (folder / "summary.json").is_file():
-        hint = "it holds expert scores: make an expert config of them with scripts/expert/generate_expert_config.py"
+        hint = "It holds expert scores: make an expert config of them with scripts/expert/generate_expert_config.py."
     else:
-        hint = f"an adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with adapter_config.json"
-    return f"{folder} is not an adapter, it has no {CONFIG_NAME}: {hint}"
+        hint = f"An adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with adapter_config.json."
+    return f"cannot use {folder}: it is not an adapter, as it has no {CONFIG_NAME}. {hint}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
     elif (base / WEIGHTS).is_file():
         names = {WEIGHTS}
     else:
-        raise FileNotFoundError(f"{base}: neither {WEIGHTS} nor {INDEX} in it; save the base as safetensors first")
+        raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
     stored = {}
     for name in sorted(names):
         with Shard(base / name) as shard:
@@ -78,7 +78,7 @@ class Shard:
             with safe_open(path, "pt"):  # checks that all of it is there
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: missing, damaged or truncated ({error}); fetch it again") from error
+            raise ValueError(f"cannot read {path}: missing, damaged or truncated ({error}). Fetch it again.") from error
         self.path = path
         self.file = open(path, mode)  # noqa: SIM115 (__exit__ closes it)
         size = int.from_bytes(self.file.read(8), "little")
@@ -152,7 +152,7 @@ def open_base(base: Path) -> tuple[nn.Module, dict[str, Stored]]:
     """
     model = empty_model(base)
     if getattr(model.config, "quantization_config", None):
-        raise ValueError(f"model {base} is quantized: merge into its unquantized form")
+        raise ValueError(f"cannot use {base}: the model is quantized. Give its unquantized form.")
     stored = stored_tensors(base)
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
@@ -223,7 +223,7 @@ def ordinary_keys(model: nn.Module, name: str, stored: Container[str]) -> list[s
         found = [key for key, value in reverted.items() if key in stored and value is param]
         keys += found or [alias] * (alias in stored)
     if not keys:
-        raise ValueError(f"the checkpoint holds no tensor that is {name}")
+        raise ValueError(f"cannot find {name}: the checkpoint holds no tensor for it")
     return keys
 
 
@@ -250,10 +250,12 @@ def expert_places(model: nn.Module, layer: MoELayer, stored: Mapping[str, Stored
     variants.append(as_stored())
     for reverted in variants:
         if missing := sorted(key for key in reverted if key not in stored):
-            raise ValueError(f"the checkpoint does not hold {missing[0]}")
+            raise ValueError(f"cannot find the experts of {name}: the checkpoint does not hold {missing[0]}")
         places = _match(reverted, wanted)
         if lost := sorted(wanted.keys() - places.keys()):
-            raise ValueError(f"{lost[0][1]} of {name} is stored in a layout that is not known: merge in memory")
+            raise ValueError(
+                f"cannot find {lost[0][1]} of {name}: its layout in the checkpoint is not known. Merge in memory."
+            )
         if all(place.shape(stored[place.key].shape) == real_shapes[p] for (_, p), place in places.items()):
             break
     return places  # where none fits: merge_adapter.check_places says what does not

@@ -164,12 +164,12 @@ def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
             continue
         match = re.search(r"\.(\d+)\.", f".{name}.")
         if match is None:
-            raise ValueError(f"the experts module {name} stands in no numbered layer, so no config can name it")
+            raise ValueError(f"cannot name the experts of {name}: it is in no numbered layer")
         index = int(match[1])
         if index in found:
             raise ValueError(
-                f"layer {index} has two experts modules, {found[index].name} and {name}, and a config names "
-                f"experts by their layer only: {type(model).__name__} is not supported"
+                f"cannot use {type(model).__name__}: a config names experts by their layer, and layer {index} has two "
+                f"experts modules, {found[index].name} and {name}"
             )
         found[index] = MoELayer(module, index, name)
     if found or dense_ok:

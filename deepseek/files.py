@@ -23,7 +23,7 @@ def check_output(path: str | Path, folder: bool = False) -> None:
     elif not (place.is_dir() and os.access(place, os.W_OK)):
         cause = f"{place} is not a writable folder"
     if cause:
-        raise ValueError(f"{path} cannot be written: {cause}; give another path")
+        raise ValueError(f"cannot write {path}: {cause}. Give another path.")
 
 
 @contextlib.contextmanager
@@ -75,11 +75,11 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Put `path` in front of a ValueError about its content."""
+    """Say in a ValueError about the content of `path` that this cannot be used."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"cannot use {path}: {error}") from error
 
 
 def read_json(path: str | Path) -> object:
@@ -87,7 +87,7 @@ def read_json(path: str | Path) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); make it again") from error
+        raise ValueError(f"cannot read {path}: not valid JSON ({error}). Make it again.") from error
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:

@@ -97,14 +97,14 @@ def _bitsandbytes():
         from bitsandbytes import functional
     except ImportError as error:
         hint = "python -m pip install -c constraints.txt bitsandbytes"
-        raise ValueError(f"frozen_dtype=nf4 needs bitsandbytes: {hint}") from error
+        raise ValueError(f"cannot use frozen_dtype=nf4: it needs bitsandbytes. Run {hint}.") from error
     return functional
 
 
 def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight[0].numel() % NF4_BLOCK:
-        raise ValueError(f"frozen_dtype=nf4 needs matrices of a multiple of {NF4_BLOCK} entries, these have "
-                         f"{weight.shape[1]} x {weight.shape[2]}: give int8 or fp8")  # fmt: skip
+        raise ValueError(f"cannot use frozen_dtype=nf4: it needs matrices of a multiple of {NF4_BLOCK} entries, these "
+                         f"have {weight.shape[1]} x {weight.shape[2]}. Give int8 or fp8.")  # fmt: skip
     values, state = _bitsandbytes().quantize_4bit(weight.reshape(-1), blocksize=NF4_BLOCK, quant_type="nf4")
     return values.view(len(weight), -1), state.absmax.view(len(weight), -1)
 
@@ -262,8 +262,8 @@ def store_frozen(layer: FusedExperts, trained: Iterable[int], dtype: str | None,
     stored = layer.frozen
     if (dtype or stored.dtype, offload or stored.offload) != (stored.dtype, stored.offload):
         raise ValueError(
-            f"this model's frozen experts are stored as {stored.dtype or 'they were'} already: give frozen_dtype and "
-            "offload_frozen to load_base_model (frozen=...)"
+            f"cannot store the frozen experts anew: they are stored as {stored.dtype or 'they were'} already. Give "
+            "frozen_dtype and offload_frozen to load_base_model (frozen=...)."
         )
     thaw_experts(layer, trained)
 
@@ -277,6 +277,6 @@ def forbid_state_dict(model: nn.Module) -> None:
 
 def _refuse_state_dict(*_) -> None:
     raise ValueError(
-        "no plain checkpoint can be made of this model: its frozen experts are stored otherwise than in the base; save "
-        "the adapter (save_adapter) and merge that on disk, with scripts/merge_adapter.py"
+        "cannot save this model as a plain checkpoint: its frozen experts are not stored as in the base. Save the "
+        "adapter (save_adapter) and merge it on disk with scripts/merge_adapter.py."
     )

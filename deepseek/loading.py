@@ -61,8 +61,8 @@ def load_base_model(
     config = _load(AutoConfig.from_pretrained, path)
     quantized = quantization(config)
     if quantized and quantized not in UNQUANTIZED:
-        raise ValueError(f"model {str(path)!r} is quantized as {quantized}, which cannot be trained on: give the "
-                         f"unquantized one (or {' or '.join(UNQUANTIZED)})")  # fmt: skip
+        raise ValueError(f"cannot load model {str(path)!r}: it is quantized as {quantized}, which cannot be "
+                         f"trained on. Give the unquantized one (or {' or '.join(UNQUANTIZED)}).")  # fmt: skip
     if quantized == "fp8" and frozen is None:
         frozen = Storage("fp8")
     devices = device if isinstance(device, list) else [device or "cpu"]
@@ -82,11 +82,11 @@ def load_base_model(
     model, found = _load(from_pretrained, path, **options)
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise ValueError(
-            f"model {str(path)!r}: its checkpoint lacks, or holds in another shape, {len(wrong)} tensors that its "
-            f"config.json asks for ({wrong[0]}): fetch it again"
+            f"cannot load model {str(path)!r}: its checkpoint lacks, or holds in another shape, {len(wrong)} tensors "
+            f"that its config.json asks for ({wrong[0]}). Fetch it again."
         )
     if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
-        raise ValueError(f"model {str(path)!r} does not fit on {', '.join(map(str, devices))}: give it more GPUs")
+        raise ValueError(f"cannot load model {str(path)!r}: it needs more GPUs than {', '.join(map(str, devices))}")
     if frozen is not None:
         model.set_experts_implementation(IMPLEMENTATION)
         forbid_state_dict(model)
@@ -169,9 +169,9 @@ def _load(function, path: str | Path, **kwargs):
     path, hub_id = str(path), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
     if not (Path(path, "config.json").is_file() or (hub_id and not Path(path).exists())):
         why = "it has no config.json" if Path(path).exists() else "no such folder, and not a hub id (owner/name)"
-        raise FileNotFoundError(f"model {path!r}: {why}")
+        raise FileNotFoundError(f"cannot load model {path!r}: {why}")
     try:
         return function(path, **kwargs)
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything
         reason = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
-        raise ValueError(f"model {path!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"cannot load model {path!r}: {type(error).__name__}: {reason}") from error

@@ -71,11 +71,12 @@ def place_layers(
     held, placements = [0] * ranks, {}
     for layer, num_experts in num_experts_L.items():
         if ranks > num_experts:
-            raise ValueError(f"ep_size={ranks}, but layer {layer} has {num_experts} experts: lower ep_size")
+            raise ValueError(f"cannot use ep_size={ranks}: layer {layer} has {num_experts} experts. Lower ep_size.")
         load_E = dict.fromkeys(range(num_experts), 1 / num_experts) if load_LE is None else load_LE.get(layer)
         if load_E is None or set(load_E) != set(range(num_experts)):
             raise ValueError(
-                f"the expert scores have no, or other, experts of layer {layer}: they are of another model"
+                f"cannot place experts by these scores: they have no, or other, experts of layer {layer}. They are of "
+                "another model."
             )
         if contiguous:
             placements[layer] = place_contiguous(num_experts, ranks)

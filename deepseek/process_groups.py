@@ -97,8 +97,8 @@ class Ranks:
         """
         if ep_size < 1 or self.world_size % ep_size:
             raise SharedError(
-                f"ep_size={ep_size} does not divide the {self.world_size} processes: start a multiple of it with "
-                "torchrun --nproc-per-node, or change ep_size"
+                f"cannot use ep_size={ep_size}: it does not divide the {self.world_size} processes. Start a "
+                "multiple with torchrun --nproc-per-node, or change ep_size."
             )
         if self.world_size == 1:
             return self

@@ -172,7 +172,7 @@ def read_logs(folder: Path) -> list[RouterCounts]:
     for forward in zip(*lines_L.values()):
         for path, number, ids, _ in forward:
             if _repeats(ids, top_k):
-                raise ValueError(f"{path}:{number}: a token has one expert twice among its {top_k}: the log is damaged")
+                raise ValueError(f"cannot use {path}:{number}: a token has one expert twice among its {top_k}")
         ids_LN = torch.tensor([ids for *_, ids, _ in forward])
         gates_LN = torch.tensor([gates for *_, gates in forward], dtype=torch.float64)
         zeros_LE = torch.zeros(len(forward), num_experts, dtype=torch.int64)
@@ -207,13 +207,15 @@ def _read_ranks(folder: Path) -> dict[int, list[Line]]:
             if match := re.fullmatch(r"expert_weights_(\d+)\.txt", path.name):
                 lines_L.setdefault(int(match[1]), []).extend(_read_log(path))
     if not any(lines_L.values()):
-        raise FileNotFoundError(f"{folder}: no summary.json in it and no line in any expert_weights_<layer>.txt")
+        raise FileNotFoundError(
+            f"cannot read {folder}: no summary.json in it, and no line in any expert_weights_<layer>.txt"
+        )
     shapes_L = {layer: [(path.parent, len(ids)) for path, _, ids, _ in lines] for layer, lines in lines_L.items()}
     first = min(lines_L)
     if odd := [layer for layer in sorted(lines_L) if shapes_L[layer] != shapes_L[first]]:
         raise ValueError(
-            f"{folder}: layers {first} and {odd[0]} do not log the same forwards ({len(shapes_L[first])} and "
-            f"{len(shapes_L[odd[0]])} lines): a log is truncated, missing, or of another run"
+            f"cannot read {folder}: layers {first} and {odd[0]} do not log the same forwards ({len(shapes_L[first])} "
+            f"and {len(shapes_L[odd[0]])} lines). A log is truncated, missing, or of another run."
         )
     return dict(sorted(lines_L.items()))
 
@@ -229,6 +231,8 @@ def _read_log(path: Path) -> list[Line]:
             sound = False
         if not sound:
             expected = "expert ids, two tabs, and as many gate weights, all from 0"
-            raise ValueError(f"{path}:{number}: expected {expected}: the line is truncated, or the file is not a log")
+            raise ValueError(
+                f"cannot read {path}:{number}: expected {expected}. The line is truncated, or the file is not a log."
+            )
         lines.append((path, number, ids, gates))
     return lines

@@ -232,7 +232,7 @@ def test_no_such_adapter(tmp_path):
         (["model.safetensors"], "no expert_cfg.json.*adapter.safetensors.*adapter_config.json"),
         (["summary.json"], "expert scores.*generate_expert_config"),
         (["config.json", "checkpoint-9/config.json"], "whole model: give it as --base_model_path"),
-        (["checkpoint-9/expert_cfg.json", "checkpoint-10/expert_cfg.json"], "give .*checkpoint-10$"),
+        (["checkpoint-9/expert_cfg.json", "checkpoint-10/expert_cfg.json"], "give .*checkpoint-10\\.$"),
     ],
 )
 def test_a_folder_that_is_no_adapter(files, mend, tmp_path):

@@ -227,8 +227,8 @@ LOG = "0\t1\t1\t2\t\t0.5\t0.2\t0.4\t0.3\n2\t0\t\t0.3\t0.2\n"  # three tokens, to
         ({"summary.json": ""}, ["summary.json", "not valid JSON"]),
         ({"summary.json": '{"token_scores": {"1": {"0": 0.5'}, ["summary.json", "not valid JSON"]),
         ({"summary.json": "[1]"}, ["summary.json", "not a summary"]),
-        ({"summary.json": {}}, ["summary.json", "no scores"]),
-        ({"summary.json": {"token_scores": {}}}, ["summary.json", "no scores"]),
+        ({"summary.json": {}}, ["summary.json", "no layer has scores"]),
+        ({"summary.json": {"token_scores": {}}}, ["summary.json", "no layer has scores"]),
         ({"summary.json": {"token_scores": {"1": {"0": math.nan, "1": 1}}}}, ["layer 1, expert 0: found nan"]),
         ({"summary.json": {"token_scores": {"1": {"0": -0.5, "1": 1.5}}}}, ["layer 1, expert 0", "-0.5"]),
         ({"summary.json": {"token_scores": {"1": {"0": "a", "1": 1}}}}, ["layer 1, expert 0"]),
@@ -288,8 +288,8 @@ def test_selection_flags(tmp_path, capsys, tiny_model_dir):
             ["fraction: it takes --fraction. Give no flag of another"],
         ),
         (["--top_p", "nan"], ["top_p is nan"]),
-        (["--score_function", "gate"], ["no score 'gate'", "there is token"]),
-        (["--score_function", "prob"], ["no score 'prob'", "there is token", "--prob", "router logits"]),
+        (["--score_function", "gate"], ["score 'gate'", "there is token"]),
+        (["--score_function", "prob"], ["score 'prob'", "there is token", "--prob", "router logits"]),
         (["--model", tmp_path / "nowhere"], ["nowhere", "no such folder"]),
     ):
         refused(capsys, generate_expert_config.main, [*base, *flags], *words)

@@ -42,7 +42,7 @@ def groups(rank: int) -> list:
         members = [dist.get_process_group_ranks(group) for group in (ranks.experts, ranks.replicas)]
         found.append((ranks.ep_size, ranks.expert_rank, ranks.first_replica, *members))
     for ep_size in (3, 8, 0):
-        with pytest.raises(SharedError, match=f"ep_size={ep_size} does not divide the 4 processes"):
+        with pytest.raises(SharedError, match=f"ep_size={ep_size}: it does not divide the 4 processes"):
             world.with_experts(ep_size, RANK_TIMEOUT)
     return found
 

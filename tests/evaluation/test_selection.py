@@ -239,7 +239,7 @@ def test_compare_one(tasks, tmp_path, capsys):
     for flags, words in (
         ([tmp_path], [PACKS_NAME, "get_expert_scores.py"]),
         ([tmp_path / "nowhere"], ["nowhere"]),
-        ([tasks / "a", "--score_function", "prob"], ["no score 'prob'"]),
+        ([tasks / "a", "--score_function", "prob"], ["score 'prob'"]),
         ([tasks / "a", "--top_p", 2], ["top_p is 2"]),
         ([tasks / "a", "--n_bootstrap", 9, "--output_path", tmp_path / "x.txt"], ["'txt' is not supported"]),
     ):

@@ -309,7 +309,7 @@ def test_without_what_was_replaced_there_is_no_way_back(parts):
         script.merge_adapter(out, [adapter], out, overwrite=True)
     shutil.rmtree(out / "replaced")
     (out / "replaced").mkdir()
-    with pytest.raises(FileNotFoundError, match="replaced is not an adapter"):
+    with pytest.raises(FileNotFoundError, match="replaced: it is not an adapter"):
         script.unmerge(out, out.with_name("again"))
     assert not out.with_name("again").exists() and hashes(out) == merged
 

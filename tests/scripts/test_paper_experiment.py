@@ -228,8 +228,8 @@ def test_general_skills_are_scored_on_whole_samples(tmp_path):
         ("--parts=a,g", "cannot run part 'g'. Give some of r, a, b, c, d, e, f"),
         ("--ablation_tasks=lwa", "invalid choice: 'lwa'"),
         ("--steps=0", "not a whole number above 0"),
-        ("--output=README.md/x", "cannot be written"),
-        ("--work_dir=README.md", "README.md cannot be written: it is a file"),
+        ("--output=README.md/x", "cannot write"),
+        ("--work_dir=README.md", "cannot write README.md: it is a file"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flag, sentence, monkeypatch, capsys):

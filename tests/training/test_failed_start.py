@@ -12,9 +12,9 @@ from tests.rank_helpers import rank_arguments, told, train_on
     [
         ("data", r"data.jsonl:31: not valid JSON"),
         ("experts", r"names expert 8 of layer 1"),
-        ("weights", r"weights' cannot be loaded"),
-        ("config", r"config' cannot be loaded"),
-        ("tokenizer", r"tokenizer' cannot be loaded"),
+        ("weights", r"cannot load model .*weights'"),
+        ("config", r"cannot load model .*config'"),
+        ("tokenizer", r"cannot load model .*tokenizer'"),
         ("argument", r"cannot start this run: "),
         ("batch", r"global_batch_size=3 cannot be shared out"),
         ("optimizer", r"lomo"),
