@@ -95,14 +95,6 @@ class PackCounts:
 # ------------------------------------------------------------------------------------------------ stability
 
 
-def as_sets(config: ExpertConfig, layers: list[int], num_experts: int) -> Tensor:
-    """Return the selected experts as bool (L, E)."""
-    sets_LE = torch.zeros(len(layers), num_experts, dtype=torch.bool)
-    for row, layer in enumerate(layers):
-        sets_LE[row, list(config.experts.get(layer, ()))] = True
-    return sets_LE
-
-
 def select_cumulative(score_LE: Tensor, top_p: float) -> Tensor:
     """Return bool (..., L, E): what `select_experts` selects by its cumulative rule, for many tables at once."""
     ranked_LE, ids_LE = score_LE.sort(dim=-1, descending=True, stable=True)
@@ -185,7 +177,7 @@ def stability(packs: PackCounts, score_function: str, top_p: float, draws: int =
     scores = ExpertScores.from_counts(packs.total())
     config = select_experts(scores, score_function=score_function, top_p=top_p)
     layers, (P, _, E) = packs.layers, packs.sums["slots"].shape
-    all_LE = as_sets(config, layers, E)
+    (all_LE,) = bootstrap_selections(packs, torch.ones(1, P), score_function, top_p)
     drawn_BLE = bootstrap_selections(packs, bootstrap_counts(P, P, draws, seed), score_function, top_p)
     frequency_LE = drawn_BLE.double().mean(0)
     found_B = jaccard(drawn_BLE, all_LE).double()
@@ -309,16 +301,10 @@ def short_name(path: str | Path) -> str:
 # ------------------------------------------------------------------------------------------------ after training
 
 
-def routed_ids(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    """Return int16 (T, K) on the CPU: the experts of each token. A weight of 0, where ZAYA's tokens skip their expert,
-    becomes `num_experts`."""
-    return torch.where(weights_TK != 0, ids_TK, num_experts).to("cpu", torch.int16)
-
-
-def routed(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Return `routed_ids` as bool (T, E)."""
-    sets_TE = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool)
-    return sets_TE.scatter(1, ids_TK.long(), True)[:, :num_experts]
+def routed(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+    """Return bool (T, E) on the CPU: the experts of each token. In ZAYA, weight 0 skips the expert."""
+    slots_TE = torch.zeros(len(ids_TK), num_experts, dtype=torch.int8, device=ids_TK.device)
+    return slots_TE.scatter_add(1, ids_TK, (weights_TK != 0).char()).bool().cpu()
 
 
 @dataclass

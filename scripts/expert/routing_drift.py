@@ -33,7 +33,7 @@ from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
-from evaluation.selection import Drift, routed, routed_ids, short_name
+from evaluation.selection import Drift, routed, short_name
 from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
 from utils import command_parser, environment, markdown_table, note, run_cli
 
@@ -64,13 +64,13 @@ def eval_samples(dataset: str) -> list[dict]:
 
 @torch.no_grad()
 def routing(model: nn.Module, packs: list[MaskedPack]) -> Iterator[dict[int, Tensor]]:
-    """Yield {layer: `routed_ids`} of the tokens that count in each pack."""
+    """Yield {layer: `routed`} of the tokens that count in each pack."""
     layers, seen = moe_layers(model), {}
 
     def see(layer: MoELayer):
         def hook(_module, args) -> None:
             _, ids_TK, weights_TK, *_ = args
-            seen[layer.index] = routed_ids(ids_TK, weights_TK, layer.num_experts)
+            seen[layer.index] = routed(ids_TK, weights_TK, layer.num_experts)
 
         return hook
 
@@ -93,14 +93,13 @@ def measure(base: nn.Module, change: Callable[[nn.Module], nn.Module], packs: li
         packs = [document for one in packs for document in one.documents()]
     before = []
     with tqdm(total=2 * sum(map(len, packs)), unit="tok", unit_scale=True, desc="routing") as bar:
-        for one, ids_L in zip(packs, routing(base, packs)):
-            before.append(ids_L)
+        for one, sets_L in zip(packs, routing(base, packs)):
+            before.append(sets_L)
             bar.update(len(one))
-        num_experts_L = experts_by_layer(base)
-        changed, drift_L = change(base), {layer: Drift() for layer in num_experts_L}
+        changed, drift_L = change(base), {layer: Drift() for layer in moe_layers(base)}
         for one, old_L, new_L in zip(packs, before, routing(changed, packs)):
             for layer, drift in drift_L.items():
-                drift.add(*(routed(ids_L[layer], num_experts_L[layer]) for ids_L in (old_L, new_L)))
+                drift.add(old_L[layer], new_L[layer])
             bar.update(len(one))
     return drift_L
 

@@ -35,7 +35,6 @@ from evaluation.selection import (
     overlap,
     ranked_experts,
     routed,
-    routed_ids,
     select_cumulative,
     short_name,
     split_draws,
@@ -402,8 +401,8 @@ def test_the_budget_is_used_up_and_kept(tasks, tiny_model_dir, capsys, tmp_path)
 
 
 def test_drift_by_hand():
-    before = routed(torch.tensor([[0, 1], [0, 2]], dtype=torch.int16), 4)
-    after = routed(torch.tensor([[1, 0], [0, 3]], dtype=torch.int16), 4)  # the order of a token's experts is nothing
+    before = routed(torch.tensor([[0, 1], [0, 2]]), torch.ones(2, 2), 4)
+    after = routed(torch.tensor([[1, 0], [0, 3]]), torch.ones(2, 2), 4)  # the order of a token's experts is nothing
     drift = Drift()
     drift.add(before, after)
     assert drift.report([0, 3]) == {
@@ -412,8 +411,8 @@ def test_drift_by_hand():
     swapped = Drift()  # tokens trade places: slots change, the load does not
     swapped.add(before, before.flip(0))
     assert swapped.report([0])["total_variation"] == 0 and swapped.report([0])["changed"] == 0.5
-    skipped = routed_ids(torch.tensor([[1, 0]]), torch.tensor([[0.7, 0.0]]), 4)
-    assert routed(skipped, 4).tolist() == [[False, True, False, False]]
+    skipped = routed(torch.tensor([[1, 0], [0, 0]]), torch.tensor([[0.7, 0.0], [0.7, 0.0]]), 4)
+    assert skipped.tolist() == [[False, True, False, False], [True, False, False, False]]
 
 
 @pytest.fixture(scope="module")
