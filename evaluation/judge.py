@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from evaluation.rubrics import judge_prompt, read_score
 from utils import import_extra
 
 OPENAI = "https://api.openai.com/v1"
+URL = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#]*)?", re.ASCII | re.IGNORECASE)
 NO_SCORE = "a reply without a score from 0 to 10"
 
 
@@ -95,18 +95,14 @@ class Judge:
             return None, self._refusal
         openai = self._openai
         try:
-            answer = self._ask(prompt, max_retries)
+            reply = self._masked(self._ask(prompt, max_retries).choices[0].message.content)
         except openai.OpenAIError as error:
             reason = " ".join(self._masked(str(error)).split())[:300]
             lost = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
             if lost or getattr(error, "status_code", None) in (401, 403, 404):  # so it is for every sample
                 self._refusal = reason
             return None, reason
-        except ValueError:
-            return None, "a reply that is not JSON"
-        try:
-            reply = self._masked(answer.choices[0].message.content)
-        except (AttributeError, IndexError, TypeError):
+        except (ValueError, AttributeError, IndexError, TypeError):
             return None, "a reply that is not of the form of /chat/completions"
         with contextlib.suppress(OSError):  # a full disk costs the cache and not the judgement
             write_json(path, {"model": self.model, "reply": reply})
@@ -132,13 +128,7 @@ class Judge:
 def check_url(base_url: str | None) -> str:
     """Return an endpoint as the judge takes it. Raises ValueError, which does not show it, for anything else."""
     url = (base_url or OPENAI).rstrip("/").removesuffix("/chat/completions")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-        valid = valid and parts.port != 0 and "@" not in parts.netloc and re.fullmatch(r"[!-~]+", url)
-    except ValueError:
-        valid = False
-    if not valid:
+    if not URL.fullmatch(url):
         raise ValueError(f"--judge_base_url must be an address like {OPENAI}, without a user, a key or a query")
     return url
 
