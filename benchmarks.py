@@ -103,11 +103,12 @@ def get_evaluator(
     Other names get the metrics of ANY_TEXT. Raises ValueError for an unknown name, a library that is missing, a row
     that lacks what its evaluator needs, and an evaluator that runs programs without `allow_code`.
     """
-    usual = evaluator_name or OTHER_NAMES.get(dataset_name, dataset_name)
-    _check_name(evaluator_name, "--evaluator")
-    asked = [None if evaluator_name else row.get("evaluator") for row in rows] or [None]
+    asked = [evaluator_name or row.get("evaluator") for row in rows] or [evaluator_name]
     for name in asked:
-        _check_name(name, f"{dataset_name}: the evaluator of a row")
+        if name is not None and (not isinstance(name, str) or name not in EVALUATORS):
+            known = f"{', '.join(EVALUATORS)}{suggest(name, EVALUATORS)}"
+            raise ValueError(f"cannot score {dataset_name}: the evaluator {name} is none of {known}")
+    usual = OTHER_NAMES.get(dataset_name, dataset_name)
     usual = usual if usual in EVALUATORS else ANY_TEXT
     names = [name or usual for name in asked]
     for name in set(names) - {"code"}:
@@ -115,11 +116,6 @@ def get_evaluator(
     if "code" in names:
         _check_code(dataset_name, [row for row, name in zip(rows, names) if name == "code"], allow_code)
     return EVALUATORS[names[0]] if len(set(names)) == 1 else EvaluatorByRow(EVALUATORS[usual])
-
-
-def _check_name(name: object, where: str) -> None:
-    if name is not None and (not isinstance(name, str) or name not in EVALUATORS):
-        raise ValueError(f"{where} {name} is none of {', '.join(EVALUATORS)}{suggest(name, EVALUATORS)}")
 
 
 def _check_code(dataset_name: str, rows: list[dict], allowed: bool) -> None:

@@ -143,7 +143,7 @@ def test_a_row_may_ask_for_its_evaluator():
     assert summary["metrics"]["final_number"] == 100 and summary["missing"]["final_number"] == 0
     assert summary["mean"] == summary["metrics"]["score"] == pytest.approx(200 / 3, abs=1e-3)
     for wrong in ("maths", "", 3, ["math"]):
-        with pytest.raises(ValueError, match=r"general: the evaluator of a row .* is none of"):
+        with pytest.raises(ValueError, match=r"cannot score general: the evaluator .* is none of"):
             get_evaluator("general", None, [text, {**text, "evaluator": wrong}])
 
 
