@@ -27,10 +27,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -47,6 +45,7 @@ from evaluation.lm_eval_harness import Suite, load_suites
 from evaluation.lm_eval_results import evaluate_share
 from evaluation.results import compare, format_results, summarize
 from evaluation.rubrics import RUBRICS
+from evaluation.run_folder import read_json
 from evaluation.runner import Job, answer_jobs, answer_key
 from evaluation.workers import run_ranks
 from utils import environment, note, run_cli
@@ -86,11 +85,8 @@ def output_path(config: EvalConfig, name: str, alone: bool) -> Path:
     model = Path(config.adapter_dir or config.base_model_path).resolve()
     path = Path("results/completions", f"{model.name}.{name}.jsonl")
     if (summary := path.with_suffix(".summary.json")).is_file():
-        try:
-            was = json.loads(summary.read_text(encoding="utf-8"))["arguments"]
-            other = was["adapter_dir"] or was["base_model_path"]
-        except (ValueError, KeyError, TypeError):
-            other = "something else"
+        was = read_json(summary, "arguments")["arguments"]
+        other = was.get("adapter_dir") or was.get("base_model_path", "another model")
         if Path(other).resolve() != model:
             raise ValueError(f"{summary} is of {other}: give an --output_path, or move it away")
     return path
@@ -229,7 +225,9 @@ def run(config: EvalConfig) -> list[dict]:
             for journal in journals:
                 journal.keep = True
         try:
-            for summary in ask_suites(config, loaded, suite_paths, devices):
+            here = min(len(loaded), len(devices)) == 1  # other processes load their suites themselves
+            work = functools.partial(evaluate_share, config, suite_paths, loaded if here else None)
+            for summary in stack.enter_context(contextlib.closing(run_ranks(work, list(loaded), devices))):
                 summaries[summary["dataset"]] = summary
         finally:  # show what is done, also where a suite fails
             paths = {job.name: job.output_path for job in jobs if not job.base} | suite_paths
@@ -237,17 +235,6 @@ def run(config: EvalConfig) -> list[dict]:
         if failed:
             raise ValueError("; ".join(f"every sample of {name} failed, the first: {e}" for name, e in failed.items()))
     return [summaries[name] for name in paths if name in summaries]
-
-
-def ask_suites(
-    config: EvalConfig, loaded: dict[str, list[Suite]], paths: dict[str, Path], devices: list[list[str]]
-) -> Iterator[dict]:
-    """Evaluate the suites, whole ones in each process, and yield their summaries as they are done."""
-    names = list(loaded)
-    shares = [names[rank :: config.world_size] for rank in range(min(config.world_size, len(names)))]
-    work = functools.partial(evaluate_share, config, paths, loaded if len(shares) == 1 else None)
-    with contextlib.closing(run_ranks(work, shares, devices)) as summaries:
-        yield from summaries
 
 
 def show(paths: dict[str, Path], bases: dict[str, dict], summaries: dict[str, dict], unjudged: str) -> None:

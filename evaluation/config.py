@@ -105,10 +105,14 @@ class EvalConfig:
             unused = [name for name in names if getattr(self, name) != default[name]]
             if unused and not getattr(self, needed):
                 raise ValueError(f"--{unused[0]} has an effect only with --{needed}. Give that too, or leave it out")
-        task_files = [name for name in self.suites if name.endswith((".yaml", ".yml"))]
-        for path in [self.adapter_dir, self.task_dir, *task_files]:
+        for path in [self.adapter_dir, self.task_dir, *filter(is_task_file, self.suites)]:
             if path and not Path(path).exists():
                 raise ValueError(f"cannot read {path}: no such file or folder{suggest_path(path)}")
+
+
+def is_task_file(suite: str) -> bool:
+    """Return whether a suite is given by the path of a task's YAML file, and not by a name."""
+    return suite.endswith((".yaml", ".yml"))
 
 
 def _split(names: str) -> list[str]:

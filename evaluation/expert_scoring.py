@@ -126,11 +126,9 @@ def count_packs(
     packs: list[MaskedPack], base_model_path: str, *, devices: list[list[str]], dtype: str = "auto", prob: bool = False
 ) -> PackCounts:
     """Count the routing of every pack under a progress bar, with a process and a model for each entry of `devices`."""
-    numbered = list(enumerate(packs))
-    shares = [numbered[rank :: len(devices)] for rank in range(len(devices))]
     work = functools.partial(count_share, base_model_path, dtype, prob)
     bar, counts_P = None, {}
-    with contextlib.closing(run_ranks(work, shares, devices)) as messages:
+    with contextlib.closing(run_ranks(work, list(enumerate(packs)), devices)) as messages:
         for message in messages:
             bar = bar or tqdm(total=sum(map(len, packs)), unit="tok", unit_scale=True, desc="scoring")
             if message is not None:
@@ -145,7 +143,7 @@ def count_share(
     base_model_path: str, dtype: str, prob: bool, share: list[tuple[int, MaskedPack]], devices: list[str]
 ) -> Iterator[tuple[int, RouterCounts] | None]:
     """Yield None when the model is loaded, then (number, counts) of each pack of one process."""
-    model, _ = load_base_model(base_model_path, dtype=dtype, device=devices if len(devices) > 1 else devices[0])
+    model, _ = load_base_model(base_model_path, dtype=dtype, device=devices)
     yield None
     numbers, packs = zip(*share)
     yield from zip(numbers, count_routing(model, packs, prob))

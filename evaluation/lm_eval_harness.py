@@ -1,7 +1,7 @@
 """lm-eval, EleutherAI's harness, on a model in memory: suites by name, their data, and a model's answers to them.
 
     suites = load_suites(["mmlu", "mine.yaml"])["mmlu"]
-    answers = evaluate_suite(model, tokenizer, suites[0], SuiteSettings())
+    answers = evaluate_suite(model, tokenizer, suites[0], EvalConfig(...))
 
 This file knows lm-eval's interface. lm_eval_results.py turns the answers into means, tables and files. Log-likelihoods
 are summed in float32 for any dtype of the weights, because close choices tie in bf16, lm-eval's default.
@@ -23,7 +23,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from deepseek.files import suggest
-from evaluation.config import KNOWN
+from evaluation.config import KNOWN, EvalConfig, is_task_file
 from evaluation.generation import end_tokens, generation_config
 from utils import import_extra, sentence
 
@@ -66,25 +66,20 @@ def load_suites(
         ValueError: lm-eval is missing, a task is unknown, its data cannot be fetched, or it runs code of the model
             without `allow_code_execution`.
     """
-    TaskManager = import_extra("lm_eval.tasks", "suites").TaskManager
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # an error says what they log about it
     with _lm_eval_session(allow_code_execution):
-        manager = TaskManager(include_path=task_dir and str(task_dir), include_defaults=False)
-        if not all(_is_path(name) or name in manager.task_index for name in names):  # lm-eval's own take seconds
-            manager = TaskManager(include_path=str(task_dir)) if task_dir else _default_tasks()
+        manager = _task_manager(task_dir, False)
+        if not all(is_task_file(name) or name in manager.task_index for name in names):
+            manager = _task_manager(task_dir, True)
         return {name: _load(manager, name, allow_code_execution) for name in names}
 
 
 @functools.cache
-def _default_tasks():
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _is_path(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+def _task_manager(task_dir: str | Path | None, with_defaults: bool):
+    """Return lm-eval's index of the tasks in a folder, and of its own tasks `with_defaults`, which takes seconds."""
+    task_manager = import_extra("lm_eval.tasks", "suites").TaskManager
+    return task_manager(include_path=task_dir and str(task_dir), include_defaults=with_defaults)
 
 
 @contextlib.contextmanager
@@ -100,8 +95,8 @@ def _load(manager, name: str, allow_code_execution: bool) -> list[Suite]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     with _errors_of(name):
-        written = load_yaml(Path(name), resolve_func=False) if _is_path(name) else name
-        if isinstance(written, dict) and isinstance(written.get("task"), list):
+        written = load_yaml(Path(name), resolve_func=False) if is_task_file(name) else name
+        if is_task_file(name) and "group" in written:
             raise ValueError("it is a group. Give its name, and its folder with --task_dir")
         unsafe = any(config.get("unsafe_code") for config in _task_configs(manager.task_index, written))
         if unsafe and not allow_code_execution:
@@ -148,19 +143,6 @@ def _suites_of(member) -> list[Suite]:
 
 
 @dataclass(frozen=True)
-class SuiteSettings:
-    """How suites are asked. None leaves it to the task. `n_samples` is per task, drawn with `seed`."""
-
-    n_samples: int | None = None
-    batch_size: int = 16
-    num_fewshot: int | None = None
-    max_new_tokens: int | None = None
-    apply_chat_template: bool = False
-    allow_code_execution: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class SuiteAnswers:
     """A model's answers to a suite: lm-eval's results with its samples, the seconds, and lm-eval's warnings."""
 
@@ -181,20 +163,21 @@ class SuiteAnswers:
         return len({sample["doc_id"] for sample in self.results["samples"][task]})
 
 
-def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> SuiteAnswers:
+def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteAnswers:
     """Return the model's answers. Raises ValueError if the suite cannot be asked, as when the context is too short."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     samples, start = None, time.perf_counter()
-    if settings.n_samples is not None:
+    if config.n_samples is not None:
         sizes = {name: len(task.eval_docs) for name, task in suite.tasks.items()}
-        draw = random.Random(settings.seed).sample
-        samples = {n: sorted(draw(range(size), min(settings.n_samples, size))) for n, size in sizes.items()}
-    config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer), bos_token_id=tokenizer.bos_token_id)
-    with generation_config(model, config), _lm_eval_session(settings.allow_code_execution) as warnings:
-        lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=settings.batch_size, softmax_dtype="float32")
+        draw = random.Random(config.seed).sample
+        samples = {n: sorted(draw(range(size), min(config.n_samples, size))) for n, size in sizes.items()}
+    greedy = GenerationConfig(eos_token_id=end_tokens(model, tokenizer), bos_token_id=tokenizer.bos_token_id)
+    with generation_config(model, greedy), _lm_eval_session(config.allow_code_execution) as warnings:
+        batch_size, most = config.eval_batch_size, config.suite_max_new_tokens
+        lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         warnings.clear()  # lm-eval warns that the model is in memory
         with _errors_of(suite.name):
             results = simple_evaluate(
@@ -202,16 +185,16 @@ def evaluate_suite(model, tokenizer, suite: Suite, settings: SuiteSettings) -> S
                 tasks=[suite.group or next(iter(suite.tasks.values()))],
                 task_manager=TaskManager(include_defaults=False),
                 samples=samples,
-                num_fewshot=settings.num_fewshot,
-                batch_size=settings.batch_size,
-                gen_kwargs={"max_gen_toks": settings.max_new_tokens} if settings.max_new_tokens else None,
-                apply_chat_template=settings.apply_chat_template,
-                confirm_run_unsafe_code=settings.allow_code_execution,
+                num_fewshot=config.num_fewshot,
+                batch_size=batch_size,
+                gen_kwargs={"max_gen_toks": most} if most else None,
+                apply_chat_template=config.apply_chat_template,
+                confirm_run_unsafe_code=config.allow_code_execution,
                 bootstrap_iters=100,  # for its own table, where a metric is not a mean
             )
         notes = _notes(warnings)
-    if settings.num_fewshot is not None and set(results["n-shot"].values()) != {settings.num_fewshot}:
-        notes.append(f"num_fewshot={settings.num_fewshot} is ignored where a task fixes its own at 0")
+    if config.num_fewshot is not None and set(results["n-shot"].values()) != {config.num_fewshot}:
+        notes.append(f"num_fewshot={config.num_fewshot} is ignored where a task fixes its own at 0")
     return SuiteAnswers(results, time.perf_counter() - start, notes)
 
 

@@ -12,8 +12,7 @@ HellaSwag and ARC, as is usual. Intervals are 95 % bootstrap intervals over samp
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +20,16 @@ import numpy as np
 import esft
 from deepseek.files import write_json, write_jsonl
 from evaluation.config import EvalConfig
-from evaluation.intervals import interval, is_certain, resample
-from evaluation.lm_eval_harness import Suite, SuiteAnswers, SuiteSettings, evaluate_suite, load_suites
+from evaluation.intervals import Strata, interval, is_certain
+from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from utils import environment, note
 
 PRIMARY = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "arc_easy": "acc_norm"}
+ARGUMENTS = (
+    "base_model_path", "adapter_dir", "n_samples", "num_fewshot", "apply_chat_template", "allow_code_execution", "seed"
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ means and intervals
-
-
-@dataclass(frozen=True)
-class TaskValues:
-    """The values of one task for C models on the same samples, and the task's weight in the suite."""
-
-    columns: list[list]
-    weight: float
-    aggregate: Callable[[list], float] | None  # None: the mean
-
-    def means(self) -> np.ndarray:
-        return np.array([np.mean(c) if self.aggregate is None else self.aggregate(c) for c in self.columns])
 
 
 class SuiteMetric:
@@ -48,51 +38,40 @@ class SuiteMetric:
     def __init__(self, suite: Suite, key: str, models: list[SuiteAnswers], unit: float | None = None):
         from lm_eval.api.metrics import mean
 
-        name, self.tasks = key.partition(",")[0], []
-        for task_name, task in suite.tasks.items():
-            columns = [answers.values(task_name).get(key, {}) for answers in models]
-            if both := sorted(i for i in columns[0] if all(c.get(i) is not None for c in columns)):
+        name, tasks = key.partition(",")[0], suite.tasks.values()
+        columns, weights, aggregates = [], [], []
+        for task in tasks:
+            values = [answers.values(task.task_name).get(key, {}) for answers in models]
+            if both := sorted(i for i in values[0] if all(v.get(i) is not None for v in values)):
+                columns.append([[v[i] for i in both] for v in values])
+                weights.append(float(len(both)) if suite.weighs_by_size(key) else 1.0)
                 aggregate = task.aggregation().get(name, mean)
-                values = [[column[i] for i in both] for column in columns]
-                weight = float(len(both)) if suite.weighs_by_size(key) else 1.0
-                self.tasks.append(TaskValues(values, weight, None if aggregate is mean else aggregate))
-        better = [task.higher_is_better().get(name, True) for task in suite.tasks.values()]
+                aggregates.append(np.mean if aggregate is mean else aggregate)
+        self.strata = Strata(columns, weights, aggregates)
+        self.are_means = all(aggregate is np.mean for aggregate in aggregates)
+        better = [task.higher_is_better().get(name, True) for task in tasks]
         self.higher_is_better = bool(better[0])
-        shares = all(
-            task.aggregate is None and all(_is_number(v) and 0 <= v <= 1 for column in task.columns for v in column)
-            for task in self.tasks
-        )
+        every = [value for task in columns for column in task for value in column]
+        shares = self.are_means and all(_is_number(v) and 0 <= v <= 1 for v in every)
         self.unit = unit or (100.0 if all(better) and shares else 1.0)  # 100: the mean is in percent
-        self.n = sum(len(task.columns[0]) for task in self.tasks)
-
-    def _weighted(self, parts: list[np.ndarray]) -> np.ndarray:
-        total = sum(task.weight for task in self.tasks)
-        return sum(task.weight / total * part for task, part in zip(self.tasks, parts))
+        self.n = sum(len(task[0]) for task in columns)
 
     def mean(self, model: int = -1) -> float | None:
-        if not self.tasks:
-            return None
-        return round(float(self.unit * self._weighted([task.means() for task in self.tasks])[model]), 4)
+        return round(float(self.unit * self.strata.means()[model]), 4) if self.n else None
 
-    def draws(self, resamples: int, seed: int) -> np.ndarray | None:
-        """Return (C, R) bootstrap draws of the mean, or None if a task has a single sample."""
-        if min((len(task.columns[0]) for task in self.tasks), default=0) < 2:
-            return None
-        if any(task.aggregate for task in self.tasks):
-            resamples = min(resamples, 200)  # each draw is aggregated in Python
-        rng = np.random.default_rng(seed)
-        return self.unit * self._weighted([resample(t.columns, rng, resamples, t.aggregate) for t in self.tasks])
+    def draws(self, resamples: int, seed: int) -> np.ndarray:
+        """Return (C, R) bootstrap draws of the mean. They are NaN if a task has a single sample."""
+        resamples = resamples if self.are_means else min(resamples, 200)  # others are aggregated in Python
+        return self.unit * self.strata.draws(resamples, seed)
 
-    def interval(self, draws_R: np.ndarray | None, low: float, high: float) -> list[float] | None:
-        if draws_R is None:
-            return None
+    def interval(self, draws_R: np.ndarray, low: float, high: float) -> list[float] | None:
         return interval(draws_R, (low, high)) if self.unit == 100 else interval(draws_R)
 
-    def compare(self, draws_CR: np.ndarray | None) -> dict:
+    def compare(self, draws_CR: np.ndarray) -> dict:
         """Return what `results.compare` returns, for the base and the adapter as the two models."""
-        bounds = self.interval(None if draws_CR is None else draws_CR[1] - draws_CR[0], -100, 100)
+        bounds = self.interval(draws_CR[1] - draws_CR[0], -100, 100)
         before, after = self.mean(0), self.mean(1)
-        changed = sum(a != b for task in self.tasks for a, b in zip(*task.columns))
+        changed = sum(a != b for task in self.strata.columns for a, b in zip(*task))
         return {
             "n": self.n,
             **{"base": before, "adapter": after, "difference": round(after - before, 4)},
@@ -116,7 +95,7 @@ def summarize_suite(
     metric = SuiteMetric(suite, primary, models)
     every = {key: SuiteMetric(suite, key, [answers]) for key in keys}
     n = sum(answers.count(name) for name in suite.tasks)
-    draws_CR = metric.draws(resamples, seed)
+    draws_CR = metric.draws(resamples, seed) if metric.n else None
     groups = {}
     for name in suite.tasks if suite.group is not None else ():
         part = SuiteMetric(suite.part(name), primary, models, metric.unit)
@@ -129,11 +108,11 @@ def summarize_suite(
         "n": n,
         "failed": 0,
         "mean": metric.mean(),
-        "ci95": metric.interval(None if draws_CR is None else draws_CR[-1], 0, 100),
+        "ci95": metric.interval(draws_CR[-1], 0, 100) if metric.n else None,
         "metrics": {key: one.mean() for key, one in every.items()},
         "missing": {key: n - one.n for key, one in every.items()},
         "groups": groups,
-        **({"against_base": metric.compare(draws_CR)} if base and metric.tasks else {}),
+        **({"against_base": metric.compare(draws_CR)} if base and metric.n else {}),
     }
 
 
@@ -211,49 +190,38 @@ def evaluate_share(
     """
     found = loaded or load_suites(names, task_dir=config.task_dir, allow_code_execution=config.allow_code_execution)
     suites = [suite for name in names for suite in found[name]]
-    device = devices if len(devices) > 1 else devices[0]
-    model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=device)
-    settings = SuiteSettings(
-        config.n_samples, config.eval_batch_size, config.num_fewshot, config.suite_max_new_tokens,
-        config.apply_chat_template, config.allow_code_execution, config.seed,
-    )  # fmt: skip
-    yield from evaluate_suites(model, tokenizer, suites, settings, paths, config.adapter_dir, config.with_base)
+    model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
+    yield from evaluate_suites(model, tokenizer, suites, config, paths)
 
 
 def evaluate_suites(
-    model,
-    tokenizer,
-    suites: list[Suite],
-    settings: SuiteSettings,
-    paths: dict[str, Path],
-    adapter_dir: str | Path | None = None,
-    with_base: bool = False,
+    model, tokenizer, suites: list[Suite], config: EvalConfig, paths: dict[str, Path]
 ) -> Iterator[dict]:
     """Evaluate a model on suites, write each one's results to its path (.jsonl) as soon as it is done, yield summaries.
 
-    With `adapter_dir` the adapter is put on the model and stays there. `with_base` evaluates the base before that.
+    An adapter is put on the model and stays there. `with_base` evaluates the base before that.
     """
     base: dict[str, SuiteAnswers] = {}
-    adapter = None if adapter_dir is None else str(adapter_dir)
-    arguments = {"base_model_path": model.name_or_path, "adapter_dir": adapter, **vars(settings)}
-    if with_base and adapter_dir is not None:
-        esft.check_base(model, adapter_dir)  # before the base answers for hours
+    if config.with_base:
+        esft.check_base(model, config.adapter_dir)  # before the base answers for hours
         for suite in suites:
-            base[suite.name] = evaluate_suite(model, tokenizer, suite, settings)
-            _write(suite, base[suite.name], None, arguments, paths[suite.name].with_suffix(".base.jsonl"))
-    if adapter_dir is not None:
-        model = esft.add_adapter(model, adapter_dir)
+            base[suite.name] = evaluate_suite(model, tokenizer, suite, config)
+            _write(suite, base[suite.name], None, config, paths[suite.name].with_suffix(".base.jsonl"))
+    if config.adapter_dir:
+        model = esft.add_adapter(model, config.adapter_dir)
     for suite in suites:
-        answers = evaluate_suite(model, tokenizer, suite, settings)
-        yield _write(suite, answers, base.get(suite.name), arguments, paths[suite.name])
+        answers = evaluate_suite(model, tokenizer, suite, config)
+        yield _write(suite, answers, base.get(suite.name), config, paths[suite.name])
 
 
-def _write(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, arguments: dict, path: Path) -> dict:
+def _write(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, config: EvalConfig, path: Path) -> dict:
     from lm_eval.utils import handle_non_serializable
 
     own = {key: value for key, value in answers.results.items() if key != "samples"}
+    arguments = {name: getattr(config, name) for name in ARGUMENTS}
+    arguments |= {"batch_size": config.eval_batch_size, "max_new_tokens": config.suite_max_new_tokens}
     summary = {
-        **summarize_suite(suite, answers, base, seed=arguments["seed"]),
+        **summarize_suite(suite, answers, base, seed=config.seed),
         "seconds": round(answers.seconds, 2),
         "num_fewshot": {name: answers.results["n-shot"].get(name) for name in suite.tasks},
         "notes": answers.notes,

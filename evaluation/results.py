@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from evaluation.intervals import interval, is_certain, resample
+from evaluation.intervals import Strata, interval, is_certain
 
 
 def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
@@ -41,7 +41,9 @@ def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> d
         "n": len(results),
         "failed": len(results) - len(scored),
         "mean": mean(scores),
-        "ci95": _interval_of_mean(list(scores.values()), resamples, seed, (0, 100)),
+        "ci95": interval(Strata([[v] for v in scores.values()]).draws(resamples, seed)[0], (0, 100))
+        if scores
+        else None,
         "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"].get(name))) for name in names},
         "missing": {name: sum(result["metrics"].get(name, 0) is None for result in scored) for name in names},
         "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
@@ -61,27 +63,17 @@ def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, see
             groups.setdefault(one.get("skill", ""), []).append((100 * one["score"], 100 * other["score"]))
     if not groups:
         return {"n": 0, "base": None, "adapter": None, "difference": None, "ci95": None, "certain": False}
-    pairs = [np.array(values) for values in groups.values()]
-    before, after = np.mean([values.mean(axis=0) for values in pairs], axis=0)
-    changes = [values[:, 1] - values[:, 0] for values in pairs]
-    bounds = _interval_of_mean(changes, resamples, seed, (-100, 100))
+    strata = Strata([list(zip(*pairs)) for pairs in groups.values()])
+    before, after = strata.means()
+    before_R, after_R = strata.draws(resamples, seed)
+    bounds = interval(after_R - before_R, (-100, 100))
     means = {"base": before, "adapter": after, "difference": after - before}
     return {
-        "n": sum(map(len, pairs)),
+        "n": sum(map(len, groups.values())),
         **{name: round(float(value), 4) for name, value in means.items()},
         "ci95": bounds,
-        "certain": is_certain(bounds, sum(int(np.count_nonzero(values)) for values in changes)),
+        "certain": is_certain(bounds, sum(a != b for pairs in groups.values() for a, b in pairs)),
     }
-
-
-def _interval_of_mean(
-    groups: list[np.ndarray], resamples: int, seed: int, bounds: tuple[float, float]
-) -> list[float] | None:
-    """Return the interval of the mean of the groups' means, or None if there is no group or one has a single sample."""
-    if not groups or min(map(len, groups)) < 2:
-        return None
-    rng = np.random.default_rng(seed)
-    return interval(sum(resample([values], rng, resamples)[0] / len(groups) for values in groups), bounds)
 
 
 # ------------------------------------------------------------------------------------------------ tables

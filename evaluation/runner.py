@@ -83,17 +83,16 @@ def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], j
     done, total = sum(len(journal.results) for journal in journals), sum(len(job.rows) for job in jobs)
     if done:
         note(f"{done} of {total} answers are there from an evaluation that was interrupted: going on")
-    shares = [left[rank :: config.world_size] for rank in range(min(config.world_size, len(left)))]
     bar, seconds, tokens = None, 0.0, 0
     with contextlib.ExitStack() as stack:
         work = functools.partial(_answer_share, config, jobs)
-        for part in stack.enter_context(contextlib.closing(run_ranks(work, shares, devices))):
+        for part in stack.enter_context(contextlib.closing(run_ranks(work, left, devices))):
             if bar is None:  # a model is loaded
                 bar = stack.enter_context(tqdm(total=total, initial=done, unit="sample", desc="evaluating"))
             if part is None:
                 continue
             number, record = part
-            record["seconds"] /= len(shares)  # those of all processes add up to the time that passes
+            record["seconds"] /= min(len(devices), len(left))  # of all processes they add up to the time that passes
             journals[number].add(record)
             seconds += record["seconds"]
             tokens += sum(result["tokens"] for result in record["results"])
@@ -109,8 +108,7 @@ def _answer_share(
     Yields None when the model is loaded, then (number of the job, record for its journal) of each batch. The adapter is
     put on before the first job that needs it, and stays. The jobs of the base come first.
     """
-    device = devices if len(devices) > 1 else devices[0]
-    model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=device)
+    model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
     adapter = config.adapter_dir
     if adapter and jobs[batches[0][0]].base:
         esft.check_base(model, adapter)  # refuses a wrong one before the base has answered for hours

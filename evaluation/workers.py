@@ -1,6 +1,7 @@
 """The one runner of several processes, each with a whole model.
 
-`work(share, devices)` is a generator. Rank r runs it on its share and its devices, and `run_ranks` yields the messages.
+`work(share, devices)` is a generator. Rank r of N runs it on every N-th item and its devices, and `run_ranks` yields
+the messages.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from utils import sentence
 
 
-def run_ranks(work: Callable[[list, list[str]], Iterator], shares: list[list], devices: list[list[str]]) -> Iterator:
-    """Yield the messages of all ranks as they arrive. One share runs in this process, several in a process each.
+def run_ranks(work: Callable[[list, list[str]], Iterator], items: list, devices: list[list[str]]) -> Iterator:
+    """Yield the messages of all ranks as they arrive. One rank runs in this process, several in a process each.
 
-    All processes end when one fails, or when this generator is closed. Raises ValueError for an error in a rank, in one
-    sentence that names the rank, and ChildProcessError for a rank that died.
+    There is a rank for each entry of `devices`, but no more than items. All processes end when one fails, or when this
+    generator is closed. Raises ValueError for an error in a rank, in one sentence that names the rank, and
+    ChildProcessError for a rank that died.
     """
+    shares = [items[rank :: len(devices)] for rank in range(min(len(devices), len(items)))]
     if len(shares) == 1:
         with _one_thread_on_cpu(devices[0]):
             yield from work(shares[0], devices[0])

@@ -155,7 +155,7 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--world_size=0"], "--world_size 0: it must be at least 1"),
         (0, ["--max_new_tokens=-1"], "--max_new_tokens -1"),
         (0, ["--eval_batch_size=x"], "--eval_batch_size"),
-        (0, ["--evaluator=judge"], "--evaluator judge is none of intent"),
+        (0, ["--evaluator=judge"], "cannot score mine: the evaluator judge is none of intent"),
         (0, ["--eval_data=x"], "unrecognized arguments: --eval_data=x"),
         (0, ["--output_path=out.json"], r"must end in \.jsonl"),
         (0, ["--with_base"], "--with_base has an effect only with --adapter_dir"),
@@ -199,9 +199,13 @@ def test_without_an_output_path_no_other_evaluation_is_overwritten(model_dir, ad
     with pytest.raises(ValueError, match=rf"{adapter}.one.summary.json is of {adapter_dir}: give an --output_path"):
         eval_multigpu.main([*flags, f"--adapter_dir={tmp_path / 'mine' / adapter}"])
     summary = tmp_path / "results" / "completions" / f"{model}.one.summary.json"
-    for text in ("[]", "{", '{"arguments": {}}'):
+    for text, sentence in (
+        ("[]", "Move it away"),
+        ("{", "Move it away"),
+        ('{"arguments": {}}', "give an --output_path"),
+    ):
         summary.write_text(text)
-        with pytest.raises(ValueError, match=rf"{model}.one.summary.json is of something else: give an --output_path"):
+        with pytest.raises(ValueError, match=rf"{model}.one.summary.json.*{sentence}"):
             eval_multigpu.main(flags)
     summary.unlink()
     summary.mkdir()

@@ -13,7 +13,8 @@ import yaml
 import esft
 import eval_multigpu
 from deepseek.files import read_jsonl
-from evaluation.lm_eval_harness import Suite, SuiteAnswers, SuiteSettings, evaluate_suite, load_suites
+from evaluation.config import EvalConfig
+from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.lm_eval_results import evaluate_suites, summarize_suite
 from tests.helpers import ROOT
 from utils import run_cli
@@ -30,7 +31,7 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
+def adapter(tmp_path_factory) -> str:
     """Half of the experts of two layers, moved so far that answers change."""
     model, _ = esft.load_base_model(TINY, dtype="float32", device="cpu")
     esft.to_esft(model, esft.ExpertConfig({layer: tuple(range(32)) for layer in (1, 2)}))
@@ -41,7 +42,7 @@ def adapter(tmp_path_factory) -> Path:
                 param.add_(torch.randn_like(param), alpha=3.4 * float(param.std()))
     folder = tmp_path_factory.mktemp("adapter")
     esft.save_adapter(model, folder)
-    return folder
+    return str(folder)
 
 
 def log_likelihood(model, tokenizer, context: str, answer: str) -> float:
@@ -63,11 +64,10 @@ def greedy(model, tokenizer, prompt: str, steps: int) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0]
 
 
-def run(model, tokenizer, suite_dir, name: str, path: Path, adapter_dir=None, with_base=False, **settings) -> dict:
-    allow = settings.get("allow_code_execution", False)
-    found = load_suites([name], task_dir=suite_dir, allow_code_execution=allow)[name]
-    paths = {suite.name: path for suite in found}
-    (summary,) = evaluate_suites(model, tokenizer, found, SuiteSettings(**settings), paths, adapter_dir, with_base)
+def run(model, tokenizer, suite_dir, name: str, path: Path, **flags) -> dict:
+    config = EvalConfig(str(TINY), **flags)
+    found = load_suites([name], task_dir=suite_dir, allow_code_execution=config.allow_code_execution)[name]
+    (summary,) = evaluate_suites(model, tokenizer, found, config, {suite.name: path for suite in found})
     return summary
 
 
@@ -112,7 +112,7 @@ def test_written_answers_are_those_of_a_loop_of_our_own(base, suite_dir, tmp_pat
     model.generation_config = type(kept)(**{**kept.to_diff_dict(), "repetition_penalty": 9.0})
     own = model.generation_config
     try:
-        summary = run(model, tokenizer, suite_dir, "mine_written", path, apply_chat_template=True, batch_size=5)
+        summary = run(model, tokenizer, suite_dir, "mine_written", path, apply_chat_template=True, eval_batch_size=5)
         assert model.generation_config is own  # set aside, and given back
     finally:
         model.generation_config = kept
@@ -139,7 +139,7 @@ def bootstrap(values) -> list[float]:
 
 def test_a_task_of_one_sample_leaves_a_suite_without_an_interval(base, suite_dir):
     (suite,) = load_suites(["mine_by_task"], task_dir=suite_dir)["mine_by_task"]
-    answers = evaluate_suite(*base, suite, SuiteSettings(n_samples=1))
+    answers = evaluate_suite(*base, suite, EvalConfig(str(TINY), n_samples=1))
     summary = summarize_suite(suite, answers, answers)
     assert summary["mean"] is not None and summary["ci95"] is None
     assert summary["against_base"]["ci95"] is None and not summary["against_base"]["certain"]
@@ -241,7 +241,7 @@ def test_what_a_task_does_not_follow_is_told(base, suite_dir, tmp_path, capsys):
     summary = run(model, tokenizer, None, str(long), tmp_path / "b.jsonl", n_samples=1)
     assert "Left truncation applied" in summary["notes"][0]
     with pytest.raises(ValueError, match=r"cannot run --suite fixed: .*requested max tokens to generate \(4000\)"):
-        run(model, tokenizer, None, str(fixed), tmp_path / "c.jsonl", max_new_tokens=4000)
+        run(model, tokenizer, None, str(fixed), tmp_path / "c.jsonl", suite_max_new_tokens=4000)
     few = tmp_path / "few.yaml"
     few.write_text(yaml.safe_dump({**config, "task": "few", "fewshot_split": "test"}))
     with pytest.raises(ValueError, match=r"cannot run --suite few: Sample larger than population"):
@@ -382,7 +382,7 @@ def test_the_real_tasks_are_asked_as_lm_eval_defines_them(base, tmp_path, path):
     source = {"data_files": splits, "cache_dir": str(tmp_path / "cache")}
     own = {"include": str(file), "task": name, "dataset_path": "json", "dataset_kwargs": source}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    options = {"num_fewshot": 2, "max_new_tokens": 4}
+    options = {"num_fewshot": 2, "suite_max_new_tokens": 4}
     summary = run(*base, None, str(tmp_path / "own.yaml"), tmp_path / "out.jsonl", **options)
     assert (summary["dataset"], summary["n"], summary["notes"]) == (name, 5, [])
     primary = {"gsm8k": "exact_match,strict-match", "triviaqa": "exact_match,remove_whitespace"}

@@ -46,7 +46,7 @@ def test_wrong_names_are_one_sentence(suite_dir):
 
 
 def test_lm_eval_has_the_suites_that_the_help_names():
-    index = lm_eval_harness._default_tasks().task_index
+    index = lm_eval_harness._task_manager(None, True).task_index
     for name in KNOWN:
         leaves = list(lm_eval_harness._task_configs(index, name))
         assert leaves and all(leaf["dataset_path"] for leaf in leaves)
@@ -59,7 +59,7 @@ def test_lm_eval_has_the_suites_that_the_help_names():
         load_suites(["gms8k"])
 
 
-def test_without_lm_eval_the_sentence_says_what_to_install(monkeypatch):
+def test_without_lm_eval_the_sentence_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"cannot import lm_eval\.tasks: .*pip install -e '\.\[suites\]'"):
-        load_suites(["mmlu"])
+        load_suites(["mmlu"], task_dir=tmp_path)

@@ -13,7 +13,7 @@ def send_tensors(share, _devices):
 
 def test_tensors_of_a_rank_that_has_ended_arrive():
     """torch would send handles of shared memory, which end with the rank; their reader then takes them for its end."""
-    messages = run_ranks(send_tensors, [[1, 2], [3, 4]], [["cpu"], ["cpu"]])
+    messages = run_ranks(send_tensors, [1, 2, 3, 4], [["cpu"], ["cpu"]])
     found = [int(next(messages)[0])]
     time.sleep(2)  # by now both ranks have sent everything and ended
     found += [int(tensor[0]) for tensor in messages]
