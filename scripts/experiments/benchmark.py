@@ -6,13 +6,14 @@
     experts   all routed experts and nothing else, with transformers' own grouped_mm
     lora      rank 8 on the linear layers and the fused experts, through peft (train.py's method)
     esft      --n_trained experts per layer, drawn with --seed
-    floor     no training: the forward, and the backward through all activations down to the input of the first MoE
-              block, on ESFT's kernels; no weight gradient, no optimizer
-    capture   what RouterCapture adds to a forward without gradient and without the lm_head
+    floor     nothing trained: the forward, and the backward through all activations down to the input of the first
+              MoE block, on ESFT's kernels; no weight gradient, no optimizer
 
-A step is forward, backward, AdamW step and zero_grad, in fp32 on a CPU (but for v2-lite) and in bf16 on a GPU. Its
-tokens are new and random, and every token has a label. Every method has a process and thus a peak memory of its own.
-The processes take turns: in every round each does `--steps` steps while the others wait. Noise of the machine then
+It also measures what RouterCapture adds to a forward without gradient and without the lm_head.
+
+A step is forward, backward, AdamW step and zero_grad, in fp32 on a CPU (v2-lite in bf16) and in bf16 on a GPU. Its
+tokens are new and random, and every token has a label. Every method has a process, and so a peak memory, of its own.
+The processes take turns: in every round each does `--steps` steps while the others wait. So the noise of the machine
 meets all of them, and a ratio compares turns of one round. Processes that do not fit the device together run one after
 the other. The table shows medians over rounds, and the range of each ratio. Memory on a CPU is the resident set, with
 Python and libraries.
@@ -147,26 +148,21 @@ class Method:
         return clock() - start
 
 
-class Capture:
-    """The same forward with and without RouterCapture, in pairs of alternating order."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.decoder, self.facts = build_model(args, args.device).base_model.eval(), {}
-        self.batches = enumerate(batches(args, self.decoder.config.vocab_size))
-
-    @torch.no_grad()
-    def turn(self, steps: int) -> list[float]:
-        """Return seconds with / seconds without, for each pair."""
-        ratios = []
-        for number, ids_BT in itertools.islice(self.batches, steps):
-            taken = {}
-            for counted in (False, True) if number % 2 else (True, False):
-                with RouterCapture(self.decoder) if counted else nullcontext():
-                    start = clock()
-                    self.decoder(ids_BT, use_cache=False)
-                    taken[counted] = clock() - start
-            ratios.append(taken[True] / taken[False])
-        return ratios
+@torch.no_grad()
+def capture_ratios(args: argparse.Namespace) -> list[float]:
+    """Return the seconds of a forward with RouterCapture / without, for pairs in alternating order."""
+    torch.set_num_threads(args.threads)
+    decoder = build_model(args, args.device).base_model.eval()
+    ratios, pairs = [], WARMUP + args.rounds * args.steps
+    for number, ids_BT in enumerate(itertools.islice(batches(args, decoder.config.vocab_size), pairs)):
+        taken = {}
+        for counted in (False, True) if number % 2 else (True, False):
+            with RouterCapture(decoder) if counted else nullcontext():
+                start = clock()
+                decoder(ids_BT, use_cache=False)
+                taken[counted] = clock() - start
+        ratios.append(taken[True] / taken[False])
+    return ratios[WARMUP:]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -174,13 +170,14 @@ class Capture:
 
 
 def hold(method: str, args: argparse.Namespace) -> None:
-    """Prepare a method in its process. The functions below use it."""
+    """Prepare a method in its process, for the two functions below."""
     global held
     torch.set_num_threads(args.threads)
-    held = Capture(args) if method == "capture" else Method(method, args)
+    held = Method(method, args)
+    held.turn(WARMUP)
 
 
-def turn(steps: int) -> float | list[float]:
+def turn(steps: int) -> float:
     return held.turn(steps)
 
 
@@ -188,8 +185,12 @@ def finish() -> dict:
     return {**held.facts, "peak_memory_bytes": memory_bytes()[1]}
 
 
+def new_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
 def measure(methods: list[str], args: argparse.Namespace) -> dict[str, dict]:
-    """Return each method's facts and its "turns", one per round. Every round begins with another method.
+    """Return each method's facts and the seconds of its "turns", one per round. The first method changes by round.
 
     Raises:
         ValueError: a process died. Errors of a method are raised as they are.
@@ -206,18 +207,15 @@ def measure(methods: list[str], args: argparse.Namespace) -> dict[str, dict]:
                 ) from error
 
         for method in methods:
-            spawn = multiprocessing.get_context("spawn")
-            pool[method] = stack.enter_context(ProcessPoolExecutor(1, spawn))
+            pool[method] = stack.enter_context(new_process())
             call(method, hold, method, args)
-            call(method, turn, WARMUP)
         turns: dict[str, list] = {method: [] for method in methods}
         for number in range(args.rounds):
             first = number % len(methods)
             for method in methods[first:] + methods[:first]:
                 turns[method].append(call(method, turn, args.steps))
             print(f"  round {number + 1} of {args.rounds} done: {', '.join(methods)}", file=sys.stderr)
-        results = {method: {**call(method, finish), "turns": turns[method]} for method in methods}
-    return results
+        return {method: {**call(method, finish), "turns": turns[method]} for method in methods}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -246,14 +244,11 @@ def format_results(results: dict[str, dict]) -> str:
     head = ["method", "tokens/s", "of full", "of floor", "peak MiB", "before", "gradients", "optimizer", "trained"]
     rows = []
     for method, r in results.items():
-        row = [method, f"{r['tokens_per_second']['median']:,.0f}"]
-        for other in ("full", "floor"):
-            ratio = r.get(f"ratio_to_{other}")
-            row.append(f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]" if ratio else "-")
-        row += [
-            f"{r[f'{key}_bytes'] / 2**20:,.0f}" for key in ("peak_memory", "memory_before", "gradient", "optimizer")
-        ]
-        rows.append([*row, f"{r['trained_share']:.2%}"])
+        ratios = [r.get(f"ratio_to_{other}") for other in ("full", "floor")]
+        shown = [f"{x['median']:.2f} [{x['min']:.2f}, {x['max']:.2f}]" if x else "-" for x in ratios]
+        sizes = [r[f"{key}_bytes"] / 2**20 for key in ("peak_memory", "memory_before", "gradient", "optimizer")]
+        rate, share = f"{r['tokens_per_second']['median']:,.0f}", f"{r['trained_share']:.2%}"
+        rows.append([method, rate, *shown, *(f"{size:,.0f}" for size in sizes), share])
     return markdown_table(head, rows)
 
 
@@ -315,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
     for group in groups:
         results |= measure(group, args)
     results = summarize(results, args)
-    capture = spread(list(itertools.chain(*measure(["capture"], args)["capture"]["turns"])))
+    with new_process() as process:
+        capture = spread(process.submit(capture_ratios, args).result())
 
     size = f"{args.batch_size} x {args.seq_length} tokens a step"
     print(f"\n{args.shape} on {args.device}, {size}, {args.threads} threads\n\n{format_results(results)}\n")
@@ -324,16 +320,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"esft trains {args.n_trained} experts of each layer, which get {share:.1%} of the routed rows")
     low, middle, high = (f"{capture[key] - 1:+.1%}" for key in ("min", "median", "max"))
     print(f"RouterCapture adds {middle} [{low}, {high}] to a forward")
-    report = {
-        "environment": environment(),
-        "seed": args.seed,
-        "arguments": vars(args),
-        "model": shape_config(args.shape).to_dict(),
-        "side_by_side": len(groups) == 1,
-        "methods": results,
-        "capture_ratio": capture,
-    }
-    write_json(args.output_path, report)
+    facts = {"environment": environment(), "seed": args.seed, "arguments": vars(args)}
+    facts |= {"model": shape_config(args.shape).to_dict(), "side_by_side": len(groups) == 1}
+    write_json(args.output_path, {**facts, "methods": results, "capture_ratio": capture})
     print(f"wrote {args.output_path}")
 
 

@@ -1,6 +1,7 @@
 """scripts/experiments/benchmark.py as people run it: the table, the JSON, and one sentence where it cannot run."""
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,11 +25,14 @@ def benchmark(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(output, report) of one short run."""
+    """(output, report) of one short run. Its stderr has the rounds, and no word of a library."""
     path = tmp_path_factory.mktemp("benchmark") / "tiny.json"
     size = ["--batch_size=2", "--seq_length=16", "--steps=1", "--rounds=2", "--threads=1"]
-    done = benchmark("--shape=tiny", *size, "--methods", "full", "experts", "esft", "floor", f"--output_path={path}")
+    lora = ["lora"] if importlib.util.find_spec("peft") else []
+    methods = ["--methods", "full", "experts", "esft", "floor", *lora]
+    done = benchmark("--shape=tiny", *size, *methods, f"--output_path={path}")
     assert done.returncode == 0, done.stderr
+    assert [line[:8] for line in done.stderr.splitlines()] == ["  round "] * 2
     return done.stdout, json.loads(path.read_text())
 
 
@@ -62,7 +66,7 @@ def test_the_report_is_complete_and_adds_up(finished):
     assert full["optimizer_bytes"] == 2 * full["gradient_bytes"] == 8 * full["parameters"]
     assert esft["gradient_bytes"] * 64 == experts["gradient_bytes"] * 10  # all else is frozen in both
     assert floor["trained_parameters"] == floor["gradient_bytes"] == floor["optimizer_bytes"] == 0
-    assert len({result["parameters"] for result in methods.values()}) == 1
+    assert len({result["parameters"] for result in methods.values()}) == 1  # without LoRA's own
     assert 0 < esft["routed_share"] < 1 and report["capture_ratio"]["median"] > 0
 
 
