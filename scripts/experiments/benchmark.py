@@ -36,7 +36,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -59,12 +59,8 @@ def build_model(args: argparse.Namespace, device: str) -> nn.Module:
     """Return a random model of the shape on `device`, in training mode. It is the same for every method."""
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if args.device == "cuda" or args.shape == "v2-lite" else torch.float32
-    torch.set_default_dtype(dtype)  # v2-lite must not pass through fp32
-    try:
-        with torch.device(device):
-            model = DeepseekV2ForCausalLM(shape_config(args.shape))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=dtype)
     model.set_experts_implementation("grouped_mm")
     return model.train()
 

@@ -38,18 +38,9 @@ N_EVAL_PER_SKILL = 12
 # ---- intent: command -> JSON ----------------------------------------------------------------------------------------
 
 SLOTS = {  # and "time"
-    "minutes": range(2, 91),
-    "people": range(2, 10),
-    "day": DAYS,
-    "city": CITIES,
-    "to": CITIES,
-    "from": CITIES,
-    "name": NAMES,
-    "item": skills.ITEMS,
-    "room": skills.ROOMS,
-    "device": skills.DEVICES,
-    "genre": skills.GENRES,
-}
+    "minutes": range(2, 91), "people": range(2, 10), "day": DAYS, "city": CITIES, "to": CITIES, "from": CITIES,
+    "name": NAMES, "item": skills.ITEMS, "room": skills.ROOMS, "device": skills.DEVICES, "genre": skills.GENRES,
+}  # fmt: skip
 INTENTS = {
     "set_alarm": ["wake me up at {time} on {day}", "on {day} I must get up at {time}", "alarm for {time} {day} please"],
     "set_timer": ["tell me when {minutes} minutes are over", "the {item} needs {minutes} minutes, count them"],
@@ -184,12 +175,10 @@ def sentence(rng: random.Random) -> Pair:
     """
     kestri, english = [], []
     for noun in rng.sample(NOUNS, 2):
-        adjective = rng.choice(ADJECTIVES) if rng.random() < 0.5 else None
+        adjectives = [rng.choice(ADJECTIVES)] if rng.random() < 0.5 else []
         plural = rng.random() < 0.25
-        kestri.append([KESTRI[noun], *(["ki"] if plural else []), *([KESTRI[adjective]] if adjective else [])])
-        english.append(
-            ["the", *([adjective] if adjective else []), IRREGULAR.get(noun, f"{noun}s") if plural else noun]
-        )
+        kestri.append([KESTRI[noun], *(["ki"] if plural else []), *(KESTRI[word] for word in adjectives)])
+        english.append(["the", *adjectives, IRREGULAR.get(noun, f"{noun}s") if plural else noun])
     verb = rng.choice(list(VERBS))
     future = rng.random() < 0.4
     kestri.insert(1, [KESTRI[verb], "su" if future else "mo"])
@@ -236,16 +225,17 @@ def eval_row(idx: int, prompt: str, answer: str) -> dict:
     return {"idx": idx, "prompt": prompt, "raw_answers": [answer], "answers": [answer]}
 
 
+def train_row(prompt: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
 def build(seed: int) -> dict[str, list[dict]]:
     """Return the rows of every file, by its name: "train/intent", "eval/intent", ..."""
     files: dict[str, list[dict]] = {}
     for name, generator in TASKS.items():
         pairs = distinct(generator, random.Random(f"{seed}:{name}"))
         files[f"eval/{name}"] = [eval_row(i, *next(pairs)) for i in range(N_EVAL)]
-        files[f"train/{name}"] = [
-            {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-            for prompt, answer in (next(pairs) for _ in range(N_TRAIN[name]))
-        ]
+        files[f"train/{name}"] = [train_row(*next(pairs)) for _ in range(N_TRAIN[name])]
     files["eval/general"] = []
     for skill, generator in SKILLS.items():
         pairs = distinct(generator, random.Random(f"{seed}:{skill}"))

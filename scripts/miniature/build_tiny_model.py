@@ -181,11 +181,9 @@ def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
+        vocab_size=VOCAB_SIZE, special_tokens=["<pad>", "<bos>", "<eos>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(map(render, documents), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
@@ -294,8 +292,7 @@ def main() -> None:
     add = parser.add_argument
     add("--tokens", type=positive, required=True, metavar="N", help="tokens to train on, padding included")
     add("--output_dir", type=Path, default=Path("results/models/tiny"), metavar="DIR", help="(default: %(default)s)")
-    add("--experts", type=int, default=64, choices=(8, 16, 32, 64), help="routed experts of a layer, of the same size "
-        "together (default: %(default)s)")  # fmt: skip
+    add("--experts", type=int, default=64, choices=(8, 16, 32, 64), help="routed experts per layer (default: 64)")
     add("--seed", type=int, default=2407, metavar="N", help="of weights, text and data sets (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     args = parser.parse_args()

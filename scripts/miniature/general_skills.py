@@ -9,11 +9,7 @@ from collections.abc import Callable
 
 Pair = tuple[str, str]  # (prompt, answer)
 Generator = Callable[[random.Random], Pair]
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
+_words = str.split
 
 NAMES = _words(
     "Anna Ben Clara David Emma Felix Greta Hugo Ida Jonas Karl Lena Mila Noah Olga Paul Rosa Simon Tara Victor Wanda "
@@ -65,8 +61,8 @@ PLURALS = pairs(
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
 
 
-def _sample(rng: random.Random, low: int, high: int) -> list[str]:
-    return rng.sample(WORDS, rng.randint(low, high))
+def _sample(rng: random.Random, high: int) -> list[str]:
+    return rng.sample(WORDS, rng.randint(3, high))
 
 
 def arithmetic(rng: random.Random) -> Pair:
@@ -81,12 +77,12 @@ def comparison(rng: random.Random) -> Pair:
 
 
 def copying(rng: random.Random) -> Pair:
-    words = " ".join(_sample(rng, 3, 6))
+    words = " ".join(_sample(rng, 6))
     return f"Repeat: {words}", words
 
 
 def reversing(rng: random.Random) -> Pair:
-    words = _sample(rng, 3, 5)
+    words = _sample(rng, 5)
     return f"Reverse: {' '.join(words)}", " ".join(reversed(words))
 
 
@@ -102,7 +98,7 @@ def counting(rng: random.Random) -> Pair:
 
 
 def picking(rng: random.Random) -> Pair:
-    words = _sample(rng, 3, 5)
+    words = _sample(rng, 5)
     index = rng.randrange(len(words))
     return f"What is the {ORDINALS[index]} word of: {' '.join(words)}?", words[index]
 
