@@ -67,7 +67,7 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
 
 
 class Shard:
-    """A safetensors file whose tensors, or single experts of them, are read and overwritten in place.
+    """A safetensors file. Its tensors, and single experts of them, are read and overwritten in place.
 
     It begins with 8 bytes that say how long a JSON header is. The header and the bytes of the tensors follow. A tensor
     may begin at any byte. `header` maps names to {"dtype", "shape", "data_offsets"}.

@@ -56,7 +56,7 @@ class FusedExperts:
 
     @property
     def local_ids(self) -> list[int]:
-        """Ascending ids of the experts whose rows are here: all of them, except under expert parallelism."""
+        """Ascending ids of the experts that are on this rank: all of them, except under expert parallelism."""
         return getattr(self.module, "local_ids", None) or list(range(self.num_experts))
 
     @property
@@ -79,7 +79,7 @@ class FusedExperts:
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fused tensors, whose first dimension is the expert: the matrices, then the biases."""
+        """Names of the fused tensors: the matrices, then the biases. Their first dimension is the expert."""
         up = "gate_up_proj" if self.module.has_gate else "up_proj"
         return (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if self.module.has_bias else ()))
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deepseek.experts import FusedExperts
 
 DTYPES = ("fp8", "int8", "nf4")
-CHUNK = 8  # experts whose matrices exist at a time
+CHUNK = 8  # experts that are dequantized at a time
 BLOCKS = {"fp8": (128, 128), "int8": (1, 128)}  # entries that share a scale
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -127,7 +127,7 @@ def _dequantize_nf4(values: Tensor, scale: Tensor, shape: torch.Size, to: torch.
 
 
 class FrozenExperts(nn.Module):
-    """The stored experts of one layer, whose fused matrices then have rows of kept experts only.
+    """The stored experts of one layer. Its fused matrices then have rows of kept experts only.
 
     `order_e` and `row_of_e` are as in `experts.TrainedExperts`: kept experts come first, then the stored ones, by id.
     """
@@ -147,7 +147,7 @@ class FrozenExperts(nn.Module):
         return super()._apply(fn, recurse)
 
     def set_order(self, order: list[int], kept: int) -> None:
-        """Note the order of the rows, of which the first `kept` are in the fused tensors."""
+        """Note the order of the rows. The first `kept` of them are in the fused tensors."""
         self.order_e, self.kept = torch.tensor(order, device=self.order_e.device), kept
         self.row_of_e = torch.argsort(self.order_e)
 
@@ -158,14 +158,14 @@ class FrozenExperts(nn.Module):
         self.stored[name], self.shapes[name] = stored, shape
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return rows [start, stop) of the fused matrix `name`, dequantized. Kept rows count, too."""
+        """Return rows [start, stop) of the fused matrix `name`, dequantized. Row numbers include the kept rows."""
         part = slice(start - self.kept, stop - self.kept)
         device = self.order_e.device
         stored = (_as_bytes(t[part]).to(device, non_blocking=True).view(t.dtype) for t in self.stored[name])
         return dequantize(tuple(stored), self.dtype, torch.Size((stop - start, *self.shapes[name])), dtype)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Yield (start, stop) of stored rows whose matrices are made together."""
+        """Yield (start, stop) of the stored rows that are dequantized together."""
         for start in range(self.kept, len(self.order_e), CHUNK):
             yield start, min(start + CHUNK, len(self.order_e))
 

@@ -50,7 +50,7 @@ def load_base_model(
         experts: ids of the experts to read, for every MoE layer, as one rank of expert parallelism holds them. None
             reads all. `model.read_bytes` then counts the bytes that were read.
         frozen: how to store the frozen experts while they are read. None keeps the model's dtype, except for a
-            checkpoint in block-scaled fp8, whose bytes and scales are kept.
+            checkpoint in block-scaled fp8: its bytes and scales are kept.
         attention: as attn_implementation in from_pretrained, e.g. "flash_attention_2".
 
     Raises:

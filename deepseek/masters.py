@@ -5,7 +5,7 @@ In bf16 small updates round away. So a bf16 parameter becomes the cast of an fp3
     weight (bf16)   ->   parametrizations.weight.original (fp32, trained)   weight = original.to(bf16) in every forward
 
 fp32 parameters stay as they are. Tied parameters share one master. Two hooks on the model hide the masters from its
-state dict, whose names, order, shapes and dtypes are those of the base.
+state dict. Its names, order, shapes and dtypes are those of the base.
 """
 
 from collections.abc import Iterable

@@ -8,9 +8,9 @@ The mixture (DeepSeekMoE, arXiv 2401.06066, equations 9 to 11), for a token's re
     g_e = s_e where it is among the K highest, else 0   renormalized only if norm_topk_prob is set
     out = h + FFN_shared(u) + sum_e g_e FFN_e(u)        FFN(u) = (silu(u gate_proj^T) * (u up_proj^T)) down_proj^T
 
-The shared experts are one FFN, `n_shared_experts` times as wide as an expert. Checkpoints store it so, too. The first
-`first_k_dense_replace` layers have a dense FFN. So have layers with an index that `moe_layer_freq` does not divide, and
-all layers if there is no `n_routed_experts`.
+The shared experts are one FFN, `n_shared_experts` times as wide as an expert, also in checkpoints. These layers have a
+dense FFN: the first `first_k_dense_replace`, those with an index that `moe_layer_freq` does not divide, and all if
+`n_routed_experts` is missing.
 
 Importing this file registers the model type with transformers' Auto classes and with its conversion of checkpoints. On
 disk there is one tensor per expert and projection (`model.layers.<l>.mlp.experts.<e>.gate_proj.weight`), in memory one
@@ -32,7 +32,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations import use_experts_implementation
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
-from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.llama import modeling_llama as llama
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -48,10 +47,6 @@ class DeepseekConfig(LlamaConfig):
 
     model_type = "deepseek"
     attribute_map = {"num_experts": "n_routed_experts"}  # noqa: RUF012
-    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {
-        name: kind for name, kind in DeepseekV2Config.base_model_tp_plan.items() if "experts" in name
-    }
-    base_model_ep_plan = DeepseekV2Config.base_model_ep_plan
 
     vocab_size: int = 102400
     num_hidden_layers: int = 30

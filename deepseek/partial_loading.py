@@ -46,7 +46,7 @@ def quantization(config: PreTrainedConfig) -> str | None:
 def class_that_reads(
     cls: type[nn.Module], experts: Mapping[int, Iterable[int]] | None, frozen: Storage | None
 ) -> type[nn.Module]:
-    """Return a subclass of a transformers model whose `from_pretrained` reads and holds some experts only.
+    """Return a subclass of a transformers model. Its `from_pretrained` reads and holds some experts only.
 
     Args:
         experts: ids of the experts to read, by layer; None reads all.
@@ -143,7 +143,7 @@ class ExpandedScales(Slice):
     def __getitem__(self, index) -> torch.Tensor:
         scale = self.source[:]
         dtype, self.read_bytes = scale.dtype, self.read_bytes + scale.nbytes
-        if scale.element_size() == 1:  # a scale that is only an exponent, which torch cannot repeat as such
+        if scale.element_size() == 1:  # a scale that is only an exponent: torch cannot repeat that dtype
             scale = scale.view(torch.uint8)
         for dim, (size, block) in enumerate(zip(self.sizes, self.block)):
             if size is not None:
@@ -169,7 +169,7 @@ def _layer_of(key: str) -> int | None:
 
 
 def _keep_fp8(layer: MoELayer) -> bool:
-    """Make the fused matrices fp8, with scales beside them, so that transformers fills them with the stored bytes.
+    """Make the fused matrices fp8, with scales beside them. transformers then fills them with the stored bytes.
 
     Return False, and change nothing, where blocks of single matrices would not be blocks of the fused ones.
     """

@@ -1,13 +1,13 @@
-"""Place the experts of each layer on the ranks of an expert-parallel group. Work and memory shall be even.
+"""Place the experts of each layer on the ranks of an expert-parallel group, for even work and memory.
 
 In every MoE layer, all ranks wait for the busiest one. So the measure of work is max / mean over ranks of the routed
-tokens, layer by layer. Trained experts have optimizer states, so their number over all layers shall be even, too.
+tokens, layer by layer. Trained experts have optimizer states, so their number over all layers should be even too.
 
 The method is greedy, the heaviest first. Trained experts go to the rank with the fewest trained ones. Then frozen
 experts go to the rank with the lowest load that has room. All ranks hold the same number of experts, within one.
 
-To count a row of a trained expert as 1.5 rows, for its weight gradient, shortens a simulated step by 1 % and makes the
-load uneven. So it counts as one row.
+A row of a trained expert costs more, for its weight gradient. Counting it as 1.5 rows shortens a simulated step by 1 %
+and makes the load uneven. So it counts as one row.
 
 Legend: E experts, P ranks of the group, L MoE layers.
 """

@@ -47,7 +47,7 @@ class RouterCapture:
     correction, normalization and scaling are included. With a 2-D `attention_mask`, padding is not counted. To choose
     the tokens yourself, set `token_mask` (B, T) before a forward; it takes precedence.
 
-    With `prob`, router probabilities are summed too, in families whose router logits transformers records. Logits go
+    With `prob`, router probabilities are summed too, if transformers records the family's router logits. Logits go
     through a softmax. Routers that return probabilities already are taken as they are.
 
     Raises:

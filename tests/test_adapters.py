@@ -1,4 +1,4 @@
-"""The life of an adapter: trained, saved, added, merged, unloaded, and every way in which it can be the wrong one."""
+"""Test adapters: trained, saved, added, merged and unloaded, and every kind of wrong one refused."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def assert_bits(model, wanted):
 
 
 def train(model, config, steps=2):
-    """The model after a few real steps on `config`."""
+    """Return the model after a few real steps on `config`."""
     to_esft(model, config)
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=0.03)
     for _ in range(steps):
@@ -61,7 +61,7 @@ def first_and_last(model):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(base model, folder of an adapter with experts 5, 2 of layer 1 and 0 of layer 2); copy both before changing."""
+    """Return (base, folder of an adapter with experts 5, 2 of layer 1 and 0 of layer 2). Copy both before changes."""
     folder = tmp_path_factory.mktemp("adapter")
     save_adapter(train(make_model(), ExpertConfig({1: (5, 2), 2: (0,)})), folder)
     return make_model(), folder
@@ -69,7 +69,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def folder(trained, tmp_path):
-    """A copy of the adapter, to be spoiled."""
+    """Return a copy of the adapter, to be spoiled."""
     for path in trained[1].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -82,8 +82,7 @@ def folder(trained, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_merged_and_adapted_are_one_model(family, dtype, flags, tmp_path):
-    """Bit-equal logits and state dicts; both differ from the base's; unload gives the base's bits back; and what
-    save_pretrained writes of any of them loads as that model through the Auto class."""
+    """Compare the bits of logits and state dicts, of what save_pretrained wrote, and of the base after unload."""
     make_model(family, dtype, tie_word_embeddings=family == "mixtral").save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     start, before = bits(base), logits(base)
@@ -120,7 +119,7 @@ def test_trained_merged_and_adapted_are_one_model(family, dtype, flags, tmp_path
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keep_base", [True, False])
 def test_released_format(dtype, keep_base, tmp_path):
-    """One tensor per expert and projection, in the released names, and in the model's dtype, masters or not."""
+    """There is one tensor per expert and projection, in the released names and the model's dtype."""
     model = to_esft(make_model(dtype=dtype), ExpertConfig({1: (5, 2), 2: ()}, **BOTH), keep_base=keep_base)
     save_adapter(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "expert_cfg.json"]
@@ -199,7 +198,7 @@ def test_disjoint_adapters_add_up_and_overlapping_ones_are_refused(tmp_path):
 
 
 def test_an_adapter_is_where_training_goes_on(tmp_path):
-    """Added to a model that trains the same experts: masters and fused rows both hold it; to another: refused."""
+    """A model that trains the same experts takes it into masters and fused rows. One with others refuses it."""
     for dtype in DTYPES:
         config = ExpertConfig({1: (5, 2)}, **BOTH)
         model = train(make_model(dtype=dtype), config)
@@ -235,7 +234,7 @@ def test_no_such_adapter(tmp_path):
         (["checkpoint-9/expert_cfg.json", "checkpoint-10/expert_cfg.json"], "give .*checkpoint-10\\.$"),
     ],
 )
-def test_a_folder_that_is_no_adapter(files, mend, tmp_path):
+def test_a_folder_without_an_adapter(files, mend, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -374,13 +373,13 @@ def test_a_wrong_base_is_refused_by_shape_where_no_fingerprint_is_known(folder):
 
 
 def test_the_fingerprint_is_the_same_in_bf16(trained):
-    """A base loaded in bf16 is still the base; the fp32 adapter is rounded to its dtype."""
+    """A base loaded in bf16 is still the base. The fp32 adapter is rounded to its dtype."""
     model = add_adapter(make_model(dtype=torch.bfloat16), trained[1])
     assert model.dtype == torch.bfloat16 and not torch.equal(logits(model), logits(make_model(dtype=torch.bfloat16)))
 
 
 def test_a_lora_adapter_is_merged(tmp_path):
-    """For comparison with `method: lora`: the merged base gives the logits of the peft model that was saved."""
+    """The merged base gives the logits of the peft model that was saved, for comparison with `method: lora`."""
     peft = pytest.importorskip("peft")
     model, base = make_model(), make_model()
     fused = [f"{layer.name}.{tensor}" for layer in moe_layers(model).values() for tensor in layer.weight_names]

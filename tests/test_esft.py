@@ -1,4 +1,4 @@
-"""to_esft on whole models: what moves and what does not, gradients against full fine-tuning, the forward's bits."""
+"""Test to_esft on whole models: what moves, gradients against full fine-tuning, and the bits of the forward."""
 
 import copy
 
@@ -21,7 +21,7 @@ def layers_of(model):
 
 
 def pick(model, which="all"):
-    """Experts by layer: in all layers, in one of them, or a different number in each."""
+    """Return experts by layer: in all layers, in one of them, or a different number in each."""
     layers = layers_of(model)
     if which == "uneven":
         return {layer: (6, 1, 3, 0)[: 2 * i] for i, layer in enumerate(layers)}
@@ -36,7 +36,7 @@ def backward(model, ids=IDS):
 
 
 def selected(model, config):
-    """{state dict key: expert ids in row order} of the fused tensors with trained rows; None: the whole tensor."""
+    """Return {state dict key: expert ids in row order} of the fused tensors with trained rows."""
     rows = {}
     for index, layer in moe_layers(model).items():
         if config.experts.get(index):
@@ -45,7 +45,7 @@ def selected(model, config):
 
 
 def gradients(model):
-    """Gradients by state dict key, of a model in training: the trained rows of fused tensors, and whole others."""
+    """Return gradients by state dict key: of the trained rows of fused tensors, and of whole other tensors."""
     grads = {}
     for layer in moe_layers(model).values():
         if layer.trained:
@@ -57,7 +57,7 @@ def gradients(model):
 
 
 def full_gradients(base, config, names, ids=IDS):
-    """The same of full fine-tuning through transformers' grouped_mm."""
+    """Return the same of full fine-tuning through transformers' grouped_mm."""
     model = copy.deepcopy(base).requires_grad_(True)
     assert model.config._experts_implementation == "grouped_mm"
     grads = {name: param.grad for name, param in backward(model, ids).named_parameters()}
@@ -84,7 +84,7 @@ def assert_equal_gradients(found, wanted, tolerance=5e-6):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_moves_what_is_selected_and_nothing_else(family, dtype, flags):
-    """AdamW with weight decay: selected rows and modules move, every other entry of the state dict keeps its bits."""
+    """With weight decay too, selected rows and modules move and every other entry keeps its bits."""
     base = make_model(family, dtype)
     model = copy.deepcopy(base)
     config = ExpertConfig(pick(model, "uneven"), **flags)
@@ -112,7 +112,7 @@ def test_a_step_moves_what_is_selected_and_nothing_else(family, dtype, flags):
         assert torch.equal(before[name], after[name]) == (not trained), name
 
 
-def test_shared_expert_gate_is_a_router_and_no_shared_expert():
+def test_shared_expert_gate_is_a_router_and_not_a_shared_expert():
     sizes = {"shared_expert_intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": 8}
     config = AutoConfig.for_model("qwen2_moe", **SMALL, **sizes, intermediate_size=16, num_experts_per_tok=2)
     model = to_esft(AutoModelForCausalLM.from_config(config), ExpertConfig({}, shared_experts=True))
@@ -137,7 +137,7 @@ def test_gradient_memory_is_that_of_the_trained_rows():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("which", ["all", "first", "middle", "last", "uneven"])
 def test_gradients_are_full_fine_tunings(family, which):
-    """Of the selected rows; with "first" and "all" they have come through the routers and experts of later layers."""
+    """With "first" and "all", gradients come through the routers and experts of later layers."""
     base = make_model(family)
     config = ExpertConfig(pick(base, which))
     model = to_esft(copy.deepcopy(base), config)
@@ -153,7 +153,7 @@ def test_gradients_are_full_fine_tunings(family, which):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("flags", [{"shared_experts": True}, {"non_expert_modules": True}, BOTH])
 def test_gradients_of_other_modules_are_full_fine_tunings(family, flags):
-    """Routers among them: their gradient is that of the gate weights, which the grouped backward computes by itself."""
+    """Routers are among them. The grouped backward computes the gradient of the gate weights itself."""
     base = make_model(family)
     config = ExpertConfig(pick(base, "last"), **flags)
     model = to_esft(copy.deepcopy(base), config)
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(family, flags):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_without_a_token(family):
-    """One token, and of each layer an expert it is routed to and one it is not: the idle one's gradient is zero."""
+    """Train one expert per layer that gets a token and one that gets none. The idle one's gradient is zero."""
     base, ids = make_model(family), torch.tensor([[7, 8]])
     with RouterCapture(base) as capture, torch.no_grad():
         base(ids)
@@ -227,7 +227,7 @@ def test_experts_without_a_token(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_keeps_its_bits(family, dtype):
-    """Before the first step, with some experts and everything else in training; and again after unload."""
+    """Compare before the first step, with all but some experts in training, and again after unload."""
     model = make_model(family, dtype)
     with torch.no_grad():
         wanted = model(IDS, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Routing counts against a recount from the router's logits, the published scores and configs, and every refusal."""
+"""Test routing counts against the router's logits, published scores and configs, and every refusal."""
 
 import json
 import math

@@ -1,5 +1,7 @@
-"""Files of tensors that are read and written in place; and where in a checkpoint an adapter's tensors go, however its
-family spells them: a merge equals one in memory, and comes out again."""
+"""Test files that are read and written in place, and the places of an adapter's tensors in a checkpoint.
+
+A merge on disk equals one in memory for every family, and an unmerge undoes it.
+"""
 
 import json
 
@@ -53,8 +55,7 @@ def test_a_file_is_reserved_filled_and_read_row_by_row(tmp_path):
 @pytest.mark.parametrize("original", [True, False], ids=["split", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_merging_in_memory(family, original, flags, tmp_path):
-    """Every tensor bit for bit; same shards as the base; the result is a model with the trained model's logits; and
-    unmerged, every file of weights has the bytes of the base's."""
+    """Compare every tensor, the names of the shards, and the logits of the result; then unmerge and compare bytes."""
     save = {"max_shard_size": SHARD, "save_original_format": original}
     dtype = torch.bfloat16 if flags else torch.float32
     make_model(family, dtype, tie_word_embeddings=bool(flags)).save_pretrained(tmp_path / "raw")
@@ -97,7 +98,7 @@ def test_a_tied_tensor_stored_twice_is_written_twice(tmp_path):
 
 
 def assert_merge_is_the_trained_model(base, model, auto, folder):
-    """Merge an adapter of all switches, of `model`, which `auto` loaded from `base`; returns what is written."""
+    """Merge and unmerge an adapter of `model` with all switches. `auto` loaded the model from `base`."""
     first, *_, last = moe_layers(model)
     noisy_adapter(model, ExpertConfig({first: (1, 0), last: (3,)}, **BOTH), folder / "adapter")
     wanted = check_families.logits(model)
@@ -108,7 +109,7 @@ def assert_merge_is_the_trained_model(base, model, auto, folder):
 
 
 def can_be_merged():
-    """Families that the life of an adapter was checked for and that load as a language model."""
+    """Return the families that pass check_families.py and load as a language model."""
     rows = json.loads((ROOT / "results" / "tables" / "families.json").read_text())["families"]
     return [name for name, row in rows.items() if row["result"] == "passes" and name != "openai_privacy_filter"]
 
@@ -129,7 +130,7 @@ def test_every_family(family, tmp_path):
 
 @pytest.mark.parametrize("layout", ["as the model's", "transposed"])
 def test_fused_tensors_that_are_stored_either_way(layout, tmp_path):
-    """Qwen3-VL-MoE: published transposed, saved by transformers as the model has them; the shapes tell which."""
+    """Qwen3-VL-MoE is published transposed, and transformers saves it as it is in memory. The shapes tell which."""
     auto, model = check_families.make_model("qwen3_vl_moe", text_config={"moe_intermediate_size": 8})
     model.save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
@@ -147,7 +148,7 @@ def test_fused_tensors_that_are_stored_either_way(layout, tmp_path):
 
 
 def test_gate_and_up_that_are_interleaved_on_disk_only(tmp_path):
-    """Inkling 2."""
+    """Inkling 2 is such a family."""
     auto, model = check_families.make_model("inkling2")
     model.save_pretrained(tmp_path / "base")
     model = auto.from_pretrained(tmp_path / "base").eval()
@@ -156,7 +157,7 @@ def test_gate_and_up_that_are_interleaved_on_disk_only(tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen4_exp"])
 def test_the_language_model_of_a_model_of_images_and_text(family, tmp_path):
-    """AutoModelForCausalLM takes the text part of such a checkpoint; a merge goes into that, and leaves the images'."""
+    """AutoModelForCausalLM takes the text part of such a checkpoint. A merge changes that part alone."""
     cls = CONFIG_MAPPING[family]
     config = check_families.small_config(cls, {"text_config": check_families.EXCEPTIONS.get(family, {})})
     torch.manual_seed(0)

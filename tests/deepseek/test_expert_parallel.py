@@ -1,5 +1,7 @@
-"""Expert parallelism equals one process: a step's logits, gradients and norm in every family. It no longer does as soon
-as any part of it is broken."""
+"""Test that expert parallelism equals one process: a step's logits, gradients and norm, in every family.
+
+The last tests break a part on purpose, and the comparison sees it.
+"""
 
 import contextlib
 import dataclasses
@@ -64,8 +66,10 @@ FILLERS = {"input_ids": 2, "attention_mask": 0, "labels": IGNORE}
 
 
 def batch(seed: int, *lengths: int, tokens: int = 125) -> dict[str, Tensor]:
-    """Rows of so many random tokens, of which the second half are labels, padded on the right. Without any, a row of
-    nothing but padding."""
+    """Return rows of `lengths` random tokens, padded on the right. The second half of each row are labels.
+
+    Without `lengths` it is one row of padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     B, T = max(len(lengths), 1), max(lengths, default=2)
     inputs = {key: torch.full((B, T), filler) for key, filler in FILLERS.items()}
@@ -80,7 +84,7 @@ def batch(seed: int, *lengths: int, tokens: int = 125) -> dict[str, Tensor]:
 
 
 def forward(model, inputs: dict[str, Tensor], label_count: int) -> tuple[Tensor, Tensor]:
-    """(logits, cross entropy summed over labels / label_count)"""
+    """Return (logits, cross entropy summed over labels / label_count)."""
     logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits.float()
     labels = inputs["labels"][:, 1:].flatten()
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum")
@@ -99,7 +103,7 @@ def gradients(model) -> tuple[dict, dict]:
 
 
 def one_process(case: Case) -> Step:
-    """The step of one process on the joint batch: all rows of all ranks and micro batches."""
+    """Return the step of one process on all rows of all ranks and micro batches."""
     model, _ = load_base_model(case.base, dtype=case.dtype)
     esft.to_esft(model, case.experts, keep_base=False)
     parts = [inputs for inputs in itertools.chain(*case.batches) if (inputs["labels"] != IGNORE).any()]
@@ -116,7 +120,7 @@ def one_process(case: Case) -> Step:
 
 
 def several_ranks(rank: int, cases: list[Case], broken: str | None = None) -> list[Step]:
-    """The steps as this rank takes part in them."""
+    """Return the steps as this rank takes part in them."""
     world, steps = join_world(), []
     for case in cases:
         with BREAKAGES[broken]() if broken else contextlib.nullcontext():
@@ -193,7 +197,7 @@ def compare(case: Case, steps: list[Step]) -> None:
 
 
 def placed(base: Path, experts: dict, ep_size: int, how: str = "contiguous") -> dict[int, Placement]:
-    """Contiguous, or by scores drawn at random."""
+    """Return contiguous placements, or placements by scores drawn at random."""
     layers = {index: layer.num_experts for index, layer in moe_layers(empty_model(base)).items()}
     generator = random.Random(0)
     load_LE = {layer: {expert: generator.random() for expert in range(E)} for layer, E in layers.items()}
@@ -202,7 +206,7 @@ def placed(base: Path, experts: dict, ep_size: int, how: str = "contiguous") -> 
 
 
 def sizes(world: int) -> list[int]:
-    """Of the ranks that share the experts, in a world of 2 or 4."""
+    """Return the values of ep_size that a world of 2 or 4 allows."""
     return [size for size in (1, 2, 4) if size <= world]
 
 
@@ -269,7 +273,7 @@ def cases_of(
     lengths=None,
     **keys,
 ) -> list[Case]:
-    """With every number of ranks above 1 that a replica may have."""
+    """Return a case for every ep_size above 1 that the world allows."""
     base = bases(family, **changes or {})
     chosen = {"experts": {"1": [5], "2": [0, 3, 4]} if experts is None else experts, **(dense or {})}
     rows = lengths or [(7, 9)] * world  # by rank, and turned by one for the next micro batch
@@ -281,14 +285,14 @@ def cases_of(
 
 @pytest.mark.parametrize("world, every", [(2, 1), (4, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_a_step_is_that_of_one_process(bases, world, every):
-    """Of 4 processes two replicas and one, or (`every` 2) in turns."""
+    """4 processes are two replicas, then one. With `every` 2, each case runs one of the two."""
     cases = [case for name, keys in FEATURES.items() for case in cases_of(bases, world, name, **keys)]
     run_and_compare(world, [case for number, case in enumerate(cases) if every == 1 or number % 2 == number // 2 % 2])
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_that_gets_no_token_takes_part(bases, world):
-    """The last rank of each replica holds, in every layer, one expert that no token chooses, trained in one of them."""
+    """The last rank of each replica holds one expert per layer. No token chooses it. It is trained in layer 1."""
     cases = [case for checkpointing in (False, True) for case in unchosen(bases, world, checkpointing)]
     for case, *steps in zip(cases, *run_ranks(world, several_ranks, cases)):
         for rank, step in enumerate(steps):
@@ -323,7 +327,7 @@ def unchosen(bases, world: int, checkpointing: bool) -> list[Case]:
 
 
 def lone_modules(rank: int, tokens: list[tuple[int, int]]) -> None:
-    """The experts modules alone, on so many tokens of each rank."""
+    """Compare the experts modules alone. `tokens` are the numbers of tokens of each rank."""
     ranks, whole, local = join_world().with_experts(2, RANK_TIMEOUT), make_model(), make_model()
     placements, trained = {layer: ((0, 2, 3, 7), (1, 4, 5, 6)) for layer in (1, 2)}, {1: [3, 4]}
     for layer in moe_layers(local).values():

@@ -1,4 +1,4 @@
-"""Single experts read and written in every layout, the trained rows' tie to the fused tensors, and the fp32 masters."""
+"""Test views of single experts in every layout, the tie of trained rows to the fused tensors, and fp32 masters."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def prepare(model, experts=(5, 2), **flags):
-    """The model with `experts` of its first MoE layer trainable; (model, MoELayer)."""
+    """Make `experts` of the first MoE layer trainable. Return (model, MoELayer)."""
     layer = next(iter(moe_layers(model).values()))
     return to_esft(model, ExpertConfig({layer.index: tuple(experts)}, **flags)), layer
 
@@ -28,7 +28,7 @@ def logits(model):
 
 
 def step(model, lr=0.1, **kwargs):
-    """One AdamW step on all that is trainable."""
+    """Take one AdamW step on all that is trainable."""
     params = [param for param in model.parameters() if param.requires_grad]
     model(IDS, labels=IDS, use_cache=False).loss.backward()
     torch.optim.AdamW(params, lr=lr, **kwargs).step()
@@ -60,7 +60,7 @@ def test_refuses_models_without_fused_experts():
 
 
 def test_the_view_is_true_after_anything_that_happens_to_the_model():
-    """After a deep copy, a replaced module, in a wrapper and in a compiled model: never an answer from before."""
+    """A deep copy, a replaced module, a wrapper and a compiled model all give their own modules."""
     model, layer = prepare(make_model())
     copied = copy.deepcopy(model)
     assert moe_layers(copied)[1].module is copied.model.layers[1].mlp.experts is not layer.module
@@ -77,7 +77,7 @@ def test_the_view_is_true_after_anything_that_happens_to_the_model():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_expert_is_a_plain_ffn(family):
-    """The views give an ordinary FFN that computes what the fused module computes when all goes to that expert."""
+    """An FFN made of the views computes what the fused module computes if every token goes to that expert."""
     model = make_model(family)
     layer = next(iter(moe_layers(model).values()))
     module = layer.module
@@ -183,7 +183,7 @@ def test_training_reaches_the_forward_after_a_move(move, dtype, flags):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optimizer", [{}, {"foreach": True}, {"fused": True}], ids=["loop", "foreach", "fused"])
 def test_training_reaches_the_forward_with_any_optimizer(optimizer, dtype):
-    """A fused optimizer does not raise the version counter of a parameter; neither does writing to its `.data`."""
+    """A fused optimizer does not raise the version counter of a parameter, nor does a write to its `.data`."""
     model, layer = prepare(make_model(dtype=dtype))
     start = logits(model)
     step(model, **optimizer)
@@ -194,7 +194,7 @@ def test_training_reaches_the_forward_with_any_optimizer(optimizer, dtype):
 
 
 def test_without_write_back_the_trap_is_real(monkeypatch):
-    """What the tests above guard against: after a move, training does not reach the forward."""
+    """Without write_back, training does not reach the forward after a move. The tests above guard against that."""
     model, _ = prepare(make_model())
     moved = copy.deepcopy(model)
     module = moe_layers(moved)[1].module
@@ -210,7 +210,7 @@ def test_without_write_back_the_trap_is_real(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_state_dict_is_the_bases(family, dtype):
-    """Keys in order, shapes, dtypes and values, while trained and after unload; a copy's too; and it loads back."""
+    """Compare keys in order, shapes, dtypes and values: while trained, after unload, of a copy, after loading."""
     model = make_model(family, dtype, tie_word_embeddings=family == "mixtral")
     base = copy.deepcopy(model.state_dict())
 
@@ -246,7 +246,7 @@ def test_load_state_dict_still_checks_keys():
 
 @pytest.mark.parametrize("optimizer", [{}, {"fused": True}], ids=["loop", "fused"])
 def test_masters_keep_small_updates(optimizer):
-    """200 updates, each too small for bf16: with masters they add up as in an fp32 run, in pure bf16 all are lost."""
+    """200 updates are each too small for bf16. With masters they add up as in fp32, without them all are lost."""
     base = make_model()
     for param in base.parameters():  # no entry so small that bf16 would do
         param.data = (param.data.sign() * (param.data.abs() + 0.5)).bfloat16().float()

@@ -1,5 +1,8 @@
-"""Frozen experts stored as fp8, int8, nf4 or elsewhere: the same training as on what they stand for, a layer at a time
-while a checkpoint is read, and block-scaled fp8 checkpoints as they are."""
+"""Test frozen experts in fp8, int8, nf4 or host memory.
+
+Training is the same as on the dequantized values. Reading a checkpoint stores one layer after the other. Checkpoints in
+block-scaled fp8 keep their bytes.
+"""
 
 import copy
 import json
@@ -26,7 +29,7 @@ KINDS = [None, "fp8", "int8", pytest.param("nf4", marks=needs_bitsandbytes)]
 
 
 def some_experts(model) -> esft.ExpertConfig:
-    """Two experts of every MoE layer but the second."""
+    """Return a config of two experts in every MoE layer but the second."""
     return esft.ExpertConfig({layer: () if n == 1 else (5, 2) for n, layer in enumerate(moe_layers(model))})
 
 
@@ -214,7 +217,7 @@ def test_thawed_experts_compute_with_the_same_values(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path, tiny_tokenizer):
-    """`saved(family)`: the folder of a model in several files."""
+    """Return a function that saves a model of a family in several files, and returns its folder."""
 
     def save(family: str):
         make_model(family).save_pretrained(tmp_path / family, max_shard_size="50KB")
@@ -283,14 +286,16 @@ BLOCKY |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 
 
 def per_entry(scale, shape, block):
-    """(blocks down, blocks across) -> (rows, columns)"""
+    """Repeat scales (blocks down, blocks across) to (rows, columns)."""
     scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return scale[: shape[0], : shape[1]]
 
 
 def in_fp8(folder, target, block=(128, 128), but=()):
-    """A checkpoint as DeepSeek-V3's: matrices in e4m3 (but those of layers `but`) with an inverse scale for every
-    block, which is not the smallest. Returns its tensors, and those it stands for, in bf16."""
+    """Write a checkpoint like DeepSeek-V3's. Return its tensors, and the same dequantized to bf16.
+
+    Matrices are in e4m3, except for those of layers `but`. Every block has an inverse scale, a larger one than needed.
+    """
     shutil.copytree(folder, target)
     tensors, stands_for, skipped = {}, {}, ["lm_head", *(f"model.layers.{layer}.mlp.experts" for layer in but)]
     for key, value in load_file(folder / "model.safetensors").items():
@@ -324,9 +329,9 @@ LAYOUTS = {
 
 @pytest.fixture(params=LAYOUTS)
 def fp8(tmp_path, tiny_tokenizer, request):
-    """(folder, its tensors, the model that it stands for, in bf16, whether its experts' bytes can be taken over)
+    """Return (folder, its tensors, the dequantized model in bf16, whether the bytes of its experts can be kept).
 
-    In each, kv_a_proj_with_mqa has 136 rows, a block of 128 and a part of one, of which transformers makes nonsense.
+    In each, kv_a_proj_with_mqa has 136 rows: a block of 128 and a part of one. transformers alone misreads that.
     """
     layout = dict(LAYOUTS[request.param])
     width = layout.pop("moe_intermediate_size", 128)

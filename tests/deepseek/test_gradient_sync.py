@@ -1,4 +1,4 @@
-"""GradientReducer: sums over the ranks that hold a parameter, gradients that some ranks lack, buckets, clipping."""
+"""Test GradientReducer: sums over ranks, gradients that some ranks lack, buckets, and clipping."""
 
 import math
 from datetime import timedelta
@@ -18,7 +18,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class Sums(nn.Module):
-    """Parameters of which a forward uses those it is told; the gradient of each is the factor given for it."""
+    """A forward uses the parameters it is told. The gradient of each is the factor given for it."""
 
     def __init__(self, dtypes=(torch.float32,) * 4):
         super().__init__()
@@ -105,7 +105,7 @@ def test_parameters_are_split_into_experts_and_others():
 
 
 def in_order(rank: int) -> list[list[int]]:
-    """The order in which each rank's buckets start, where backward reaches the parameters in another one."""
+    """Return the order in which buckets start. The ranks' backwards reach the parameters in different orders."""
     gradients.BUCKET_BYTES = 1
     model, started = Sums(), []
     reducer = GradientReducer(model, join(TIMEOUT, "gloo"), lambda: True)

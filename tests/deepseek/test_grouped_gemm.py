@@ -1,4 +1,4 @@
-"""The grouped forward and backward against the library's grouped_mm and against a plain loop, for every layout."""
+"""Compare the grouped forward and backward with the library's grouped_mm and a plain loop, for every layout."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=[True, False], ids=["one kernel", "one by one"], autouse=True)
 def kernel(request, monkeypatch):
-    """As on a GPU for which torch has no grouped kernel, too."""
+    """Run every test also as on a GPU without a grouped kernel."""
     if not request.param:
         monkeypatch.setattr("deepseek.grouped_gemm.has_kernel", lambda x: False)
         monkeypatch.delattr("deepseek.grouped_gemm.grouped_mm")  # nothing may call it then
@@ -33,7 +33,7 @@ def kernel(request, monkeypatch):
 
 
 def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
-    """A random fused experts module of one layout, with `trained` experts in front."""
+    """Return a random fused experts module of one layout, with `trained` experts in front."""
     flags = LAYOUTS[layout]
 
     class Experts(nn.Module):
@@ -69,7 +69,7 @@ def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
 
 
 def inputs(dtype=torch.float32, tokens=T, experts=range(E), seed=1):
-    """Tokens, ids and weights; only `experts` are routed to."""
+    """Return tokens, ids and weights. Only `experts` are routed to."""
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
     pool = torch.tensor(list(experts))
@@ -81,7 +81,7 @@ def inputs(dtype=torch.float32, tokens=T, experts=range(E), seed=1):
 
 
 def run(module, implementation, x_TD, ids_TK, weights_TK):
-    """Output and gradients {"x", "weights", and each trained or fused parameter's} of sum(out * fixed noise)."""
+    """Return the output, and the gradients of sum(out * fixed noise) by name: "x", "weights" and the parameters."""
     module.config._experts_implementation = implementation
     module.zero_grad()
     x_TD, weights_TK = (t.detach().requires_grad_(t.requires_grad) for t in (x_TD, weights_TK))
@@ -96,7 +96,7 @@ def run(module, implementation, x_TD, ids_TK, weights_TK):
 
 
 def assert_near(found, wanted, tolerance):
-    """Within `tolerance` of the largest entry; what is None is None in both."""
+    """Compare within `tolerance` of the largest entry. What is None must be None in both."""
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
         assert (grad is None) == (wanted[name] is None), name
@@ -108,7 +108,7 @@ def assert_near(found, wanted, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_the_loop_and_the_library(layout, dtype):
-    """Output: the library's bit for bit. Gradients: the loop's, and the same rows of the library's full ones."""
+    """The output has the library's bits. Gradients are those of the loop, and rows of the library's full ones."""
     trained, data = (4, 1), inputs(dtype)
     out, grads = run(make_experts(layout, dtype, trained), IMPLEMENTATION, *data)
     loop_out, loop_grads = run(make_experts(layout, dtype, trained), REFERENCE, *data)
@@ -140,7 +140,7 @@ def test_without_trained_experts_gradients_pass_through(layout):
 @pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no_weights"])
 @pytest.mark.parametrize("case", ["one_idle", "all_trained_idle", "only_trained", "all_trained"])
 def test_corners(layout, need_x, need_weights, case):
-    """Any set of inputs wanted, trained experts without a token, tokens without a trained expert, nothing frozen."""
+    """Vary which inputs need gradients, which trained experts get tokens, and whether anything is frozen."""
     trained = range(E) if case == "all_trained" else (0, 3, 5)
     routed = {"one_idle": (0, 1, 2, 5), "all_trained_idle": (1, 2, 4), "only_trained": (0, 3, 5)}.get(case, range(E))
     x_TD, ids_TK, weights_TK = inputs(experts=routed)
@@ -157,14 +157,14 @@ def test_corners(layout, need_x, need_weights, case):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_token_at_all(layout):
-    """As on a rank that receives none: an empty output, and gradients of zero rather than none."""
+    """A rank that receives no token gets an empty output, and gradients of zero instead of None."""
     out, grads = run(make_experts(layout, trained=(2,)), IMPLEMENTATION, *inputs(tokens=0))
     assert out.shape == (0, D) and grads["x"].shape == (0, D) and grads["weights"].shape == (0, K)
     assert all(grad is not None and not grad.any() for name, grad in grads.items() if name not in ("x", "weights"))
 
 
 def test_wrong_prefix_is_noticed():
-    """The comparison above fails when the trained rows are not the prefix that the kernel takes them for."""
+    """The comparison above fails if the trained rows are not the prefix that the kernel expects."""
     module = make_experts(trained=(4, 1))
     module.trained.row_of_e = module.trained.row_of_e.roll(1)
     out, _ = run(module, IMPLEMENTATION, *inputs())
@@ -172,7 +172,7 @@ def test_wrong_prefix_is_noticed():
 
 
 def test_keeps_few_activations():
-    """For backward: x and h and indices; not the gathered x (N, D), not a, not y (N, D)."""
+    """The backward keeps x, h and indices. It does not keep the gathered x (N, D), a, or y (N, D)."""
     module, (x_TD, ids_TK, weights_TK) = make_experts(trained=(4, 1)), inputs()
     saved = {}
 

@@ -1,4 +1,4 @@
-"""Placing a model: what is asked of transformers for which devices, and what is refused before it is asked."""
+"""Test how a model is opened: what transformers is asked for, and what is refused before."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def test_no_gpu_where_one_was_asked_for(monkeypatch):
 
 
 def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir):
-    """What transformers is asked for; the placement itself is its own."""
+    """Check what transformers is asked for. It does the placement itself."""
     asked = {}
     placed = SimpleNamespace(hf_device_map={"model.layers.0": 2, "model.layers.1": 3})
     placed.eval = lambda: placed
@@ -60,7 +60,7 @@ def test_an_empty_model_has_the_shapes_of_the_whole(tiny_model_dir):
 
 
 @pytest.mark.parametrize("load", [loading.load_base_model, loading.empty_model, loading.load_tokenizer])
-def test_what_is_no_model_is_refused(load, tmp_path):
+def test_a_folder_without_a_model_is_refused(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

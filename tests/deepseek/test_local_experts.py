@@ -1,4 +1,4 @@
-"""A rank with some of the experts: what it reads of a checkpoint, and how the ranks make one adapter."""
+"""Test a rank with some of the experts: what it reads of a checkpoint, and how ranks make one adapter."""
 
 import itertools
 import shutil
@@ -111,7 +111,7 @@ ADAPTED_IDS = torch.arange(3, 23).view(2, 10)
 
 
 def train_a_little(model) -> None:
-    """Move what is trained, each expert in its own way."""
+    """Change what is trained, each expert by another amount."""
     for layer in moe_layers(model).values():
         for param in layer.trained.parameters() if layer.trained else ():
             param.data += torch.tensor(layer.trained.expert_ids).view(-1, *[1] * (param.ndim - 1)) / 100 + 0.01
@@ -122,7 +122,7 @@ def train_a_little(model) -> None:
 
 
 def save_and_add(rank: int, base: Path, folder: Path, dtype: str) -> dict:
-    """An adapter written by ranks, and those of one process in `folder` added on ranks."""
+    """Write an adapter on ranks, and add those that one process wrote to `folder`."""
     ranks = join_world().with_experts(2, RANK_TIMEOUT)
     placements = {1: ((0, 1, 2, 7), (3, 4, 5, 6)), 2: ((0, 2, 4, 6), (1, 3, 5, 7))}
     local = {layer: placement[ranks.expert_rank] for layer, placement in placements.items()}

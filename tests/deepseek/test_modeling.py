@@ -1,4 +1,4 @@
-"""The first DeepSeekMoE: checkpoints as published, the paper's equations, and the whole way of an adapter."""
+"""Test the first DeepSeekMoE: published checkpoints, the paper's equations, and an adapter from scores to merge."""
 
 import json
 import math
@@ -95,13 +95,13 @@ IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def mixtures(config):
-    """Indices of the layers with experts, as in the published code."""
+    """Return the indices of the layers with experts, as in the published code."""
     layers = range(config["first_k_dense_replace"], config["num_hidden_layers"])
     return [layer for layer in layers if config["n_routed_experts"] and layer % config["moe_layer_freq"] == 0]
 
 
 def tensors_of(config, dtype=torch.float32, seed=0):
-    """Random tensors under the published names, large enough that every expert matters."""
+    """Return random tensors under the published names, large enough that every expert matters."""
     D, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], D), "model.norm.weight": (D,)}
     if not config["tie_word_embeddings"]:
@@ -132,7 +132,7 @@ def tensors_of(config, dtype=torch.float32, seed=0):
 
 
 def write_checkpoint(folder, tokenizer, dtype=torch.float32, **changes):
-    """(config, tensors) of a folder with the published one's files: shards, their index, and code for `auto_map`."""
+    """Write the files of a published checkpoint: shards, index, code for `auto_map`. Return (config, tensors)."""
     config = PUBLISHED | SHRUNK | {"torch_dtype": str(dtype).removeprefix("torch.")} | changes
     tensors = tensors_of(config, dtype)
     tokenizer.save_pretrained(folder)
@@ -167,7 +167,7 @@ def logits_of(model, ids=IDS, **kwargs):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, tiny_tokenizer):
-    """(folder, config, tensors) as published but for the size."""
+    """Return (folder, config, tensors) of a small checkpoint in the published form."""
     folder = tmp_path_factory.mktemp("published")
     return folder, *write_checkpoint(folder, tiny_tokenizer)
 
@@ -176,7 +176,7 @@ def published(tmp_path_factory, tiny_tokenizer):
 
 
 def reference(config, tensors, ids):
-    """Logits (T, vocabulary) of token ids (T,): one token, head and expert after the other, in fp64."""
+    """Return the logits (T, vocabulary) of ids (T,), one token, head and expert after the other, in fp64."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     D, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     width = D // heads
@@ -192,7 +192,7 @@ def reference(config, tensors, ids):
         return linear(gate * gate.sigmoid() * up, f"{name}.down_proj")
 
     def rotated(x, position):
-        """RoPE (arXiv 2104.09864) with the pairs (i, i + width / 2), as in Llama."""
+        """Apply RoPE (arXiv 2104.09864) with the pairs (i, i + width / 2), as in Llama."""
         out = x.clone()
         for i in range(width // 2):
             angle = position * config["rope_theta"] ** (-2 * i / width)
@@ -256,7 +256,7 @@ def test_the_forward_is_the_papers(variant, tmp_path, tiny_tokenizer):
 
 
 def test_the_reference_tells_variants_apart(published):
-    """So that the test above says something: normalisation, number of experts and shared experts all show."""
+    """The test above would see another normalization, number of experts, or missing shared experts."""
     _, config, tensors = published
     right = reference(config, tensors, IDS[0])
     for change in ({"norm_topk_prob": True}, {"num_experts_per_tok": 2}, {"n_shared_experts": None}):
@@ -282,7 +282,7 @@ def test_a_checkpoint_is_read_and_written_bit_for_bit(variant, dtype, tmp_path, 
 
 
 def test_the_published_size_is_that_of_the_published_weights(tmp_path):
-    """16.4B parameters, as the paper says, and in bf16 six shards of 5 GB and one of 2.77 GB, as the hub lists them."""
+    """The paper says 16.4B parameters. In bf16 the hub lists six shards of 5 GB and one of 2.77 GB."""
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
     model = loading.empty_model(tmp_path)
     parameters = sum(param.numel() for param in model.parameters())
@@ -302,7 +302,7 @@ def test_code_of_the_checkpoint_is_not_run(published):
 
 
 def test_some_experts_are_read(published):
-    """As expert parallelism reads them."""
+    """Expert parallelism reads them so."""
     folder, _, tensors = published
     model, _ = load_base_model(folder, experts={1: [6, 0], 2: [3]})
     layers = moe_layers(model)

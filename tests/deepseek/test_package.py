@@ -1,4 +1,4 @@
-"""Importing the package: one line that means nothing to a user is not printed, and all others are."""
+"""Test that importing the package drops one line that means nothing to a user, and no other."""
 
 import logging
 import subprocess

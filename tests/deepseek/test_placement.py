@@ -1,4 +1,4 @@
-"""Placement of experts: every expert once, sizes, trained experts and load even; ep_size chosen by memory."""
+"""Test placements: every expert is there once, and sizes, trained experts and load are even."""
 
 import random
 
@@ -16,7 +16,7 @@ SHAPES = [(1, 1), (8, 1), (8, 2), (7, 4), (9, 4), (8, 8), (60, 8), (64, 8)]  # e
 
 
 def draw(seed: int, experts: int, layers: int = 1) -> tuple[dict, dict]:
-    """(loads, of which a few are large; trained experts, mostly of the loaded ones) of layers 1, 2, ..."""
+    """Return (loads, a few of them large; trained experts, mostly loaded ones) of layers 1, 2, ..."""
     generator = random.Random(seed)
     load_LE = {la: {e: generator.paretovariate(1.5) for e in range(experts)} for la in range(1, layers + 1)}
     trained_L = {}

@@ -1,4 +1,4 @@
-"""Groups of ranks: who is in them, and how an error of one rank reaches all others."""
+"""Test who is in the groups of ranks, and how an error of one rank reaches all others."""
 
 import os
 import time

@@ -350,7 +350,7 @@ def test_the_command_writes_one_file(run, tmp_path, capsys):
         (lambda run: (run / "checkpoints" / "full" / "run.json").write_text("{}"), "of another program"),
         (lambda run: (run / "completions" / "base.law.summary.json").write_text("[]"), "of another program"),
         (lambda run: (run / "completions" / "base.law.jsonl").write_text('{"a"\n'), "base.law.jsonl:1"),
-        (lambda run: (run / "expert_scores" / "summary.json").write_text("{}"), "no scores in it"),
+        (lambda run: (run / "expert_scores" / "summary.json").write_text("{}"), "no layer has scores"),
         (lambda run: change_json(run / "checkpoints/esft-token/expert_cfg.json", experts={"1": [99]}), "expert 99"),
     ],
 )
