@@ -214,6 +214,8 @@ def describe_wrong_folder(folder: Path) -> str:
         hint = f"Its run did not finish: go on with it, or give {checkpoints[-1]}."
     elif (folder / "summary.json").is_file():
         hint = "It holds expert scores: make an expert config of them with scripts/expert/generate_expert_config.py."
+    elif is_lora(folder):
+        hint = "It holds a LoRA adapter: merge it with esft.add_adapter."
     else:
         hint = f"An adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with adapter_config.json."
     return f"cannot use {folder}: it is not an adapter, as it has no {CONFIG_NAME}. {hint}"

@@ -14,11 +14,9 @@ import itertools
 import json
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +24,7 @@ from deepseek.adapters import EXPERT, experts_by_layer
 from deepseek.checkpoint_files import Shard, open_base
 from esft import CONFIG_NAME, ExpertConfig
 from evaluation.run_folder import read_json
-from scripts.merge_adapter import find_tensors, load_config
+from scripts.merge_adapter import find_tensors
 from utils import command_parser, run_cli
 
 RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
@@ -40,7 +38,7 @@ def describe(adapter: Path) -> dict:
     Raises:
         ValueError, FileNotFoundError: no adapter, a damaged file, or files that differ from the config.
     """
-    config, note = load_config(adapter), read_json(adapter / CONFIG_NAME).get("base")
+    config, note = ExpertConfig.load(adapter), read_json(adapter / CONFIG_NAME).get("base")
     shapes, dtypes, files = read_headers(adapter)
     check_complete(adapter, config, shapes)
     experts, others = experts_by_layer(shapes)
@@ -77,18 +75,16 @@ def read_headers(adapter: Path) -> tuple[dict[str, list[int]], dict[str, int], d
 
 
 def check_complete(adapter: Path, config: ExpertConfig, names: Iterable[str]) -> None:
-    """Refuse an adapter whose files do not hold every projection of exactly the experts of its config."""
-    held: dict[tuple[int, int], set[str]] = defaultdict(set)
-    for name in names:
-        if place := EXPERT.search(name):
-            held[int(place["layer"]), int(place["expert"])].add(name[place.end() :])
-    projections = set().union(*held.values())
-    wanted = {(layer, expert): projections for layer, ids in config.experts.items() for expert in ids}
-    for layer, expert in sorted(held.keys() | wanted.keys()):
-        if not (found := held.get((layer, expert), set())) or found != wanted.get((layer, expert)):
+    """Refuse an adapter whose files do not hold as many tensors of each expert of its config, and of no other."""
+    held = Counter((int(place["layer"]), int(place["expert"])) for place in map(EXPERT.search, names) if place)
+    each = max(held.values(), default=1)
+    wanted = Counter({(layer, expert): each for layer, ids in config.experts.items() for expert in ids})
+    for layer, expert in sorted(held | wanted):
+        found, needed = held[layer, expert], wanted[layer, expert]
+        if found != needed:
             raise ValueError(
-                f"cannot read adapter {adapter}: of expert {expert} of layer {layer}, its files hold "
-                f"{', '.join(sorted(found)) or 'nothing'}. That is not as in {CONFIG_NAME}. Fetch or save it again."
+                f"cannot read adapter {adapter}: its files hold {found} tensors of expert {expert} of layer {layer}, "
+                f"and its {CONFIG_NAME} needs {needed}. Fetch or save it again."
             )
 
 
@@ -100,15 +96,6 @@ def read_run(path: Path) -> dict | None:
     results = note.get("results") or {}
     known = {**note["config"], **note["config"]["training"], **results, **note["environment"]}
     return {key: known.get(key) for key in RUN_KEYS} | {"finished": bool(results)}
-
-
-def why_not(adapter: Path, model: nn.Module) -> str | None:
-    """Return why an adapter does not fit `model`, of which only the routers need weights. None if it fits."""
-    try:
-        find_tensors(model, adapter)
-        return None
-    except ValueError as error:
-        return str(error)
 
 
 def compare(a: dict, b: dict) -> dict:
@@ -189,10 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.base_model_path:
         model, _ = open_base(args.base_model_path)
         total = sum(param.numel() for param in model.parameters())
-        for adapter, info in zip(args.adapters, infos, strict=True):
-            reason = why_not(adapter, model)
-            info |= {"fits": reason is None, "why_not": reason, "base_parameters": total}
-            info["share"] = info["parameters"] / total
+        for adapter, info in zip(args.adapters, infos):
+            info |= {"fits": True, "why_not": None, "base_parameters": total, "share": info["parameters"] / total}
+            try:
+                find_tensors(model, adapter)
+            except ValueError as error:
+                info |= {"fits": False, "why_not": str(error)}
     pairs = [compare(a, b) for a, b in itertools.combinations(infos, 2)]
     if args.json:
         print(json.dumps({"adapters": infos, "pairs": pairs}, indent=2))

@@ -19,11 +19,10 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import esft
 from deepseek.adapters import DTYPES, experts_by_layer
 from deepseek.checkpoint_files import Place, Shard, Stored, find_places, load_routers, open_base, read_tensor, reserve
-from deepseek.files import atomic_path, check_output, suggest_path, write_json
+from deepseek.files import atomic_path, check_output, named, write_json
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
 from utils import command_parser, environment, run_cli
 
@@ -40,7 +39,6 @@ REPLACED = "replaced"  # the folder in it that holds what the merge overwrote
 # other weights, hidden files, the model card of the base, and what an earlier merge left
 NOT_COPIED = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*"]
 NOT_COPIED += ["README.md", NOTE, REPLACED]
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Files = dict[str, Stored]  # the tensors of the base, by key
 Places = dict[str, list[Place]]  # a tensor's name in an adapter -> where it goes in the base
@@ -101,12 +99,12 @@ def merge_adapter(
     return len(changed)
 
 
-def unmerge(merged: Path, output: Path, hard_links: bool = False) -> int:
+def unmerge(merged: Path, output: Path, **options: bool) -> int:
     """Write the base of a merge to `output`, and return how many tensors changed. Raise as `merge_adapter`."""
     replaced = merged / REPLACED
     if not replaced.is_dir():
         raise ValueError(f"cannot unmerge {merged}: no folder {REPLACED} is in it. If {NOTE} is, that names the base.")
-    return merge_adapter(merged, [replaced], output, hard_links=hard_links, keep_replaced=False, write_note=False)
+    return merge_adapter(merged, [replaced], output, keep_replaced=False, write_note=False, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -135,22 +133,11 @@ def read_adapters(model: nn.Module, adapters: list[Path]) -> tuple[ExpertConfig,
 
 def find_tensors(model: nn.Module, adapter: Path) -> tuple[ExpertConfig, Sources]:
     """Return the config of an adapter and where its tensors are. Only the routers of `model` need weights."""
-    config = load_config(adapter)
-    try:
+    config = ExpertConfig.load(adapter)
+    with named(f"adapter {adapter}"):
         config.check(model)
         esft.check_base(model, adapter)
         return config, esft.find_adapter_tensors(adapter, esft.adapter_shapes(model, config))
-    except ValueError as error:
-        raise ValueError(f"adapter {adapter}: {error}") from error
-
-
-def load_config(adapter: Path) -> ExpertConfig:
-    """Return the config of an adapter folder. Raise ValueError or FileNotFoundError if it is none, or is a LoRA."""
-    if not adapter.is_dir():
-        raise FileNotFoundError(f"cannot read adapter {adapter}: no such folder{suggest_path(adapter)}")
-    if esft.is_lora(adapter):
-        raise ValueError(f"cannot read adapter {adapter}: it is a LoRA. Merge it with esft.add_adapter.")
-    return ExpertConfig.load(adapter)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,7 +156,7 @@ def check_places(base: Path, stored: Files, places: Places, shapes: dict[str, to
                 )
         first, *copies = (place.key for place in among)
         for copy in copies:
-            if not torch.equal(*(as_words(read_tensor(base, stored, key)) for key in (first, copy))):
+            if not torch.equal(*(read_tensor(base, stored, key).view(torch.uint8) for key in (first, copy))):
                 raise ValueError(
                     f"cannot merge into {first} and {copy}: they are one parameter but differ. Set "
                     "tie_word_embeddings to false in config.json."
@@ -188,13 +175,6 @@ def copy_base(base: Path, folder: Path, stored: Files, changed: set[str], hard_l
         shutil.copyfile(base / name, folder / name)
 
 
-@contextlib.contextmanager
-def open_shards(paths: Iterable[Path], mode: str = "rb"):
-    """Open each of these files once."""
-    with contextlib.ExitStack() as stack:
-        yield {path: stack.enter_context(Shard(path, mode)) for path in set(paths)}
-
-
 def write_tensors(
     folder: Path, stored: Files, places: Places, sources: Sources, kept: Path | None, check_finite: bool
 ) -> None:
@@ -203,9 +183,9 @@ def write_tensors(
     What was there before goes to the reserved file `kept`, under its name in an adapter.
     """
     written = {folder / stored[place.key].file for among in places.values() for place in among}
-    if kept:
-        written.add(kept)
-    with open_shards(written, "r+b") as shards, open_shards(path for path, _ in sources.values()) as adapters:
+    with contextlib.ExitStack() as stack:
+        shards = {path: stack.enter_context(Shard(path, "r+b")) for path in written | ({kept} if kept else set())}
+        adapters = {path: stack.enter_context(Shard(path)) for path in {path for path, _ in sources.values()}}
         for name in tqdm(sorted(places, key=lambda name: places[name][0].key), desc="merging", unit="tensor"):
             path, key = sources[name]
             value = adapters[path].read(key)
@@ -217,16 +197,8 @@ def write_tensors(
                 part = place.select(tensor)
                 if kept:
                     shards[kept].write(name, part)
-                if part.dtype == value.dtype:
-                    as_words(part).copy_(as_words(value))  # every bit, also of NaN
-                else:
-                    part.copy_(value)
+                part.copy_(value)
                 shard.write(place.key, tensor, place.row)
-
-
-def as_words(tensor: Tensor) -> Tensor:
-    """View floating point numbers as whole numbers, which are copied and compared bit by bit."""
-    return tensor.view(WORDS[tensor.dtype.itemsize])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -234,32 +206,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base_model_path", "--model", type=Path, required=True, metavar="DIR", help="folder of the base with "
         "config.json and *.safetensors; with --unmerge, the folder of a merge")  # fmt: skip
-    add("--adapter_dir", type=Path, nargs="+", metavar="DIR", help="folders of adapters that share no expert, with "
-        "expert_cfg.json and *.safetensors (required without --unmerge)")  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--adapter_dir", type=Path, nargs="+", metavar="DIR", help="folders of adapters that share no "
+                      "expert, with expert_cfg.json and *.safetensors")  # fmt: skip
+    what.add_argument("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
     add("--overwrite", action="store_true", help="replace what an earlier merge left in --output_dir")
-    add("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
     add("--no_replaced", action="store_true", help="do not keep what the merge overwrites: saves disk space, but the "
         "result cannot be unmerged")  # fmt: skip
     add("--hard_links", action="store_true", help="share the disk space of unchanged weight files with the base, where "
         "the file system can; never edit one of the two in place")  # fmt: skip
-    args = parser.parse_args(argv)
-    if args.unmerge and (args.adapter_dir or args.no_replaced or args.overwrite):
-        parser.error("--unmerge takes --base_model_path, --output_dir and --hard_links only")
-    if not args.unmerge and not args.adapter_dir:
-        parser.error("--adapter_dir is missing: give one folder or several (or --unmerge)")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     base, output = args.base_model_path, args.output_dir
+    options = {"overwrite": args.overwrite, "hard_links": args.hard_links}
     if args.unmerge:
-        changed = unmerge(base, output, args.hard_links)
+        changed = unmerge(base, output, **options)
     else:
-        changed = merge_adapter(
-            base, args.adapter_dir, output, args.overwrite, args.hard_links, keep_replaced=not args.no_replaced
-        )
+        changed = merge_adapter(base, args.adapter_dir, output, keep_replaced=not args.no_replaced, **options)
     print(f"{output}: {changed} tensors of {base} replaced or edited")
 
 

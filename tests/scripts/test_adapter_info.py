@@ -132,9 +132,12 @@ def test_a_published_adapter(folder, tmp_path, capsys):
 
 UP = "model.layers.1.mlp.experts.5.up_proj.weight"
 SPOILED = {
-    "an expert too few": (lambda t: [t.pop(key) for key in list(t) if ".experts.5." in key], "hold nothing"),
-    "an expert too many": (lambda t: t.update({UP.replace("5", "6"): t[UP]}), "expert 6 of .* hold up_proj"),
-    "a projection too few": (lambda t: t.pop(UP), "hold down_proj.weight, gate_proj.weight. That is not as in"),
+    "an expert too few": (
+        lambda t: [t.pop(key) for key in list(t) if ".experts.5." in key],
+        "hold 0 tensors of expert 5 of layer 1",
+    ),
+    "an expert too many": (lambda t: t.update({UP.replace("5", "6"): t[UP]}), "hold 1 tensors of expert 6 of layer 1"),
+    "a projection too few": (lambda t: t.pop(UP), "hold 2 tensors of expert 5 .* needs 3"),
 }
 
 
@@ -154,8 +157,8 @@ def test_a_spoiled_adapter_is_refused_by_name(how, folder, tmp_path):
         (lambda f: (f / "model-00002-of-00002.safetensors").write_bytes(b"x"), r"00002.safetensors.* damaged"),
         (lambda f: (f / "expert_cfg.json").unlink(), "no expert_cfg.json"),
         (lambda f: (f / "run.json").write_text("[]"), "run.json: damaged"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), "is a LoRA"),
-        (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "its files hold nothing"),
+        (lambda f: (f / "expert_cfg.json").rename(f / "adapter_config.json"), "holds a LoRA"),
+        (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "its files hold 0 tensors"),
     ],
 )
 def test_a_folder_that_is_none_is_one_sentence_and_exit_code_2(spoil, message, folder, tmp_path, capsys):

@@ -143,7 +143,7 @@ UP = "model.layers.1.mlp.experts.5.up_proj.weight"
 
 
 def lora(base, adapter, out):
-    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "expert_cfg.json").rename(adapter / "adapter_config.json")
 
 
 def cut(folder, name):
@@ -157,7 +157,7 @@ def cut(folder, name):
 REFUSED = {
     "output exists": (occupied, "cannot write .*out: it exists already"),
     "no such base": (lambda base, adapter, out: shutil.rmtree(base), "base.: no such folder"),
-    "no such adapter": (lambda base, adapter, out: shutil.rmtree(adapter), "adapter .*: no such folder"),
+    "no such adapter": (lambda base, adapter, out: shutil.rmtree(adapter), "adapter: no such expert config or adapter"),
     "no config": (drop("config.json"), r"no config\.json"),
     "no weights": (drop(INDEX), "neither model.safetensors nor"),
     "a shard is missing": (drop("*-00002-of-*"), "model-00002-of-.*missing"),
@@ -166,7 +166,7 @@ REFUSED = {
     "a tensor is missing": (without_a_tensor, f"does not hold {UP}"),
     "too few rows": (fewer_experts_than_its_config_says, r"experts\.\w+ of the base: it is F32 of shape \(4, "),
     "another shape": (of_another_shape, r"of shape .*8.* into .*_proj\.weight of the base: it is F32 of shape .*16"),
-    "a LoRA": (lora, "is a LoRA.*esft.add_adapter"),
+    "a LoRA": (lora, "holds a LoRA.*esft.add_adapter"),
     "a missing projection": (change_adapter(lambda t: t.pop(UP)), rf"{UP} is missing"),
     "an extra expert": (
         change_adapter(lambda t: t.update({UP.replace("5", "6"): t[UP].clone()})),
@@ -226,9 +226,8 @@ def test_command(parts, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--adapter_dir=a", "--unmerge"], "--unmerge takes"),
-        (["--unmerge", "--no_replaced"], "--unmerge takes"),
-        ([], "--adapter_dir is missing"),
+        (["--adapter_dir=a", "--unmerge"], "not allowed with argument --adapter_dir"),
+        ([], "one of the arguments --adapter_dir --unmerge is required"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, capsys):

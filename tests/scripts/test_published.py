@@ -368,7 +368,7 @@ def test_hub_ids_are_told_from_paths(name, found):
         (FakeApi(private=False), ["--repo_id=you/law", "--private"], "t", "there already and is public"),
         (FakeApi(), ["--repo_id=law"], "t", "'law': it is not a hub id"),
         (FakeApi(), ["--repo_id=you/la w"], "t", "'you/la w': it is not a hub id"),
-        (FakeApi(), ["--repo_id=you/law", "--adapter_dir=nowhere"], "t", "nowhere: no such folder"),
+        (FakeApi(), ["--repo_id=you/law", "--adapter_dir=nowhere"], "t", "nowhere: no such expert config or adapter"),
     ],
 )
 def test_what_cannot_be_pushed_is_one_sentence_and_exit_code_2(api, flags, token, message, made, monkeypatch, capsys):
