@@ -168,8 +168,8 @@ def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
         index = int(match[1])
         if index in found:
             raise ValueError(
-                f"cannot use {type(model).__name__}: a config names experts by their layer, and layer {index} has two "
-                f"experts modules, {found[index].name} and {name}"
+                f"layer {index} has two experts modules, {found[index].name} and {name}, and a config names "
+                f"experts by their layer only: {type(model).__name__} is not supported"
             )
         found[index] = MoELayer(module, index, name)
     if found or dense_ok:
