@@ -32,7 +32,7 @@ import utils
 from deepseek.files import write_json
 from deepseek.process_groups import SharedError, lost_contact
 from training.config import RunConfig, read_config, training_arguments
-from training.data import load_data, split_documents
+from training.data import load_data
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> dict:
     ranks = ranks.with_experts(plan.ep_size, config.timeout)
     loaded = load_model(config, plan, ranks)
     if not loaded.documents_apart:
-        packs, eval_packs = split_documents(packs), split_documents(eval_packs)
+        packs, eval_packs = ([one for pack in part for one in pack.documents()] for part in (packs, eval_packs))
     log_model(loaded.model, config, packs)
 
     note = {**run_note(config, packs_per_step), "environment": utils.environment()}

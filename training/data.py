@@ -1,18 +1,18 @@
 """The data of a run: files -> messages -> tokens and labels -> packs -> tensors.
 
-A pack holds whole samples end to end. Each sample counts its positions from 0 (`.` is -100: no loss):
+A pack holds whole samples end to end, each with positions from 0. A label `.` is -100, which carries no loss:
 
     input_ids      BOS  q  q  a  a EOS | BOS  q  a EOS | pad pad
     labels           .  .  .  a  a EOS |   .  .  a EOS |   .   .
     position_ids     0  1  2  3  4   5 |   0  1  2   3 |   0   1
 
-transformers builds a mask from the restarts in `position_ids`, if it gets no attention mask and no KV cache
-(`use_cache=False`). The mask keeps the documents apart, and a packed sample has the logits that it has alone. A few
-model families build no such mask. `deepseek.loading.keeps_documents_apart` finds them, and there each sample is a pack
-of its own. The first label of each document is -100, so no document predicts the start of the next one.
+transformers builds a mask from `position_ids` if it gets no attention mask and no KV cache (`use_cache=False`). The
+mask keeps the documents apart, and a packed sample has the same logits as alone. A few model families build no such
+mask. `deepseek.loading.keeps_documents_apart` finds them, and each of their samples becomes a pack of its own. The
+first label of each document is -100, so no document learns to predict the start of the next one.
 
-Labels are found in any chat template. Render the conversation up to an answer, with the template's prompt for the
-assistant, and render it again with the answer. What the text has gained is the answer.
+Labels work with any chat template. The conversation is rendered up to an answer, with the template's prompt for the
+assistant, and then again with the answer. The text that the second has more is the answer.
 """
 
 import bisect
@@ -44,10 +44,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
-    """Return the path of a data set, or its hub id. Raise ValueError if there is no such thing.
+    """Return the path of a data set, or its hub id. Raise ValueError if it is neither a file nor like a hub id.
 
-    `name` is a file's name in datasets/<split> without .jsonl, a path (.jsonl, .json, .parquet) or a hub id. `split` is
-    "train" or "eval".
+    `name` is the name of a file in datasets/<split> without .jsonl, a path (.jsonl, .json, .parquet) or a hub id.
+    `split` is "train" or "eval".
     """
     text, path, folder = str(name), Path(name), ROOT / "datasets" / split
     known = {file.stem: file for file in sorted(folder.glob("*.jsonl"))}
@@ -64,9 +64,9 @@ def resolve_dataset(name: str | Path, split: str = "train") -> Path | str:
 
 
 def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) of a data set that `resolve_dataset` knows. `where` is "file:line" or "source: row n", from 1.
+    """Yield (where, row) for each row of a data set. `where` is "file:line" or "source: row n", counted from 1.
 
-    Of a hub id, split="eval" reads the split "test".
+    `dataset` is what `resolve_dataset` takes. split="eval" reads the split "test" of a hub id.
     """
     source = resolve_dataset(dataset, split)
     if isinstance(source, Path) and source.suffix != ".parquet":
@@ -74,21 +74,22 @@ def read_rows(dataset: str | Path, split: str = "train") -> Iterator[tuple[str, 
         return
     import datasets  # slow, and few runs need it
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error that it raises says the same
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what its error says, too
     try:
         if isinstance(source, Path):
             table = datasets.load_dataset("parquet", data_files=str(source), split="train")
         else:
             table = datasets.load_dataset(source, split="test" if split == "eval" else "train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"data set {str(source)!r} cannot be read ({error})") from error
+        raise ValueError(f"cannot read data set {str(source)!r}: {error}") from error
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(table, 1))
 
 
 def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
-    """Return the samples of a data set: {"messages": [{"role", "content", and "mask": 1 for no loss}, ...]}.
+    """Return the samples of a data set: {"messages": [{"role", "content", "mask"?}, ...]}. "mask": 1 means no loss.
 
-    A row has one of four shapes. A ValueError names file and line of a row without its keys, a known role or an answer:
+    A row has one of the four shapes below. A ValueError names the file and line of a row that lacks keys or an answer,
+    or has an unknown role.
 
         {"messages": [{"role", "content", "mask"?}, ...]}
         {"conversations": [{"from": human | gpt | system, "value"}, ...], "system"?}      ShareGPT
@@ -97,14 +98,14 @@ def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
     """
     samples = [{"messages": _messages(row, where)} for where, row in read_rows(dataset, split)]
     if not samples:
-        raise ValueError(f"data set {str(dataset)!r} has no rows")
+        raise ValueError(f"cannot read data set {str(dataset)!r}: it has no rows")
     return samples
 
 
 def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list]:
-    """Return (train, validation), in the order of `samples`. A random `fraction` validates.
+    """Return (training, validation) samples in their order. A random `fraction` of them is for validation.
 
-    If it is above 0, at least one of two or more samples validates. A single sample is always trained on.
+    With a fraction above 0 this is at least one sample, but never the last one: a single sample is for training.
     """
     count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 and samples else 0
     chosen = set(random.Random(seed).sample(range(len(samples)), count))
@@ -112,8 +113,8 @@ def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list
 
 
 def _messages(row: dict, where: str) -> list[dict]:
-    """Return the checked messages of a row of any shape."""
-    row = {key: value for key, value in row.items() if value is not None}  # tables have None in place of a missing key
+    """Return the messages of a row of any shape, after checking them."""
+    row = {key: value for key, value in row.items() if value is not None}  # a table has None for a missing key
     shape = next((keys for keys in SHAPES if row.keys() >= set(keys)), None)
     if shape is None:
         hint = next(filter(None, (suggest(key, itertools.chain(*SHAPES)) for key in row)), "")
@@ -136,22 +137,22 @@ def _messages(row: dict, where: str) -> list[dict]:
 
 
 def _complaints(turns: list[dict]) -> Iterator[str]:
-    """Yield what is wrong with the messages of a row."""
+    """Yield what is wrong with the messages of a row, for an error."""
     for number, turn in enumerate(turns, 1):
         role, content, mask, at = turn["role"], turn.get("content"), turn.get("mask"), f"message {number}"
         if role not in ROLES:
             names = (*ROLES, *SPEAKERS)
-            yield f"{at}: unknown role {role!r}{suggest(role, names)}, expected {', '.join(names)}"
+            yield f"{at}: unknown role {role!r}{suggest(role, names)}. Known are {', '.join(names)}."
         if not isinstance(content, str):
-            yield f"{at}: the content of {role} must be text, found {type(content).__name__}"
+            yield f"{at}: the content of {role} must be text, not {type(content).__name__}"
         if mask not in (None, 0, 1):
-            yield f'{at}: "mask" must be 0 or 1, found {mask!r}'
+            yield f'{at}: "mask" must be 0 or 1, not {mask!r}'
         if role == "assistant" and not content.strip():
-            yield f"{at}: the assistant turn is empty: fill it or drop the row"
+            yield f"{at}: the assistant turn is empty. Fill it or drop the row."
         if role == "assistant" and number == 1 and not mask:
-            yield f'{at}: an assistant turn that answers nothing: drop it or give it "mask": 1'
+            yield f'{at}: an assistant turn comes first and answers nothing. Drop it or give it "mask": 1.'
     if not any(turn["role"] == "assistant" and not turn.get("mask") for turn in turns):
-        yield "no assistant turn that carries loss: add one or drop the row"
+        yield "no assistant turn carries loss. Add one or drop the row."
 
 
 # ------------------------------------------------------------------------------------ messages -> tokens and labels
@@ -159,7 +160,7 @@ def _complaints(turns: list[dict]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample. `labels` are as many as `input_ids`: the token's own id (not shifted), or -100 for no loss."""
+    """One sample. A label is the token's own id (labels are not shifted), or -100 for no loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -169,13 +170,14 @@ class Encoded:
 
 
 def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
-    """Return the tokens of a conversation, with labels on the assistant's turns (content and end-of-turn token) alone.
+    """Return the tokens of a conversation. Only the assistant's turns (content and end-of-turn token) have labels.
 
-    A message with "mask": 1 carries no loss. `template` is "chat" (the tokenizer's own) or "released" (the published
-    checkpoints': BOS, system text, blank line, "User: q", blank line, "Assistant:", then " a" and EOS).
+    A message with "mask": 1 has no labels. `template` is "chat" or "released". "chat" is the tokenizer's own template.
+    "released" is that of the published checkpoints: BOS, system text, blank line, "User: q", blank line, "Assistant:",
+    then " a" and EOS.
 
     Raises:
-        ValueError: the answers cannot be found exactly in the template's text.
+        ValueError: the answers cannot be found exactly in the rendered text.
     """
     pieces = (_released_pieces if template == "released" else _chat_pieces)(messages, tokenizer)
     labels = [token if loss else IGNORE for ids, loss in pieces for token in ids]
@@ -183,9 +185,9 @@ def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
 
 
 def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
-    """Return the tokens before the answer to `prompt`, a user's plain text, as `encode` has them.
+    """Return the tokens that come before the answer to `prompt`, a user's plain text. They are those of `encode`.
 
-    A prompt that is rendered already ("User: ... Assistant:", as in the published evaluation files) gets BOS only.
+    A prompt of the published evaluation files is rendered already ("User: ... Assistant:") and gets BOS only.
     """
     if prompt.startswith("User: ") and prompt.endswith("Assistant:"):
         return _bos(tokenizer) + _ids(prompt, tokenizer)
@@ -195,7 +197,7 @@ def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
 
 
 def _released_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
-    """Return (tokens, carries loss) of the text before each answer and of each answer, each encoded alone."""
+    """Return (tokens, carries loss) for the text before each answer and for each answer, each encoded alone."""
     pieces, text = [(_bos(tokenizer), False)], ""
     for message in messages:
         role, content = message["role"], message["content"]
@@ -209,10 +211,10 @@ def _released_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], b
 
 
 def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]]:
-    """Return (tokens, carries loss) of the conversation, cut where each answer with loss begins and ends.
+    """Return (tokens, carries loss) for each part of the conversation. Each answer with loss is a part.
 
-    The text must begin with the text of every shorter conversation. If a token would reach over a cut, as when an
-    answer begins with a line break, the parts are encoded alone, as they are at generation.
+    The text must begin with the text of every shorter conversation. If a token would span two parts, as when an answer
+    begins with a line break, the parts are encoded alone, as at generation.
     """
     text, cuts = _render(messages, tokenizer), [0]
     special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -223,8 +225,8 @@ def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]
         after = _render(messages[: i + 1], tokenizer)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
-                f"template: the chat template rewrites what surrounds message {i + 1} of {_name(messages)}, so what to "
-                'learn is not exact: set `template: released` or give all answers but the last "mask": 1'
+                f"cannot use the chat template: it changes the text around message {i + 1} of {_name(messages)}. Set "
+                'template=released, or give all answers but the last "mask": 1.'
             )
         turn = after.rstrip()  # nothing after the end-of-turn token is ever generated
         cuts += [len(before), len(turn) if special and turn.endswith(special) else len(after)]
@@ -237,18 +239,21 @@ def _chat_pieces(messages: list[dict], tokenizer) -> list[tuple[list[int], bool]
     else:
         parts = [_ids(text[a:b], tokenizer) for a, b in itertools.pairwise(cuts)]
         if tokenizer.decode([token for part in parts for token in part]) != tokenizer.decode(whole):
-            raise ValueError(f"template: tokens of {_name(messages)} reach over its answers: set `template: released`")
+            raise ValueError(
+                f"cannot use the chat template: a token of {_name(messages)} spans the start or end of an answer. Set "
+                "template=released."
+            )
     return [(part, number % 2 == 1) for number, part in enumerate(parts)]
 
 
 def _render(messages: list[dict], tokenizer, answer_next: bool = False) -> str:
     if not tokenizer.chat_template:
-        raise ValueError("template: the tokenizer has no chat template: set `template: released`")
+        raise ValueError("cannot use the chat template: the tokenizer has none. Set template=released.")
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try:
         return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_next)
     except jinja2.TemplateError as error:
-        raise ValueError(f"template: the chat template refuses {_name(messages)}: {error}") from error
+        raise ValueError(f"cannot use the chat template: it refuses {_name(messages)} ({error})") from error
 
 
 def _ids(text: str, tokenizer) -> list[int]:
@@ -268,7 +273,7 @@ def _name(messages: list[dict]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Whole samples end to end, as lists of one length. `samples` are their numbers in `pack`."""
+    """Whole samples end to end. The first three lists have one length. `samples` are the numbers of the samples."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -290,11 +295,10 @@ class Pack:
 def pack(
     encoded: list[Encoded], seq_length: int, overlong: str = "error", seed: int = 0, numbers: list[int] | None = None
 ) -> list[Pack]:
-    """Pack all samples into at most `seq_length` tokens each, none cut in two: longest first, best fit, then shuffled.
+    """Pack whole samples into packs of at most `seq_length` tokens: longest first, best fit, then shuffled by `seed`.
 
-    A longer sample is an error. With overlong="truncate" it keeps its head, or is dropped if no label is left, and a
-    warning counts them. `seed` orders samples of equal length, and the packs. `numbers` name the samples in the packs
-    and in the error (default: their indices).
+    A longer sample is an error. With overlong="truncate" its end is cut off. It is dropped if no label is left, and a
+    warning counts such samples. `numbers` name the samples in the packs and in the error (default: their indices).
     """
     numbers = range(len(encoded)) if numbers is None else numbers
     too_long = [i for i, sample in enumerate(encoded) if len(sample) > seq_length]
@@ -302,7 +306,7 @@ def pack(
         first, longest = too_long[0], max(map(len, encoded))
         raise ValueError(
             f"sample {numbers[first]} has {len(encoded[first])} tokens, more than seq_length={seq_length} "
-            f"({len(too_long)} such samples): set seq_length={longest} or overlong=truncate"
+            f"({len(too_long)} such samples). Set seq_length={longest} or overlong=truncate."
         )
     dropped = {i for i in too_long if all(label == IGNORE for label in encoded[i].labels[1:seq_length])}
     if too_long:
@@ -315,10 +319,10 @@ def pack(
     rng = random.Random(seed)
     order = [i for i in range(len(encoded)) if i not in dropped]
     rng.shuffle(order)
-    order.sort(key=lambda i: -len(encoded[i]))  # stable: equals stay shuffled
+    order.sort(key=lambda i: -len(encoded[i]))  # samples of one length stay shuffled
     packs: list[Pack] = []
-    open_packs: dict[int, list[Pack]] = {}  # by the tokens that are left in them
-    rooms: list[int] = []  # those numbers, ascending: at most seq_length, so that a step is O(log seq_length)
+    open_packs: dict[int, list[Pack]] = {}  # by their room: the tokens that still fit in
+    rooms: list[int] = []  # the keys of open_packs, ascending
     for i in order:
         size = min(len(encoded[i]), seq_length)
         at = bisect.bisect_left(rooms, size)
@@ -343,7 +347,7 @@ def pack(
 def collate(packs: list[Pack], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Return input_ids, labels and position_ids, int64 (B, T), where T is the length of the longest pack.
 
-    Padding is a document of its own. There is no attention_mask: with one, transformers would build no mask itself.
+    Padding is a document of its own. There is no attention_mask, because transformers builds its own mask without one.
     """
     length = max(map(len, packs))
     gaps = [(p, length - len(p)) for p in packs]
@@ -370,10 +374,5 @@ def load_data(tokenizer, config: "RunConfig") -> tuple[list[Pack], list[Pack]]:
         numbers = [number for number, _ in part]
         both.append(pack(encoded, config.seq_length, config.overlong, config.seed, numbers))
     if not both[0]:
-        raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
+        raise ValueError(f"cannot train on {config.train_dataset}: truncation leaves no sample. Raise seq_length.")
     return both[0], both[1]
-
-
-def split_documents(packs: list[Pack]) -> list[Pack]:
-    """Return each document as a pack of its own, for a model that does not keep the documents of a pack apart."""
-    return [document for one in packs for document in one.documents()]

@@ -14,6 +14,7 @@ import esft
 from deepseek.experts import TrainedExperts, moe_layers
 from deepseek.frozen import FrozenExperts
 from deepseek.process_groups import Ranks
+from utils import import_extra
 
 logger = logging.getLogger("esft")
 
@@ -49,10 +50,7 @@ def prepare_model(
 
 def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
     """Put LoRA on every linear layer but the head, and on the fused experts; routers stay frozen, as in ESFT."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError("method lora needs peft: python -m pip install -c constraints.txt peft") from error
+    peft = import_extra("peft", "lora")
     layers = moe_layers(model).values()
     experts_of_block = {layer.name.rpartition(".")[0]: layer.num_experts for layer in layers}
 
@@ -67,7 +65,7 @@ def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
     taken = tuple(f".{name}" for name in ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
     fused = [f"{layer.name}.{tensor}" for layer in layers for tensor in layer.weight_names]
     two_in_one = r".*\.gate_up_proj"  # rank and alpha of two projections
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=[name for name in linear if not name.endswith(taken)],
@@ -80,7 +78,7 @@ def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         note = {"base": esft.base_note(model, esft.router_fingerprint(model))}
-        adapted_model = get_peft_model(model, lora)
+        adapted_model = peft.get_peft_model(model, lora)
         adapted_model.base_note = note  # which is saved with it
         return adapted_model
 

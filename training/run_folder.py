@@ -51,28 +51,27 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         was = _identity(before)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--output_dir {folder} is not empty and holds no run of ours: give a fresh one") from error
+        raise ValueError(
+            f"cannot use --output_dir {folder}: it is not empty and does not hold a run. Give a fresh one."
+        ) from error
     now = _identity(json.loads(json.dumps(run_note(config, packs_per_step))))
     differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: the folder is this run's own
     if config.overwrite and (differing or before.get("results") or not restarted):
         return None, None
-    if differing:
-        raise ValueError(
-            f"--output_dir {folder} holds another run (it differs in {', '.join(differing)}): give a fresh "
-            "--output_dir, or overwrite=true"
-        )
-    if before.get("results"):
-        return None, before["results"]
+    results, checkpoints = before.get("results"), list_checkpoints(folder)
+    other = f"another run (it differs in {', '.join(differing)})" if differing else None
+    if checkpoints and not (other or results or restarted or config.save_opt_states):
+        kept = f"{checkpoints[-1].name} is a loadable adapter"
+        other = f"a run that cannot go on, as it had no --save_opt_states ({kept})"
+    if other:
+        raise ValueError(f"cannot use --output_dir {folder}: it holds {other}. Give a fresh one, or overwrite=true.")
+    if results:
+        return None, results
     if not config.save_opt_states:
-        if (kept := list_checkpoints(folder)) and not restarted:
-            raise ValueError(
-                f"--output_dir {folder} holds a run broken off without --save_opt_states, which cannot go on; its "
-                f"{kept[-1].name} is a loadable adapter. Give a fresh --output_dir, or overwrite=true"
-            )
-        warnings.warn(f"{folder} holds a run broken off without --save_opt_states: it starts over", stacklevel=2)
+        warnings.warn(f"{folder} holds a run without optimizer states: it starts over", stacklevel=2)
         return None, None
-    for checkpoint in reversed(list_checkpoints(folder)):
+    for checkpoint in reversed(checkpoints):
         if (reason := find_damage(checkpoint)) is None:
             return checkpoint, None
         warnings.warn(f"{checkpoint} is damaged ({reason}) and will be written again", stacklevel=2)

@@ -132,8 +132,9 @@ class ESFTTrainer(SavingTrainer):
             super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"the GPU's memory ran out after step {self.state.global_step} ({str(error).splitlines()[0]}); what "
-                f"saves some, the least costly first: {self.memory_advice}"
+                f"cannot go on: the GPU's memory ran out after step {self.state.global_step} "
+                f"({str(error).splitlines()[0]}). These settings save memory, the least costly first: "
+                f"{self.memory_advice}"
             ) from error
         finally:
             self.progress.bar.close()
@@ -141,14 +142,15 @@ class ESFTTrainer(SavingTrainer):
                 signal.signal(number, handler)
         if self.stopping and self.state.global_step < self.state.max_steps:
             number = signal.Signals(self.signalled or signal.SIGTERM)
-            kept = "nothing was kept, as --save_opt_states was not given"
-            kept = kept if self.args.save_only_model else "the same command goes on from here"
+            kept = "the same command goes on from here"
+            if self.args.save_only_model:
+                kept = "nothing was kept, as --save_opt_states was not given"
             logger.info(f"  stopped by {number.name} after step {self.state.global_step}: {kept}")
-            raise SystemExit(128 + number)
+            sys.exit(128 + number)
 
-    def _on_signal(self, number, _frame):
+    def _on_signal(self, number, frame):
         if number == signal.SIGINT and self.signalled:
-            raise KeyboardInterrupt
+            signal.default_int_handler(number, frame)
         if number == signal.SIGINT and self.args.should_save:
             tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.signalled = number
@@ -259,8 +261,8 @@ class ESFTTrainer(SavingTrainer):
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         loss = sum(self.ranks.gather(losses.sum().item())) / self.ranks.world_size
         raise SharedError(
-            f"step {self.state.global_step + 1}: the loss is {loss} and the gradient norm {norm} on rows {shown} of "
-            "the training data; no weight and no file was changed: look at these rows, or lower learning_rate"
+            f"cannot take step {self.state.global_step + 1}: the loss is {loss} and the gradient norm {norm} on rows "
+            f"{shown} of the training data. Look at these rows, or lower learning_rate."
         )
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):

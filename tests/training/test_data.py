@@ -165,14 +165,14 @@ def test_rendered_prompt_is_taken_verbatim(chat):
 def test_a_template_that_rewrites_history(chat):
     tokenizer = chat(THINKING)
     assert learned(encode(TURNS[:2], tokenizer), tokenizer) == ["<think></think>A colour, 红色。\n\n<|im_end|>"]
-    with pytest.raises(ValueError, match=r"^template: .*message 2 .*template: released"):
+    with pytest.raises(ValueError, match=r"^cannot use the chat template: .*message 2 .*template=released"):
         encode(TURNS, tokenizer)
     last_only = [TURNS[0], TURNS[1] | {"mask": 1}, *TURNS[2:]]  # what the error advises: then it is exact
     assert learned(encode(last_only, tokenizer), tokenizer) == ["<think></think>A number.<|im_end|>"]
 
 
 def test_templates_that_cannot_serve_say_so(chat):
-    with pytest.raises(ValueError, match="no chat template: set `template: released`"):
+    with pytest.raises(ValueError, match=r"the tokenizer has none\. Set template=released"):
         encode(TURNS, chat(None))
     with pytest.raises(ValueError, match=r"refuses .*roles must alternate"):
         encode(TURNS, chat("{{ raise_exception('roles must alternate') }}"))
@@ -236,7 +236,7 @@ def test_overlong_samples():
     unlearnable = Encoded(list(range(40, 60)), [IGNORE] * 15 + list(range(55, 60)))
     short = documents(3, 8)
     with pytest.raises(
-        ValueError, match=r"sample 3 has 20 tokens.*\(2 such samples\): set seq_length=20 or overlong=trunc"
+        ValueError, match=r"sample 3 has 20 tokens.*\(2 such samples\)\. Set seq_length=20 or overlong=trunc"
     ):
         pack([*short, long, unlearnable], 8)
     with pytest.warns(UserWarning, match="2 of 5 .* 1 truncated, 1 dropped") as caught:
@@ -376,15 +376,15 @@ def turns(*roles_and_texts: tuple[str, object]) -> str:
         (turns(("user", "q"), ("asistant", "a")), r"message 2: unknown role 'asistant' \(did you mean 'assistant'\?\)"),
         (
             '{"conversations": [{"from": "bing", "value": "q"}]}',
-            "message 1: unknown role 'bing', expected system, user, assistant, human, gpt",
+            "message 1: unknown role 'bing'. Known are system, user, assistant, human, gpt",
         ),
         ('{"conversations": [{"from": "humam", "value": "q"}]}', r"message 1: .*'humam' \(did you mean 'human'\?\)"),
         ('{"conversations": [{"from": ["gpt"], "value": "q"}]}', r"message 1: unknown role \['gpt'\]"),
-        (turns(("user", ["q"]), ("assistant", "a")), "message 1: the content of user must be text, found list"),
+        (turns(("user", ["q"]), ("assistant", "a")), "message 1: the content of user must be text, not list"),
         (turns(("user", "q"), ("assistant", " \n")), "message 2: the assistant turn is empty"),
-        (turns(("assistant", "a"), ("user", "q")), "message 1: an assistant turn that answers nothing"),
+        (turns(("assistant", "a"), ("user", "q")), "message 1: an assistant turn comes first and answers nothing"),
         (turns(("user", "q")), "no assistant turn"),
-        ('{"messages": [{"role": "user", "content": "q", "mask": 2}]}', '"mask" must be 0 or 1, found 2'),
+        ('{"messages": [{"role": "user", "content": "q", "mask": 2}]}', '"mask" must be 0 or 1, not 2'),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, line, error):
@@ -411,7 +411,7 @@ def test_errors_in_arrays_and_tables_name_the_row(tmp_path, monkeypatch):
     broken = tmp_path / "rows.parquet"
     broken.write_text("no parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"rows.parquet' cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot read data set '.*rows.parquet'"):
         load_samples(broken)
 
 

@@ -105,8 +105,8 @@ def test_an_output_folder_that_is_not_this_run_is_refused_untouched(files, start
     out = start.folder / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert "holds no run of ours" in fails(arguments(files, out), capsys)
-    assert "holds no run of ours" in fails(arguments(files, out, overwrite=True), capsys)
+    assert "does not hold a run" in fails(arguments(files, out), capsys)
+    assert "does not hold a run" in fails(arguments(files, out, overwrite=True), capsys)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 

@@ -94,7 +94,7 @@ def test_without_optimizer_states_a_run_starts_over(start, whole, monkeypatch):
         at_step(patch, 5, kill)
         start()
     kept = start.folder / "out" / "checkpoint-4" / "adapter.safetensors"
-    with pytest.raises(ValueError, match="cannot go on; its checkpoint-4 is a loadable adapter"):
+    with pytest.raises(ValueError, match=r"cannot go on, .*checkpoint-4 is a loadable adapter"):
         start()
     assert kept.is_file()
     (start.folder / "out" / "checkpoint-5").mkdir()
