@@ -24,7 +24,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -80,15 +79,16 @@ def runs_of(rows: dict[str, dict], tasks: list[str], seeds: list[int]) -> dict[t
     return {(name, task, seed): Run(task, **{"seed": seed, **rows[name]}) for name, task, seed in keys}
 
 
-def compared(part: str, lab: Lab) -> dict[tuple, Run]:
-    rows = grains(lab.base) if part == "d" else {"a": METHODS, "b": VARIANTS, "c": AMOUNTS}[part]
-    return runs_of(rows, list(TASKS) if part == "a" else lab.args.ablation_tasks, lab.args.seeds)
-
-
-def tried(_part: str, lab: Lab) -> dict[tuple, Run]:
-    names = [name for name in METHODS if not name.startswith("random")]
-    rows = {(name, rate): {**METHODS[name], "learning_rate": rate} for name in names[1:] for rate in TRIED}
-    return runs_of({"base": METHODS["base"], **rows}, ["law"], lab.args.seeds[:1])
+def runs_of_part(part: str, lab: Lab) -> dict[tuple, Run]:
+    """Return the runs of a part by (name, task, seed), where the name may be a pair; none for parts without a seed."""
+    seeds, tasks = lab.args.seeds, list(TASKS) if part == "a" else lab.args.ablation_tasks
+    if part == "r":
+        names = [name for name in METHODS if name != "base" and not name.startswith("random")]
+        rows = {(name, rate): {**METHODS[name], "learning_rate": rate} for name in names for rate in TRIED}
+        return runs_of({"base": METHODS["base"], **rows}, ["law"], seeds[:1])
+    if part == "d":
+        return runs_of(grains(lab.base), tasks, seeds)
+    return runs_of({"a": METHODS, "b": VARIANTS, "c": AMOUNTS}.get(part, {}), tasks, seeds)
 
 
 # ---- tables: each function returns Markdown, and rows for the JSON ---------------------------------------------------
@@ -165,21 +165,14 @@ def shared_experts(lab: Lab, _runs: dict) -> Table:
     return markdown_table(["Jaccard index", *names], lines), rows
 
 
-@dataclass(frozen=True)
-class Part:
-    title: str
-    table: Callable[[Lab, dict[tuple, Run]], Table]
-    runs: Callable[[str, Lab], dict[tuple, Run]] = lambda _part, _lab: {}
-
-
-PARTS = {
-    "r": Part("Learning rates on law, one seed; bold: taken in the other tables", learning_rates, tried),
-    "a": Part("Methods on the tasks, and what is left of the general skills", comparison, compared),
-    "b": Part("What is trained", comparison, compared),
-    "c": Part("How much of it, and how many tokens select it", comparison, compared),
-    "d": Part("Granularity: experts of equal size together", comparison, compared),
-    "e": Part("Time, memory and storage, in rounds side by side", costs),
-    "f": Part("Experts that tasks share, of those that either chooses (token score, top_p 0.2)", shared_experts),
+PARTS: dict[str, tuple[str, Callable[[Lab, dict[tuple, Run]], Table]]] = {  # letter -> title, table
+    "r": ("Learning rates on law, one seed; bold: taken in the other tables", learning_rates),
+    "a": ("Methods on the tasks, and what is left of the general skills", comparison),
+    "b": ("What is trained", comparison),
+    "c": ("How much of it, and how many tokens select it", comparison),
+    "d": ("Granularity: experts of equal size together", comparison),
+    "e": ("Time, memory and storage, in rounds side by side", costs),
+    "f": ("Experts that tasks share, of those that either chooses (token score, top_p 0.2)", shared_experts),
 }
 
 
@@ -232,8 +225,9 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         tables = {}
         for part in args.parts:
             lab.used.clear()
-            tables[part], rows = PARTS[part].table(lab, runs[part])
-            print(f"\n{PARTS[part].title}\n\n{tables[part]}")
+            title, make_table = PARTS[part]
+            tables[part], rows = make_table(lab, runs[part])
+            print(f"\n{title}\n\n{tables[part]}")
             if args.output:
                 write_part(lab, part, tables[part], rows)
         if args.output:
@@ -248,7 +242,7 @@ def make_runs(lab: Lab) -> dict[str, dict[tuple, Run]]:
     with ThreadPoolExecutor(args.jobs) as pool:
         if "d" in args.parts:
             list(tqdm(pool.map(lab.base, (16, 32)), total=2, unit="base", desc="pretraining"))
-        parts = {part: PARTS[part].runs(part, lab) for part in args.parts}
+        parts = {part: runs_of_part(part, lab) for part in args.parts}
         runs = {run.name: run for runs in parts.values() for run in runs.values()}.values()
         for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
             lab.scores(base, task, tokens)  # before several runs need them at the same time
@@ -258,7 +252,7 @@ def make_runs(lab: Lab) -> dict[str, dict[tuple, Run]]:
 
 def write_part(lab: Lab, part: str, table: str, rows: list[dict]) -> None:
     stem, source = f"{lab.args.output}_{part}", made_by(lab, part)
-    write_text(f"{stem}.md", f"# {PARTS[part].title}\n\n{table}\n\n{source}\n")
+    write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{table}\n\n{source}\n")
     decides = {name: getattr(lab.args, name) for name in ("seeds", "steps", "ablation_tasks", "pretrain_tokens")}
     write_json(f"{stem}.json", {"rows": rows, "made_by": source, "arguments": decides, "environments": lab.used})
 

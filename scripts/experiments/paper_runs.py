@@ -186,6 +186,4 @@ def inputs(base: str, *data: str) -> dict[str, str]:
     return {**digests, **{name: facts[name] for name in ("torch", "transformers")}}
 
 
-@functools.cache
-def digest(path: Path) -> str:
-    return sha256(path)
+digest = functools.cache(sha256)
