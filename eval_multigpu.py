@@ -210,9 +210,8 @@ def run(config: EvalConfig) -> list[dict]:
         note(unjudged)  # now, and again below the table
     bases, summaries, failed = {}, {}, {}
     with contextlib.ExitStack() as stack:
-        journals = [
-            stack.enter_context(AnswerJournal(job.output_path, answer_key(config, job, devices[0][0]))) for job in jobs
-        ]
+        keys = [answer_key(config, job, devices[0][0]) for job in jobs]
+        journals = [stack.enter_context(AnswerJournal(job.output_path, key)) for job, key in zip(jobs, keys)]
         answer_jobs(config, jobs, devices, journals)
         answers: dict[str, list[dict]] = {}
         for job, journal in zip(jobs, journals):
@@ -221,9 +220,9 @@ def run(config: EvalConfig) -> list[dict]:
                 continue
             summary, answers[job.name] = write_results(config, job, journal, judge, answers.get(job.name))
             (bases if job.base else summaries)[job.name] = summary
-        if any(journal.keep for journal in journals):  # the next run asks the judge again, and no model
-            for journal in journals:
-                journal.keep = True
+        keep = any(journal.keep for journal in journals)
+        for journal in journals:  # the next run asks the judge again, and no model
+            journal.keep = keep
         try:
             here = min(len(loaded), len(devices)) == 1  # other processes load their suites themselves
             work = functools.partial(evaluate_share, config, suite_paths, loaded if here else None)

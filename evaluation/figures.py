@@ -23,7 +23,7 @@ MAX_POINTS = 600  # of a curve
 
 
 def new_figure(width: float, height: float, ncols: int = 2, nrows: int = 1, **options):
-    """Return a figure and its axes, side by side; sizes are in inches. Raise ValueError where matplotlib is missing."""
+    """Return a figure and its axes, side by side; sizes are in inches. Raise ValueError if matplotlib is missing."""
     figure = import_extra("matplotlib.figure", "plot").Figure(figsize=(width, height), dpi=150, layout="constrained")
     return figure, figure.subplots(nrows, ncols, **options)
 

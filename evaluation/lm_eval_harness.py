@@ -27,7 +27,7 @@ from evaluation.config import KNOWN, EvalConfig, is_task_file
 from evaluation.generation import end_tokens, generation_config
 from utils import import_extra, sentence
 
-EXPECTED = ("Overwriting default num_fewshot", "generation_kwargs")  # warnings of lm-eval about what the user asked for
+EXPECTED = ("Overwriting default num_fewshot", "generation_kwargs")  # warnings about what the user asked for
 
 # ------------------------------------------------------------------------------------------------ suites
 
@@ -45,7 +45,7 @@ class Suite:
         return Suite(name, {name: self.tasks[name]})
 
     def weighs_by_size(self, key: str) -> bool | None:
-        """Whether tasks count by their samples in the mean of a metric; None if the group has no such mean."""
+        """Return whether tasks count by their samples in the mean of a metric; None if the group has no such mean."""
         if self.group is None:
             return True
         name, _, filter_name = key.partition(",")

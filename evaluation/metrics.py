@@ -12,7 +12,7 @@ ROUGE-L       F measure of the longest common subsequence (rouge-score) of lower
 chrF          chrF2 of sacrebleu per sample; the mean over samples differs a little from a corpus chrF.
 BLEU          Sentence BLEU of sacrebleu with effective order (n-grams longer than the text do not count), over words,
               or by sacrebleu's tokenizer for Chinese where the gold answer holds Chinese characters (by characters
-              where it holds kana). The mean over samples is no corpus BLEU.
+              where it holds kana). The mean over samples is not a corpus BLEU.
 final number  (math, GSM8K style) The number after the last "####", else in the last \\boxed{}, else the last one, is
               equal as a fraction to the gold answer's. Signs, thousands commas, decimals, fractions ("3/4", "1 1/2",
               "½"), and what surrounds a number (currencies, units, "%", markup) are understood.
@@ -31,7 +31,7 @@ _NOT_JSON = object()
 
 
 def _json_value(text: str) -> object:
-    """The JSON value that `text` spells, white space and one final full stop aside; _NOT_JSON where it spells none."""
+    """Return the JSON value that a text spells, or _NOT_JSON. White space and one final full stop do not count."""
     text = text.strip()
     try:
         return json.loads(text[:-1] if text.endswith(("。", ".")) else text)
@@ -40,7 +40,7 @@ def _json_value(text: str) -> object:
 
 
 def json_exact_match(prediction: str, answer: str) -> float:
-    """100 or 0. See the module's docstring for the rule."""
+    """Return 100 or 0. The module's docstring has the rule."""
     gold = _json_value(answer)
     if gold is _NOT_JSON:
         return exact_match(prediction, answer)
@@ -52,7 +52,7 @@ def json_exact_match(prediction: str, answer: str) -> float:
 
 
 def _slots(value: object) -> Counter | None:
-    """The (slot, value) pairs of {"intent": .., "slots": {..}} as a multiset; None where `value` has another form."""
+    """Return the (slot, value) pairs of {"intent": .., "slots": {..}} with their counts, or None for another form."""
     slots = value.get("slots", {}) if isinstance(value, dict) else None
     if not isinstance(slots, dict):
         return None
@@ -64,7 +64,8 @@ def _slots(value: object) -> Counter | None:
 
 
 def slot_f1(prediction: str, answer: str) -> float | None:
-    """F1 over slots, 0..100. None wanted, none given: 100. Unreadable prediction: 0. Unreadable gold: None."""
+    """Return the F1 over slots, 0..100. It is 100 without any slots, 0 for a prediction in another form, and None for
+    a gold answer in another form."""
     gold, found = _slots(_json_value(answer)), _slots(_json_value(prediction))
     if gold is None:
         return None
@@ -75,12 +76,12 @@ def slot_f1(prediction: str, answer: str) -> float | None:
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """100 where the two texts are equal but for white space around them, else 0."""
+    """Return 100 if the two texts are equal but for white space around them, else 0."""
     return 100.0 * (prediction.strip() == answer.strip())
 
 
 class _Words:
-    """Tokenizer for rouge-score, whose own drops everything that is not a-z or a digit."""
+    """A tokenizer for rouge-score. Its own drops everything that is not a-z or a digit."""
 
     _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
     _PATTERN = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
@@ -105,7 +106,7 @@ def _bleu(tokenizer: str):
 
 
 def rouge_l(prediction: str, answer: str) -> float | None:
-    """ROUGE-L F measure, 0..100; None where the gold answer holds no word."""
+    """Return the ROUGE-L F measure, 0..100, or None if the gold answer has no word."""
     scorer = _rouge()
     if not _Words().tokenize(answer):
         return None
@@ -113,7 +114,7 @@ def rouge_l(prediction: str, answer: str) -> float | None:
 
 
 def chrf(prediction: str, answer: str) -> float | None:
-    """Sentence chrF2, 0..100; None where the gold answer is blank."""
+    """Return the sentence chrF2, 0..100, or None if the gold answer is blank."""
     scorer = _chrf()
     return scorer.sentence_score(prediction, [answer]).score if answer.strip() else None
 
@@ -122,12 +123,12 @@ _HAN, _KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile("[\u3040-\u
 
 
 def bleu(prediction: str, answer: str) -> float | None:
-    """Sentence BLEU, 0..100; None where the gold answer is blank."""
+    """Return the sentence BLEU, 0..100, or None if the gold answer is blank."""
     scorer = _bleu("char" if _KANA.search(answer) else "zh" if _HAN.search(answer) else "13a")
     return scorer.sentence_score(prediction, [answer]).score if answer.strip() else None
 
 
-# no longer than what Python converts in no time, and with no exponent that would not fit in memory
+# the lengths are limited, because Python converts long digits slowly and a large exponent does not fit in memory
 _DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,300}|\d{1,1000})(?!\d)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d{{1,1000}})?|\.\d{{1,1000}})(?:[eE][+-]?\d{{1,2}}(?!\d))?"
 _NUMBER = re.compile(
@@ -139,13 +140,13 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}
 
 def _plain_character(c: str) -> str:
     plain = unicodedata.normalize("NFKC", c)
-    if unicodedata.category(c) == "No":  # "1½" is not 11/2, and m² ends on no number
+    if unicodedata.category(c) == "No":  # "1½" is not 11/2, and m² does not end on a number
         return " " + plain.replace("⁄", "/") if "⁄" in plain else ""
     return "-" if c == "−" else plain
 
 
 def _plain(text: str) -> str:
-    """Full-width digits, vulgar fractions, minus signs and LaTeX in ASCII."""
+    """Return a text with its full-width digits, vulgar fractions, minus signs and LaTeX in ASCII."""
     text = "".join(c if c.isascii() else _plain_character(c) for c in text)
     return _LATEX_FRACTION.sub(r" \1/\2", text.replace("{,}", ",").replace("\\$", "$"))
 
@@ -159,7 +160,7 @@ def _value(match: re.Match) -> Fraction | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that `text` ends on, see the module's docstring; None where there is none."""
+    """Return the number that a text ends on, by the rule of the module's docstring, or None."""
     text = _plain(text)
     for mark in ("####", "\\boxed{"):
         _, found, after = text.rpartition(mark)
@@ -170,6 +171,6 @@ def final_number(text: str) -> Fraction | None:
 
 
 def number_match(prediction: str, answer: str) -> float | None:
-    """100 where both end on the same number, else 0; None where the gold answer has none."""
+    """Return 100 if both end on the same number, else 0, or None if the gold answer has none."""
     gold = final_number(answer)
     return None if gold is None else 100.0 * (final_number(prediction) == gold)

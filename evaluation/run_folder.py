@@ -42,7 +42,7 @@ class Trained:
 
     @property
     def share(self) -> float | None:
-        """Trained parameters as a fraction of all."""
+        """Return the trained parameters as a fraction of all."""
         return self.results["trained_parameters"] / self.results["parameters"] if self.results else None
 
     def curve(self, key: str) -> list[tuple[int, float]]:
@@ -52,7 +52,7 @@ class Trained:
 
     @property
     def command(self) -> list[str]:
-        """The command that gives these settings again."""
+        """Return the command that gives these settings again."""
         paths = ("base_model_path", "train_dataset", "expert_config", "output_dir")
         flags = (f"--{key}={self.settings[key]}" for key in paths if self.settings.get(key))
         keys = {key: value for key, value in self.settings.items() if key not in paths and value is not None}
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The pipeline's command."""
+        """Return the pipeline's command."""
         given = {key: value for key, value in self.arguments.items() if value is not None and value is not False}
         overrides = given.pop("overrides", [])
         flags = (f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items())
@@ -103,12 +103,12 @@ class Run:
         if now.summary.get("against_base"):
             return now.summary["against_base"]
         if same_questions(base.answers, now.answers) and "unit" not in now.summary:
-            return compare(*([{"score": None, **line} for line in one.answers] for one in (base, now)))
+            return compare(base.answers, now.answers)
         return {"difference": now.summary["mean"] - base.summary["mean"], "ci95": None, "certain": False}
 
 
 def same_questions(a: list[dict], b: list[dict]) -> bool:
-    """Whether two files answer the same questions in the same order."""
+    """Return whether two files answer the same questions in the same order."""
     return bool(a) and [x["example"]["prompt"] for x in a] == [x["example"]["prompt"] for x in b]
 
 
