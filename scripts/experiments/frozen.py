@@ -82,7 +82,10 @@ def main(argv: list[str] | None = None) -> dict:
         check_output(f"{args.output}.md")
     with tempfile.TemporaryDirectory() as name:
         held, found = memory(Path(name)), losses(Path(name), args)
-    remarks = f"seeds {' '.join(map(str, args.seeds))}; loss on results/models/tiny, memory and time on 317M parameters"
+    remarks = (
+        f"{args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss (means, and the range of the ratio) on "
+    )
+    remarks += "results/models/tiny, memory and time on 317M random parameters in fp32"
     publish(args, __file__, argv, format_table(found, held), remarks, losses=found, memory=held)
     return found
 
