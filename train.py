@@ -129,10 +129,9 @@ def main(argv: list[str] | None = None, defaults: dict | None = None, descriptio
     except RuntimeError as error:
         if not lost_contact(error):
             raise
-        waited = f"{config.timeout.total_seconds():.0f} seconds (ddp_timeout)"
         raise ConnectionError(
-            f"another process has died, or did not answer for {waited}; what it said comes first. The same command "
-            f"goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            f"another process has died (see above), or did not answer for {config.timeout.total_seconds():.0f} seconds "
+            f"(ddp_timeout). The same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
         ) from error
     if dist.is_initialized():
         dist.destroy_process_group()
