@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output, read_json
 from esft import CONFIG_NAME, ExpertConfig, ExpertScores, select_experts
-from evaluation.figures import new_figure, save_figure
+from evaluation.figures import heat_map, new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
 from scripts.expert.generate_expert_config import add_score_flags, default_top_p, split_list
-from utils import command_parser, markdown_table, positive, run_cli
+from utils import command_parser, markdown_table, note, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,73 +86,64 @@ def format_stability(found: dict) -> str:
     )
 
 
-def draw_stability(found: dict, name: str):
+def draw_stability(found: dict):
     """Return a figure of how often each expert is selected, and of stability over tokens."""
     figure, (left, right) = new_figure(11.5, 4.6, width_ratios=(1.6, 1))
-    layers = list(found["selected"])
-    percent = [[100 * share for share in sorted(found["frequency"][layer], reverse=True)] for layer in layers]
-    most = max(sum(share > 0.1 for share in row) for row in percent) + 1
-    colours = {"cmap": "Blues", "vmin": 0, "vmax": 100, "aspect": "auto", "interpolation": "nearest"}
-    image = left.imshow([row[:most] for row in percent], **colours)
-    sizes, edges = [len(found["selected"][layer]) - 0.5 for layer in layers], [x - 0.5 for x in range(len(layers) + 1)]
-    left.stairs(sizes, edges, orientation="horizontal", baseline=None, color="black", lw=1.8)
-    step = max(1, len(layers) // 14)
+    share_LE = {layer: dict(enumerate(share_E)) for layer, share_E in found["frequency"].items()}
+    ranked_LE = {layer: sorted(share_E, key=share_E.get, reverse=True) for layer, share_E in share_LE.items()}
+    image = heat_map(left, share_LE, ranked_LE, found["selected"])
+    widest = max(sum(share > 0.1 for share in share_E.values()) for share_E in share_LE.values())
+    layers, step = list(share_LE), max(1, len(share_LE) // 14)
     left.set_yticks(range(0, len(layers), step), layers[::step])
-    left.set_xticks(range(0, most, max(1, most // 10)), range(1, most + 1, max(1, most // 10)))
-    left.set_xlabel("experts, most often selected first; black: size of the selection")
-    left.set(title="how often draws select an expert", ylabel="decoder layer")
+    left.set(title="how often draws select an expert", xlabel="experts, most often selected first", xlim=(-0.5, widest))
+    left.set(ylabel="decoder layer; red: selected on all tokens")
     figure.colorbar(image, ax=left, label="of the draws (%)", pad=0.01)
 
     rows = found["growth"]
-    tokens = [row["tokens"] for row in rows]
     curves = [("with_all", "o-", "#08519c", "with all tokens")]
     curves += [("with_other_packs", "s--", "#d94801", "with as many other tokens")]
     for key, style, colour, label in curves:
         points = [(row["tokens"], row[f"jaccard_{key}"]) for row in rows if row[f"jaccard_{key}"] is not None]
-        right.plot([x for x, _ in points], [y for _, y in points], style, color=colour, label=label)
+        right.plot(*zip(*points), style, color=colour, label=label)
     right.axhline(found["random_jaccard"], color="grey", lw=1, ls=":", label="random selections of these sizes")
     right.set_xscale("log", base=2)
-    right.set_xticks(tokens, [f"{count:,}" for count in tokens], rotation=30)
+    right.set_xticks([row["tokens"] for row in rows], [f"{row['tokens']:,}" for row in rows], rotation=30)
     right.minorticks_off()
     right.set(ylim=(0, 1), xlabel="tokens scored", ylabel="Jaccard of the selections", title="stability")
     right.grid(alpha=0.3)
     right.legend(frameon=False, loc="center right")
-    figure.suptitle(f"Selection by {found['score_function']} score, top_p {found['top_p']:g}, {name}")
     return figure
 
 
 # ------------------------------------------------------------------------------------------------ several: overlap
 
 
-def read_source(path: str, args: argparse.Namespace) -> tuple[ExpertConfig, ExpertScores | None, int | None]:
-    """Return a selection, its scores if there are any, and the experts per layer if the source has that number."""
+def read_source(path: str, args: argparse.Namespace) -> tuple[ExpertConfig, dict | None, int | None]:
+    """Return a selection, its score_LE if there are scores, and the experts per layer if the source has that number."""
     place = Path(path)
     file = place / CONFIG_NAME if (place / CONFIG_NAME).is_file() else place
     data = read_json(file) if file.is_file() else {}
     if "experts" in data or "selected_experts" in data:
         return ExpertConfig.load(file), None, (data.get("base") or {}).get("num_experts")
-    scores = ExpertScores.load(place)
-    config = select_experts(scores, score_function=args.score_function, top_p=default_top_p(args))
-    return config, scores, max(map(len, scores[args.score_function].values()))
+    scores, function = ExpertScores.load(place), args.score_function
+    config = select_experts(scores, score_function=function, top_p=default_top_p(args))
+    return config, scores[function], max(map(len, scores[function].values()))
 
 
 def compare(args: argparse.Namespace) -> dict:
     """Return the overlap and correlation of every two sources, which must be of one model."""
     paths = args.expert_scores_dir
-    configs, every, counts = zip(*(read_source(path, args) for path in paths))
-    sizes = {count: path for path, count in zip([*paths, "--num_experts"], [*counts, args.num_experts]) if count}
-    if len(sizes) != 1:
-        found = "; ".join(f"{path} has {count} experts per layer" for count, path in sizes.items())
-        raise ValueError(f"cannot compare these: {found or 'the experts per layer are unknown. Give --num_experts'}")
-    (num_experts,) = sizes
-    score_LEs = [scores[args.score_function] if scores else None for scores in every]
+    configs, score_LEs, counts = zip(*(read_source(path, args) for path in paths))
+    num_experts = next(filter(None, [args.num_experts, *counts]), None)
+    if num_experts is None:
+        raise ValueError("cannot compare these: the number of experts of a layer is unknown. Give --num_experts.")
     layers = sorted(next(filter(None, score_LEs), None) or set().union(*(config.experts for config in configs)))
-    for path, config, score_LE in zip(paths, configs, score_LEs):
-        ids_L, known = config.experts, set(layers)
-        odd = [*(ids_L.keys() ^ known if score_LE else ids_L.keys() - known)]
-        odd += [layer for layer, ids in ids_L.items() if max(ids, default=0) >= num_experts]
-        if odd:
-            raise ValueError(f"cannot compare {path}: its layer {odd[0]} is not one of the others' model")
+    for path, config, score_LE, count in zip(paths, configs, score_LEs, counts):
+        same_layers = sorted(score_LE) == layers if score_LE else config.experts.keys() <= set(layers)
+        last = max((expert for ids in config.experts.values() for expert in ids), default=0)
+        if not same_layers or last >= num_experts or count not in (None, num_experts):
+            model = f"a model with {num_experts} experts in layers {layers[0]} to {layers[-1]}"
+            raise ValueError(f"cannot compare {path}: it is not of {model}, as the others are")
     correlations = [[correlation(a, b) if a and b else None for b in score_LEs] for a in score_LEs]
     short = [short_name(path) for path in paths]
     return {
@@ -215,7 +206,6 @@ def draw_overlap(found: dict):
     values = [[math.nan if value is None else value for value in row] for row in found["correlation"]]
     notes = [["-" if value is None else f"{value:.2f}" for value in row] for row in found["correlation"]]
     matrix(right, values, notes, "correlation of the scores within layers", cmap="RdBu_r", vmin=-1)
-    figure.suptitle(f"{found['score_function']} score, top_p {found['top_p']:g}")
     return figure
 
 
@@ -227,20 +217,22 @@ def main(argv: list[str] | None = None) -> dict:
     if args.output_path:
         check_output(args.output_path)
         new_figure(1, 1)  # raises if matplotlib is missing
-    if len(args.expert_scores_dir) == 1:
-        folder = Path(args.expert_scores_dir[0])
+    sources = args.expert_scores_dir
+    if len(sources) == 1:
+        folder = Path(sources[0])
         packs = PackCounts.load(folder.parent if folder.is_file() else folder)
         found = stability(packs, args.score_function, default_top_p(args), args.n_bootstrap, args.seed)
-        text = format_stability(found)
-        figure = draw_stability(found, short_name(folder)) if args.output_path else None
+        form, draw = format_stability, draw_stability
     else:
-        found = compare(args)
-        text = format_overlap(found)
-        figure = draw_overlap(found) if args.output_path else None
-    print(json.dumps(found, indent=2) if args.json else text)
-    if figure:
+        found, form, draw = compare(args), format_overlap, draw_overlap
+    print(json.dumps(found, indent=2) if args.json else form(found))
+    if args.output_path:
+        figure = draw(found)
+        figure.suptitle(
+            f"{found['score_function']} score, top_p {found['top_p']:g}: {', '.join(map(short_name, sources))}"
+        )
         save_figure(figure, args.output_path)
-        print(f"written to {args.output_path}", file=sys.stderr if args.json else sys.stdout)
+        note(f"written to {args.output_path}")
     return found
 
 

@@ -259,11 +259,11 @@ def test_compare_several(tasks, tmp_path, capsys):
     same = ["--expert_scores_dir", tmp_path / "c.json", tmp_path / "c.json"]
     refused(capsys, compare_scores.main, same, "--num_experts")
     assert call(compare_scores.main, *same, "--num_experts", 8)["overlap"][0][1]["jaccard"] == 1
-    refused(capsys, compare_scores.main, [*argv, "--num_experts", 9], "--num_experts has 9 experts per layer")
+    refused(capsys, compare_scores.main, [*argv, "--num_experts", 9], "a: it is not of a model with 9 experts")
     (tmp_path / "d.json").write_text('{"experts": {"7": [1]}}')
-    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "layer 7")
+    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "compare", "d.json")
     (tmp_path / "d.json").write_text('{"experts": {"1": [8]}}')
-    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "layer 1")
+    refused(capsys, compare_scores.main, ["--expert_scores_dir", tasks / "a", tmp_path / "d.json"], "compare", "d.json")
 
 
 def test_pictures(tasks, tmp_path, capsys, monkeypatch):
