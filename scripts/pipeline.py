@@ -29,7 +29,7 @@ from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, suggest, write_json, write_text
 from evaluation.figures import colours_of, new_figure, plot_losses, save_figure
 from evaluation.run_folder import METHODS, Run, read_run
-from training.data import load_samples, resolve_dataset
+from training.data import load_samples
 from utils import (
     ROOT,
     command_parser,
@@ -145,7 +145,7 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
     """Return the key=value words for train.py, by method.
 
     Raises:
-        ValueError, OSError: an unknown method, a key that is set already, or what train.py refuses.
+        ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
     """
     from training.config import ALIASES, read_config, training_arguments  # slow, and --help can do without
 
@@ -153,10 +153,10 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
     for word in args.overrides:
         name, _, value = word.partition("=")
         method, _, key = name.rpartition(":")
-        key, of_method = ALIASES.get(key, key), given[method and known_method(method)]
-        if key in OURS or key in of_method:
-            raise ValueError(f"cannot use {word!r}: {key} is set already, by another word or by a flag (--help).")
-        of_method[key] = value
+        key = ALIASES.get(key, key)
+        if key in OURS:
+            raise ValueError(f"cannot use {word!r}: a flag sets {key} for all commands. See --help.")
+        given[method and known_method(method)][key] = value
 
     words = {}
     for method in methods:
@@ -188,87 +188,77 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
         get_evaluator(name)  # and the libraries of its metrics
 
 
-def score_and_select(args: argparse.Namespace, stages: Stages, folder: Path, functions: list[str]) -> None:
-    """Score the experts on the training data, and select some by each score function."""
-    scores, task = folder / "expert_scores", {"eval_dataset": args.train_dataset}
-    places = {**task, "base_model_path": args.base_model_path, "output_dir": scores}
-    settings = flags(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
-    stages.run(scores / "summary.json", "scripts/expert/get_expert_scores.py", **places, **settings)
-    for function in functions:
-        config = folder / "expert_configs" / f"{function}.json"
-        rule = {"score_function": function, "top_p": getattr(args, f"top_p_{function}")}
+def run_stages(
+    args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]], datasets: list[str]
+) -> None:
+    """Score, select, train the methods of `keys`, evaluate them and the base, merge the first ESFT adapter, draw."""
+    function_of = {method: METHODS[method][0] for method in keys}
+    configs = {name: folder / "expert_configs" / f"{name}.json" for name in sorted(set(function_of.values()) - {None})}
+    scores, runs = folder / "expert_scores", folder / "checkpoints"
+    base, task = {"base_model_path": args.base_model_path}, {"eval_dataset": args.train_dataset}
+    if configs:
+        settings = flags(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
+        script = "scripts/expert/get_expert_scores.py"
+        stages.run(scores / "summary.json", script, **task, **base, output_dir=scores, **settings)
+    for name, config in configs.items():
         paths = {"expert_scores_dir": scores, "output_path": config}
+        rule = {"score_function": name, "top_p": getattr(args, f"top_p_{name}")}
         stages.run(config, "scripts/expert/generate_expert_config.py", **task, **paths, **rule)
 
-
-def train(args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]]) -> None:
-    """Train each method with its keys."""
     for method, words in keys.items():
-        function, run = METHODS[method][0], folder / "checkpoints" / method
-        script = "train_ep.py" if function and args.nproc_per_node > 1 else "train.py"
-        config = folder / "expert_configs" / f"{function}.json" if function else None
-        paths = flags(args, "base_model_path train_dataset train_config") | {"expert_config": config, "output_dir": run}
-        stages.run(run / "trainer_state.json", script, processes=args.nproc_per_node, keys=words, **paths)
+        config, output = configs.get(function_of[method]), runs / method
+        paths = flags(args, "base_model_path train_dataset train_config")
+        script = "train_ep.py" if config and args.nproc_per_node > 1 else "train.py"
+        options = {"processes": args.nproc_per_node, "keys": words, **paths, "expert_config": config}
+        stages.run(output / "trainer_state.json", script, **options, output_dir=output)
 
-
-def evaluate(args: argparse.Namespace, stages: Stages, folder: Path, methods: list[str], datasets: list[str]) -> None:
-    """Evaluate the base and each method on all data sets."""
-    for method in ["base", *methods]:
-        run, output = folder / "checkpoints" / method, folder / "completions" / f"{method}.jsonl"
-        last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl") if len(datasets) > 1 else output
+    for method in ["base", *keys] if datasets else []:
+        output = last = folder / "completions" / f"{method}.jsonl"
+        if len(datasets) > 1:
+            last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl")
         stages.run(
             last,
             "eval_multigpu.py",
             eval_dataset=",".join(datasets),
-            base_model_path=run if method == "full" else args.base_model_path,
-            adapter_dir=None if method in ("base", "full") else run,
+            base_model_path=runs / method if method == "full" else args.base_model_path,
+            adapter_dir=None if method in ("base", "full") else runs / method,
             output_path=output,
             **flags(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
             n_samples=args.n_eval_samples,
             **flags(args, "seed dtype"),
         )
 
-
-def merge_and_draw(args: argparse.Namespace, stages: Stages, folder: Path, methods: list[str]) -> None:
-    """Merge the first ESFT adapter into the base, and draw the experts of the first method that selects some."""
-    esft, merged = [method for method in methods if METHODS[method][1] == "esft"], folder / "merged"
+    esft, merged = [method for method in keys if METHODS[method][1] == "esft"], folder / "merged"
     if esft and not args.no_merge:
-        paths = {"base_model_path": args.base_model_path, "adapter_dir": folder / "checkpoints" / esft[0]}
-        stages.run(merged / "config.json", "scripts/merge_adapter.py", **paths, output_dir=merged, overwrite=True)
-    functions = [METHODS[method][0] for method in [*esft, *methods] if METHODS[method][0]]
-    if find_spec("matplotlib") is None:
-        note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
-    elif functions:
-        picture, function = folder / "expert_scores.png", functions[0]
-        config = folder / "expert_configs" / f"{function}.json"
-        drawn = {"expert_scores_dir": folder / "expert_scores", "expert_config": config, "score_function": function}
+        options = {**base, "adapter_dir": runs / esft[0], "output_dir": merged, "overwrite": True}
+        stages.run(merged / "config.json", "scripts/merge_adapter.py", **options)
+    name = next((function_of[method] for method in [*esft, *keys] if function_of[method]), None)
+    if name and find_spec("matplotlib"):
+        picture = folder / "expert_scores.png"
+        drawn = {"expert_scores_dir": scores, "expert_config": configs[name], "score_function": name}
         stages.run(picture, "scripts/expert/plot_expert_scores.py", **drawn, output_path=picture)
 
 
 def table_rows(run: Run, methods: list[str], datasets: list[str]) -> list[dict]:
     """Return a dict per method, the base first: scores by data set, and (but for the base) what training cost."""
-    names, trained = [Path(dataset).stem for dataset in datasets], {model.label: model for model in run.trained}
-    rows = []
+    trained, rows = {model.label: model for model in run.trained}, []
     for method in ["base", *methods]:
-        summaries = {name: run.evaluations[name][method].summary for name in names}
-        row = {name: {key: s[key] for key in ("mean", "ci95", "n", "primary")} for name, s in summaries.items()}
-        rows.append({"method": method, "scores": row})
-        if method != "base":
-            model = trained[method]
-            rows[-1] |= model.results | {"learning_rate": model.settings.get("learning_rate")}
+        summaries = {name: run.evaluations[name][method].summary for name in datasets}
+        scores = {name: {key: s[key] for key in ("mean", "ci95", "n", "primary")} for name, s in summaries.items()}
+        rows.append({"method": method, "scores": scores})
+        if method in trained:
+            rows[-1] |= trained[method].results | {"learning_rate": trained[method].settings.get("learning_rate")}
     return rows
 
 
 def format_table(rows: list[dict]) -> str:
     """Return the rows in Markdown: scores with 95 % intervals, trained share, step time, peak memory, size on disk."""
-    names = list(rows[0]["scores"])
     lines = []
     for row in rows:
-        cells = [row["method"]]
+        cells, cost = [row["method"]], ["-"] * 4
         for score in row["scores"].values():
             shown = "-" if score["mean"] is None else f"{score['mean']:.1f}"
             cells.append(f"{shown} [{score['ci95'][0]:.1f}, {score['ci95'][1]:.1f}]" if score["ci95"] else shown)
-        cost = ["-"] * 4
         if "steps" in row:
             cost = [
                 f"{row['trained_parameters'] / row['parameters']:.1%}",
@@ -277,7 +267,7 @@ def format_table(rows: list[dict]) -> str:
                 f"{row['saved_bytes'] / 2**20:,.2f} MiB",
             ]
         lines.append([*cells, *cost])
-    return markdown_table(["method", *names, "trained", "step (s)", "peak memory", "saved"], lines)
+    return markdown_table(["method", *rows[0]["scores"], "trained", "step (s)", "peak memory", "saved"], lines)
 
 
 def against_full(rows: list[dict]) -> str:
@@ -309,8 +299,10 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
             curves = {model.label: model.curve(key) for model in run.trained if model.label in methods}
             plot_losses(ax, curves, title, colours_of(methods))
         save_figure(figure, folder / "losses.png")
+    else:
+        note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
     if datasets:
-        rows = table_rows(run, methods, datasets)
+        rows = table_rows(run, methods, [Path(dataset).stem for dataset in datasets])
         text = "\n\n".join(filter(None, [format_table(rows), against_full(rows)]))
         write_text(folder / "table.md", f"{text}\n")
         write_json(folder / "table.json", {"rows": rows, "arguments": vars(args), "environment": environment()})
@@ -318,23 +310,9 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
     print(f"All of it is in {folder}")
 
 
-def run_stages(
-    args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]], datasets: list[str]
-) -> None:
-    """Score, select, train the methods of `keys`, evaluate, merge; then the table and the pictures."""
-    if functions := sorted({METHODS[method][0] for method in keys} - {None}):
-        score_and_select(args, stages, folder, functions)
-    train(args, stages, folder, keys)
-    if datasets:
-        evaluate(args, stages, folder, list(keys), datasets)
-    merge_and_draw(args, stages, folder, list(keys))
-    write_results(args, folder, list(keys), datasets)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     methods = [known_method(name) for name in split(args.methods)]
-    resolve_dataset(args.train_dataset, "train")
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)
     datasets = eval_datasets(args)
@@ -343,6 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder, "pipeline") as lock:
         run_stages(args, Stages(folder, lock), folder, keys, datasets)
+        write_results(args, folder, list(keys), datasets)
 
 
 if __name__ == "__main__":
