@@ -76,7 +76,7 @@ def routing(model: nn.Module, packs: list[MaskedPack]) -> Iterator[dict[int, Ten
 
     handles = [layer.module.register_forward_pre_hook(see(layer)) for layer in layers.values()]
     try:
-        for one in packs:
+        for one in tqdm(packs, desc="routing", unit="pack"):
             forward_pack(model, one.pack)
             yield {layer: seen.pop(layer)[torch.tensor(one.mask)] for layer in layers}
     finally:
@@ -91,16 +91,10 @@ def measure(base: nn.Module, change: Callable[[nn.Module], nn.Module], packs: li
     """
     if not keeps_documents_apart(base):
         packs = [document for one in packs for document in one.documents()]
-    before = []
-    with tqdm(total=2 * sum(map(len, packs)), unit="tok", unit_scale=True, desc="routing") as bar:
-        for one, sets_L in zip(packs, routing(base, packs)):
-            before.append(sets_L)
-            bar.update(len(one))
-        changed, drift_L = change(base), {layer: Drift() for layer in moe_layers(base)}
-        for one, old_L, new_L in zip(packs, before, routing(changed, packs)):
-            for layer, drift in drift_L.items():
-                drift.add(old_L[layer], new_L[layer])
-            bar.update(len(one))
+    before, drift_L = list(routing(base, packs)), {layer: Drift() for layer in moe_layers(base)}
+    for old_L, new_L in zip(before, routing(change(base), packs)):
+        for layer, drift in drift_L.items():
+            drift.add(old_L[layer], new_L[layer])
     return drift_L
 
 
@@ -121,21 +115,20 @@ def format_drift(result: dict) -> str:
         shares = [row["trained_before"], row["trained_after"]]
         shown = ["-" if share is None else f"{share:.1%}" for share in shares]
         rows.append([layer, trained, f"{row['total_variation']:.3f}", f"{row['changed']:.1%}", *shown])
-    return markdown_table(
-        ["layer", "trained", "total variation", "slots changed", "on trained experts before", "after"], rows
-    )
+    heads = ["layer", "trained", "total variation", "slots changed", "on trained experts before", "after"]
+    return markdown_table(heads, rows)
 
 
 def draw(result: dict):
     """Return a figure of what moved, and of the load of the trained experts."""
     figure, (left, right) = new_figure(10.5, 4.2)
-    layers = list(result["layers"])
-    rows, places = list(result["layers"].values()), range(len(layers))
-    step = max(1, len(layers) // 14)
-    changed, moved = ([100 * row[key] for row in rows] for key in ("changed", "total_variation"))
-    left.plot(places, changed, "o-", color="#08519c", label="routed slots that changed")
+    layers, rows = list(result["layers"]), list(result["layers"].values())
+    places, step = range(len(layers)), max(1, len(layers) // 14)
+    left.plot(places, [100 * r["changed"] for r in rows], "o-", color="#08519c", label="routed slots that changed")
+    moved = [100 * row["total_variation"] for row in rows]
     left.plot(places, moved, "s--", color="#d94801", label="load that moved (total var.)")
     left.set(title="what moved", ylabel="%")
+    left.legend(frameon=False)
     if rows[0]["trained_before"] is None:
         right.text(0.5, 0.5, "no experts of its own", ha="center", va="center", transform=right.transAxes)
     else:
@@ -145,14 +138,13 @@ def draw(result: dict):
         right.legend(frameon=False, ncols=2, loc="upper right")
         right.set_ylim(top=1.2 * right.get_ylim()[1])
     right.set(title="slots that go to trained experts", ylabel="%")
-    left.legend(frameon=False)
     for axes in (left, right):
         axes.set_xticks(places[::step], layers[::step])
         axes.set_xlabel("decoder layer")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, axis="y")
-    data = f"{result['dataset']}, {result['tokens']:,} tokens"
-    figure.suptitle(f"Routing of {data}, before and after {short_name(result['adapter'])}")
+    adapter = short_name(result["adapter"])
+    figure.suptitle(f"Routing of {result['dataset']}, {result['tokens']:,} tokens, before and after {adapter}")
     return figure
 
 
