@@ -73,14 +73,19 @@ def split_list(text: str) -> list[str]:
     return [text] if Path(text).exists() else [part for part in text.split(",") if part]
 
 
-def load_scores(folders: list[str], score_function: str) -> list[ExpertScores]:
-    """Return the scores of each task, which must have the same layers and experts."""
-    found = [ExpertScores.load(folder) for folder in folders]
-    shapes = [{layer: len(score_E) for layer, score_E in scores[score_function].items()} for scores in found]
-    for folder, shape in zip(folders, shapes):
-        if shape != shapes[0]:
-            raise ValueError(f"cannot join {folder} and {folders[0]}: they have scores of different models")
-    return found
+def load_scores(folders: list[str], model: nn.Module | None = None) -> list[ExpertScores]:
+    """Return the scores of each task. They must have the layers and experts of `model`, or those of the first task."""
+
+    def sizes(scores: ExpertScores) -> dict[int, int]:
+        return {layer: len(score_E) for layer, score_E in next(iter(scores.by_function.values())).items()}
+
+    every = [ExpertScores.load(folder) for folder in folders]
+    expected = {i: layer.num_experts for i, layer in moe_layers(model).items()} if model else sizes(every[0])
+    for folder, scores in zip(folders, every):
+        if sizes(scores) != expected:
+            other = "the base model" if model else folders[0]
+            raise ValueError(f"cannot use {folder}: it has scores of other layers or experts than {other} has")
+    return every
 
 
 def default_top_p(args: argparse.Namespace) -> float:
@@ -116,15 +121,6 @@ def select(every: list[ExpertScores], args: argparse.Namespace) -> ExpertConfig:
     return ExpertConfig(experts, args.train_shared_experts, args.train_non_expert_modules)
 
 
-def check_scores(scores: ExpertScores, model: nn.Module, path: str, score_function: str) -> None:
-    """Raise ValueError if the scores at `path` are not of all experts of `model`."""
-    expected = {index: layer.num_experts for index, layer in moe_layers(model).items()}
-    found = {layer: len(score_E) for layer, score_E in scores[score_function].items()}
-    if odd := sorted(layer for layer in expected | found if found.get(layer) != expected.get(layer)):
-        counts = f"has scores of {found.get(odd[0], 0)} experts, and the model has {expected.get(odd[0], 0)}"
-        raise ValueError(f"cannot use {path}: layer {odd[0]} {counts}. It is another model.")
-
-
 def print_notes(every: list[ExpertScores], config: ExpertConfig, names: list[str], args: argparse.Namespace) -> None:
     """Say what the user might not expect of the selection."""
     for name, scores in zip(names if args.eval_dataset else [], every):
@@ -158,17 +154,14 @@ def format_selection(every: list[ExpertScores], config: ExpertConfig, args: argp
 def main(argv: list[str] | None = None) -> ExpertConfig:
     args = parse_args(argv)
     folders = split_list(args.expert_scores_dir)
-    every = load_scores(folders, args.score_function)
+    model = empty_model(args.base_model_path) if args.base_model_path else None
+    every = load_scores(folders, model)
     names = args.eval_dataset.split(",") if args.eval_dataset else [scores.meta.get("dataset") for scores in every]
     if len(names) != len(folders):
         raise ValueError(f"--eval_dataset has {len(names)} tasks and --expert_scores_dir {len(folders)}. Give as many")
     config = select(every, args)
     share = ""
-    if args.base_model_path:
-        model = empty_model(args.base_model_path)
-        config.check(model)
-        for path, scores in zip(folders, every):
-            check_scores(scores, model, path, args.score_function)
+    if model:
         trained = sum(view.numel() for view in adapter_views(model, config).values())
         total = sum(param.numel() for param in model.parameters())
         share = f"\n{trained:,} of {total:,} parameters ({trained / total:.1%})"

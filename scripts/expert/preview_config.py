@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.experts import moe_layers
 from esft import ExpertConfig, ExpertScores, adapter_views, select_experts
 from evaluation.selection import short_name
-from scripts.expert.generate_expert_config import check_scores
+from scripts.expert.generate_expert_config import load_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, Estimator, MemorySettings
 from training.published_models import open_model
 from utils import command_parser, markdown_table, positive, run_cli
@@ -161,10 +161,8 @@ def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    scores = ExpertScores.load(args.expert_scores_dir)
     model = open_model(args.base_model_path)
-    for function in scores.by_function:
-        check_scores(scores, model, args.expert_scores_dir, function)
+    (scores,) = load_scores([args.expert_scores_dir], model)
     known = {field.name for field in dataclasses.fields(MemorySettings)}
     settings = MemorySettings(world_size=args.ep_size, **{k: v for k, v in vars(args).items() if k in known})
     row_of = {name: functools.partial(preview, model, scores, settings, name) for name in scores.by_function}

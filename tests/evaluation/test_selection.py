@@ -329,7 +329,7 @@ def test_unions_and_controls_by_command(tasks, tmp_path, capsys, tiny_model_dir)
     out = ["--output_path", tmp_path / "c.json"]
     refused(capsys, generate_expert_config.main, [*both, *out, "--eval_dataset", "a"], "has 1 tasks", "2")
     mixed = ["--expert_scores_dir", f"{tasks / 'a'},{tmp_path / 'other.json'}"]
-    refused(capsys, generate_expert_config.main, [*mixed, *out], "different models")
+    refused(capsys, generate_expert_config.main, [*mixed, *out], "other layers or experts than")
     assert not (tmp_path / "c.json").exists()
 
 
@@ -394,7 +394,8 @@ def test_the_budget_is_used_up_and_kept(tasks, tiny_model_dir, capsys, tmp_path)
     refused(capsys, preview_config.main, [*argv, "--budget_gb", 1e-6, "--top_p", 0.2], "no top_p fits")
     refused(capsys, preview_config.main, [*argv, "--top_p", 0], "top_p is 0")
     make_model(n_routed_experts=9).save_pretrained(tmp_path / "nine")
-    refused(capsys, preview_config.main, [*argv[:2], "--model", tmp_path / "nine"], "another model")
+    nine = [*argv[:2], "--model", tmp_path / "nine"]
+    refused(capsys, preview_config.main, nine, "other layers or experts than the base model")
 
 
 # ------------------------------------------------------------------------------------------------------------- drift
