@@ -119,10 +119,8 @@ def read_adapters(model: nn.Module, adapters: list[Path]) -> tuple[ExpertConfig,
         if names := of_a.keys() & of_b.keys():
             shared.append(f"{a} and {b} ({len(names)} tensors)")
             experts, others = experts_by_layer(names)
-            print(f"{a} and {b} both hold", file=sys.stderr)
-            for layer, ids in experts.items():
-                print(f"    layer {layer}: experts {', '.join(map(str, ids))}", file=sys.stderr)
-            print("".join(f"    {name}\n" for name in others), end="", file=sys.stderr)
+            lines = [f"layer {layer}: experts {', '.join(map(str, ids))}" for layer, ids in experts.items()]
+            print(f"{a} and {b} both hold", *lines, *others, sep="\n    ", file=sys.stderr)
     if shared:
         raise ValueError(f"cannot merge adapters that hold the same experts or parameters: {'; '.join(shared)}")
     config, sources = ExpertConfig({}), {}
