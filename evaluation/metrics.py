@@ -4,8 +4,9 @@ A metric that cannot be computed (a gold answer that is empty, or not of the for
 taken for a 0. A prediction, whatever its text, always gets its metrics.
 
 exact match   (intent) Prediction and answer, stripped of white space and of one final full stop ("。" or "."), are
-              the same JSON value, so the order of keys does not matter and that of lists does; an answer that is not
-              JSON is compared as text. This rule gives the scores published with the paper.
+              the same JSON value. The order of keys does not matter, nor does that of a slot's list. The order of any
+              other list does. An answer that is not JSON is compared as text. This rule gives the scores published
+              with the paper.
 slot F1       Harmonic mean of precision and recall over (slot, value) pairs; a list is one pair per item.
 ROUGE-L       F measure of the longest common subsequence (rouge-score) of lower-cased words; Chinese characters and
               kana are words of their own.
@@ -44,11 +45,23 @@ def json_exact_match(prediction: str, answer: str) -> float:
     gold = _json_value(answer)
     if gold is _NOT_JSON:
         return exact_match(prediction, answer)
-    try:  # compared as spelled, since Python's True equals 1
-        found, wanted = (json.dumps(value, sort_keys=True) for value in (_json_value(prediction), gold))
+    try:
+        return 100.0 * (_spelled(_slots_sorted(_json_value(prediction))) == _spelled(_slots_sorted(gold)))
     except (TypeError, RecursionError):  # the prediction is not JSON, or has no end
         return 0.0
-    return 100.0 * (found == wanted)
+
+
+def _spelled(value: object) -> str:
+    """Return a JSON value as it is compared: as text, since Python's True equals 1."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _slots_sorted(value: object) -> object:
+    """Return {"intent": .., "slots": {..}} with each slot's list in one order, and any other value as it is."""
+    if not isinstance(value, dict) or not isinstance(value.get("slots"), dict):
+        return value
+    slots = value["slots"].items()
+    return value | {"slots": {name: sorted(v, key=_spelled) if isinstance(v, list) else v for name, v in slots}}
 
 
 def _slots(value: object) -> Counter | None:
@@ -58,7 +71,7 @@ def _slots(value: object) -> Counter | None:
         return None
     pairs = ((name, item) for name, items in slots.items() for item in (items if isinstance(items, list) else [items]))
     try:
-        return Counter((name, json.dumps(item, sort_keys=True)) for name, item in pairs)
+        return Counter((name, _spelled(item)) for name, item in pairs)
     except RecursionError:
         return None
 

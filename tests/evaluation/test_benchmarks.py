@@ -39,7 +39,12 @@ def test_intent_gives_the_published_score_of_every_released_answer(official):
         (f" \n{GOLD}。\n\n", 100),
         (GOLD + ".", 100),
         ('{"slots": {"notes": ["跑步", "吃饭"], "date": "周一"}, "intent": "Alarm-Update"}', 100),
-        (GOLD.replace('["跑步", "吃饭"]', '["吃饭", "跑步"]'), 0),
+        (GOLD.replace('["跑步", "吃饭"]', '["吃饭", "跑步"]'), 100),  # as in three of the published answers
+        (GOLD.replace('["跑步", "吃饭"]', '["吃饭", "跑步", "跑步"]'), 0),
+        (GOLD.replace('["跑步", "吃饭"]', '["跑步"]'), 0),
+        (GOLD.replace('["跑步", "吃饭"]', '"跑步, 吃饭"'), 0),
+        (GOLD.replace('["跑步", "吃饭"]', '[["吃饭"], {"a": 1}, 3]'), 0),
+        (GOLD.replace('"slots"', '"others"'), 0),
         (GOLD.replace("Alarm-Update", "Alarm-Query"), 0),
         (GOLD + "。。", 0),
         ("答案：" + GOLD, 0),
@@ -49,6 +54,20 @@ def test_intent_gives_the_published_score_of_every_released_answer(official):
 )
 def test_intent_compares_values_not_texts(prediction, expected):
     assert EVALUATORS["intent"].metrics(prediction, [GOLD])["exact_match"] == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ('{"slots": {"a": [{"x": [1, 2]}, 3]}}', '{"slots": {"a": [3, {"x": [1, 2]}]}}', 100),
+        ('{"slots": {"a": [{"x": [1, 2]}]}}', '{"slots": {"a": [{"x": [2, 1]}]}}', 0),  # a list within a value
+        ('{"slots": {"a": [true, 2]}}', '{"slots": {"a": [2, 1]}}', 0),
+        ('{"slots": ["a", "b"]}', '{"slots": ["b", "a"]}', 0),  # not a slot's list
+        ('["a", "b"]', '["b", "a"]', 0),
+    ],
+)
+def test_only_the_list_of_a_slot_may_come_in_any_order(prediction, answer, expected):
+    assert json_exact_match(prediction, answer) == expected
 
 
 def test_the_best_of_several_gold_answers_counts():
