@@ -26,7 +26,7 @@ import math
 import operator
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,7 @@ from deepseek.routing import RouterCapture, RouterCounts, read_logs  # noqa: F40
 
 SCORE_FUNCTIONS = ("token", "gate", "prob")
 TOP_P = {"token": 0.2, "gate": 0.1, "prob": 0.2}  # the paper's; prob sums to 1 as token does
+SCORE_FILES = ("summary.json", "expert_scores.json")  # in a folder of scores
 STRATEGIES = ("cumulative", "fraction", "topk", "random")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,15 +126,17 @@ class ExpertScores:
     def load(cls, path: str | Path) -> "ExpertScores":
         """Read a summary, a flat file {"layer_1_expert_0": 1234.5, ...}, or a folder.
 
-        A folder holds summary.json, or the raw logs `expert_weights_<layer>.txt`, directly or in `rank_*` folders.
+        A folder holds summary.json, expert_scores.json, or the raw logs `expert_weights_<layer>.txt`, directly or in
+        `rank_*` folders.
 
         Raises:
             ValueError, FileNotFoundError: something is missing, truncated or not a number. The message says where.
         """
         path = Path(path)
         if path.is_dir():
-            if (path / "summary.json").exists():
-                return cls.load(path / "summary.json")
+            for name in SCORE_FILES:
+                if (path / name).exists():
+                    return cls.load(path / name)
             return cls.from_counts(functools.reduce(operator.add, read_logs(path)))
         if not path.is_file():
             hint = "Make them with scripts/expert/get_expert_scores.py."
@@ -201,33 +204,39 @@ class ExpertConfig:
         """Make a config of one of two forms; "base" and "meta" are notes and are skipped.
 
         {"experts": {"1": [ids]}, "shared_experts": bool, "non_expert_modules": bool}
-        {"selected_experts": [["layer_1", 3], ...]}
+        {"selected_experts": [["layer_1", 3], ...], "frozen_experts": [["layer_1", 0], ...], "routing_frozen": bool}
+
+        "frozen_experts" and "routing_frozen" change nothing, as all that is not selected is frozen. What they say must
+        be so.
         """
-        known = ("experts", "selected_experts", "shared_experts", "non_expert_modules", "base", "meta")
+        flags = ("shared_experts", "non_expert_modules", "routing_frozen")
+        known = ("experts", "selected_experts", "frozen_experts", *flags, "base", "meta")
         if unknown := [str(key) for key in data if key not in known] if isinstance(data, Mapping) else []:
             hint = suggest(unknown[0], known)
             if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", unknown[0]):
                 hint = ": these are expert scores; make a config of them with scripts/expert/generate_expert_config.py"
             raise ValueError(f"unknown key {unknown[0]!r}{hint}")
-        experts: dict[int, tuple[int, ...]] = {}
         try:
             (form,) = {"experts", "selected_experts"} & data.keys()
-            rows = data[form].items() if form == "experts" else ((name, [expert]) for name, expert in data[form])
-            for name, ids in rows:
-                layer = int(str(name).removeprefix("layer_"))
-                experts[layer] = (*experts.get(layer, ()), *ids)
+            experts, frozen = _by_layer(data[form]), _by_layer(data.get("frozen_experts", ()))
         except (TypeError, ValueError, AttributeError) as error:
             forms = '{"experts": {"1": [3, 7]}} or {"selected_experts": [["layer_1", 3], ["layer_1", 7]]}'
             raise ValueError(f"expected layers and their experts as in {forms} ({error})") from error
         for layer, ids in experts.items():
             if any(type(e) is not int or e < 0 for e in ids) or len(set(ids)) != len(ids):
                 raise ValueError(f"layer {layer}: expert ids must be distinct numbers from 0, found {list(ids)}")
-        flags = {key: data.get(key, False) for key in ("shared_experts", "non_expert_modules")}
-        if wrong := [key for key, value in flags.items() if not isinstance(value, bool)]:
-            raise ValueError(f"{wrong[0]} must be true or false, found {flags[wrong[0]]!r}")
-        if not (any(experts.values()) or any(flags.values())):
+            if both := set(ids) & set(frozen.get(layer, ())):
+                raise ValueError(f"layer {layer}: expert {min(both)} is both selected and frozen. Change one of them")
+        if wrong := [key for key in flags if not isinstance(data.get(key, False), bool)]:
+            raise ValueError(f"{wrong[0]} must be true or false, found {data[wrong[0]]!r}")
+        shared, others = (data.get(key, False) for key in flags[:2])
+        if data.get("routing_frozen", not others) == others:
+            raise ValueError(
+                "routers are trained with non_expert_modules, and only then: routing_frozen contradicts it"
+            )
+        if not (any(experts.values()) or shared or others):
             raise ValueError("it selects nothing: no expert, no shared experts, no other module")
-        return cls(dict(sorted(experts.items())), **flags)
+        return cls(dict(sorted(experts.items())), shared, others)
 
     def to_dict(self) -> dict:
         """Return the released form."""
@@ -248,6 +257,15 @@ class ExpertConfig:
                     f"the expert config names expert {highest} of layer {index}, and this model's MoE layers are "
                     f"{first} to {last}, with experts 0 to {num_experts - 1}"
                 )
+
+
+def _by_layer(data: Mapping | Iterable) -> dict[int, tuple[int, ...]]:
+    """Return ids by layer of {"1": [ids]} or of [["layer_1", id], ...]."""
+    experts: dict[int, tuple[int, ...]] = {}
+    for name, ids in data.items() if isinstance(data, Mapping) else ((name, [expert]) for name, expert in data):
+        layer = int(str(name).removeprefix("layer_"))
+        experts[layer] = (*experts.get(layer, ()), *ids)
+    return experts
 
 
 def union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:

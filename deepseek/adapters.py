@@ -212,7 +212,7 @@ def describe_wrong_folder(folder: Path) -> str:
         hint = "It holds a whole model: give it as --base_model_path."
     elif checkpoints:
         hint = f"Its run did not finish: go on with it, or give {checkpoints[-1]}."
-    elif (folder / "summary.json").is_file():
+    elif (folder / "summary.json").is_file() or (folder / "expert_scores.json").is_file():
         hint = "It holds expert scores: make an expert config of them with scripts/expert/generate_expert_config.py."
     elif is_lora(folder):
         hint = "It holds a LoRA adapter: merge it with esft.add_adapter."

@@ -208,7 +208,7 @@ def _read_ranks(folder: Path) -> dict[int, list[Line]]:
                 lines_L.setdefault(int(match[1]), []).extend(_read_log(path))
     if not any(lines_L.values()):
         raise FileNotFoundError(
-            f"cannot read {folder}: no summary.json in it, and no line in any expert_weights_<layer>.txt"
+            f"cannot read {folder}: no summary.json, expert_scores.json, or line in any expert_weights_<layer>.txt"
         )
     shapes_L = {layer: [(path.parent, len(ids)) for path, _, ids, _ in lines] for layer, lines in lines_L.items()}
     first = min(lines_L)

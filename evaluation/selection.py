@@ -27,7 +27,7 @@ from torch import Tensor
 
 from deepseek.files import atomic_path
 from deepseek.routing import RouterCounts, read_logs
-from esft import ExpertConfig, ExpertScores, select_experts
+from esft import SCORE_FILES, ExpertConfig, ExpertScores, select_experts
 
 PACKS_NAME = "packs.safetensors"  # beside summary.json
 KINDS = {"token": "slots", "gate": "gates", "prob": "probs"}  # score function -> what it is the sum of
@@ -294,7 +294,7 @@ def even_counts(config: ExpertConfig, num_experts: dict[int, int]) -> dict[int, 
 def short_name(path: str | Path) -> str:
     """Return what to call scores or a config in a table: the last part of the path that says something."""
     parts = [part for part in re.split(r"[/\\]", str(path)) if part not in ("", ".")]
-    dull = ("summary.json", "expert_scores", "expert_cfg.json", "expert_configs")
+    dull = (*SCORE_FILES, "expert_scores", "expert_cfg.json", "expert_configs")
     return Path(next((part for part in reversed(parts) if part not in dull), str(path))).stem
 
 

@@ -268,6 +268,10 @@ def test_requires_grad_comes_back():
         ({"experts": {"2": [3, 1], "1": [0]}}, {1: (0,), 2: (3, 1)}),
         ({"selected_experts": [["layer_2", 3], ["layer_1", 0], ["layer_2", 1]]}, {1: (0,), 2: (3, 1)}),
         ({"experts": {"1": [0]}, "base": {}, "meta": {}, "shared_experts": False}, {1: (0,)}),
+        ({"selected_experts": [["layer_1", 3]], "frozen_experts": [["layer_1", 0]], "routing_frozen": True}, {1: (3,)}),
+        ({"selected_experts": {"layer_1": [3]}, "frozen_experts": {"1": [0], "2": [3]}}, {1: (3,)}),
+        ({"selected_experts": [["layer_1", 3]], "frozen_experts": [], "routing_frozen": True}, {1: (3,)}),
+        ({"selected_experts": [[1, 3], [1, 0]], "frozen_experts": [[1, 2]]}, {1: (3, 0)}),
     ],
 )
 def test_config_reads_both_forms(data, experts):
@@ -295,6 +299,12 @@ def test_config_reads_both_forms(data, experts):
         ({"experts": [1, 2]}, "expected layers"),
         ({"experts": {"1": 3}}, "expected layers"),
         ({"selected_experts": [["layer_x", 3]]}, "expected layers"),
+        ({"selected_experts": [["layer_1", 3, 4]]}, "expected layers"),
+        ({"selected_experts": [["layer_1", 3]], "frozen_experts": [["layer_1", 3]]}, "layer 1.*3.*and frozen"),
+        ({"selected_experts": [["layer_1", 3]], "frozen_experts": [3]}, "expected layers"),
+        ({"selected_experts": [["layer_1", 3]], "routing_frozen": False}, "routers.*non_expert_modules"),
+        ({"experts": {}, "non_expert_modules": True, "routing_frozen": True}, "routers.*non_expert_modules"),
+        ({"selected_experts": [["layer_1", 3]], "routing_frozen": "yes"}, "routing_frozen must be true or false"),
         ({"experts": {"1": [0]}, "shared_experts": 1}, "true or false"),
         ({"experts": {"1": []}}, "selects nothing"),
         ({"token_scores": {"1": {"0": 1.0}}, "meta": {}}, "expert scores.*generate_expert_config"),
@@ -304,6 +314,11 @@ def test_config_reads_both_forms(data, experts):
 def test_config_refuses(data, message):
     with pytest.raises(ValueError, match=message):
         ExpertConfig.from_dict(data)
+
+
+def test_routers_may_be_said_to_train_where_they_do():
+    config = ExpertConfig.from_dict({"experts": {}, "non_expert_modules": True, "routing_frozen": False})
+    assert config == ExpertConfig({}, non_expert_modules=True)
 
 
 def test_config_names_the_file(tmp_path):

@@ -244,7 +244,8 @@ LOG = "0\t1\t1\t2\t\t0.5\t0.2\t0.4\t0.3\n2\t0\t\t0.3\t0.2\n"  # three tokens, to
         ({"summary.json": {"layer_1_expert_0": 0, "layer_1_expert_1": 0}}, ["layer 1", "sum to 0"]),
         ({"summary.json": {"layer_1_expert_0": "1"}}, ["summary.json", "not a summary"]),
         ({"summary.json": {"layer_1": 1}}, ["unknown key 'layer_1'"]),
-        ({"expert_weights_1.txt": ""}, ["no line in any expert_weights"]),
+        ({"expert_scores.json": {"layer_1_expert_1": 1}}, ["expert_scores.json", "layer 1, expert 0: found nothing"]),
+        ({"expert_weights_1.txt": ""}, ["or line in any expert_weights"]),
         ({"expert_weights_1.txt": LOG, "expert_weights_2.txt": ""}, ["layers 1 and 2", "2 and 0 lines"]),
         ({"expert_weights_1.txt": LOG[:-8]}, ["expert_weights_1.txt:2", "truncated"]),
         ({"expert_weights_1.txt": LOG.replace("0.4", "nan")}, ["expert_weights_1.txt:1", "from 0"]),
@@ -266,6 +267,17 @@ def test_bad_scores_are_refused_by_name_and_nothing_is_written(files, words, tmp
     argv = ["--expert_scores_dir", folder, "--output_path", tmp_path / "out/c.json"]
     refused(capsys, generate_expert_config.main, argv, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_hold_flat_scores(tmp_path):
+    """They count before raw logs, and summary.json before them."""
+    (tmp_path / "expert_weights_1.txt").write_text(LOG)
+    flat = {"layer_1_expert_0": 1234.5, "layer_1_expert_1": 4938.0, "layer_2_expert_0": 0, "layer_2_expert_1": 2}
+    (tmp_path / "expert_scores.json").write_text(json.dumps(flat))
+    assert ExpertScores.load(tmp_path).by_function == {"token": {1: {0: 0.2, 1: 0.8}, 2: {0: 0, 1: 1}}}
+    assert generate(tmp_path, tmp_path / "c.json")["experts"] == {"1": [1], "2": [1]}
+    (tmp_path / "summary.json").write_text(json.dumps({"token_scores": {"1": {"0": 1}}}))
+    assert ExpertScores.load(tmp_path)["token"] == {1: {0: 1}}
 
 
 def test_the_sound_log_of_the_refusals_is_read(tmp_path):

@@ -93,7 +93,8 @@ def find_scores(config: RunConfig) -> Path | None:
         return Path(config.expert_scores_dir)
     made = Path(config.expert_config)
     folder = made.parent.parent / "expert_scores"
-    return next((path for path in (folder / made.stem, folder) if (path / "summary.json").is_file()), None)
+    folders = (folder / made.stem, folder)
+    return next((path for path in folders if any((path / name).is_file() for name in esft.SCORE_FILES)), None)
 
 
 def log_model(model: nn.Module, config: RunConfig, packs: list[Pack]) -> None:
