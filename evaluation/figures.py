@@ -116,7 +116,7 @@ def heat_map(axes, score_LE: dict[int, dict[int, float]], column_LE: dict[int, l
             percent_LE[row, column] = 100 * score_LE[layer][e]
             if e in chosen.get(layer, ()):
                 outlines.append(Rectangle((column - 0.5, row - 0.5), 1, 1))
-    top = 100 * max(max(score_E.values()) for score_E in score_LE.values())
+    top = np.nanquantile(percent_LE, 0.99)  # with the highest as its end, one outlier would make a large map pale
     image = axes.imshow(percent_LE, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     thickness = 1.3 if E <= 96 else 0.5  # cells of many experts are small
     axes.add_collection(PatchCollection(outlines, facecolor="none", edgecolor=MARK, linewidth=thickness))
