@@ -150,15 +150,11 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
         axes.legend(frameon=False)
 
 
-def plot_means(
-    axes, rows: list[tuple[str, float, list[float] | None]], colours: dict[str, str], base: float | None = None
-) -> None:
-    """Draw a mean with its 95 % interval, if it has one, per (label, mean, interval); `base` is a dotted line."""
+def plot_means(axes, rows: list[tuple[str, float, list[float] | None]], colours: dict[str, str]) -> None:
+    """Draw the mean of each (label, mean, interval), with its 95 % interval if it has one."""
     for y, (label, mean, interval) in enumerate(rows):
         axes.plot(interval or [mean, mean], [y, y], "-|", color=colours[label], linewidth=2, markersize=10)
         axes.plot(mean, y, "o", color=colours[label])
-    if base is not None:
-        axes.axvline(base, color=BASE, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first at the top
     axes.grid(axis="x", alpha=0.25)
