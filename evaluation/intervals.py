@@ -2,7 +2,7 @@
 
     strata = Strata(columns)                  # columns: [stratum][model][sample]
     before, after = strata.means()
-    draws_CR = strata.draws(2000, seed=0)     # C models, R draws
+    draws_CR = strata.draws(seed=0)           # C models, R draws
     low, high = interval(draws_CR[1] - draws_CR[0])     # 95 %
 
 A draw of N samples has a mean that varies too little: its variance is that of N samples divided by N, not by N - 1.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST_CHANGED = 6  # pairs; a sign test of fewer cannot exclude chance at 5 %, even if all change in one direction
+RESAMPLES = 2000  # draws of an interval
 AT_ONCE = 5_000_000  # drawn numbers held in memory
 
 
@@ -58,7 +59,7 @@ class Strata:
         means_SC = [[aggregate(column) for column in columns] for columns, aggregate in self._with_aggregates()]
         return np.average(means_SC, axis=0, weights=self.weights)
 
-    def draws(self, resamples: int, seed: int) -> np.ndarray:
+    def draws(self, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
         """Return (C, R): the means of draws within each stratum. They are NaN if one has a single sample."""
         rng = np.random.default_rng(seed)
         draws_SCR = [resample(columns, rng, resamples, aggregate) for columns, aggregate in self._with_aggregates()]

@@ -20,7 +20,7 @@ import numpy as np
 import esft
 from deepseek.files import write_json, write_jsonl
 from evaluation.config import EvalConfig
-from evaluation.intervals import Strata, interval, is_certain
+from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from utils import environment, note
 
@@ -59,10 +59,10 @@ class SuiteMetric:
     def mean(self, model: int = -1) -> float | None:
         return round(float(self.unit * self.strata.means()[model]), 4) if self.n else None
 
-    def draws(self, resamples: int, seed: int) -> np.ndarray:
+    def draws(self, seed: int) -> np.ndarray:
         """Return (C, R) bootstrap draws of the mean. They are NaN if a task has a single sample."""
-        resamples = resamples if self.are_means else min(resamples, 200)  # others are aggregated in Python
-        return self.unit * self.strata.draws(resamples, seed)
+        resamples = RESAMPLES if self.are_means else 200  # others are aggregated in Python
+        return self.unit * self.strata.draws(seed, resamples)
 
     def interval(self, draws_R: np.ndarray, low: float, high: float) -> list[float] | None:
         return interval(draws_R, (low, high)) if self.unit == 100 else interval(draws_R)
@@ -80,9 +80,7 @@ class SuiteMetric:
         }
 
 
-def summarize_suite(
-    suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None = None, *, resamples: int = 2000, seed: int = 0
-) -> dict:
+def summarize_suite(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None = None, *, seed: int = 0) -> dict:
     """Return what `results.summarize` returns, with "dataset", "primary", "unit" ("percent" or "as in lm-eval") and
     "higher_is_better".
 
@@ -95,7 +93,7 @@ def summarize_suite(
     metric = SuiteMetric(suite, primary, models)
     every = {key: SuiteMetric(suite, key, [answers]) for key in keys}
     n = sum(answers.count(name) for name in suite.tasks)
-    draws_CR = metric.draws(resamples, seed) if metric.n else None
+    draws_CR = metric.draws(seed) if metric.n else None
     groups = {}
     for name in suite.tasks if suite.group is not None else ():
         part = SuiteMetric(suite.part(name), primary, models, metric.unit)

@@ -15,7 +15,7 @@ import numpy as np
 from evaluation.intervals import Strata, interval, is_certain
 
 
-def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
+def summarize(results: list[dict], *, seed: int = 0) -> dict:
     """Return means in percent:
 
     {"n", "failed": lines with an error, "mean": of the scores, "ci95": [low, high] or None, "metrics": {name: mean},
@@ -41,16 +41,14 @@ def summarize(results: list[dict], *, resamples: int = 2000, seed: int = 0) -> d
         "n": len(results),
         "failed": len(results) - len(scored),
         "mean": mean(scores),
-        "ci95": interval(Strata([[v] for v in scores.values()]).draws(resamples, seed)[0], (0, 100))
-        if scores
-        else None,
+        "ci95": interval(Strata([[v] for v in scores.values()]).draws(seed)[0], (0, 100)) if scores else None,
         "metrics": {name: mean(by_skill(lambda result, name=name: result["metrics"].get(name))) for name in names},
         "missing": {name: sum(result["metrics"].get(name, 0) is None for result in scored) for name in names},
         "groups": {skill: {"n": len(v), "mean": mean({skill: v})} for skill, v in sorted(scores.items()) if skill},
     }
 
 
-def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, seed: int = 0) -> dict:
+def compare(base: list[dict], adapted: list[dict], *, seed: int = 0) -> dict:
     """Return what an adapter changed, in percent, on the samples that both scored. The two lists have one order.
 
     {"n", "base", "adapter", "difference": means, "ci95": of the difference, "certain": see `is_certain`}
@@ -65,7 +63,7 @@ def compare(base: list[dict], adapted: list[dict], *, resamples: int = 2000, see
         return {"n": 0, "base": None, "adapter": None, "difference": None, "ci95": None, "certain": False}
     strata = Strata([list(zip(*pairs)) for pairs in groups.values()])
     before, after = strata.means()
-    before_R, after_R = strata.draws(resamples, seed)
+    before_R, after_R = strata.draws(seed)
     bounds = interval(after_R - before_R, (-100, 100))
     means = {"base": before, "adapter": after, "difference": after - before}
     return {
