@@ -66,7 +66,7 @@ STRATEGIES = ("cumulative", "fraction", "topk", "random")
 # scores
 
 
-def _digits(num_experts: int) -> int:
+def score_decimals(num_experts: int) -> int:
     """Return the decimals of a score: 4 up to 100 experts, as released, and one more per further factor of ten."""
     return max(4, 2 + math.ceil(math.log10(max(num_experts, 1))))
 
@@ -84,7 +84,7 @@ class ExpertScores:
             raise ValueError("no layer has scores. Compute them again.")
         for function, score_LE in self.by_function.items():
             num_experts = 1 + max(max(score_E, default=-1) for score_E in score_LE.values())
-            rounding = 0.5 * num_experts * 10 ** -_digits(num_experts) + 1e-6
+            rounding = 0.5 * num_experts * 10 ** -score_decimals(num_experts) + 1e-6
             for layer in layers:
                 where, score_E = f"{function} score of layer {layer}", score_LE.get(layer, {})
                 for expert in sorted({*score_E, *range(num_experts)}):
@@ -113,7 +113,7 @@ class ExpertScores:
         for function, kind in zip(SCORE_FUNCTIONS, ("slots", "gates", "probs")):
             for layer, sum_E in zip(counts.layers, counts.sums[kind].tolist() if kind in counts.sums else ()):
                 unit = max(1, sum(sum_E)) if kind == "slots" else RouterCounts.UNIT * counts.tokens
-                score_E = {e: round(total / unit, _digits(len(sum_E))) for e, total in enumerate(sum_E)}
+                score_E = {e: round(total / unit, score_decimals(len(sum_E))) for e, total in enumerate(sum_E)}
                 by_function.setdefault(function, {})[layer] = score_E
         return cls(by_function, {**meta, "tokens": counts.tokens, "top_k": counts.top_k})
 
@@ -166,7 +166,7 @@ def _read_flat(data: Mapping[str, float]) -> dict[int, dict[int, float]]:
     score_LE: dict[int, dict[int, float]] = {}
     for layer, sum_E in sum_LE.items():
         total, sound = sum(sum_E.values()), all(0 <= value < math.inf for value in sum_E.values())
-        digits = _digits(len(sum_E))
+        digits = score_decimals(len(sum_E))
         score_LE[layer] = {e: round(v / total, digits) for e, v in sum_E.items()} if sound and total else sum_E
     return score_LE
 

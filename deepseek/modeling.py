@@ -86,14 +86,14 @@ class DeepseekRouter(nn.Module):
     def __init__(self, config: DeepseekConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.normalise = bool(config.norm_topk_prob) and self.top_k > 1  # as published: a single weight stays as it is
+        self.renormalize = bool(config.norm_topk_prob) and self.top_k > 1  # as published: a single weight stays
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits (T, E), and weights and ids (T, K) of each token's experts. All but ids are in fp32."""
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         weights_TK, ids_TK = logits_TE.softmax(-1).topk(self.top_k)
-        if self.normalise:
+        if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return logits_TE, weights_TK, ids_TK
 

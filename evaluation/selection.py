@@ -27,7 +27,7 @@ from torch import Tensor
 
 from deepseek.files import atomic_path
 from deepseek.routing import RouterCounts, read_logs
-from esft import SCORE_FILES, ExpertConfig, ExpertScores, select_experts
+from esft import SCORE_FILES, ExpertConfig, ExpertScores, score_decimals, select_experts
 
 PACKS_NAME = "packs.safetensors"  # beside summary.json
 KINDS = {"token": "slots", "gate": "gates", "prob": "probs"}  # score function -> what it is the sum of
@@ -110,7 +110,6 @@ def bootstrap_selections(packs: PackCounts, times_BP: Tensor, score_function: st
     """
     counts_PLE = packs.sums[KINDS[score_function]]
     P, L, E = counts_PLE.shape
-    digits = max(4, 2 + math.ceil(math.log10(E)))
     flat_PN, times_BP = counts_PLE.reshape(P, -1).double(), times_BP.double()
     found = []
     for part_BP in times_BP.split(max(1, AT_ONCE // (L * E))):
@@ -119,7 +118,7 @@ def bootstrap_selections(packs: PackCounts, times_BP: Tensor, score_function: st
             total_BLE = counts_BLE.sum(-1, keepdim=True).clamp(min=1)
         else:
             total_BLE = (part_BP @ packs.tokens_P.double()).clamp(min=1)[:, None, None] * RouterCounts.UNIT
-        found.append(select_cumulative((counts_BLE / total_BLE).round(decimals=digits), top_p))
+        found.append(select_cumulative((counts_BLE / total_BLE).round(decimals=score_decimals(E)), top_p))
     return torch.cat(found)
 
 

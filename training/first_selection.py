@@ -12,17 +12,17 @@ from pathlib import Path
 from training.config import RunConfig
 from utils import run_command
 
-MADE = ("expert_scores", "expert_configs")  # in an output folder
+SELECTION_FOLDERS = ("expert_scores", "expert_configs")  # in an output folder
 
 
 def selected_experts(output_dir: str) -> Path:
     """Return the path of the expert config that `score_and_select` writes."""
-    return Path(output_dir).absolute() / MADE[1] / "token.json"
+    return Path(output_dir).absolute() / SELECTION_FOLDERS[1] / "token.json"
 
 
 def score_and_select(config: RunConfig) -> None:
     """Write the expert config of a run: token scores on its training data, selected up to the paper's top_p."""
-    scores, path = Path(config.output_dir).absolute() / MADE[0], selected_experts(config.output_dir)
+    scores, path = Path(config.output_dir).absolute() / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "template", "dtype", "device", "seed")}
     flags = {
         "get_expert_scores.py": {"base_model_path": _absolute(config.base_model_path), "output_dir": scores, **of_run},

@@ -22,7 +22,7 @@ from deepseek.files import check_output, sha256, write_json
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
 from training.data import resolve_dataset
-from training.first_selection import MADE
+from training.first_selection import SELECTION_FOLDERS
 from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
@@ -45,7 +45,8 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
     """
     folder = Path(config.output_dir)
     check_output(folder, folder=True)
-    if not folder.exists() or all(path.name.startswith(".") or path.name in MADE for path in folder.iterdir()):
+    made = [*folder.iterdir()] if folder.exists() else []
+    if all(path.name.startswith(".") or path.name in SELECTION_FOLDERS for path in made):
         return None, None
     try:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -107,7 +108,7 @@ def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> No
     """Remove what an earlier try left and this one does not go on from, and write run.json."""
     folder = Path(config.output_dir)
     for path in folder.iterdir() if config.overwrite and not checkpoint else ():
-        if path.name not in MADE:
+        if path.name not in SELECTION_FOLDERS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in list_checkpoints(folder):
         if checkpoint is None or step_of(path) > step_of(checkpoint):

@@ -33,13 +33,13 @@ from training import data
 from training.saving import SavingTrainer
 
 logger = logging.getLogger("esft")
-NOTHING = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without a batch, which takes part all the same
+EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without a batch, which still takes part
 
 
 def collate(packs: list[data.Pack], pad_token_id: int) -> dict:
     """Make a batch of packs (of none, too), with the dataset's rows in it, so that a bad step can name them."""
     rows = [row for pack in packs for row in pack.samples]
-    return {**data.collate(packs or [NOTHING], pad_token_id), "rows": rows}
+    return {**data.collate(packs or [EMPTY_PACK], pad_token_id), "rows": rows}
 
 
 class Batches:
