@@ -88,7 +88,7 @@ def output_path(config: EvalConfig, name: str, alone: bool) -> Path:
         was = read_json(summary, "arguments")["arguments"]
         other = was.get("adapter_dir") or was.get("base_model_path", "another model")
         if Path(other).resolve() != model:
-            raise ValueError(f"{summary} is of {other}: give an --output_path, or move it away")
+            raise ValueError(f"cannot write {path}: {summary} is of {other}. Give an --output_path, or move it away.")
     return path
 
 
@@ -120,7 +120,7 @@ def plan_suites(config: EvalConfig, jobs: list[Job]) -> tuple[dict[str, list[Sui
     paths = {name: output_path(config, name.replace("/", "_"), alone) for name in names}
     for path, n in Counter([*(job.output_path for job in jobs), *map(paths.get, names)]).items():
         if n > 1:
-            raise ValueError(f"cannot write two data sets or suites to {path}. Give one of them at a time")
+            raise ValueError(f"cannot write two data sets or suites to {path}. Give one of them at a time.")
         check_output(path)
         check_output(path.with_suffix(".summary.json"))
     return found, paths
@@ -232,7 +232,8 @@ def run(config: EvalConfig) -> list[dict]:
             paths = {job.name: job.output_path for job in jobs if not job.base} | suite_paths
             show(paths, bases, summaries, unjudged)
         if failed:
-            raise ValueError("; ".join(f"every sample of {name} failed, the first: {e}" for name, e in failed.items()))
+            told = "; ".join(f"every sample of {name} failed, the first: {error}" for name, error in failed.items())
+            raise ValueError(f"cannot evaluate: {told}")
     return [summaries[name] for name in paths if name in summaries]
 
 

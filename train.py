@@ -130,8 +130,9 @@ def main(argv: list[str] | None = None, defaults: dict | None = None, descriptio
         if not lost_contact(error):
             raise
         raise ConnectionError(
-            f"another process has died (see above), or did not answer for {config.timeout.total_seconds():.0f} seconds "
-            f"(ddp_timeout). The same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            f"cannot go on: another process has died (see above), or did not answer for "
+            f"{config.timeout.total_seconds():.0f} seconds, the ddp_timeout ({str(error).splitlines()[0]}). The same "
+            "command goes on from the last checkpoint."
         ) from error
     if dist.is_initialized():
         dist.destroy_process_group()

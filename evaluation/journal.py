@@ -29,7 +29,7 @@ class AnswerJournal:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{self.path}: another evaluation is at work there, give another --output_path") from None
+            raise ValueError(f"cannot use {self.path}: another evaluation does. Give another --output_path.") from None
         found, *records = self._read() or [None]
         if found == key:
             for record in records:

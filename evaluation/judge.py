@@ -49,7 +49,7 @@ class Judge:
     def __post_init__(self):
         self._openai = openai = import_extra("openai", "eval")
         if not re.fullmatch(r"[!-~]*", self.key):  # the client would show the key in its error
-            raise ValueError("the judge's key holds characters that no key has: set it again")
+            raise ValueError("cannot use the judge's key: it holds characters that no key has. Set it again.")
         self.base_url = check_url(self.base_url)
         self._refusal = ""
         self._client = openai.OpenAI(api_key=self.key or "none", base_url=self.base_url, timeout=self.timeout)
@@ -61,7 +61,7 @@ class Judge:
         prompt = judge_prompt("translation", "Translate to English: uno", "one", ["one"])
         reply, reason = self._reply(prompt, max_retries=min(2, self.max_retries))
         if reply is None:
-            raise ValueError(f"the judge {self.model} at {self.base_url} does not answer: {reason}")
+            raise ValueError(f"cannot ask the judge {self.model} at {self.base_url}: it does not answer ({reason})")
 
     def scores(self, prompts: Iterable[str | None], progress: bool = True) -> list[float | None]:
         """Return 0..100 or None for each prompt, in order. A prompt that is None has the score None."""
@@ -129,7 +129,7 @@ def check_url(base_url: str | None) -> str:
     """Return an endpoint as the judge takes it. Raises ValueError, which does not show it, for anything else."""
     url = (base_url or OPENAI).rstrip("/").removesuffix("/chat/completions")
     if not URL.fullmatch(url):
-        raise ValueError(f"--judge_base_url must be an address like {OPENAI}, without a user, a key or a query")
+        raise ValueError(f"cannot use --judge_base_url: give an address like {OPENAI}, without user, key or query.")
     return url
 
 

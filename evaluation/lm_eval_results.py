@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import esft
-from deepseek.files import write_json, write_jsonl
+from deepseek.files import named, write_json, write_jsonl
 from evaluation.config import EvalConfig
 from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
@@ -119,7 +119,7 @@ def _metric_keys(suite: Suite, answers: SuiteAnswers) -> list[str]:
     found = [key for name in suite.tasks for key in answers.values(name) if suite.weighs_by_size(key) is not None]
     keys = list(dict.fromkeys(found))
     if not keys:
-        raise ValueError(f"cannot summarize --suite {suite.name}: its tasks lack its metric. Name the tasks instead")
+        raise ValueError(f"cannot summarize --suite {suite.name}: its tasks lack its metric. Name the tasks instead.")
     if suite.group is not None:
         order = [metric.metric for metric in suite.group.aggregate_metric_list]
         keys.sort(key=lambda key: order.index(key.partition(",")[0]))
@@ -201,7 +201,8 @@ def evaluate_suites(
     """
     base: dict[str, SuiteAnswers] = {}
     if config.with_base:
-        esft.check_base(model, config.adapter_dir)  # before the base answers for hours
+        with named(f"adapter {config.adapter_dir}"):
+            esft.check_base(model, config.adapter_dir)  # before the base answers for hours
         for suite in suites:
             base[suite.name] = evaluate_suite(model, tokenizer, suite, config)
             _write(suite, base[suite.name], None, config, paths[suite.name].with_suffix(".base.jsonl"))

@@ -172,7 +172,7 @@ def stability(packs: PackCounts, score_function: str, top_p: float, draws: int =
     uncertain: [(layer, expert, frequency)] within `UNCERTAIN`, the most frequent first
     """
     if len(packs) < 2:
-        raise ValueError("cannot draw one pack again. Score more tokens, or with a shorter --seq_length")
+        raise ValueError("cannot draw packs again: there is one. Score more tokens, or with a shorter --seq_length.")
     scores = ExpertScores.from_counts(packs.total())
     config = select_experts(scores, score_function=score_function, top_p=top_p)
     layers, (P, _, E) = packs.layers, packs.sums["slots"].shape

@@ -51,8 +51,8 @@ def run_ranks(work: Callable[[list, list[str]], Iterator], items: list, devices:
                     if code := processes[rank].exitcode:
                         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                         raise ChildProcessError(
-                            f"rank {rank} died ({cause}), perhaps of too little memory. Run the same command again, "
-                            "with a lower --world_size if need be: it goes on from what was kept."
+                            f"cannot go on: rank {rank} died ({cause}), perhaps of too little memory. Run the same "
+                            "command again, with a lower --world_size if need be: it goes on from what was kept."
                         ) from None
                     continue
                 if error:

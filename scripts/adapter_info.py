@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         print("\n\n".join([*map(format_adapter, infos), *map(format_pair, pairs)]))
     if unfit := [info["adapter"] for info in infos if not info.get("fits", True)]:
-        raise ValueError(f"{', '.join(unfit)} cannot be used with base {args.base_model_path}")
+        raise ValueError(f"cannot use {', '.join(unfit)} with base {args.base_model_path}: see above why not.")
 
 
 if __name__ == "__main__":

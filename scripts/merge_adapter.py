@@ -188,7 +188,7 @@ def write_tensors(
             path, key = sources[name]
             value = adapters[path].read(key)
             if check_finite and not value.isfinite().all():
-                raise ValueError(f"cannot merge {key} of {path}: it has NaN or infinite values")
+                raise ValueError(f"cannot merge {key} of {path}: it has NaN or infinite values. Train it anew.")
             for place in places[name]:
                 shard = shards[folder / stored[place.key].file]
                 tensor = shard.read(place.key, place.row)

@@ -34,7 +34,7 @@ RANK_KEYS = {
     "device": "cpu",
 }
 STEP = "training.trainer.ESFTTrainer.training_step"
-GONE = r"error: rank %d: another process has died .*did not answer for %d seconds .*goes on from the last checkpoint"
+GONE = r"error: rank %d: cannot go on: another process has died .*for %d seconds.* goes on from the last checkpoint"
 
 
 def rank_arguments(files: Path, out: Path, **changes) -> list[str]:

@@ -115,8 +115,8 @@ def _by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tenso
     if key in BLOCKWISE and param[0].numel() % BLOCK == 0:
         return state.view(len(param), -1)
     raise ValueError(
-        f"the optimizer's {key} cannot be told apart by expert: take optim=adamw_torch_fused, or leave out "
-        "--save_opt_states"
+        f"cannot save the optimizer's {key} by expert: its shape is not that of the parameter. Set "
+        "optim=adamw_torch_fused, or leave out --save_opt_states."
     )
 
 

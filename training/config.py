@@ -188,7 +188,7 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
         parser.parse_args(["--help"])
     known = {f.name for cls in (TrainingArguments, RunConfig) for f in dataclasses.fields(cls) if f.init}
     known = known - {"training"} | {"train_config"}
-    given = _full_names("command line", _pairs(argv), known)
+    given = _full_names("the command line", _pairs(argv), known)
     path = given.pop("train_config", None)
     merged = {**defaults, **(_full_names(path, _yaml_pairs(path), known) if path else {}), **given}
     words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
@@ -206,7 +206,7 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:
     while words:
         name, equals, value = words.pop(0).partition("=")
         if not name.startswith("--"):
-            raise ValueError(f"cannot read {name!r}: a setting is written key=value")
+            raise ValueError(f"cannot read {name!r}: it is not a setting. Write key=value.")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
         yield name.removeprefix("--").replace("-", "_"), None if value in ("null", "~", "") else value
@@ -225,7 +225,7 @@ def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str
     for name, value in pairs:
         key = ALIASES.get(name, name)
         if key not in known:
-            raise ValueError(f"{source}: unknown key {name!r}{suggest(name, known | ALIASES.keys())}")
+            raise ValueError(f"cannot read {source}: unknown key {name!r}{suggest(name, known | ALIASES.keys())}")
         values[key] = value
     return values
 

@@ -158,12 +158,12 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def check_frozen(before: dict[str, str], model: nn.Module, ranks: Ranks) -> None:
-    """Raise, on all ranks, where a frozen tensor has not the hash of `before`, and log the proof."""
+    """Raise, on all ranks, where a frozen tensor does not have the hash of `before`, and log the proof."""
     after = frozen_hashes(model)
     changed = [name for name in before if before[name] != after.get(name)]
     ranks.raise_on_all(
-        f"verify_frozen: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the first: "
-        "this is a bug, so no adapter was saved"
+        f"cannot save the model: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the "
+        "first. This is a bug. Please report it."
         if changed
         else None
     )

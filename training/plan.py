@@ -46,7 +46,7 @@ def join_processes(config: RunConfig) -> Ranks:
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if on_gpu and processes > gpus:
         raise SharedError(
-            f"cannot start {processes} processes on {gpus} GPUs: lower --nproc-per-node or give device=cpu"
+            f"cannot start {processes} processes: there are {gpus} GPUs. Lower --nproc-per-node or give device=cpu."
         )
     ranks = join(config.timeout, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     log_to_stdout(ranks.rank)
@@ -68,8 +68,8 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: list[Pack], rank
     stored = quantization(empty.config)
     if stored == "fp8" and config.method in ("full", "lora"):
         raise SharedError(
-            f"model {config.base_model_path} is stored in fp8, which method {config.method} cannot train: give its "
-            "bfloat16 form, or method=esft"
+            f"cannot train {config.base_model_path} by method {config.method}: it is stored in fp8. Give its bfloat16 "
+            "form, or method=esft."
         )
     experts = ranks.run_or_fail_together(
         lambda: choose_experts(config.method, config.expert_config, config.seed, empty)

@@ -54,7 +54,7 @@ class SavingTrainer(Trainer):
     def _agree(self, folder: Path) -> None:
         failure, self._failure = self._failure, None
         if failure:
-            failure = f"{folder} could not be written ({failure}); what was saved before is whole"
+            failure = f"cannot write {folder}: {failure}. What was saved before is whole."
         self.ranks.raise_on_all(failure)
 
     def write_on_first(self, function: Callable[[], object]) -> None:

@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(json.dumps(result, indent=2) if args.json else format_preview(result))
     if result["budget"] and not result["budget"]["commands"]:
         hint = "Try --activation_checkpointing or a shorter --seq_length; scripts/estimate_memory.py finds what fits."
-        raise ValueError(f"no top_p fits {args.budget_gb:g} GiB. {hint}")
+        raise ValueError(f"cannot fit any top_p into {args.budget_gb:g} GiB. {hint}")
     return result
 
 

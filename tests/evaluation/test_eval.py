@@ -104,7 +104,7 @@ def test_when_every_sample_fails_the_command_does(model_dir, eval_file, tmp_path
         run_cli(lambda: run_eval(model_dir, eval_file, tmp_path / "out.jsonl"))
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and not (tmp_path / "out.jsonl").exists()
-    assert error == "error: every sample of mine failed, the first: OutOfMemoryError: no memory left"
+    assert error == "error: cannot evaluate: every sample of mine failed, the first: OutOfMemoryError: no memory left"
 
 
 def test_a_gpu_that_has_failed_ends_the_command(model_dir, eval_file, tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--evaluator=code"], "--allow_code_execution"),
         (0, ["--evaluator=code", "--allow_code_execution"], '"test"'),
         (0, ["--judge_base_url=http://h"], "--judge_base_url has an effect only with --judge_model"),
-        (0, ["--judge_model=m", "--judge_base_url=h", "--evaluator=law"], "--judge_base_url must be an address"),
+        (0, ["--judge_model=m", "--judge_base_url=h", "--evaluator=law"], "--judge_base_url: give an address"),
         (0, ["--judge_model=m", "--judge_key_env=sk-abc"], "NAME of an environment variable"),
         (
             0,
@@ -196,13 +196,13 @@ def test_without_an_output_path_no_other_evaluation_is_overwritten(model_dir, ad
     flags.append(f"--eval_dataset={tmp_path / 'one'}.jsonl")
     eval_multigpu.main([*flags, f"--adapter_dir={adapter_dir}"])
     assert f"{adapter}.one.jsonl" in contents(tmp_path / "results" / "completions", "*")
-    with pytest.raises(ValueError, match=rf"{adapter}.one.summary.json is of {adapter_dir}: give an --output_path"):
+    with pytest.raises(ValueError, match=rf"{adapter}.one.summary.json is of {adapter_dir}. Give an --output_path"):
         eval_multigpu.main([*flags, f"--adapter_dir={tmp_path / 'mine' / adapter}"])
     summary = tmp_path / "results" / "completions" / f"{model}.one.summary.json"
     for text, sentence in (
         ("[]", "Move it away"),
         ("{", "Move it away"),
-        ('{"arguments": {}}', "give an --output_path"),
+        ('{"arguments": {}}', "Give an --output_path"),
     ):
         summary.write_text(text)
         with pytest.raises(ValueError, match=rf"{model}.one.summary.json.*{sentence}"):

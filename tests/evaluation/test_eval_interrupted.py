@@ -76,7 +76,7 @@ def test_a_rank_that_dies_ends_the_command_and_the_same_command_goes_on(model_di
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda: run_eval(model_dir, eval_file, tmp_path / "out.jsonl", "--world_size=2"))
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and re.match(r"error: rank 0 died \(SIGKILL\).* goes on", error)
+    assert stop.value.code == 2 and re.match(r"error: cannot go on: rank 0 died \(SIGKILL\).* goes on", error)
     assert not multiprocessing.active_children() and not (tmp_path / "out.jsonl").exists()
 
     (tmp_path / "armed").unlink()

@@ -116,14 +116,14 @@ def test_a_refusal_of_all_ends_the_calls(server, make, status):
     judge = make(parallel=1)
     assert scores(judge, ["a", "b", "c"]) == [None] * 3 and len(server.requests) == 1
     assert sum(judge.reasons.values()) == 3
-    with pytest.raises(ValueError, match=rf"the judge grader at http.* does not answer: Error code: {status}"):
+    with pytest.raises(ValueError, match=rf"the judge grader at http.* does not answer .Error code: {status}"):
         make().check()
 
 
 def test_a_server_that_has_gone_is_told_before_any_work(server, make):
     server.close()
     judge = make(parallel=1)
-    with pytest.raises(ValueError, match="does not answer: Connection error"):
+    with pytest.raises(ValueError, match=r"does not answer \(Connection error"):
         judge.check()
     assert scores(judge, ["a", "b"]) == [None, None] and judge.reasons == {"Connection error.": 2}
     server.http = JudgeServer().http  # the fixture closes it
@@ -201,7 +201,7 @@ def test_addresses():
         "https://h?key=secret",
         "http://h:x",
     ):
-        with pytest.raises(ValueError, match="--judge_base_url must be") as error:
+        with pytest.raises(ValueError, match="--judge_base_url: give an address") as error:
             check_url(url)
         assert "secret" not in str(error.value)
 

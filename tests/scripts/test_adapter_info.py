@@ -40,7 +40,7 @@ def refused(capsys, *words):
     with pytest.raises(SystemExit, match="2"):
         run_cli(lambda: adapter_info.main([*map(str, words), "--json"]))
     out, err = capsys.readouterr()
-    assert err.startswith(f"error: {words[0]} cannot be used with base") and len(err.splitlines()) == 1
+    assert err.startswith(f"error: cannot use {words[0]} with base") and len(err.splitlines()) == 1
     (info,) = json.loads(out)["adapters"]
     assert not info["fits"]
     return info["why_not"]

@@ -56,9 +56,9 @@ def test_every_key_of_training_arguments_is_accepted():
 @pytest.mark.parametrize(
     "words, text",
     [
-        ("learning_rat=1", "command line: unknown key 'learning_rat' .did you mean 'learning_rate'"),
+        ("learning_rat=1", "cannot read the command line: unknown key 'learning_rat' .did you mean 'learning_rate'"),
         ("training=1", "unknown key 'training'"),
-        ("oops", "'oops': a setting is written key=value"),
+        ("oops", "'oops': it is not a setting. Write key=value"),
         ("method=lorra", "method: invalid choice: 'lorra'"),
         ("frozen_dtype=fp9", "frozen_dtype: invalid choice: 'fp9'"),
         ("seq_length=0", "seq_length=0 is not above 0"),

@@ -39,7 +39,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_in_one_sentence(
     assert [rank.code for rank in ended] == [2, 2]
     (line,) = told(ended)
     at = broken_off / "checkpoint-9"
-    assert re.match(rf"error: rank {victim}: {at} could not be written \(.*File too large.*saved before is whole", line)
+    assert re.match(rf"error: rank {victim}: cannot write {at}: .*File too large.*saved before is whole", line)
     assert steps(broken_off) == [3, 6] and find_damage(broken_off / "checkpoint-6") is None
     finishes(2, rank_arguments(files, broken_off), tmp_path)
     assert same(unbroken, broken_off)
@@ -56,9 +56,7 @@ def test_a_full_disk_ends_a_run_of_another_method_in_one_sentence(files, disk, t
         ended = train_on(2, argv, tmp_path, fault)
         assert [rank.code for rank in ended] == [2, 2], ended[0].err
         (line,) = told(ended)
-        assert re.match(rf"error: rank 0: {out}/checkpoint-\d+ could not be written \(.*what was saved before", line), (
-            line
-        )
+        assert re.match(rf"error: rank 0: cannot write {out}/checkpoint-\d+: .*What was saved before", line), line
         assert steps(out) == left and [find_damage(path) for path in list_checkpoints(out)] == [None] * len(left)
         (disk / "filler").unlink()
     finishes(2, argv, tmp_path)
@@ -86,7 +84,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence(files, unbroken, killed, disk,
     ended = train_on(2, rank_arguments(files, out), tmp_path, fault)
     assert (disk / "filler").exists()
     (line,) = told(ended)
-    assert re.match(rf"error: rank [01]: {out}.* \(.*No space left on device.*\); what was saved before is whole", line)
+    assert re.match(rf"error: rank [01]: cannot write {out}.*: .*No space left on device.* saved before is whole", line)
     assert "Traceback" not in ended[0].err + ended[1].err
     assert all(rank.code == 2 for rank in ended)
     assert [find_damage(path) for path in list_checkpoints(out)] == [None] * len(list_checkpoints(out)) and 6 in steps(

@@ -56,7 +56,7 @@ WRONG = [
     ({"base_model_path": "dense"}, "dense model"),
     ({"base_model_path": "none"}, "no such folder"),
     ({"base_model_path": "bare"}, "cannot load model|tokenizer"),
-    ({"base_model_path": "fp8", "method": "full"}, "is stored in fp8, which method full cannot train"),
+    ({"base_model_path": "fp8", "method": "full"}, "by method full: it is stored in fp8"),
     ({"expert_config": "none.json"}, "no such expert config"),
     ({"expert_config": "layer9.json"}, "of layer 9"),
     ({"expert_config": "expert8.json"}, "names expert 8 of layer 1"),

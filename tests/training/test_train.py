@@ -86,7 +86,7 @@ def test_the_command_exits_with_2(files, tmp_path):
     command = [sys.executable, ROOT / "train.py", *arguments(files, tmp_path / "out", learning_rat=1)]
     ended = subprocess.run(command, capture_output=True, text=True)
     (said,) = ended.stderr.splitlines()
-    assert ended.returncode == 2 and said.startswith("error: command line: unknown key 'learning_rat'")
+    assert ended.returncode == 2 and said.startswith("error: cannot read the command line: unknown key 'learning_rat'")
 
 
 @pytest.mark.slow
