@@ -326,3 +326,29 @@ def test_low_sums_are_noted(tmp_path, capsys):
     generate(tmp_path, tmp_path / "c.json", "--score_function", "gate", "--eval_dataset", "intent")
     notes = capsys.readouterr().err
     assert "layer 1: 0.0700" in notes and "'law', not on 'intent'" in notes
+
+
+def test_a_folder_of_scores_gives_a_folder_of_configs(tmp_path, capsys):
+    """As in the released repository: <scores>/<task> -> <configs>/<task>.json, each as its own command makes it."""
+    for task, best in (("law", 0), ("intent", 2)):
+        (tmp_path / "scores" / task).mkdir(parents=True)
+        row = {str(e): 0.8 if e == best else 0.1 for e in range(3)}
+        (tmp_path / "scores" / task / "summary.json").write_text(json.dumps({"token_scores": {"1": row}}))
+    flags = ["--eval_datasets=law,intent", f"--expert_scores_dir={tmp_path / 'scores'}", "--score_function=token"]
+    configs = generate_expert_config.main([*flags, f"--output_dir={tmp_path / 'configs'}", "--top_p=0.2"])
+    assert [config.experts for config in configs] == [{1: (0,)}, {1: (2,)}]
+    for task in ("law", "intent"):
+        alone = generate(tmp_path / "scores" / task, tmp_path / "alone.json", "--top_p=0.2")
+        assert json.loads((tmp_path / "configs" / f"{task}.json").read_text()) == alone
+        one = [f"--eval_dataset={task}", f"--expert_scores_dir={tmp_path / 'scores' / task}", "--top_p=0.2"]
+        generate_expert_config.main([*one, f"--output_dir={tmp_path / task}"])
+        assert json.loads((tmp_path / task / f"{task}.json").read_text()) == alone
+    assert "'law'" not in capsys.readouterr().err
+
+    out = ["--output_dir", tmp_path / "out"]
+    refused(capsys, generate_expert_config.main, [*flags[1:], *out], "Give --eval_dataset")
+    refused(capsys, generate_expert_config.main, ["--eval_datasets=law,law", *flags[1:], *out], "distinct names")
+    refused(capsys, generate_expert_config.main, ["--eval_datasets=law,summary", *flags[1:], *out], "scores/summary")
+    refused(capsys, generate_expert_config.main, [*flags, *out, "--output_path", "c.json"], "not allowed with")
+    refused(capsys, generate_expert_config.main, flags, "--output_path --output_dir is required")
+    assert not (tmp_path / "out").exists()

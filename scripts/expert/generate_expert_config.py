@@ -4,7 +4,7 @@ r"""Select the experts to train from the scores of a task, layer by layer, and w
         --expert_scores_dir=results/expert_scores/translation --output_path=results/expert_configs/translation.json
 
 The scores are those of get_expert_scores.py or the published ones: a summary.json, raw routing logs (with or without
-rank_* folders), or a flat JSON. Strategies:
+rank_* folders), or a flat JSON (in a folder: expert_scores.json). Strategies:
 
     cumulative  (the paper) best first, until the running sum reaches --top_p
     fraction    the best --fraction of the layer's experts, rounded up
@@ -15,7 +15,8 @@ rank_* folders), or a flat JSON. Strategies:
 
 Scores of several tasks, --eval_dataset=a,b --expert_scores_dir=A,B, give the union of their selections, ordered by an
 expert's best rank in one of them. A tie goes to the lower id. The controls are then those of the union, and "meta" in
-the config says what it is made of.
+the config says what it is made of. With --output_dir each task gets a config of its own, <output_dir>/<task>.json, and
+its scores are looked for in <expert_scores_dir>/<task>.
 
 With --base_model_path the config is checked against the model's architecture. No weights are read.
 """
@@ -46,8 +47,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--expert_scores_dir", required=True, metavar="DIR[,DIR]", help="folder of scores, or a summary or flat JSON "
         "file; several give the union of their selections")  # fmt: skip
-    add("--output_path", required=True, metavar="FILE", help="the expert config to write (.json)")
-    add("--eval_dataset", metavar="NAME[,NAME]", help="name of the task of each scores dir, for the table")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--output_path", metavar="FILE", help="the expert config to write (.json)")
+    output.add_argument("--output_dir", metavar="DIR", help="folder for an expert config of each --eval_dataset")
+    add(
+        "--eval_dataset",
+        "--eval_datasets",
+        metavar="NAME[,NAME]",
+        help="name of the task of each scores dir, for the table",
+    )
     add("--strategy", choices=TAKES, default="cumulative", help="see above (default: cumulative)")
     add_score_flags(parser)
     add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1")
@@ -151,15 +159,24 @@ def format_selection(every: list[ExpertScores], config: ExpertConfig, args: argp
     return f"{what}\n\n{table}\n\n{total}{also}"
 
 
-def main(argv: list[str] | None = None) -> ExpertConfig:
-    args = parse_args(argv)
-    folders = split_list(args.expert_scores_dir)
-    model = empty_model(args.base_model_path) if args.base_model_path else None
-    every = load_scores(folders, model)
-    names = args.eval_dataset.split(",") if args.eval_dataset else [scores.meta.get("dataset") for scores in every]
-    if len(names) != len(folders):
-        raise ValueError(f"--eval_dataset has {len(names)} tasks and --expert_scores_dir {len(folders)}. Give as many")
-    config = select(every, args)
+def split_tasks(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the arguments of each config that is asked for. With --output_dir there is one for each data set."""
+    if not args.output_dir:
+        return [args]
+    names = [Path(name).stem for name in split_list(args.eval_dataset)] if args.eval_dataset else []
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"cannot name the configs in {args.output_dir}. Give --eval_dataset with distinct names.")
+    folder, tasks = Path(args.expert_scores_dir), []
+    for name in names:
+        scores = folder if len(names) == 1 and not (folder / name).exists() else folder / name
+        own = {"eval_dataset": name, "expert_scores_dir": str(scores), "output_path": f"{args.output_dir}/{name}.json"}
+        tasks.append(argparse.Namespace(**{**vars(args), **own}))
+    return tasks
+
+
+def write_config(every: list[ExpertScores], config: ExpertConfig, args: argparse.Namespace, model: nn.Module | None):
+    """Write a config and print what it selects."""
+    names = split_list(args.eval_dataset) if args.eval_dataset else [scores.meta.get("dataset") for scores in every]
     share = ""
     if model:
         trained = sum(view.numel() for view in adapter_views(model, config).values())
@@ -167,14 +184,29 @@ def main(argv: list[str] | None = None) -> ExpertConfig:
         share = f"\n{trained:,} of {total:,} parameters ({trained / total:.1%})"
     written = config.to_dict()
     if len(every) > 1:  # one task's config keeps the released form
-        tasks = [{"dataset": name, "expert_scores": path} for name, path in zip(names, folders)]
+        paths = split_list(args.expert_scores_dir)
+        tasks = [{"dataset": name, "expert_scores": path} for name, path in zip(names, paths)]
         how = {"score_function": args.score_function, "strategy": args.strategy, **strategy_options(args)}
         written["meta"] = {"union_of": tasks, **how}
     write_text(args.output_path, json.dumps(written) + "\n")
     print(format_selection(every, config, args) + share)
     print_notes(every, config, names, args)
     print(f"written to {args.output_path}")
-    return config
+
+
+def main(argv: list[str] | None = None) -> list[ExpertConfig]:
+    args = parse_args(argv)
+    model = empty_model(args.base_model_path) if args.base_model_path else None
+    chosen = []
+    for task in split_tasks(args):
+        folders = split_list(task.expert_scores_dir)
+        every = load_scores(folders, model)
+        if task.eval_dataset and (found := len(split_list(task.eval_dataset))) != len(folders):
+            raise ValueError(f"--eval_dataset has {found} tasks and --expert_scores_dir {len(folders)}. Give as many")
+        chosen.append((every, select(every, task), task))
+    for every, config, task in chosen:  # none is written unless all are right
+        write_config(every, config, task, model)
+    return [config for _, config, _ in chosen]
 
 
 if __name__ == "__main__":
