@@ -179,7 +179,7 @@ def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size])
     for path in sorted(Path(folder).glob("*.safetensors")):
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                name = key if key in expected else f"model.{key}"
+                name = f"model.{key}" if f"model.{key}" in expected else key
                 places.setdefault(name, []).append((path, key))
                 header = file.get_slice(key)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
@@ -187,11 +187,13 @@ def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size])
                 if shape != wanted or dtype not in DTYPES:
                     known = ", ".join(DTYPES)
                     raise ValueError(f"{name} has shape {shape} in {dtype}, this model's is {wanted} in {known}")
-    for name, found in places.items():
+    for name, found in sorted(places.items(), key=lambda item: item[0] in expected):  # unknown names first
         if len(found) != (name in expected):
             files = ", ".join(path.name for path, _ in found) or "*.safetensors"
-            unknown = f"not in its {CONFIG_NAME} or not in this model"
-            problem = unknown if name not in expected else "there twice" if found else "missing"
+            problem = "there twice" if found else "missing"
+            if name not in expected:
+                like = f", whose names are like {min(expected)}" if expected else ""
+                problem = f"not in its {CONFIG_NAME} or not in this model{like}"
             raise ValueError(f"{name} is {problem} ({files})")
     return {name: found[0] for name, found in places.items()}
 
@@ -238,7 +240,12 @@ def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             from peft import PeftModel
 
             check_base(model, folder)
-            return PeftModel.from_pretrained(model, str(folder), local_files_only=True).merge_and_unload()
+            lora = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+            found = lora.load_adapter(str(folder), "default", local_files_only=True)
+            if lost := found.unexpected_keys + found.missing_keys:  # peft only warns
+                lora.unload()
+                raise ValueError(f"{lost[0]} is not in both its files and this model ({len(lost)} such tensors)")
+            return lora.merge_and_unload()
         except ImportError as error:
             hint = "python -m pip install -c constraints.txt peft"
             raise ValueError(f"cannot merge the LoRA adapter {folder}: {error}. It needs peft: {hint}") from error

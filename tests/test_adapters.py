@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -288,6 +289,13 @@ SPOILED = {
         lambda f: rewrite(f, lambda t: t.update({DOWN.replace("5", "6"): t[DOWN].clone()})),
         r"experts\.6\.down_proj\.weight is not in its expert_cfg.json",
     ),
+    **{
+        f"keys with {prefix} before them": (
+            lambda f, prefix=prefix: rewrite(f, lambda t: [t.update({prefix + key: t.pop(key)}) for key in list(t)]),
+            rf"{prefix}.*experts.* is not in its expert_cfg.json.*names are like model\.layers\.1\.",
+        )
+        for prefix in ("base_model.model.", "module.", "model.")
+    },
     "an expert that is nowhere": (
         lambda f: rewrite(f, lambda t: t.update({DOWN.replace("5", "9"): t[DOWN].clone()})),
         r"experts\.9\.down_proj",
@@ -396,6 +404,13 @@ def test_a_lora_adapter_is_merged(tmp_path):
     with pytest.raises(ValueError, match=r"cannot merge the LoRA .*trained on another base model"):
         add_adapter(base, tmp_path / "lora")
     (tmp_path / "lora" / "base.json").unlink()  # one that peft made has none
+    for prefix in ("module.", "base_model.model."):
+        shutil.copytree(tmp_path / "lora", tmp_path / prefix)
+        path = tmp_path / prefix / "adapter_model.safetensors"
+        save_file({prefix + key: tensor for key, tensor in load_file(path).items()}, path)
+        with pytest.raises(ValueError, match=r"cannot merge the LoRA .* is not in both its files and this model"):
+            add_adapter(base, tmp_path / prefix)
+        assert torch.equal(logits(base), before)
     merged = add_adapter(base, tmp_path / "lora")
     assert torch.allclose(logits(merged), expected, atol=1e-5)
     assert not torch.allclose(before, expected, atol=1e-2)
