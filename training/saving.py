@@ -103,6 +103,10 @@ class SavingTrainer(Trainer):
             if self.args.should_save:
                 self._writing(lambda: esft.save_adapter(self.model, output_dir, tensors))
         elif self.args.should_save:
+            # transformers saves a generation config with flags without effect only if it believes it to be unchanged,
+            # and Trainer has set its special tokens
+            generation = self.model.generation_config
+            generation._original_object_hash = hash(generation)
             with no_bars():
                 self._writing(lambda: super(SavingTrainer, self).save_model(output_dir, _internal_call))
             if self.lora:

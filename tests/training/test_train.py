@@ -1,8 +1,10 @@
 """The command as a user sees it: what it prints, what it writes, and how it ends."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,17 @@ def test_saved_files_can_be_read_by_others(start, monkeypatch):
     start("full", method="full", max_steps=1)
     for path in [*start.folder.rglob("*.safetensors"), *start.folder.rglob("*.json")]:
         assert path.stat().st_mode & 0o777 == 0o644, path
+
+
+@pytest.mark.parametrize("flags", [{"temperature": 0.6, "top_p": 0.95}, {"length_penalty": 2.0}])
+def test_a_generation_config_with_flags_without_effect_is_saved_as_it_is(flags, files, start):
+    """transformers loads it, but does not save it once Trainer has set its special tokens."""
+    shutil.copytree(files / "m32", start.folder / "base")
+    path = start.folder / "base" / "generation_config.json"
+    write_json(path, {**json.loads(path.read_text()), **flags, "eos_token_id": 5})
+    start("full", base_model_path=start.folder / "base", method="full", max_steps=1)
+    saved = json.loads((start.folder / "full" / "generation_config.json").read_text())
+    assert saved.items() >= flags.items() and saved["eos_token_id"] != 5
 
 
 def test_a_seed_is_a_run(start):
