@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -65,13 +66,19 @@ def class_that_reads(
         if quantization(model.config) == "fp8":
             block = tuple(load_config.hf_quantizer.quantization_config.weight_block_size or ())
             as_stored = frozen is not None and frozen.dtype == "fp8" and block == BLOCKS["fp8"]
-            _prepare_fp8(slices, layers if as_stored else {}, block)
+            kept = _prepare_fp8(slices, layers if as_stored else {}, block)
+            if (anew := sorted(layers.keys() - kept)) and frozen is not None and frozen.dtype == "fp8":
+                warnings.warn(
+                    f"the experts of layers {', '.join(map(str, anew))} are not stored in fp8 in blocks of 128 x 128: "
+                    "they are rounded to it. frozen_dtype=int8 rounds less.",
+                    stacklevel=2,
+                )
         mapping = get_model_conversion_mapping(model, None, load_config.hf_quantizer)
         load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         kept_L = _local_slices(model, slices, layers, mapping)
         if frozen is None:
-            kept = {key: one for part in kept_L.values() for key, one in part.items()}
-            loaded = cls._load_pretrained_model(model, kept, None, load_config, *args)
+            local = {key: one for part in kept_L.values() for key, one in part.items()}
+            loaded = cls._load_pretrained_model(model, local, None, load_config, *args)
         else:
             loaded = load_and_freeze(model, kept_L, load_config, frozen)
         model.read_bytes = sum(one.read_bytes for part in kept_L.values() for one in part.values())
@@ -154,14 +161,18 @@ class ExpandedScales(Slice):
         return [size or n for size, n in zip(self.sizes, self.source.get_shape())]
 
 
-def _prepare_fp8(slices: dict[str, Slice], layers: Mapping[int, MoELayer], block: tuple[int, ...]) -> None:
-    """Keep the experts of `layers` in fp8 where possible, and make all other scales fit for dequantization."""
+def _prepare_fp8(slices: dict[str, Slice], layers: Mapping[int, MoELayer], block: tuple[int, ...]) -> set[int]:
+    """Keep the experts of `layers` in fp8 where possible, and make all other scales fit for dequantization.
+
+    Return the layers whose experts are kept.
+    """
     scales = {key: _layer_of(key) if ".experts." in key else None for key in slices if key.endswith("_scale_inv")}
     in_fp8 = set(scales.values()) & layers.keys()
     kept = {index for index in in_fp8 if _keep_fp8(layers[index])}
     for key, index in scales.items():
         if index not in kept:
             _expand_scales(slices, key, block)
+    return kept
 
 
 def _layer_of(key: str) -> int | None:

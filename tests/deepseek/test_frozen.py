@@ -347,9 +347,11 @@ def fp8(tmp_path, tiny_tokenizer, request):
     return tmp_path / "fp8", tensors, plain, request.param == "whole blocks"
 
 
-def test_an_fp8_checkpoint_is_held_as_it_is(fp8):
+def test_an_fp8_checkpoint_is_held_as_it_is(fp8, recwarn):
     folder, tensors, plain, whole = fp8
     model, _ = load_base_model(folder)
+    rounded = [str(warning.message) for warning in recwarn if "are rounded to it" in str(warning.message)]
+    assert bool(rounded) == (not whole)
     assert model.dtype == torch.bfloat16 and not getattr(model.config, "quantization_config", None)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters()):
         assert ".experts." in name or torch.equal(ours, theirs), name
@@ -388,6 +390,10 @@ def test_another_quantization_is_refused(tmp_path, tiny_tokenizer):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {key.replace(".weight", ".qweight"): t.int() for key, t in tensors.items()}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="is quantized as gptq, which cannot be trained on"):
         load_base_model(tmp_path)
 
