@@ -4,7 +4,7 @@
     masters.py, frozen.py           fp32 masters of bf16 parameters; frozen experts in less memory
     routing.py                      count where the router sends tokens
     loading.py, partial_loading.py  open a model, or only some of its experts
-    adapters.py, checkpoint_files.py, files.py    adapters and checkpoints on disk
+    adapters.py, shards.py, checkpoint_files.py, files.py    adapters and checkpoints on disk
     expert_parallel.py, placement.py, process_groups.py, gradient_sync.py    the experts on several ranks
     modeling.py                     the first DeepSeekMoE, which transformers lacks
 

@@ -1,6 +1,4 @@
-"""The files of a checkpoint: which file holds which tensor, and which part of a tensor is a projection of an expert.
-
-Tensors, and single experts of them, are read and overwritten in place (`Shard`), with little in memory at once.
+"""Where in the files of a checkpoint the projections of an expert are.
 
 Families spell an expert differently: DeepSeek `mlp.experts.7.gate_proj`, Mixtral `block_sparse_moe.experts.7.w1`,
 gpt_oss the fused `mlp.experts.gate_up_proj`. transformers knows this, because it splits its fused tensors again when it
@@ -10,7 +8,6 @@ the numbers of a projection come out is where the checkpoint stores it:
     gate_up_proj (E, 2F, D), entries 0, 1, 2, ...  ->  {"...experts.7.w1.weight": [[1260, 1261, ..], ..], ..}
 """
 
-import json
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -28,114 +24,12 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from deepseek.adapters import DTYPES, router_parameters
+from deepseek.adapters import router_parameters
 from deepseek.experts import LAYOUT_FLAGS, FusedExperts, MoELayer, moe_layers
-from deepseek.files import read_json
 from deepseek.loading import empty_model
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TORCH_DTYPES = dict(zip(DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+from deepseek.shards import Stored, read_tensor, stored_tensors
 
 Select = Callable[[Tensor], Tensor]  # the part of a tensor that a projection is, as a view
-
-# --------------------------------------------------------------------------------------------------------------------
-# files
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a checkpoint: the name of its file, and what the header of that file says of it."""
-
-    file: str
-    dtype: str
-    shape: list[int]
-
-
-def stored_tensors(base: Path) -> dict[str, Stored]:
-    """Return the tensors of a checkpoint folder by key. Only the headers of its files are read."""
-    if (base / INDEX).is_file():
-        names = {Path(name).name for name in read_json(base / INDEX)["weight_map"].values()}
-    elif (base / WEIGHTS).is_file():
-        names = {WEIGHTS}
-    else:
-        raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
-    stored = {}
-    for name in sorted(names):
-        with Shard(base / name) as shard:
-            stored |= {key: Stored(name, entry["dtype"], entry["shape"]) for key, entry in shard.header.items()}
-    return stored
-
-
-class Shard:
-    """A safetensors file. Its tensors, and single experts of them, are read and overwritten in place.
-
-    It begins with 8 bytes that say how long a JSON header is. The header and the bytes of the tensors follow. A tensor
-    may begin at any byte. `header` maps names to {"dtype", "shape", "data_offsets"}.
-    """
-
-    def __init__(self, path: Path, mode: str = "rb"):
-        try:
-            with safe_open(path, "pt"):  # checks that all of it is there
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"cannot read {path}: missing, damaged or truncated ({error}). Fetch it again.") from error
-        self.path = path
-        self.file = open(path, mode)  # noqa: SIM115 (__exit__ closes it)
-        size = int.from_bytes(self.file.read(8), "little")
-        self.header = json.loads(self.file.read(size))
-        self.header.pop("__metadata__", None)
-        self.start = 8 + size
-
-    def __enter__(self) -> "Shard":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
-
-    def _seek(self, key: str, row: int | None) -> tuple[list[int], torch.dtype]:
-        """Go to where a tensor, or a row of it, begins. Return its shape and dtype."""
-        entry = self.header[key]
-        shape, dtype, start = entry["shape"], TORCH_DTYPES[entry["dtype"]], self.start + entry["data_offsets"][0]
-        if row is not None:
-            shape = shape[1:]
-            start += row * math.prod(shape) * dtype.itemsize
-        self.file.seek(start)
-        return shape, dtype
-
-    def read(self, key: str, row: int | None = None) -> Tensor:
-        """Return a copy of a tensor, or of one row of it."""
-        shape, dtype = self._seek(key, row)
-        data = bytearray(math.prod(shape) * dtype.itemsize)
-        self.file.readinto(data)
-        return torch.frombuffer(data, dtype=dtype).view(shape)
-
-    def write(self, key: str, tensor: Tensor, row: int | None = None) -> None:
-        """Overwrite a tensor, or one row of it, with one of the same shape and dtype."""
-        self._seek(key, row)
-        self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def read_tensor(base: Path, stored: Mapping[str, Stored], key: str) -> Tensor:
-    """Return a copy of a tensor of a checkpoint."""
-    with Shard(base / stored[key].file) as shard:
-        return shard.read(key)
-
-
-def reserve(path: Path, entries: dict[str, tuple[str, list[int]]]) -> None:
-    """Write a safetensors file of zeros for `Shard.write` to fill. `entries` are the (dtype, shape) of its tensors."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    # the widest numbers first, so that each tensor lies at a multiple of its numbers' size
-    for name in sorted(entries, key=lambda name: (-TORCH_DTYPES[entries[name][0]].itemsize, name)):
-        dtype, shape = entries[name]
-        size = TORCH_DTYPES[dtype].itemsize * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # the model that is stored
@@ -161,8 +55,19 @@ def open_base(base: Path) -> tuple[nn.Module, dict[str, Stored]]:
     for key in stored:
         rename_source_key(key, renamings, converters, model.base_model_prefix, known)
     model._weight_conversions = [one for one in conversions if one.was_used()]
+    untie(model, base, stored)
     load_routers(model, base, stored)
     return model, stored
+
+
+def untie(model: nn.Module, base: Path, stored: Mapping[str, Stored]) -> None:
+    """Untie parameters that the checkpoint stores twice with different values, as transformers does when it loads."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        first, *copies = (read_tensor(base, stored, key) for key in ordinary_keys(model, source, stored))
+        if any(not torch.equal(first.view(torch.uint8), copy.view(torch.uint8)) for copy in copies):
+            module_name, _, attribute = target.rpartition(".")
+            setattr(model.get_submodule(module_name), attribute, nn.Parameter(model.get_parameter(source).clone()))
+            del model.all_tied_weights_keys[target]
 
 
 def load_routers(model: nn.Module, base: Path, stored: Mapping[str, Stored]) -> None:
@@ -215,9 +120,8 @@ def find_places(
 
 def ordinary_keys(model: nn.Module, name: str, stored: Container[str]) -> list[str]:
     """Return the keys of a parameter outside the experts: one, or more where a tied one is stored twice."""
-    ties = getattr(model, "all_tied_weights_keys", {})
     keys = []
-    for alias in (name, *(a for a, b in ties.items() if b == name)):
+    for alias in (name, *(a for a, b in model.all_tied_weights_keys.items() if b == name)):
         param = model.get_parameter(alias)
         reverted = revert_weight_conversion(model, {alias: param})
         found = [key for key, value in reverted.items() if key in stored and value is param]

@@ -24,6 +24,7 @@ from deepseek.experts import moe_layers
 from deepseek.frozen import Storage, forbid_state_dict
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.partial_loading import class_that_reads, quantization
+from deepseek.shards import INDEX, WEIGHTS, check_quantization, readable_index
 
 UNQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}  # formats that transformers can dequantize
 
@@ -58,7 +59,7 @@ def load_base_model(
             or holds them in another shape (transformers would draw them at random), or its GPUs are too small.
     """
     tokenizer = load_tokenizer(path)
-    config = _load(AutoConfig.from_pretrained, path)
+    config = load_config(path)
     quantized = quantization(config)
     if quantized and quantized not in UNQUANTIZED:
         raise ValueError(f"cannot load model {str(path)!r}: it is quantized as {quantized}, which cannot be "
@@ -79,7 +80,10 @@ def load_base_model(
     if experts is not None or frozen is not None:
         from_pretrained = class_that_reads(type(empty_model(path)), experts, frozen).from_pretrained
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = _load(from_pretrained, path, **options)
+    with readable_index(path) as folder:
+        model, found = _load(lambda _, **options: from_pretrained(folder, **options), path, **options)
+    if folder != path:
+        model.name_or_path = model.config.name_or_path = str(path)
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
         raise ValueError(
             f"cannot load model {str(path)!r}: its checkpoint lacks, or holds in another shape, {len(wrong)} tensors "
@@ -105,9 +109,17 @@ def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
 
 def empty_model(path: str | Path) -> nn.Module:
     """Return the model of a folder or a hub id without weights, on the meta device. Raise as `load_base_model`."""
-    config = _load(AutoConfig.from_pretrained, path)
+    config = load_config(path)
     with torch.device("meta"):
         return _load(lambda _: auto_class(config).from_config(config), path)
+
+
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """Return the config of a folder or a hub id. Refuse a folder with weights that are not quantized as it says."""
+    config = _load(AutoConfig.from_pretrained, path)
+    if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):
+        check_quantization(Path(path), quantization(config))
+    return config
 
 
 def auto_class(config: PreTrainedConfig) -> type:

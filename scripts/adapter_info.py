@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.adapters import EXPERT, experts_by_layer
-from deepseek.checkpoint_files import Shard, open_base
+from deepseek.checkpoint_files import open_base
+from deepseek.shards import Shard
 from esft import CONFIG_NAME, ExpertConfig
 from evaluation.run_folder import read_json
 from scripts.merge_adapter import find_tensors

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import esft
 from deepseek.adapters import DTYPES, experts_by_layer
-from deepseek.checkpoint_files import Place, Shard, Stored, find_places, load_routers, open_base, read_tensor, reserve
-from deepseek.files import atomic_path, check_output, named, write_json
+from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
+from deepseek.files import UMASK, atomic_path, check_output, named, write_json
+from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
 from utils import command_parser, environment, run_cli
 
@@ -76,7 +77,7 @@ def merge_adapter(
     config, sources = read_adapters(model, adapters)
     places = find_places(model, config.experts, sources, stored)
     shapes = esft.adapter_shapes(model, config)
-    check_places(base, stored, places, shapes)
+    check_places(stored, places, shapes)
 
     with atomic_path(output, folder=True) as folder:
         changed = {place.key for among in places.values() for place in among}
@@ -142,7 +143,7 @@ def find_tensors(model: nn.Module, adapter: Path) -> tuple[ExpertConfig, Sources
 # the base: checked, then copied, then overwritten in the copy
 
 
-def check_places(base: Path, stored: Files, places: Places, shapes: dict[str, torch.Size]) -> None:
+def check_places(stored: Files, places: Places, shapes: dict[str, torch.Size]) -> None:
     """Refuse places in which the base does not hold floating point numbers of the shape that its config asks for."""
     for name, among in places.items():
         for place in among:
@@ -152,20 +153,21 @@ def check_places(base: Path, stored: Files, places: Places, shapes: dict[str, to
                     f"cannot merge {name} of shape {tuple(shapes[name])} into {place.key} of the base: it is "
                     f"{there.dtype} of shape {tuple(there.shape)}. Give the unquantized base."
                 )
-        first, *copies = (place.key for place in among)
-        for copy in copies:
-            if not torch.equal(*(read_tensor(base, stored, key).view(torch.uint8) for key in (first, copy))):
-                raise ValueError(
-                    f"cannot merge into {first} and {copy}: they are one parameter but differ. Set "
-                    "tie_word_embeddings to false in config.json."
-                )
 
 
 def copy_base(base: Path, folder: Path, stored: Files, changed: set[str], hard_links: bool) -> None:
-    """Copy a checkpoint. Files in which no tensor of `changed` lies may be links."""
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    """Copy a checkpoint. Files in which no tensor of `changed` lies may be links.
+
+    The copies are writable, also where the base is read-only, and links are followed, as those of a hub cache.
+    """
+    files = {one.file for one in stored.values()}
+    unread = [INDEX] if WEIGHTS in files else []  # a server may read the index, where there is one
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(*NOT_COPIED, *unread), copy_function=shutil.copyfile)
+    for copy in (folder, *folder.rglob("*")):
+        if copy.is_dir():
+            copy.chmod(0o777 & ~UMASK)
     changed_files = {stored[key].file for key in changed}
-    for name in sorted({one.file for one in stored.values()}):
+    for name in sorted(files):
         if hard_links and name not in changed_files:
             with contextlib.suppress(OSError):  # another file system, or one without links
                 os.link((base / name).resolve(), folder / name)

@@ -1,4 +1,4 @@
-"""Test files that are read and written in place, and the places of an adapter's tensors in a checkpoint.
+"""Test the places of an adapter's tensors in a checkpoint.
 
 A merge on disk equals one in memory for every family, and an unmerge undoes it.
 """
@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from deepseek.checkpoint_files import Shard, reserve
 from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
 from esft import ExpertConfig, merge
@@ -28,27 +27,6 @@ from tests.helpers import (
     tensors_of,
 )
 from utils import ROOT
-
-
-def test_a_file_is_reserved_filled_and_read_row_by_row(tmp_path):
-    torch.manual_seed(0)
-    tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(4, 2, 3), "c": torch.randn(5).double()}
-    names = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-    path = tmp_path / "x.safetensors"
-    reserve(path, {key: (names[tensor.dtype], list(tensor.shape)) for key, tensor in tensors.items()})
-    assert not any(tensor.any() for tensor in load_file(path).values())
-    with Shard(path, "r+b") as shard:
-        assert all((shard.start + e["data_offsets"][0]) % tensors[k].itemsize == 0 for k, e in shard.header.items())
-        for key in "ac":
-            shard.write(key, tensors[key])
-        for row in (2, 0, 3):
-            shard.write("b", tensors["b"][row], row)
-        assert torch.equal(shard.read("b", 3), tensors["b"][3]) and not shard.read("b", 1).any()
-    tensors["b"][1] = 0
-    assert_same_tensors(load_file(path), tensors)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"x\.safetensors: missing, damaged or truncated"):
-        Shard(path)
 
 
 @pytest.mark.parametrize("flags", [{}, BOTH], ids=["experts", "all"])
@@ -91,10 +69,20 @@ def test_a_tied_tensor_stored_twice_is_written_twice(tmp_path):
     assert torch.equal(found["model.embed_tokens.weight"], model.lm_head.weight)
     script.unmerge(tmp_path / "out", tmp_path / "again")
     assert hashes(tmp_path / "again") == hashes(tmp_path / "base")
+
+
+def test_copies_that_differ_are_two_parameters_whatever_the_config_says(tmp_path):
+    """transformers trains them as two."""
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"they are one parameter but differ"):
-        script.merge_adapter(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert_merge_is_the_trained_model(tmp_path / "base", model, AutoModelForCausalLM, tmp_path)
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found["lm_head.weight"], model.lm_head.weight)
+    assert torch.equal(found["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert not torch.equal(model.model.embed_tokens.weight, model.lm_head.weight)
 
 
 def assert_merge_is_the_trained_model(base, model, auto, folder):

@@ -82,6 +82,37 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_refused(tiny_model_dir, tm
         loading.load_base_model(folder)
 
 
+OLD = {"torch_dtype": "bfloat16", "transformers_version": "4.33.1", "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True}
+OLD |= {"aux_loss_alpha": 0.001, "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"}}
+YARN = {"factor": 4, "original_max_position_embeddings": 128, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707}
+FORMS = {  # of what is written in config.json now: as older versions of transformers and the model's authors wrote it
+    "rope": ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {"rope_theta": 500.0}),
+    "yarn": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}},
+        {"rope_theta": 10000.0, "rope_scaling": {"type": "yarn", **YARN}},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_config_in_its_old_form_is_the_same_model(form, tmp_path, tiny_tokenizer):
+    make_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
+    tiny_tokenizer.save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    rope, dtype = config.pop("rope_parameters"), config.pop("dtype")
+    new, old = FORMS[form]
+    logits = {}
+    for name, keys in {"plain": {"rope_parameters": rope}, "new": {"dtype": dtype, **new}, "old": OLD | old}.items():
+        if name != "plain":
+            shutil.copytree(tmp_path / "plain", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | keys))
+        (tmp_path / name / "modeling_deepseek.py").write_text("raise SystemExit('remote code was run')")
+        model, _ = loading.load_base_model(tmp_path / name)
+        assert model.dtype == torch.bfloat16
+        logits[name] = model(torch.arange(3, 40)[None]).logits
+    assert torch.equal(logits["old"], logits["new"]) and not torch.equal(logits["old"], logits["plain"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family, apart", [("deepseek_v2", True), ("mixtral", True), ("gpt_oss", False)])
 def test_whether_documents_are_apart_is_found_out(family, apart, dtype):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepseek.checkpoint_files import INDEX, Shard
+from deepseek.shards import INDEX, Shard
 from esft import ExpertConfig, adapter_views, add_adapter, merge, unload
 from scripts import merge_adapter as script
 from tests.helpers import BOTH, SHARD, assert_same_tensors, hashes, make_model, noisy_adapter, tensors_of
@@ -173,7 +173,10 @@ REFUSED = {
         r"experts\.6\.up_proj\.weight is not in its expert_cfg",
     ),
     "an adapter of whole numbers": (retype("adapter", torch.int8), rf"{UP} has shape .* in I8, this .* in F64, F32"),
-    "a base in fp8": (retype("base", torch.float8_e4m3fn), rf"into {UP} of the base: it is F8_E4M3"),
+    "a base in fp8": (
+        retype("base", torch.float8_e4m3fn),
+        r"experts.*weight is quantized \(F8_E4M3\), but config.json",
+    ),
     "other routers": (other_base(seed=1), "routers' weights differ"),
     "fewer layers": (other_base(num_hidden_layers=2), "layer 2"),
     "fewer experts": (other_base(n_routed_experts=4), "expert 5 of layer 1"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepseek import checkpoint_files
-from deepseek.checkpoint_files import Shard
+from deepseek.shards import Shard
 from esft import ExpertConfig
 from scripts import merge_adapter as script
 from tests.helpers import assert_same_tensors, hashes, make_model, noisy_adapter, tensors_of
@@ -72,6 +72,30 @@ def test_a_file_whose_tensors_are_not_aligned(parts):
     assert_same_tensors(found, wanted)
     script.unmerge(out, out.with_name("again"))
     assert hashes(out.with_name("again")) == hashes(base)
+
+
+def test_a_read_only_snapshot_of_a_hub_cache(parts):
+    """Its files are links to blobs, and nothing in it is writable. Copies are, so merge and unmerge can be repeated."""
+    base, _adapter, out = parts
+    (base / "templates").mkdir()
+    (base / "templates" / "rag.jinja").write_text("rag")
+    before, blobs = hashes(base), base.with_name("blobs")
+    blobs.mkdir()
+    for number, path in enumerate(path for path in base.rglob("*") if path.is_file()):
+        path.rename(blobs / str(number)).chmod(0o444)
+        path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+    for path in (base / "templates", base):
+        path.chmod(0o555)
+    merge_parts(parts)
+    merge_parts(parts, overwrite=True)
+    script.unmerge(out, out.with_name("again"))
+    base.chmod(0o755)
+    (base / "templates").chmod(0o755)
+    for folder in (out, out.with_name("again")):
+        assert (folder / "templates" / "rag.jinja").read_text() == "rag"
+        for path in (folder, *folder.rglob("*")):
+            assert path.stat().st_mode & 0o200 and not path.is_symlink(), path
+    assert hashes(out.with_name("again")) == before != hashes(out)
 
 
 def test_hard_links_are_for_files_that_do_not_change(parts):

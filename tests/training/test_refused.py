@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from deepseek.files import write_json
-from tests.helpers import EXPERTS, arguments, fails
+from deepseek.shards import WEIGHTS
+from tests.helpers import EXPERTS, arguments, fails, weights
 
 SMALL = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -42,6 +44,8 @@ def bad(files, tmp_path_factory) -> Path:
     config = json.loads((folder / "fp8" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     write_json(folder / "fp8" / "config.json", config)
+    tensors = weights(folder / "fp8")
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, folder / "fp8" / WEIGHTS)
     return folder
 
 

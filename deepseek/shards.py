@@ -1,0 +1,162 @@
+"""The safetensors files of a checkpoint: which of them are read, and single tensors in them.
+
+Tensors, and single experts of them, are read and overwritten in place (`Shard`), with little in memory at once.
+"""
+
+import contextlib
+import json
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deepseek.adapters import DTYPES
+from deepseek.files import read_json, write_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_DTYPES = dict(zip(DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: the name of its file, and what the header of that file says of it."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+
+
+def stored_tensors(base: Path) -> dict[str, Stored]:
+    """Return the tensors of a checkpoint folder by key. Only the headers of its files are read.
+
+    Where a single file and an index are both there, transformers reads the single file, and so does this.
+    """
+    if (base / WEIGHTS).is_file():
+        names = {WEIGHTS}
+        if (base / INDEX).is_file():
+            warnings.warn(f"{base} holds {WEIGHTS} and {INDEX}. {WEIGHTS} is read, the index is not.", stacklevel=2)
+    elif (base / INDEX).is_file():
+        names = {Path(name).name for name in read_json(base / INDEX)["weight_map"].values()}
+    else:
+        raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
+    stored = {}
+    for name in sorted(names):
+        with Shard(base / name) as shard:
+            stored |= {key: Stored(name, entry["dtype"], entry["shape"]) for key, entry in shard.header.items()}
+    return stored
+
+
+class Shard:
+    """A safetensors file. Its tensors, and single experts of them, are read and overwritten in place.
+
+    It begins with 8 bytes that say how long a JSON header is. The header and the bytes of the tensors follow. A tensor
+    may begin at any byte. `header` maps names to {"dtype", "shape", "data_offsets"}.
+    """
+
+    def __init__(self, path: Path, mode: str = "rb"):
+        try:
+            with safe_open(path, "pt"):  # checks that all of it is there
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read {path}: missing, damaged or truncated ({error}). Fetch it again.") from error
+        self.path = path
+        self.file = open(path, mode)  # noqa: SIM115 (__exit__ closes it)
+        size = int.from_bytes(self.file.read(8), "little")
+        self.header = json.loads(self.file.read(size))
+        self.header.pop("__metadata__", None)
+        self.start = 8 + size
+
+    def __enter__(self) -> "Shard":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def _seek(self, key: str, row: int | None) -> tuple[list[int], torch.dtype]:
+        """Go to where a tensor, or a row of it, begins. Return its shape and dtype."""
+        entry = self.header[key]
+        shape, dtype, start = entry["shape"], TORCH_DTYPES[entry["dtype"]], self.start + entry["data_offsets"][0]
+        if row is not None:
+            shape = shape[1:]
+            start += row * math.prod(shape) * dtype.itemsize
+        self.file.seek(start)
+        return shape, dtype
+
+    def read(self, key: str, row: int | None = None) -> Tensor:
+        """Return a copy of a tensor, or of one row of it."""
+        shape, dtype = self._seek(key, row)
+        data = bytearray(math.prod(shape) * dtype.itemsize)
+        self.file.readinto(data)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+    def write(self, key: str, tensor: Tensor, row: int | None = None) -> None:
+        """Overwrite a tensor, or one row of it, with one of the same shape and dtype."""
+        self._seek(key, row)
+        self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def check_quantization(base: Path, method: str | None) -> None:
+    """Raise ValueError if weights are quantized and `config.json` names no method, or the other way round.
+
+    transformers would read other numbers in silence: quantized ones without their scales, or ones rounded anew.
+    """
+    weights = {key: one.dtype for key, one in stored_tensors(base).items() if re.search("weight|_proj", key)}
+    packed = sorted(key for key, dtype in weights.items() if dtype not in DTYPES and not key.endswith("scale_inv"))
+    if method and not packed:
+        raise ValueError(
+            f"cannot load model {str(base)!r}: config.json says that it is quantized as {method}, but its weights are "
+            "not. Remove quantization_config from config.json."
+        )
+    if packed and not method:
+        raise ValueError(
+            f"cannot load model {str(base)!r}: {packed[0]} is quantized ({weights[packed[0]]}), but config.json does "
+            "not say how. Fetch it again."
+        )
+
+
+@contextlib.contextmanager
+def readable_index(base: str | Path) -> Iterator[str | Path]:
+    """Yield a model folder, or links to its files and another index where its own lacks `metadata`.
+
+    transformers asks for `metadata` and makes no use of it that matters here.
+    """
+    index = Path(base, INDEX)
+    single = Path(base, WEIGHTS).is_file() or not index.is_file()
+    if single or isinstance((content := read_json(index)).get("metadata"), dict):
+        yield base
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in Path(base).iterdir():
+            if file.name != INDEX:
+                Path(folder, file.name).symlink_to(file.resolve())
+        write_json(Path(folder, INDEX), {**content, "metadata": {}})
+        yield folder
+
+
+def read_tensor(base: Path, stored: Mapping[str, Stored], key: str) -> Tensor:
+    """Return a copy of a tensor of a checkpoint."""
+    with Shard(base / stored[key].file) as shard:
+        return shard.read(key)
+
+
+def reserve(path: Path, entries: dict[str, tuple[str, list[int]]]) -> None:
+    """Write a safetensors file of zeros for `Shard.write` to fill. `entries` are the (dtype, shape) of its tensors."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    # the widest numbers first, so that each tensor lies at a multiple of its numbers' size
+    for name in sorted(entries, key=lambda name: (-TORCH_DTYPES[entries[name][0]].itemsize, name)):
+        dtype, shape = entries[name]
+        size = TORCH_DTYPES[dtype].itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
