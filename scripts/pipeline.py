@@ -147,8 +147,10 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
     Raises:
         ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
     """
-    from training.config import ALIASES, read_config, training_arguments  # slow, and --help can do without
+    from training.config import ALIASES, read_config, take_secret, training_arguments  # slow; --help can do without
 
+    named = [(*word.partition("=")[::2], word) for word in args.overrides]
+    args.overrides = [word for key, value, word in named if not take_secret(key.rpartition(":")[2], value)]
     given: dict[str, dict[str, str]] = {method: {} for method in ("", *METHODS)}
     for word in args.overrides:
         name, _, value = word.partition("=")

@@ -3,6 +3,9 @@
 Our own keys are the fields of RunConfig. Every key of transformers' TrainingArguments is accepted beside them, and so
 are the short names in ALIASES. A key on the command line wins over the file, and `key=null` takes the file's away. Of a
 key that is given twice, the last value counts.
+
+The configs of the released ESFT code are read as they are. NO_EFFECT has its keys that mean nothing here. SECRETS go to
+the environment, and no file of a run holds them.
 """
 
 import argparse
@@ -37,6 +40,11 @@ ALIASES = {
     "lr_scheduler": "lr_scheduler_type",
     "gradient_checkpointing": "activation_checkpointing",
 }
+NO_EFFECT = {  # key of the released code -> what holds here
+    "n_device": "torchrun --nproc-per-node sets the number of processes",
+    "random_concat_ratio": "a pack holds whole samples that do not see each other",
+}
+SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> variable of the environment
 DEFAULTS = {  # of TrainingArguments, where ours differ
     **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
     "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
@@ -180,24 +188,60 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
         formatter_class=_Help,
         usage="%(prog)s --model MODEL --data DATA --output_dir DIR [--KEY=VALUE | KEY=VALUE ...]",
         description=description,
-        epilog="short names:\n" + "\n".join(f"  {short} = {key}" for short, key in ALIASES.items()),
+        epilog="\n".join(
+            [
+                "short names:",
+                *(f"  {short} = {key}" for short, key in ALIASES.items()),
+                "keys of the released code that have no effect here:",
+                *(f"  {key}: {why}" for key, why in NO_EFFECT.items()),
+                "secrets, which no file of the run will hold:",
+                *(f"  {key}, or {variable} in the environment" for key, variable in SECRETS.items()),
+            ]
+        ),
     )
     parser.add_argument("--train_config", metavar="FILE", help="a YAML file of keys, such as configs/base.yaml")
     parser.set_defaults(**DEFAULTS, **defaults)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     known = {f.name for cls in (TrainingArguments, RunConfig) for f in dataclasses.fields(cls) if f.init}
-    known = known - {"training"} | {"train_config"}
-    given = _full_names("the command line", _pairs(argv), known)
+    known = known - {"training"}
+    accepted = known | {"train_config"} | NO_EFFECT.keys() | SECRETS.keys()
+    given = _full_names("the command line", _pairs(argv), accepted)
     path = given.pop("train_config", None)
-    merged = {**defaults, **(_full_names(path, _yaml_pairs(path), known) if path else {}), **given}
+    file = _full_names(path, _yaml_pairs(path), accepted) if path else {}
+    one_process = os.environ.get("WORLD_SIZE", "1") == "1"
+    if one_process and str(file.get("ep_size")).isdecimal() and int(file.pop("ep_size")) > 1:
+        _tell(f"ep_size of {path} has no effect on one process: torchrun starts several")
+    merged = _without_foreign_keys({**defaults, **file, **given})
     words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
     found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
     config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
     for key, methods in ONLY_FOR.items():
-        if given.get(key) is not None and config.method not in methods and os.environ.get("RANK", "0") == "0":
-            note(f"{key} has no effect: it is for method {' and '.join(methods)}, and this is {config.method}")
+        if given.get(key) is not None and config.method not in methods:
+            _tell(f"{key} has no effect: it is for method {' and '.join(methods)}, and this is {config.method}")
     return config
+
+
+def _tell(text: str) -> None:
+    """Print a remark, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        note(text)
+
+
+def take_secret(key: str, value: str | None) -> bool:
+    """Move a secret to the environment, where libraries and child processes find it. Return whether it is one."""
+    if key in SECRETS and value:
+        os.environ[SECRETS[key]] = str(value)
+    return key in SECRETS
+
+
+def _without_foreign_keys(values: dict[str, object]) -> dict[str, object]:
+    """Return the values without NO_EFFECT and SECRETS, and say what they mean here."""
+    for key in NO_EFFECT.keys() & values.keys():
+        _tell(f"{key} has no effect here: {NO_EFFECT[key]}")
+    if values.get("wandb_api_key") and "wandb" not in str(values.get("report_to")):
+        _tell("wandb_api_key has an effect with report_to=wandb only: nothing is sent to W&B")
+    return {key: value for key, value in values.items() if key not in NO_EFFECT and not take_secret(key, value)}
 
 
 def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:

@@ -1,6 +1,7 @@
 """The pipeline: stages run once, the table says what the files say, and the whole of it ends in a merged model."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -198,6 +199,15 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
     assert {"method=esft", "learning_rate=2e-3", "save_opt_states=true"} <= set(keys["esft-token"])
     assert {"method=full", "learning_rate=1e-3", "save_opt_states=false"} <= set(keys["full"])
     assert len(keys["full"]) == len({key.partition("=")[0] for key in keys["full"]})
+
+
+@pytest.mark.parametrize("key", ["wandb_api_key", "full:wandb_api_key"])
+def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "old")  # restored after the test
+    args = pipeline.parse_args(["--model=m", "--data=intent", f"{key}=s3cret", "lr=2e-3"])
+    keys = pipeline.training_keys(args, ["esft-token", "full"])
+    assert os.environ["WANDB_API_KEY"] == "s3cret" and "s3cret" not in f"{args} {keys}"
+    assert args.overrides == ["lr=2e-3"]
 
 
 @pytest.mark.slow

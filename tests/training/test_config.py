@@ -2,13 +2,15 @@
 
 import dataclasses
 import enum
+import os
 
 import pytest
 import yaml
 from transformers import TrainingArguments
 
 from tests.helpers import ROOT
-from training.config import ALIASES, RunConfig, read_config, training_arguments
+from training import config as config_module
+from training.config import ALIASES, NO_EFFECT, SECRETS, RunConfig, read_config, training_arguments
 
 PATHS = ["base_model_path=m", "train_dataset=d", "output_dir=o"]
 FULL = [*PATHS, "method=full"]
@@ -149,6 +151,74 @@ def test_a_setting_without_effect_is_told(capsys, words):
     assert not capsys.readouterr().err
 
 
+RELEASED = """
+seed: 5934875
+seq_length: 4096
+per_device_batch_size: 1
+n_device: 8
+optim: adamw_torch_fused
+steps: 500
+learning_rate: 0.00001
+weight_decay: 0.1
+warmup_steps: 0
+logging_steps: 10
+adam_beta1: 0.9
+adam_beta2: 0.95
+random_concat_ratio: 0.2
+eval_steps: 100
+save_steps: 100
+gradient_checkpointing: true
+gradient_accumulation_steps: 16
+max_grad_norm: 1.0
+ep_size: 2
+"""  # every key of the released configs/base.yaml
+
+
+def test_the_released_config_is_read(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "base.yaml"
+    path.write_text(RELEASED)
+    words = [*PATHS, f"--train_config={path}"]
+    config = read_config(words)
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert [line.split(" has no effect")[0] for line in lines] == [
+        f"note: ep_size of {path}",
+        "note: n_device",
+        "note: random_concat_ratio",
+    ]
+    assert (config.activation_checkpointing, config.ep_size, config.seq_length) == ("true", "1", 4096)
+    expected = {"max_steps": 500, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 16, "seed": 5934875}
+    expected |= {"eval_strategy": "steps", "save_strategy": "steps", "optim": "adamw_torch_fused", "adam_beta2": 0.95}
+    assert expected.items() <= config.training.items()
+    assert not {"n_device", "random_concat_ratio"} & {**vars(config), **config.training}.keys()
+    training_arguments(dataclasses.replace(config, device="cpu"))
+    assert read_config([*words, "n_device=4", "random_concat_ratio=0"]) == config
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read_config(words).ep_size == "2"
+    monkeypatch.setenv("RANK", "1")
+    capsys.readouterr()
+    assert read_config([*words, "ep_size=3"]).ep_size == "3" and not capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert read_config([*words, "ep_size=3"]).ep_size == "3"  # who asks for it is told why not
+
+
+@pytest.mark.parametrize("key, variable", SECRETS.items())
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_a_secret_goes_to_the_environment_alone(key, variable, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "old")  # restored after the test
+    monkeypatch.setattr(config_module, "get_available_reporting_integrations", lambda: ["wandb"])
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{key}: s3cret\n" if place == "file" else "")
+    config = read_config([*PATHS, f"train_config={path}", *([f"--{key}=s3cret"] if place == "command line" else [])])
+    assert os.environ[variable] == "s3cret" and "s3cret" not in str(config)
+    err = capsys.readouterr().err
+    assert "s3cret" not in err and len(err.splitlines()) == (key == "wandb_api_key")
+    read_config([*PATHS, f"{key}=s3cret", "report_to=wandb"])
+    assert not capsys.readouterr().err
+    read_config([*PATHS, f"{key}=null"])
+    assert os.environ[variable] == "s3cret" and not capsys.readouterr().err
+
+
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as stop:
         read_config(["--help"], {"ep_size": "auto"}, "What it does.")
@@ -157,4 +227,6 @@ def test_help_lists_every_key(capsys):
     for cls in (RunConfig, TrainingArguments):
         for f in dataclasses.fields(cls):
             assert not f.init or f"--{f.name}" in shown or f.name == "training", f.name
+    for key in (*NO_EFFECT, *SECRETS):
+        assert f"\n  {key}" in shown
     assert "(default: auto)" in shown.partition("--ep_size")[2][:300]
