@@ -143,7 +143,6 @@ def test_the_top_level_holds_the_six_files():
     ]  # fmt: skip
 
 
-SHRINKING = pytest.mark.xfail(reason="the code is still above its limits; remove this mark when it is below")
 CODE = ("benchmarks", "deepseek/", "esft", "eval", "scripts/", "train", "utils")
 CORE = ("deepseek/", "esft", "training/")
 LONG_FILES = {"esft.py", "scripts/experiments/check_families.py"}
@@ -244,31 +243,27 @@ def nodes(files: dict[str, list[str]]):
         yield from ((path, node) for node in ast.walk(ast.parse("\n".join(lines))))
 
 
-@SHRINKING
+@pytest.mark.xfail(reason="the code is still above this; remove this mark when it is below")
 def test_the_code_is_small():
     assert sum(map(len, python_files().values())) <= 13_500
 
 
-@SHRINKING
 def test_no_file_is_long():
     assert not {path for path, lines in python_files().items() if len(lines) > 400} - LONG_FILES
     assert not {path for path, lines in python_files("tests/").items() if len(lines) > 500}
 
 
-@SHRINKING
 def test_no_function_is_long():
     functions = [(path, node) for path, node in nodes(python_files()) if isinstance(node, ast.FunctionDef)]
     long = {(path, node.name) for path, node in functions if node.end_lineno - node.lineno >= 60}
     assert {name for _, name in long} <= {"parse_args", "backward"}, long
 
 
-@SHRINKING
 def test_few_errors_are_raised():
     files = python_files()
     assert per_thousand(sum(isinstance(node, ast.Raise) for _, node in nodes(files)), files) <= 14
 
 
-@SHRINKING
 def test_the_core_rarely_probes_objects():
     files = python_files(*CORE)
     calls = [node.func for _, node in nodes(files) if isinstance(node, ast.Call)]
