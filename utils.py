@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -183,6 +184,12 @@ def environment() -> dict:
         with contextlib.suppress(Exception):  # a missing fact must not cost the result
             facts[key] = find()
     return facts
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak of this process so far: of the GPU where it was used, else of resident memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def sentence(error: Exception) -> str:

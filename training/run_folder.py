@@ -8,14 +8,10 @@ how it lies on its processes.
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import statistics
-import sys
 import warnings
 from pathlib import Path
-
-import torch
 
 import esft
 from deepseek.files import check_output, sha256, write_json
@@ -27,6 +23,7 @@ from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
 from training.trainer import ESFTTrainer
+from utils import peak_memory_bytes
 
 LAYOUT = {
     *("ep_size", "placement", "expert_scores_dir", "shard_dense", "activation_checkpointing", "ddp_timeout"),
@@ -136,9 +133,3 @@ def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_ver
         "saved_bytes": sum(path.stat().st_size for path in Path(trainer.args.output_dir).glob("*.safetensors")),
         "frozen_verified": frozen_verified,
     }
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak of this process so far: of the GPU where it was used, else of resident memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -23,7 +23,6 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -45,7 +44,7 @@ from deepseek.files import write_json
 from esft import ExpertConfig, RouterCapture, to_esft
 from scripts.experiments.common import SHAPES, draw_experts, shape_config
 from training.methods import count_trained, prepare_model
-from utils import command_parser, environment, markdown_table, positive, run_cli
+from utils import command_parser, environment, markdown_table, peak_memory_bytes, positive, run_cli
 
 METHODS = ("full", "experts", "lora", "esft", "floor")
 WARMUP = 2  # steps of a method before its first turn
@@ -103,12 +102,9 @@ def routed_share(model: nn.Module, args: argparse.Namespace) -> float:
     return (slots_LE.gather(1, ids_LS).sum() / slots_LE.sum()).item()
 
 
-def memory_bytes() -> tuple[int, int]:
-    """Return the bytes of this process now and at its peak: allocated on the GPU, or resident on a CPU."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def memory_bytes() -> int:
+    """Return the bytes of this process now: allocated on the GPU, or resident on a CPU."""
+    return torch.cuda.memory_allocated() or psutil.Process().memory_info().rss
 
 
 def clock() -> float:
@@ -131,7 +127,7 @@ class Method:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
         counts = count_trained(self.model)
         counts["trained_share"] = counts["trained_parameters"] / counts["parameters"]
-        self.facts |= {**counts, "memory_before_bytes": memory_bytes()[0]}
+        self.facts |= {**counts, "memory_before_bytes": memory_bytes()}
 
     def turn(self, steps: int) -> float:
         """Return the seconds that `steps` steps took."""
@@ -178,7 +174,7 @@ def turn(steps: int) -> float:
 
 
 def finish() -> dict:
-    return {**held.facts, "peak_memory_bytes": memory_bytes()[1]}
+    return {**held.facts, "peak_memory_bytes": peak_memory_bytes()}
 
 
 def new_process() -> ProcessPoolExecutor:
