@@ -124,6 +124,18 @@ def heat_map(axes, score_LE: dict[int, dict[int, float]], column_LE: dict[int, l
     return image
 
 
+def draw_matrix(axes, names: list[str], numbers: list[list[float]], texts: list[list[str]], title: str, **colours):
+    """Draw a square of numbers up to 1, with a text in each cell. Return the image."""
+    image = axes.imshow(numbers, vmax=1, **colours)
+    for row, column in itertools.product(range(len(names)), repeat=2):
+        colour = "white" if abs(numbers[row][column]) > 0.6 else "black"
+        axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    return image
+
+
 def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, colours: dict[str, str]) -> None:
     """Draw (step, loss) points as curves. A curve of many points is thin, with its running mean over it."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter

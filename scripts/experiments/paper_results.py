@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.files import read_json, write_json, write_text
-from evaluation.figures import new_figure, save_figure
+from evaluation.figures import draw_matrix, new_figure, save_figure
 from utils import markdown_table
 
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for n - 1 = 1, 2, ...
@@ -206,17 +206,12 @@ def curves(rows: list[dict], pattern: str, title: str, xlabel: str):
     return figure
 
 
-def heat_map(rows: list[dict], title: str):
+def shared_by_pairs(rows: list[dict], title: str):
     """Draw how many experts each pair of tasks shares."""
     names = [row["name"] for row in rows]
+    numbers = [[row[name] for name in names] for row in rows]
     figure, axes = new_figure(5, 4.2, ncols=1)
-    axes.imshow([[row[name] for name in names] for row in rows], cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(rows):
-        for j, name in enumerate(names):
-            axes.text(j, i, f"{row[name]:.2f}", ha="center", va="center", color="k" if row[name] < 0.6 else "w")
-    axes.set_xticks(range(len(names)), names, rotation=30)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title(title)
+    draw_matrix(axes, names, numbers, [[f"{x:.2f}" for x in row] for row in numbers], title, cmap="Blues", vmin=0)
     return figure
 
 
@@ -226,7 +221,7 @@ PICTURES = {
     "b": (gains_and_losses, "What is trained"),
     "c": (curves, r"top_p (?P<x>.*)(?P<label>)", "How many experts are trained", "top_p"),
     "d": (curves, r"(?P<x>\d+) experts: (?P<label>.*)", "Experts of a layer, of equal size together", "experts"),
-    "f": (heat_map, "Experts that tasks share (Jaccard index)"),
+    "f": (shared_by_pairs, "Experts that tasks share (Jaccard index)"),
 }
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output, read_json
 from esft import CONFIG_NAME, ExpertConfig, ExpertScores, select_experts
-from evaluation.figures import heat_map, new_figure, save_figure
+from evaluation.figures import draw_matrix, heat_map, new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
 from scripts.expert.generate_expert_config import add_score_flags, default_top_p, split_list
 from utils import command_parser, markdown_table, note, positive, run_cli
@@ -185,27 +185,18 @@ def format_overlap(found: dict) -> str:
 
 def draw_overlap(found: dict):
     """Return a figure of the Jaccard beside its expectation, and of the correlation."""
-    names, n = found["names"], len(found["names"])
-    side = max(3.4, 0.9 * n + 1.4)
+    names, side = found["names"], max(3.4, 0.9 * len(found["names"]) + 1.4)
     figure, (left, right) = new_figure(2 * side + 1.6, side + 0.7)
-
-    def matrix(axes, numbers: list[list[float]], texts: list[list[str]], title: str, **colours) -> None:
-        image = axes.imshow(numbers, vmax=1, **colours)
-        axes.set_xticks(range(n), names, rotation=30, ha="right")
-        axes.set_yticks(range(n), names)
-        axes.set_title(title)
-        for i in range(n):
-            for j in range(n):
-                colour = "white" if abs(numbers[i][j]) > 0.6 else "black"
-                axes.text(j, i, texts[i][j], ha="center", va="center", fontsize=8, color=colour)
-        figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
 
     jaccards = [[cell["jaccard"] for cell in row] for row in found["overlap"]]
     notes = [[f"{c['jaccard']:.2f}\nrandom {c['random_jaccard']:.2f}" for c in row] for row in found["overlap"]]
-    matrix(left, jaccards, notes, "Jaccard of the selections", cmap="Blues", vmin=0)
+    images = [draw_matrix(left, names, jaccards, notes, "Jaccard of the selections", cmap="Blues", vmin=0)]
     values = [[math.nan if value is None else value for value in row] for row in found["correlation"]]
     notes = [["-" if value is None else f"{value:.2f}" for value in row] for row in found["correlation"]]
-    matrix(right, values, notes, "correlation of the scores within layers", cmap="RdBu_r", vmin=-1)
+    title = "correlation of the scores within layers"
+    images.append(draw_matrix(right, names, values, notes, title, cmap="RdBu_r", vmin=-1))
+    for image in images:
+        figure.colorbar(image, ax=image.axes, fraction=0.045, pad=0.02)
     return figure
 
 
