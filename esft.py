@@ -337,7 +337,7 @@ class _State:
 
 def _state(model: nn.Module) -> _State:
     if (state := find_state(model)) is None:
-        raise ValueError("cannot do this: the model has no adapter. Call to_esft or add_adapter first.")
+        raise ValueError("cannot save, unload or merge: the model has no adapter. Call to_esft or add_adapter first.")
     return state
 
 

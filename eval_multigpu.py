@@ -163,7 +163,7 @@ def write_results(
     """Have the answers of a job graded, write them and their summary, and return the summary and the answers.
 
     `base` holds the answers of the base, with which these are compared. The journal is kept where the judge failed on
-    some answers, so that the same command asks about those again.
+    some answers. The same command then asks about those again.
     """
     results, judged, primary = [journal.results[i] for i in range(len(job.rows))], {}, job.evaluator.primary
     if judge and any(job.tasks):

@@ -4,9 +4,9 @@ r"""Expert-parallel training: train.py with `ep_size=auto`.
         --expert_config=results/expert_configs/D.json --output_dir=results/checkpoints/D --save_opt_states \
         [key=value ...]
 
-Each copy of the model lies on ep_size processes: each holds a share of every layer's experts, and all the rest. There
-are world_size / ep_size copies. `auto` takes the smallest ep_size whose weights and states are expected to fit on the
-GPUs, and says so; on a CPU it is 1. What is trained, and all losses, are those of one process.
+ep_size processes share one copy of the experts: each holds some experts of every layer, and all other weights. There
+are world_size / ep_size such copies. `auto` takes the smallest ep_size with which a step is expected to fit on the
+GPUs, and says so. On a CPU it is 1. What is trained, and all losses, are those of one process.
 """
 
 import utils

@@ -8,8 +8,8 @@ layer, one all-to-all sends each row to the rank that holds the expert, with the
 usual ESFT forward (grouped_gemm.py) runs with K = 1. A second all-to-all brings the weighted outputs home. A slot is an
 expert's place in the order "rows of rank 0, rows of rank 1, ...". One sort by slot makes every message contiguous:
 
-    rank 0 holds experts 0 2 4, of which 2 is trained: rows 2 0 4       slot of   2 0 4 | 5 1 3
-    rank 1 holds experts 1 3 5, of which 5 is trained: rows 5 1 3       is        0 1 2 | 3 4 5
+    rank 0 holds experts 0 2 4 and trains 2: rows 2 0 4       slot of   2 0 4 | 5 1 3
+    rank 1 holds experts 1 3 5 and trains 5: rows 5 1 3       is        0 1 2 | 3 4 5
 
     ids_TK     5 0 | 2 5 | 0 1        three tokens, K = 2
     slot_N     3 1   0 3   1 4

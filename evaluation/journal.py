@@ -1,4 +1,4 @@
-"""The finished batches of an evaluation, kept in a file so that an interrupted one goes on."""
+"""The finished batches of an evaluation, in a file from which an interrupted evaluation goes on."""
 
 import contextlib
 import fcntl

@@ -208,8 +208,8 @@ def growth_of_stability(
     """Return for a sample of each of `SHARES` the Jaccard of its selection with two others.
 
     "jaccard_with_all": with the selection on all packs; the sample is drawn with replacement.
-    "jaccard_with_other_packs": with that on as many packs of which it has none, as a second sample of the data would
-    be; None for more than half of the packs.
+    "jaccard_with_other_packs": with the selection on as many other packs, like a second sample of the data; None for
+    more than half of the packs.
     """
     P, rows = len(packs), []
     for number, share in enumerate(SHARES, start=1):

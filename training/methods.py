@@ -158,7 +158,7 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
 
 
 def check_frozen(before: dict[str, str], model: nn.Module, ranks: Ranks) -> None:
-    """Raise, on all ranks, where a frozen tensor does not have the hash of `before`, and log the proof."""
+    """Raise on all ranks if a frozen tensor does not have the hash of `before`. Else log the proof."""
     after = frozen_hashes(model)
     changed = [name for name in before if before[name] != after.get(name)]
     ranks.raise_on_all(

@@ -37,13 +37,13 @@ EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without 
 
 
 def collate(packs: list[data.Pack], pad_token_id: int) -> dict:
-    """Make a batch of packs (of none, too), with the dataset's rows in it, so that a bad step can name them."""
+    """Make a batch of packs, or of none. "rows" are their rows of the data set, for the error about a bad step."""
     rows = [row for pack in packs for row in pack.samples]
     return {**data.collate(packs or [EMPTY_PACK], pad_token_id), "rows": rows}
 
 
 class Batches:
-    """A batch sampler: this rank's batches of an epoch, whose order `seed` and the epoch give.
+    """A batch sampler of this rank. The order of an epoch's batches depends on `seed` and on the epoch.
 
     Every rank has the same number of batches; empty ones come last.
     """
@@ -228,7 +228,7 @@ class ESFTTrainer(SavingTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # dropout, where a model has any, goes by the place in the run, so that a resumed run needs no saved generator
+        # dropout depends on the place in the run alone: a resumed run needs no saved generator
         place = (self.args.seed, self.state.global_step, len(self._micro_batches), self.ranks.rank)
         torch.manual_seed(random.Random(str(place)).getrandbits(63))
         loss = super().training_step(model, inputs, num_items_in_batch)
