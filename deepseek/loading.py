@@ -58,8 +58,7 @@ def load_base_model(
         ValueError, FileNotFoundError: there is no such model, transformers cannot load it, its checkpoint lacks tensors
             or holds them in another shape (transformers would draw them at random), or its GPUs are too small.
     """
-    tokenizer = load_tokenizer(path)
-    config = load_config(path)
+    tokenizer, config = load_tokenizer(path), load_config(path)
     quantized = quantization(config)
     if quantized and quantized not in UNQUANTIZED:
         raise ValueError(f"cannot load model {str(path)!r}: it is quantized as {quantized}, which cannot be "
