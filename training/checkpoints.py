@@ -94,8 +94,8 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
             if rows is None:
                 tensors[f"{name}.{key}"] = state
             else:
-                by_row = _by_row(key, state, param)
-                tensors |= {f"{row}.{key}": by_row[i] for i, row in enumerate(rows)}
+                parts = by_row(key, state, param)
+                tensors |= {f"{row}.{key}": parts[i] for i, row in enumerate(rows)}
     save_file(
         {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()},
         folder / f"rank-{rank}.safetensors",
@@ -106,11 +106,11 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         write_json(folder / GROUPS, [{k: v for k, v in group.items() if k != "params"} for group in groups])
 
 
-def _by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor]:
+def by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor]:
     """Return the part of an optimizer's state that belongs to each row (expert) of a parameter."""
     if not state.ndim or key in TABLES:  # the same for all
         return [state] * len(param)
-    if state.shape == param.shape:
+    if key not in BLOCKWISE and state.shape[0] == len(param) and state.ndim <= param.ndim:
         return state
     if key in BLOCKWISE and param[0].numel() % BLOCK == 0:
         return state.view(len(param), -1)

@@ -21,10 +21,12 @@ from typing import Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from deepseek.files import suggest
+from training.checkpoints import by_row
+from training.keys import CHECKPOINTING, DEFAULTS, NO_EFFECT, ONLY_FOR, REFUSED
 from utils import note
 
 ALIASES = {
@@ -39,33 +41,16 @@ ALIASES = {
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
     "gradient_checkpointing": "activation_checkpointing",
-}
-NO_EFFECT = {  # key of the released code -> what holds here
-    "n_device": "torchrun --nproc-per-node sets the number of processes",
-    "random_concat_ratio": "a pack holds whole samples that do not see each other",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "evaluation_strategy": "eval_strategy",
+    "overwrite_output_dir": "overwrite",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
 }
 SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> variable of the environment
-DEFAULTS = {  # of TrainingArguments, where ours differ
-    **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
-    "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
-    "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
-}
-NEEDED = {  # other values would break the loss, the order of the data, or the checkpoints
-    "average_tokens_across_devices": True,
-    "save_on_each_node": False,
-    "auto_find_batch_size": False,
-    "dataloader_drop_last": False,
-    "ignore_data_skip": False,
-    "train_sampling_strategy": "random",
-    "fsdp": None,
-    "deepspeed": None,
-    "ddp_backend": None,
-}
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 )
-ONLY_FOR = {"expert_config": ("esft", "random"), "lora_rank": ("lora",), "lora_alpha": ("lora",)}
 
 
 def _key(default: object, help: str):
@@ -155,11 +140,35 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
     if config.verify_frozen and config.method == "full":
         yield "verify_frozen has nothing to verify, as method full freezes nothing. Leave it out"
-    for key, needed in NEEDED.items():
-        if values.get(key, needed) != needed:
-            yield f"{key}={values[key]} does not work here, only {'none' if needed is None else needed}. Leave it out"
-    if values.get("fp16") or values.get("bf16"):
-        yield "bf16 and fp16 (autocast) would round the routers. Give dtype=bfloat16, with fp32 masters"
+    for key, (allowed, why) in REFUSED.items():
+        if values.get(key) is not None and values[key] not in allowed:
+            yield f"{key}={values[key]} does not work here: {why}. Leave it out"
+    yield from _unmet_needs(config, values)
+
+
+def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
+    """Yield which keys miss another that they need."""
+    best = "save_strategy=best" if values.get("save_strategy") == "best" else "load_best_model_at_end"
+    if best == "save_strategy=best" or values.get(best):
+        if values.get("eval_strategy", "no") == "no":
+            yield f"{best} needs evaluations. Give eval_steps"
+        if 0 < values.get("max_steps", -1) < values.get("eval_delay", 0):
+            yield f"{best} needs evaluations, and eval_delay={values['eval_delay']} leaves none. Lower it"
+    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if values.get(key) and not values.get("dataloader_num_workers"):
+            yield f"{key} needs dataloader_num_workers above 0"
+    options = values.get("activation_checkpointing_kwargs") or {}
+    if not isinstance(options, dict):
+        yield f"activation_checkpointing_kwargs={options} is not a dict"
+    if unknown := sorted(options.keys() - CHECKPOINTING):
+        yield f"activation_checkpointing_kwargs has no {unknown[0]!r}{suggest(unknown[0], CHECKPOINTING)}"
+    if options.get("offload") and (config.device == "cpu" or not torch.cuda.is_available()):
+        yield "offload in activation_checkpointing_kwargs needs a GPU. Leave it out"
+    if (path := values.get("resume_from_checkpoint")) not in (None, "false"):
+        if not config.save_opt_states:
+            yield f"resume_from_checkpoint={path} needs --save_opt_states"
+        if config.overwrite:
+            yield "resume_from_checkpoint goes on with a run, and overwrite removes it. Give one of them"
 
 
 class _Parser(HfArgumentParser):
@@ -192,7 +201,7 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
             [
                 "short names:",
                 *(f"  {short} = {key}" for short, key in ALIASES.items()),
-                "keys of the released code that have no effect here:",
+                "keys that have no effect here:",
                 *(f"  {key}: {why}" for key, why in NO_EFFECT.items()),
                 "secrets, which no file of the run will hold:",
                 *(f"  {key}, or {variable} in the environment" for key, variable in SECRETS.items()),
@@ -216,9 +225,10 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
     found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
     config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
-    for key, methods in ONLY_FOR.items():
-        if given.get(key) is not None and config.method not in methods:
-            _tell(f"{key} has no effect: it is for method {' and '.join(methods)}, and this is {config.method}")
+    for key, (other, values) in ONLY_FOR.items():
+        value = getattr(config, other, config.training.get(other))
+        if given.get(key) is not None and not set(values) & {*([value] if isinstance(value, str) else value)}:
+            _tell(f"{key} has no effect: it is for {other} {' and '.join(values)}, and this is {value}")
     return config
 
 
@@ -237,7 +247,7 @@ def take_secret(key: str, value: str | None) -> bool:
 
 def _without_foreign_keys(values: dict[str, object]) -> dict[str, object]:
     """Return the values without NO_EFFECT and SECRETS, and say what they mean here."""
-    for key in NO_EFFECT.keys() & values.keys():
+    for key in [key for key in NO_EFFECT if values.get(key) is not None]:
         _tell(f"{key} has no effect here: {NO_EFFECT[key]}")
     if values.get("wandb_api_key") and "wandb" not in str(values.get("report_to")):
         _tell("wandb_api_key has an effect with report_to=wandb only: nothing is sent to W&B")
@@ -265,11 +275,15 @@ def _yaml_pairs(path: str) -> Iterator[tuple[str, object]]:
 
 def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str]) -> dict[str, object]:
     """Return the values by full key."""
-    values = {}
+    values, names = {}, {}
     for name, value in pairs:
         key = ALIASES.get(name, name)
         if key not in known:
             raise ValueError(f"cannot read {source}: unknown key {name!r}{suggest(name, known | ALIASES.keys())}")
+        if names.setdefault(key, name) != name and source != "the command line":
+            raise ValueError(f"cannot read {source}: {names[key]} and {name} are the same key. Give one of them.")
+        if name == "warmup_ratio" and not 0 <= float(value or 0) < 1:
+            raise ValueError(f"cannot read {source}: warmup_ratio={value} is not a share below 1. Give warmup_steps.")
         values[key] = value
     return values
 
@@ -287,7 +301,10 @@ def _words(key: str, value: object) -> list[str]:
 def _stored(key: str, value: object) -> object:
     """Return a value as run.json keeps it."""
     if isinstance(value, str) and value.startswith("{"):
-        return json.loads(value)
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot read {key}={value}: it is not a dict such as '{{\"key\": 1}}'.") from error
     return int(value) if key.endswith("_steps") and isinstance(value, float) and value.is_integer() else value
 
 
@@ -297,7 +314,11 @@ def _make_config(values: dict[str, object]) -> RunConfig:
         values["device"] = "cpu"
     if "save_only_model" in values:
         values.setdefault("save_opt_states", not values.pop("save_only_model"))
+    if values.get("resume_from_checkpoint") == "true":  # which is what a run does by itself
+        del values["resume_from_checkpoint"]
     training = dict(DEFAULTS)
+    if values.get("save_strategy") == "best":
+        training["metric_for_best_model"] = "loss"
     for what in ("save", "eval"):  # transformers would take no notice of the steps without the strategy
         if values.get(f"{what}_steps") or (what == "save" and values.get("save_opt_states")):
             training[f"{what}_strategy"] = "steps"
@@ -327,9 +348,28 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
             save_only_model=not config.save_opt_states,
         )
-        tried = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
-        get_scheduler(args.lr_scheduler_type, tried, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
+        optimizer = _try_optimizer(args, by_expert=config.method in ("esft", "random"))
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"cannot start this run: {error}") from error
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun, never for nn.DataParallel
     return args
+
+
+def _try_optimizer(args: TrainingArguments, by_expert: bool) -> torch.optim.Optimizer:
+    """Return the optimizer of a run after one step on three small experts.
+
+    Raises:
+        ValueError, TypeError, ImportError: it has a bad setting, is not installed, or its states cannot be saved.
+    """
+    experts = torch.nn.Parameter(torch.zeros(3, 64, 64, device=args.device))
+    experts.grad = torch.ones_like(experts)
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.ParameterList([experts]))
+    if settings.keys() & {"model", "params", "optimizer_dict"}:
+        raise ValueError(f"optim={args.optim.value} does not train fused experts")
+    optimizer = kind([experts], **settings)
+    optimizer.step()
+    if by_expert and not args.save_only_model:
+        for key, state in optimizer.state[experts].items():
+            by_row(key, torch.as_tensor(state), experts)
+    return optimizer

@@ -211,6 +211,7 @@ class ESFTTrainer(SavingTrainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
         )
 
     def _run_epoch(self, **kwargs):

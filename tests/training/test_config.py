@@ -84,9 +84,23 @@ def test_every_key_of_training_arguments_is_accepted():
         ("ep_size=2", "ep_size is for methods esft and random, not full"),
         ("frozen_dtype=fp8", "frozen_dtype is for methods esft and random"),
         ("global_batch_size=4 accumulation_steps=2", "Give one of them"),
-        ("ignore_data_skip=true", "ignore_data_skip=True does not work here, only False"),
-        ("train_sampling_strategy=group_by_length", "does not work here, only random"),
-        ("fsdp=true", "does not work here, only none"),
+        (
+            "ignore_data_skip=true",
+            "ignore_data_skip=True does not work here: a run goes on with the batch after the checkpoint",
+        ),
+        ("train_sampling_strategy=group_by_length", "does not work here: the seed gives the order"),
+        ("fsdp=true", "does not work here: the experts are shared out by ep_size"),
+        ("warmup_ratio=3", "warmup_ratio=3 is not a share below 1. Give warmup_steps"),
+        ("load_best_model_at_end=true", "load_best_model_at_end needs evaluations"),
+        ("save_strategy=best", "save_strategy=best needs evaluations"),
+        ("save_strategy=best eval_steps=1 eval_delay=10 max_steps=9", "eval_delay=10.0 leaves none"),
+        ("dataloader_persistent_workers=true", "needs dataloader_num_workers"),
+        ("dataloader_multiprocessing_context=spawn", "needs dataloader_num_workers"),
+        ('activation_checkpointing_kwargs={"offlod":1}', "has no 'offlod' .did you mean 'offload'"),
+        (
+            "activation_checkpointing_kwargs={offload:true",
+            "activation_checkpointing_kwargs={offload:true: it is not a dict",
+        ),
     ],
 )
 def test_a_bad_key_or_value_is_named(words, text):
@@ -118,6 +132,21 @@ def test_a_bad_file_is_named(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_config([*FULL, f"--train_config={path}"])
+
+
+def test_the_names_that_recipes_use_stand_for_todays_keys(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "warmup_ratio: 0.03\nevaluation_strategy: steps\ngradient_checkpointing_kwargs: {use_reentrant: true}"
+    )
+    training = read_config([*FULL, f"--train_config={path}"]).training
+    assert (training["warmup_steps"], training["eval_strategy"]) == (0.03, "steps")
+    assert training["activation_checkpointing_kwargs"] == {"use_reentrant": True}
+    args = training_arguments(read_config([*FULL, "warmup_ratio=0.03", "device=cpu"]))
+    assert args.get_warmup_steps(1000) == 30
+    path.write_text("warmup_ratio: 0.03\nwarmup_steps: 0")
+    with pytest.raises(ValueError, match="warmup_ratio and warmup_steps are the same key"):
         read_config([*FULL, f"--train_config={path}"])
 
 

@@ -1,0 +1,102 @@
+"""What a run does with the keys of transformers' TrainingArguments that it does not simply hand on.
+
+docs/settings.md lists every key: handed on, refused, or without effect. tests/training/test_keys.py compares that page
+with these tables and with the fields of TrainingArguments.
+"""
+
+DEFAULTS = {  # of TrainingArguments, where ours differ
+    **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
+    "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
+    "logging_nan_inf_filter": False,
+}
+
+_COMPILE = "torch.compile cannot trace the grouped product of the experts"
+_SHARDING = "the experts are shared out by ep_size, the other weights by shard_dense"
+_ONE_METRIC = "an evaluation gives the loss alone, and the lowest is the best"
+_LIGER = "it would replace layers of the model"
+_AUTOCAST = "autocast would round the routers (dtype=bfloat16 does not, and has fp32 masters)"
+
+REFUSED = {  # key: (the values that work, why no other does)
+    "average_tokens_across_devices": ((True,), "the loss is the mean over the label tokens of all processes"),
+    "bf16": ((False,), _AUTOCAST),
+    "fp16": ((False,), _AUTOCAST),
+    "auto_find_batch_size": (
+        (False,),
+        "it would change the batch (global_batch_size with a lower batch_size does not)",
+    ),
+    "optim_target_modules": ((), "GaLore and APOLLO train Linear layers, and fused experts are not Linear layers"),
+    "torch_compile": ((False,), _COMPILE),
+    "torch_compile_backend": ((), _COMPILE),
+    "torch_compile_mode": ((), _COMPILE),
+    "use_liger_kernel": ((False,), _LIGER),
+    "liger_kernel_config": ((), _LIGER),
+    "metric_for_best_model": (("loss", "eval_loss"), _ONE_METRIC),
+    "greater_is_better": ((False,), _ONE_METRIC),
+    "save_on_each_node": ((False,), "all nodes share the output folder"),
+    "push_to_hub": ((False,), "upload the folder afterwards, with `hf upload`"),
+    "ignore_data_skip": ((False,), "a run goes on with the batch after the checkpoint"),
+    "accelerator_config": ((), "the order of the data and the sum of the gradients are those of this project"),
+    "parallelism_config": ((), _SHARDING),
+    "fsdp": (("",), _SHARDING),
+    "fsdp_config": (("",), _SHARDING),
+    "deepspeed": (("",), _SHARDING),
+    "dataloader_drop_last": ((False,), "no sample is left out"),
+    "dataloader_in_order": ((True,), "the seed gives the order of the data"),
+    "train_sampling_strategy": (("random",), "the seed gives the order of the data"),
+    "ddp_backend": ((), "it is nccl on GPUs and gloo on CPUs"),
+}
+
+_NO_DDP = "gradients are summed without DistributedDataParallel"
+_LOSS_ONLY = "an evaluation during training computes the loss alone"
+_NO_HUB = "nothing is pushed to the hub"
+_OLD = "transformers has it no more"
+
+NO_EFFECT = {  # key: why. It is accepted, reported, and left out
+    "bf16_full_eval": "the validation loss is computed in the dtype of the weights",
+    "fp16_full_eval": "the validation loss is computed in the dtype of the weights",
+    "use_cache": "training never uses the cache, and the saved config is that of the base model",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "prediction_loss_only": _LOSS_ONLY,
+    "eval_do_concat_batches": _LOSS_ONLY,
+    "eval_use_gather_object": _LOSS_ONLY,
+    "eval_accumulation_steps": _LOSS_ONLY,
+    "include_for_metrics": _LOSS_ONLY,
+    "batch_eval_metrics": _LOSS_ONLY,
+    "label_names": _LOSS_ONLY,
+    "enable_jit_checkpoint": "SIGTERM ends a run with a checkpoint in any case",
+    "restore_callback_states_from_checkpoint": "no callback of a run has a state",
+    "hub_private_repo": _NO_HUB,
+    "hub_model_id": _NO_HUB,
+    "hub_strategy": _NO_HUB,
+    "hub_always_push": _NO_HUB,
+    "hub_revision": _NO_HUB,
+    "remove_unused_columns": "all columns of the data are read, and a column that is not known is reported",
+    "length_column_name": "packs are made by the lengths of the samples",
+    "ddp_find_unused_parameters": _NO_DDP,
+    "ddp_bucket_cap_mb": _NO_DDP,
+    "ddp_broadcast_buffers": _NO_DDP,
+    "ddp_static_graph": _NO_DDP,
+    "do_train": "this command always trains",
+    "do_eval": "eval_strategy says when the validation loss is computed",
+    "do_predict": "eval_multigpu.py evaluates a model",
+    "local_rank": "torchrun sets it for each process",
+    "save_safetensors": f"{_OLD}: all weights are safetensors",
+    "logging_dir": f"{_OLD}: set TENSORBOARD_LOGGING_DIR in the environment",
+    "n_device": "torchrun --nproc-per-node sets the number of processes",
+    "random_concat_ratio": "a pack holds whole samples that do not see each other",
+    "include_tokens_per_second": f"{_OLD}: tokens_per_second is always logged",
+}
+
+ONLY_FOR = {  # key: (another key, its values that this key is for)
+    "expert_config": ("method", ("esft", "random")),
+    "lora_rank": ("method", ("lora",)),
+    "lora_alpha": ("method", ("lora",)),
+    **dict.fromkeys(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        ("report_to", ("trackio", "all")),
+    ),
+}
+
+CHECKPOINTING = {  # what activation_checkpointing_kwargs may hold
+    *("every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"),
+}
