@@ -2,7 +2,8 @@
 
 run.json holds the config, the packs that an optimizer step sees, SHA-256 of the files that the run reads, and the
 environment; a finished run adds its results. A run goes on where all of that is the same but LAYOUT, the keys that say
-how it lies on its processes.
+how it lies on its processes and what it shows. A run with optimizer states can also be made longer (LENGTH), even when
+it is finished.
 """
 
 import dataclasses
@@ -23,15 +24,19 @@ from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
 from training.trainer import ESFTTrainer
-from utils import peak_memory_bytes
+from utils import note, peak_memory_bytes
 
 LAYOUT = {
     *("ep_size", "placement", "expert_scores_dir", "shard_dense", "activation_checkpointing", "ddp_timeout"),
     *("global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("dataloader_persistent_workers", "disable_tqdm", "logging_steps", "report_to"),
+    *("dataloader_persistent_workers", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
+    *("disable_tqdm", "logging_steps", "report_to", "run_name", "project", "log_level", "log_level_replica"),
+    "resume_from_checkpoint",
     "output_dir",  # a folder that was moved still holds the same run
 }
+LENGTH = {"max_steps", "num_train_epochs"}
+OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")  # schedules
 
 
 def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
@@ -40,10 +45,14 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
     Raises:
         ValueError: the folder holds another run, or files that no run of ours wrote.
     """
-    folder = Path(config.output_dir)
+    folder, asked = Path(config.output_dir), config.training.get("resume_from_checkpoint")
     check_output(folder, folder=True)
     made = [*folder.iterdir()] if folder.exists() else []
     if all(path.name.startswith(".") or path.name in SELECTION_FOLDERS for path in made):
+        if asked not in (None, "false"):
+            raise ValueError(
+                f"cannot resume from {asked}: {folder} holds no run. Give that run's folder as output_dir."
+            )
         return None, None
     try:
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -58,22 +67,70 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
     if config.overwrite and (differing or before.get("results") or not restarted):
         return None, None
     results, checkpoints = before.get("results"), list_checkpoints(folder)
-    other = f"another run (it differs in {', '.join(differing)})" if differing else None
+    longer = bool(checkpoints) and config.save_opt_states and _is_longer(differing, now, was, step_of(checkpoints[-1]))
+    other = f"another run (it differs in {', '.join(differing)})" if differing and not longer else None
     if checkpoints and not (other or results or restarted or config.save_opt_states):
         kept = f"{checkpoints[-1].name} is a loadable adapter"
         other = f"a run that cannot go on, as it had no --save_opt_states ({kept})"
     if other:
         raise ValueError(f"cannot use --output_dir {folder}: it holds {other}. Give a fresh one, or overwrite=true.")
-    if results:
+    if results and not longer and asked in (None, "false"):
         return None, results
     if not config.save_opt_states:
         warnings.warn(f"{folder} holds a run without optimizer states: it starts over", stacklevel=2)
         return None, None
+    checkpoint = _choose_checkpoint(checkpoints, None if restarted else asked)
+    if longer and not checkpoint:
+        raise ValueError(f"cannot make the run in {folder} longer: no checkpoint is whole. Give a fresh --output_dir.")
+    if longer:
+        note(f"the run in {folder} is made longer, from step {step_of(checkpoint)} on" + _what_changes(now))
+    return checkpoint, None
+
+
+def _is_longer(differing: list[str], now: dict, was: dict, steps_done: int) -> bool:
+    """Return whether a run differs from the one in the folder in nothing but a greater length."""
+    if not differing or not set(differing) <= LENGTH:
+        return False
+    steps, steps_before = (values.get("max_steps", -1) for values in (now, was))
+    if steps > 0:
+        return steps > max(steps_done, steps_before)
+    return steps_before <= 0 and now.get("num_train_epochs", 3) > was.get("num_train_epochs", 3)
+
+
+def _what_changes(now: dict) -> str:
+    """Return what a run that was made longer does otherwise than one that had this length from the start."""
+    schedule = now.get("lr_scheduler_type", "linear")
+    if schedule in OF_ANY_LENGTH and not 0 < now.get("warmup_steps", 0) < 1:
+        return ""
+    return (
+        f". Its learning rate follows the {schedule} schedule of the new length from here, and that of the shorter run "
+        "before. A run of this length from the start gives other weights"
+    )
+
+
+def _choose_checkpoint(checkpoints: list[Path], asked: str | None) -> Path | None:
+    """Return the checkpoint to go on from: the one that was asked for, or the last that is whole.
+
+    Raises:
+        ValueError: the checkpoint that was asked for is not one of these, or is damaged.
+    """
+    if asked == "false" and checkpoints:
+        raise ValueError(
+            f"cannot start afresh with resume_from_checkpoint=false: {checkpoints[-1].parent} holds "
+            f"{checkpoints[-1].name} of this run. Leave the key out to go on, or give overwrite=true."
+        )
+    if asked not in (None, "false"):
+        found = [path for path in checkpoints if path.resolve() == Path(asked).resolve() or path.name == asked]
+        reason = find_damage(found[0]) if found else "it is not a checkpoint of the run in output_dir"
+        if reason:
+            held = ", ".join(path.name for path in checkpoints) or "no checkpoint"
+            raise ValueError(f"cannot resume from {asked}: {reason}. That folder holds {held}.")
+        return found[0]
     for checkpoint in reversed(checkpoints):
         if (reason := find_damage(checkpoint)) is None:
-            return checkpoint, None
+            return checkpoint
         warnings.warn(f"{checkpoint} is damaged ({reason}) and will be written again", stacklevel=2)
-    return None, None
+    return None
 
 
 def run_note(config: RunConfig, packs_per_step: int) -> dict:
@@ -102,7 +159,10 @@ def _identity(note: dict) -> dict:
 
 
 def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> None:
-    """Remove what an earlier try left and this one does not go on from, and write run.json."""
+    """Remove what an earlier try left and this one does not go on from, and write run.json.
+
+    The note of a run that was made longer also gets the steps at which that happened.
+    """
     folder = Path(config.output_dir)
     for path in folder.iterdir() if config.overwrite and not checkpoint else ():
         if path.name not in SELECTION_FOLDERS:
@@ -112,6 +172,11 @@ def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> No
             shutil.rmtree(path)
     for path in folder.glob(".adapter.safetensors.*"):  # half-written
         shutil.rmtree(path, ignore_errors=True)
+    if checkpoint:
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        old, new = ({key: part["config"]["training"].get(key) for key in LENGTH} for part in (before, note))
+        if steps := before.get("made_longer_at", []) + [step_of(checkpoint)] * (old != new):
+            note["made_longer_at"] = steps
     write_json(folder / "run.json", note)
 
 

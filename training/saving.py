@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -139,6 +140,13 @@ class SavingTrainer(Trainer):
         elif checkpoint is not None:
             checkpoints.load_states(self.model, self.optimizer, Path(checkpoint) / checkpoints.STATES)
             self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
+        if isinstance(
+            schedule := self.lr_scheduler, LambdaLR
+        ):  # in a run that was made longer it is another than saved
+            factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+            schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors)]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr):
+                group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.lora:
