@@ -115,8 +115,7 @@ def by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor
     if key in BLOCKWISE and param[0].numel() % BLOCK == 0:
         return state.view(len(param), -1)
     raise ValueError(
-        f"cannot save the optimizer's {key} by expert: its shape is not that of the parameter. Set "
-        "optim=adamw_torch_fused, or leave out --save_opt_states."
+        f"the optimizer's {key} cannot be split by expert. Set optim=adamw_torch_fused, or leave out --save_opt_states"
     )
 
 

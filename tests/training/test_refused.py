@@ -69,7 +69,7 @@ WRONG = [
     ({"learning_rate": -1}, "Invalid learning rate"),
     ({"adam_beta1": 2}, "Invalid beta parameter"),
     ({"optim": "lomo"}, "install `lomo_optim`"),
-    ({"optim": "ademamix", "save_opt_states": True}, "state1 cannot be told apart by expert"),
+    ({"optim": "ademamix", "save_opt_states": True}, "state1 cannot be split by expert"),
     ({"metric_for_best_model": "eval_accuracy", "load_best_model_at_end": True}, "gives the loss alone"),
     ({"torch_compile": True}, "torch.compile cannot trace"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": None}, "requires an eval strategy"),
