@@ -6,12 +6,16 @@
     python eval_multigpu.py --suite=mmlu,gsm8k,ifeval --base_model_path=M --adapter_dir=A --with_base --world_size=8
 
 The first form takes a folder that train.py wrote. The base, the adapter and the task come from the run. Without an eval
-file for the task, the model is evaluated on the samples that training held out for validation.
+file for the task, the model is evaluated on the samples that training held out for validation. --with_general adds the
+general skills of datasets/eval/general.jsonl, which a run on results/models/tiny asks by itself.
 
 The answers go to <output_path>, in the order of the eval file, and the means with their 95 % intervals to
 <output_path without .jsonl>.summary.json. With several data sets the names go before the suffix: out.law.jsonl,
-out.general.jsonl. With --with_base the model answers first without the adapter (out.base.jsonl) and then with it, and
-one table shows what was gained and what was forgotten.
+out.general.jsonl. --output_dir gets <name>.jsonl instead. With --with_base the model answers first without the adapter
+(out.base.jsonl) and then with it, and one table shows what was gained and what was forgotten.
+
+--adapter_dir may also hold an adapter for each data set, in folders of their names. Each data set is then answered with
+its own, as by a command of its own.
 
 Each of `world_size` processes holds the whole model, on `gpus_per_rank` GPUs or on one thread of the CPU. The results
 are the same for any world_size. Finished batches are kept in a hidden file beside the output, and the same command goes
@@ -36,7 +40,7 @@ from transformers import HfArgumentParser
 import esft
 from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
 from deepseek.files import check_output, write_json, write_jsonl
-from deepseek.loading import empty_model, plan_devices
+from deepseek.loading import empty_model
 from evaluation import code_runner
 from evaluation.config import EvalConfig, fill_from_run
 from evaluation.journal import AnswerJournal
@@ -47,7 +51,7 @@ from evaluation.results import compare, format_results, summarize
 from evaluation.rubrics import RUBRICS
 from evaluation.run_folder import read_json
 from evaluation.runner import Job, answer_jobs, answer_key
-from evaluation.workers import run_ranks
+from evaluation.workers import plan_devices, run_ranks
 from utils import environment, note, run_cli
 
 
@@ -62,7 +66,15 @@ class _Parser(HfArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> EvalConfig:
     parser = _Parser(EvalConfig, description=__doc__, formatter_class=_Help, allow_abbrev=False)
-    return EvalConfig(**vars(parser.parse_args(argv)))
+    to_environment = "the judge's key, put into the environment as --judge_key_env; no file keeps it"
+    parser.add_argument("--openai_api_key", metavar="KEY", help=to_environment)
+    values = vars(parser.parse_args(argv))
+    key, config = values.pop("openai_api_key"), EvalConfig(**values)
+    if key:
+        os.environ[config.judge_key_env] = key
+        if not config.judge_model:
+            note("openai_api_key has an effect with --judge_model only: no judge is asked")
+    return config
 
 
 # ------------------------------------------------------------------------------------------------ before the model
@@ -74,11 +86,35 @@ def check_adapter(config: EvalConfig) -> None:
         experts.check(empty_model(config.base_model_path))
 
 
+def is_adapter(folder: Path) -> bool:
+    return esft.is_lora(folder) or (folder / esft.CONFIG_NAME).is_file()
+
+
+def split_by_adapter(config: EvalConfig) -> list[EvalConfig]:
+    """Return one config for each data set, if --adapter_dir holds folders of their names, and else the config itself.
+
+    Raises ValueError if suites are asked for as well, which have no adapter of their own.
+    """
+    folder = Path(config.adapter_dir or "")
+    own = {dataset: folder / Path(dataset).stem for dataset in config.datasets}
+    if not config.adapter_dir or is_adapter(folder) or not any(map(is_adapter, own.values())):
+        return [config]
+    if config.suites:
+        raise ValueError(f"cannot ask suites: {folder} holds an adapter for each data set. Give one of them.")
+    parts = [dataclasses.replace(config, eval_dataset=name, adapter_dir=str(adapter)) for name, adapter in own.items()]
+    if not config.output_path or len(parts) == 1:
+        return parts
+    paths = [str(output_path(config, Path(part.eval_dataset).stem, alone=False)) for part in parts]
+    return [dataclasses.replace(part, output_path=path) for part, path in zip(parts, paths)]
+
+
 def output_path(config: EvalConfig, name: str, alone: bool) -> Path:
     """Return where the answers to a data set or suite go. The name is left out if the data set is `alone`.
 
     Raises ValueError where --output_path is not given and the usual place holds the answers of another model.
     """
+    if config.output_dir:
+        return Path(config.output_dir, f"{name}.jsonl")
     if config.output_path:
         path = Path(config.output_path)
         return path if alone else path.with_suffix(f".{name}.jsonl")
@@ -251,7 +287,11 @@ def show(paths: dict[str, Path], bases: dict[str, dict], summaries: dict[str, di
 def main(argv: list[str] | None = None) -> list[dict]:
     config = fill_from_run(parse_args(argv))
     config.check()
-    return run(config)
+    first, *more = split_by_adapter(config)
+    for part in more:  # `run` checks the first before its model answers
+        check_adapter(part)
+        plan_suites(part, plan_jobs(part))
+    return [summary for part in (first, *more) for summary in run(part)]
 
 
 if __name__ == "__main__":

@@ -157,24 +157,6 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     return not grad_TD[:4].any()
 
 
-def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[str]]:
-    """Return the devices of every rank, e.g. [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]] or [["cpu"]].
-
-    Args:
-        device: "cpu", "cuda", or "auto" for GPUs where there are any.
-
-    Raises:
-        ValueError: there are fewer than world_size x gpus_per_rank GPUs.
-    """
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if not gpus and device != "cuda" and gpus_per_rank == 1:
-        return [["cpu"]] * world_size
-    if (needed := world_size * gpus_per_rank) > gpus:
-        flags = f"--device {device} --world_size {world_size} --gpus_per_rank {gpus_per_rank}"
-        raise ValueError(f"cannot run with {flags}: that needs {needed} GPUs and there are {gpus}. Change one of them.")
-    return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
-
-
 def _load(function, path: str | Path, **kwargs):
     """Call a loading function of transformers. Whatever it raises becomes one sentence with the path in it."""
     path, hub_id = str(path), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))

@@ -11,6 +11,7 @@ from training.data import split_dataset
 from utils import ROOT, note
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
+TINY = ROOT / "results" / "models" / "tiny"
 COUNTS = (
     "world_size", "gpus_per_rank", "max_new_tokens", "eval_batch_size", "n_samples", "judge_parallel",
     "suite_max_new_tokens",
@@ -38,15 +39,22 @@ class EvalConfig:
         "MODEL",
         "--model",
     )
-    adapter_dir: str | None = _flag(None, "folder of an adapter to put on the base", "DIR")
+    adapter_dir: str | None = _flag(
+        None, "folder of an adapter to put on the base, or of one adapter for each data set, in folders of their names",
+        "DIR",
+    )  # fmt: skip
     with_base: bool = _flag(False, "answer without the adapter too, and print what it changed with 95 %% intervals")
     eval_dataset: str = _flag(
         "", "names in datasets/eval, paths (.jsonl, .json, .parquet) or hub ids", "NAME[,NAME]", "--eval_datasets"
+    )
+    with_general: bool = _flag(
+        False, "ask the general skills, datasets/eval/general.jsonl, too; a run on results/models/tiny always does"
     )
     suite: str = _flag("", f"names that lm-eval knows ({', '.join(KNOWN)}, ...) or task files (.yaml)", "NAME[,NAME]")
     output_path: str | None = _flag(
         None, "the answers (.jsonl); without it results/completions/<adapter or model>.<data set>.jsonl", "FILE"
     )
+    output_dir: str | None = _flag(None, "folder of the answers, <data set>.jsonl, in place of --output_path", "DIR")
     world_size: int = _flag(
         1, "processes, each with a whole model; on the CPU give as many as there are cores; results do not change", "N"
     )
@@ -96,6 +104,10 @@ class EvalConfig:
                 raise ValueError(f"cannot evaluate with --{name} {value}: it must be at least {least}")
         if self.output_path and Path(self.output_path).suffix != ".jsonl":
             raise ValueError(f"cannot write --output_path {self.output_path}: it must end in .jsonl")
+        if self.output_path and self.output_dir:
+            raise ValueError("cannot write to --output_path and to --output_dir. Give one of them.")
+        if self.output_path and self.output_dir:
+            raise ValueError("cannot write to --output_path and --output_dir. Give one of them.")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.judge_key_env):  # not shown: it may be the key itself
             raise ValueError("--judge_key_env is the NAME of an environment variable (capitals, digits, _), not a key")
         if not self.datasets and not self.suites:
@@ -123,19 +135,26 @@ def _split(names: str) -> list[str]:
 
 
 def fill_from_run(config: EvalConfig) -> EvalConfig:
-    """Fill in what a folder of train.py knows: its base, its adapter and, where no data are asked for, its task."""
-    folder = Path(config.base_model_path)
-    if not (folder / "run.json").is_file():
-        return config
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
-    found = {}
-    if run["method"] != "full":
-        found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
-    if not config.datasets and not config.suites:
-        found["eval_dataset"] = _eval_dataset_of(run, folder)
-    if config.template == "chat" and (config.datasets or not config.suites):
-        found["template"] = run["template"]
-    return replace(config, **found)
+    """Fill in what a folder of train.py knows: its base, its adapter and, where no data are asked for, its task.
+
+    The general skills are asked, too, where that is wanted, or where the base is the tiny model, which was taught them.
+    """
+    folder, found, general = Path(config.base_model_path), {}, config.with_general
+    if (folder / "run.json").is_file():
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+        if run["method"] != "full":
+            found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
+        if not config.datasets and not config.suites:
+            found["eval_dataset"] = _eval_dataset_of(run, folder)
+            if Path(run["base_model_path"]).resolve() == TINY and not general:
+                note("general skills are asked too: did training keep them? --eval_dataset names the data sets itself")
+                general = True
+        if config.template == "chat" and (config.datasets or not config.suites):
+            found["template"] = run["template"]
+    config = replace(config, **found)
+    if general and "general" not in config.datasets:
+        return replace(config, eval_dataset=",".join([*config.datasets, "general"]))
+    return config
 
 
 def _eval_dataset_of(run: dict, folder: Path) -> str:

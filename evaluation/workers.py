@@ -17,7 +17,28 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from utils import sentence
+from utils import note, sentence
+
+
+def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[str]]:
+    """Return the devices of every rank, e.g. [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]] or [["cpu"]].
+
+    Args:
+        device: "cpu", "cuda", or "auto" for GPUs where there are any.
+        gpus_per_rank: GPUs over which a rank spreads its model. On the CPU it has no effect, and a note says so.
+
+    Raises:
+        ValueError: there are fewer than world_size x gpus_per_rank GPUs.
+    """
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if not gpus and device != "cuda":
+        if gpus_per_rank > 1:
+            note("gpus_per_rank has no effect on the CPU")
+        return [["cpu"]] * world_size
+    if (needed := world_size * gpus_per_rank) > gpus:
+        flags = f"--device {device} --world_size {world_size} --gpus_per_rank {gpus_per_rank}"
+        raise ValueError(f"cannot run with {flags}: that needs {needed} GPUs and there are {gpus}. Change one of them.")
+    return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
 
 
 def run_ranks(work: Callable[[list, list[str]], Iterator], items: list, devices: list[list[str]]) -> Iterator:

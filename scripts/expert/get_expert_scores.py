@@ -22,10 +22,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
-from deepseek.loading import empty_model, plan_devices
+from deepseek.loading import empty_model
 from esft import TOP_P, ExpertScores, RouterCapture, load_tokenizer, select_experts
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
+from evaluation.workers import plan_devices
 from utils import command_parser, environment, markdown_table, note, positive, run_cli
 
 

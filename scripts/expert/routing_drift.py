@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import load_rows
 from deepseek.experts import MoELayer, moe_layers
 from deepseek.files import check_output, write_json
-from deepseek.loading import empty_model, keeps_documents_apart, plan_devices
+from deepseek.loading import empty_model, keeps_documents_apart
 from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import Drift, routed, short_name
+from evaluation.workers import plan_devices
 from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
 from utils import command_parser, environment, markdown_table, note, run_cli
 

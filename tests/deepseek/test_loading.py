@@ -11,25 +11,6 @@ from deepseek import loading
 from tests.helpers import make_model
 
 
-def test_ranks_own_their_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    plan = loading.plan_devices
-    assert plan("auto", 2, 2) == [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]
-    assert plan("cuda", 3, 1) == [["cuda:0"], ["cuda:1"], ["cuda:2"]]
-    assert plan("cpu", 2, 1) == [["cpu"], ["cpu"]]
-    with pytest.raises(ValueError, match="needs 6 GPUs and there are 4"):
-        plan("auto", 3, 2)
-
-
-def test_no_gpu_where_one_was_asked_for(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert loading.plan_devices("auto", 1, 1) == [["cpu"]]
-    with pytest.raises(ValueError, match="needs 1 GPUs and there are 0"):
-        loading.plan_devices("cuda", 1, 1)
-    with pytest.raises(ValueError, match="gpus_per_rank 2: that needs 2 GPUs and there are 0"):
-        loading.plan_devices("auto", 1, 2)
-
-
 def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir):
     """Check what transformers is asked for. It does the placement itself."""
     asked = {}

@@ -1,6 +1,7 @@
 """eval_multigpu.py: equal results for any number of processes, failures that cost one sample, errors in a sentence."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
     ("gpus", "flags", "sentence"),
     [
         (0, ["--device=cuda"], "needs 1 GPUs and there are 0"),
-        (0, ["--device=auto", "--gpus_per_rank=2"], "needs 2 GPUs and there are 0"),
+        (0, ["--device=cuda", "--gpus_per_rank=2"], "needs 2 GPUs and there are 0"),
         (4, ["--device=cuda", "--world_size=3", "--gpus_per_rank=2"], "needs 6 GPUs and there are 4"),
         (0, ["--adapter_dir=nowhere"], "cannot read nowhere: no such file or folder"),
         (0, ["--adapter_dir=testz"], "did you mean 'tests'"),
@@ -218,10 +219,58 @@ def test_help_explains_every_flag(capsys):
         eval_multigpu.parse_args(["--help"])
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--\w+)", text, flags=re.MULTILINE)
-    assert len(flags) == len(set(flags)) == 26 and text.count("(default:") == len(flags)
+    assert len(flags) == len(set(flags)) == 29 and text.count("(default:") == len(flags)
+
+
+def test_the_key_goes_to_the_environment_alone(model_dir, eval_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "old")  # restored after the test
+    run_eval(model_dir, eval_file, tmp_path / "out.jsonl", "--openai_api_key=s3cret")
+    printed = capsys.readouterr()
+    assert os.environ["OPENAI_API_KEY"] == "s3cret"
+    assert printed.err.count("note: openai_api_key has an effect with --judge_model only") == 1
+    assert "s3cret" not in printed.out + printed.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
 
 
 # ------------------------------------------------------------------------------------------------ base and adapter
+
+
+def test_an_adapter_for_each_data_set(model_dir, adapter_dir, eval_file, tmp_path, monkeypatch, capsys):
+    """Each data set is answered with the adapter in the folder of its name, as in a command of its own."""
+    other, folder = write_rows(tmp_path / "other.jsonl", ["x"] * 3), tmp_path / "adapters"
+    shutil.copytree(adapter_dir, folder / "mine")
+    esft.save_adapter(
+        esft.to_esft(DeepseekV2ForCausalLM.from_pretrained(model_dir), {"experts": {"1": [0]}}), folder / "other"
+    )
+    flags = [f"--model={model_dir}", "--max_new_tokens=4", "--eval_batch_size=2", "--device=cpu"]
+    both = [*flags, f"--eval_datasets={eval_file},{other}", f"--adapter_dir={folder}"]
+    summaries = eval_multigpu.main([*both, f"--output_dir={tmp_path / 'out'}"])
+    assert [summary["arguments"]["adapter_dir"] for summary in summaries] == [
+        str(folder / n) for n in ("mine", "other")
+    ]
+    for name, data in (("mine", eval_file), ("other", other)):
+        alone = tmp_path / f"{name}.alone.jsonl"
+        eval_multigpu.main(
+            [*flags, f"--eval_dataset={data}", f"--adapter_dir={folder / name}", f"--output_path={alone}"]
+        )
+        assert (tmp_path / "out" / f"{name}.jsonl").read_text() == alone.read_text()
+    eval_multigpu.main([*both, f"--output_path={tmp_path / 'one.jsonl'}"])
+    assert contents(tmp_path, "one.*.jsonl") == {
+        f"one.{name}.jsonl": (tmp_path / "out" / f"{name}.jsonl").read_text() for name in ("mine", "other")
+    }
+    run_eval(model_dir, other, tmp_path / "base.jsonl")
+    assert (tmp_path / "out" / "other.jsonl").read_text() == (tmp_path / "base.jsonl").read_text()
+    assert (tmp_path / "out" / "mine.jsonl").read_text() != (tmp_path / "base.jsonl").read_text()
+
+    monkeypatch.setattr(runner, "evaluate", lambda *a, **k: pytest.fail("a model answered"))
+    with pytest.raises(ValueError, match="cannot ask suites"):
+        eval_multigpu.main([*both, "--suite=mmlu"])
+    with pytest.raises(ValueError, match="Give one of them"):
+        eval_multigpu.main([*both, "--output_path=a.jsonl", "--output_dir=b"])
+    shutil.rmtree(folder / "other")
+    with pytest.raises(FileNotFoundError, match="adapters/other: no such"):
+        eval_multigpu.main([*both, f"--output_dir={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
 
 
 def score_by_length(monkeypatch) -> None:

@@ -10,7 +10,7 @@ import eval_multigpu
 import train
 from deepseek.files import read_jsonl, write_jsonl
 from evaluation.config import EvalConfig, fill_from_run
-from tests.helpers import arguments, contents
+from tests.helpers import ROOT, arguments, contents
 from training.data import split_dataset
 
 
@@ -60,6 +60,27 @@ def test_a_full_model_is_its_own_base(run_folder, tmp_path):
     (folder / "run.json").write_text(json.dumps(run))
     config = fill_from_run(EvalConfig(str(folder)))
     assert config == EvalConfig(str(folder), template="released", eval_dataset="law")
+
+
+def test_a_run_on_the_tiny_model_is_asked_the_general_skills(run_folder, tmp_path, capsys):
+    """Its base was taught them. Other bases are asked where that is wanted."""
+    run = json.loads((run_folder / "run.json").read_text())
+    run["config"] |= {"train_dataset": "law"}
+
+    def asked(base, **flags) -> list[str]:
+        run["config"]["base_model_path"] = str(base)
+        (tmp_path / "run.json").write_text(json.dumps(run))
+        return fill_from_run(EvalConfig(str(tmp_path), **flags)).datasets
+
+    assert asked(ROOT / "results" / "models" / "tiny") == ["law", "general"]
+    assert "note: general skills are asked too" in capsys.readouterr().err
+    assert asked(ROOT / "results" / "models" / "tiny", eval_dataset="law") == ["law"]
+    assert asked(ROOT / "results" / "models" / "tiny", suite="mmlu") == []
+    assert asked("m32") == ["law"]
+    assert asked("m32", with_general=True) == asked("m32", with_general=True, eval_dataset="law") == ["law", "general"]
+    assert asked("m32", with_general=True, eval_dataset="general") == ["general"]
+    assert not capsys.readouterr().err
+    assert fill_from_run(EvalConfig("m32", eval_dataset="law", with_general=True)).datasets == ["law", "general"]
 
 
 def test_a_folder_that_is_not_of_train_py_stays_a_model(model_dir):

@@ -96,7 +96,6 @@ def test_scoring_refusals(data, tiny_model_dir, tmp_path, capsys, monkeypatch):
     base = ["--eval_dataset", data, "--model", tiny_model_dir, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refused(capsys, get_expert_scores.main, [*base, "--device", "cuda"], "--device cuda", "there are 0")
-    refused(capsys, get_expert_scores.main, [*base, "--device", "cpu", "--gpus_per_rank", 2], "--gpus_per_rank")
     refused(capsys, get_expert_scores.main, [*base, "--seq_length", 10], "sample", "overlong=truncate")
     refused(capsys, get_expert_scores.main, [*base, "--eval_dataset", tmp_path / "no.jsonl"], "no.jsonl")
     refused(capsys, get_expert_scores.main, [*base, "--model", tmp_path / "no"], "no such folder")
