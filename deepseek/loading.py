@@ -18,13 +18,14 @@ from transformers import (
     Mxfp4Config,
     PreTrainedConfig,
 )
+from transformers.utils import cached_file
 
 from deepseek import modeling  # noqa: F401 (registers model type "deepseek")
 from deepseek.experts import moe_layers
 from deepseek.frozen import Storage, forbid_state_dict
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.partial_loading import class_that_reads, quantization
-from deepseek.shards import INDEX, WEIGHTS, check_quantization, readable_index
+from deepseek.shards import check_quantization, readable_index
 
 UNQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}  # formats that transformers can dequantize
 
@@ -81,6 +82,8 @@ def load_base_model(
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with readable_index(path) as folder:
         model, found = _load(lambda _, **options: from_pretrained(folder, **options), path, **options)
+    if not Path(path).exists():  # a hub id: its files are in the cache now
+        check_quantization(Path(cached_file(str(path), "config.json")).parent, quantized)
     if folder != path:
         model.name_or_path = model.config.name_or_path = str(path)
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
@@ -116,8 +119,7 @@ def empty_model(path: str | Path) -> nn.Module:
 def load_config(path: str | Path) -> PreTrainedConfig:
     """Return the config of a folder or a hub id. Refuse a folder with weights that are not quantized as it says."""
     config = _load(AutoConfig.from_pretrained, path)
-    if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):
-        check_quantization(Path(path), quantization(config))
+    check_quantization(Path(path), quantization(config))
     return config
 
 

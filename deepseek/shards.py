@@ -43,7 +43,9 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
         if (base / INDEX).is_file():
             warnings.warn(f"{base} holds {WEIGHTS} and {INDEX}. {WEIGHTS} is read, the index is not.", stacklevel=2)
     elif (base / INDEX).is_file():
-        names = {Path(name).name for name in read_json(base / INDEX)["weight_map"].values()}
+        if not (files := read_json(base / INDEX).get("weight_map")):
+            raise ValueError(f"cannot read {base / INDEX}: it has no weight_map. Fetch it again.")
+        names = {Path(name).name for name in files.values()}
     else:
         raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
     stored = {}
@@ -103,22 +105,33 @@ class Shard:
 
 
 def check_quantization(base: Path, method: str | None) -> None:
-    """Raise ValueError if weights are quantized and `config.json` names no method, or the other way round.
+    """Raise ValueError if the weights of a folder are not quantized as its config says (`method`, or not at all).
 
     transformers would read other numbers in silence: quantized ones without their scales, or ones rounded anew.
     """
-    weights = {key: one.dtype for key, one in stored_tensors(base).items() if re.search("weight|_proj", key)}
-    packed = sorted(key for key, dtype in weights.items() if dtype not in DTYPES and not key.endswith("scale_inv"))
+    if not any((base / name).is_file() for name in (WEIGHTS, INDEX)):
+        return
+    stored = stored_tensors(base)
+    weights = {
+        key: stored[key].dtype for key in sorted(stored) if re.search("weight|_proj", key) and "scale" not in key
+    }
+    packed = [key for key, dtype in weights.items() if dtype not in DTYPES]
+    in_fp8 = [key for key in packed if weights[key].startswith("F8")]
+    unscaled = [key for key in in_fp8 if not any(name in stored for name in _scale_names(key))]
+    cause = None
     if method and not packed:
-        raise ValueError(
-            f"cannot load model {str(base)!r}: config.json says that it is quantized as {method}, but its weights are "
-            "not. Remove quantization_config from config.json."
-        )
-    if packed and not method:
-        raise ValueError(
-            f"cannot load model {str(base)!r}: {packed[0]} is quantized ({weights[packed[0]]}), but config.json does "
-            "not say how. Fetch it again."
-        )
+        cause = f"it is quantized as {method} by its config.json, but not its weights. Remove quantization_config there"
+    elif packed and not method:
+        cause = f"{packed[0]} is quantized ({weights[packed[0]]}), but config.json does not say how. Fetch it again"
+    elif method == "fp8" and unscaled:
+        cause = f"{unscaled[0]} is quantized as fp8, but its scales are missing. Fetch it again"
+    if cause:
+        raise ValueError(f"cannot load model {str(base)!r}: {cause}.")
+
+
+def _scale_names(key: str) -> list[str]:
+    """Return the names that transformers takes for the scales of the weight `key`."""
+    return [f"{key}_scale_inv", *(key.removesuffix("weight") + name for name in ("scale", "qscale_weight"))]
 
 
 @contextlib.contextmanager

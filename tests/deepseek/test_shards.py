@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import esft
@@ -104,10 +105,14 @@ def quantize_config(base, **method):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (quantize_config, "config.json says that it is quantized as fp8, but its weights are not. Remove"),
+        (quantize_config, "it is quantized as fp8 by its config.json, but not its weights. Remove"),
         (
             lambda base: quantize_config(base, quant_method="bitsandbytes", load_in_4bit=True),
-            "quantized as bitsandbytes, but its weights are not",
+            "quantized as bitsandbytes by its",
+        ),
+        (
+            lambda base: [quantize_weights(base), quantize_config(base)],
+            r"experts\.3\.\w+\.weight is quantized as fp8, but its scales are missing",
         ),
         (quantize_weights, r"experts\.3\.\w+\.weight is quantized \(F8_E4M3\), but config.json does not say how"),
     ],
@@ -117,3 +122,26 @@ def test_a_config_that_does_not_say_how_weights_are_stored_is_refused(spoil, mes
     spoil(base)
     with pytest.raises(ValueError, match=message):
         open_it(base)
+
+
+def test_a_model_in_the_hub_cache_is_checked_too(base, monkeypatch):
+    """It is refused once its files are there."""
+    snapshot = base.parent / "models--org--tiny" / "snapshots" / "0123abcd"
+    shutil.copytree(base, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(base.parent))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    wanted, _ = load_base_model(base)
+    model, _ = load_base_model("org/tiny")
+    assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+    quantize_weights(snapshot)
+    with pytest.raises(ValueError, match=r"is quantized \(F8_E4M3\), but config.json does not say how"):
+        load_base_model("org/tiny")
+
+
+@pytest.mark.parametrize("index", [{}, {"metadata": {}}, {"weight_map": {}}])
+def test_an_index_without_files_is_refused(index, base):
+    (base / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"cannot read .*{INDEX}: it has no weight_map"):
+        load_base_model(base)

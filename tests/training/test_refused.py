@@ -44,7 +44,8 @@ def bad(files, tmp_path_factory) -> Path:
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     write_json(folder / "fp8" / "config.json", config)
     tensors = weights(folder / "fp8")
-    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, folder / "fp8" / WEIGHTS)
+    in_fp8 = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}
+    save_file(in_fp8 | {f"{key}_scale_inv": torch.ones(1) for key in tensors}, folder / "fp8" / WEIGHTS)
     return folder
 
 
