@@ -79,11 +79,22 @@ def load_base_model(
     from_pretrained = auto_class(config).from_pretrained
     if experts is not None or frozen is not None:
         from_pretrained = class_that_reads(type(empty_model(path)), experts, frozen).from_pretrained
-    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with readable_index(path) as folder:
-        model, found = _load(lambda _, **options: from_pretrained(folder, **options), path, **options)
+    model = _read(from_pretrained, path, dtype=dtype, **options)
     if not Path(path).exists():  # a hub id: its files are in the cache now
         check_quantization(Path(cached_file(str(path), "config.json")).parent, quantized)
+    if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
+        raise ValueError(f"cannot load model {str(path)!r}: it needs more GPUs than {', '.join(map(str, devices))}")
+    if frozen is not None:
+        model.set_experts_implementation(IMPLEMENTATION)
+        forbid_state_dict(model)
+    return model.eval(), tokenizer
+
+
+def _read(from_pretrained, path: str | Path, **options) -> nn.Module:
+    """Call `from_pretrained`. Refuse a checkpoint that does not fill the model."""
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with readable_index(path) as folder:
+        model, found = _load(lambda _, **options: from_pretrained(folder, **options), path, **options)
     if folder != path:
         model.name_or_path = model.config.name_or_path = str(path)
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
@@ -91,12 +102,7 @@ def load_base_model(
             f"cannot load model {str(path)!r}: its checkpoint lacks, or holds in another shape, {len(wrong)} tensors "
             f"that its config.json asks for ({wrong[0]}). Fetch it again."
         )
-    if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
-        raise ValueError(f"cannot load model {str(path)!r}: it needs more GPUs than {', '.join(map(str, devices))}")
-    if frozen is not None:
-        model.set_experts_implementation(IMPLEMENTATION)
-        forbid_state_dict(model)
-    return model.eval(), tokenizer
+    return model
 
 
 def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:

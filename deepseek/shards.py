@@ -6,6 +6,7 @@ Tensors, and single experts of them, are read and overwritten in place (`Shard`)
 import contextlib
 import json
 import math
+import os
 import re
 import tempfile
 import warnings
@@ -45,7 +46,9 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
     elif (base / INDEX).is_file():
         if not (files := read_json(base / INDEX).get("weight_map")):
             raise ValueError(f"cannot read {base / INDEX}: it has no weight_map. Fetch it again.")
-        names = {Path(name).name for name in files.values()}
+        names = {os.path.normpath(name) for name in files.values()}
+        if outside := [name for name in names if name.startswith((os.pardir, os.sep))]:
+            raise ValueError(f"cannot read {base / INDEX}: it names {outside[0]}, which is not in its folder.")
     else:
         raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
     stored = {}

@@ -168,6 +168,7 @@ def copy_base(base: Path, folder: Path, stored: Files, changed: set[str], hard_l
             copy.chmod(0o777 & ~UMASK)
     changed_files = {stored[key].file for key in changed}
     for name in sorted(files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if hard_links and name not in changed_files:
             with contextlib.suppress(OSError):  # another file system, or one without links
                 os.link((base / name).resolve(), folder / name)

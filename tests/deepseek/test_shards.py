@@ -145,3 +145,22 @@ def test_an_index_without_files_is_refused(index, base):
     (base / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"cannot read .*{INDEX}: it has no weight_map"):
         load_base_model(base)
+
+
+def test_files_in_a_folder_of_their_own(base, tmp_path):
+    """transformers opens what the index names, below the model's folder."""
+    files = [path.name for path in base.glob("*.safetensors")]
+    wanted, _ = load_base_model(base)
+    (base / "weights").mkdir()
+    for name in files:
+        (base / name).rename(base / "weights" / name)
+    edit(
+        base / INDEX,
+        lambda index: index["weight_map"].update({k: f"weights/{v}" for k, v in index["weight_map"].items()}),
+    )
+    model = assert_read_alike(base, tmp_path)
+    assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+    assert sorted(path.name for path in (tmp_path / "out" / "weights").iterdir()) == sorted(files)
+    edit(base / INDEX, lambda index: index["weight_map"].update({"x": f"../base/weights/{files[0]}"}))
+    with pytest.raises(ValueError, match=r"it names \.\./base/weights/.*, which is not in its folder"):
+        load_base_model(base)
