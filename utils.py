@@ -12,6 +12,7 @@ import platform
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,8 +27,9 @@ def run_cli(main: Callable[[], object]) -> None:
 
     These are ValueError, OSError, a missing library and a GPU without memory. Under torchrun the sentence names its
     rank. An error that all ranks share (its attribute `shared`) is printed once per node. Ctrl-C exits with 130, and a
-    closed pipe (`| head`) with 141. The environment variable ESFT_DEBUG keeps the traceback.
+    closed pipe (`| head`) with 141. The environment variable ESFT_DEBUG keeps the traceback. A warning is one line.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
         sys.stdout.flush()

@@ -154,3 +154,9 @@ def test_a_quiet_command_returns_what_it_printed_or_tells_its_error(tmp_path):
     tool.write_text("import sys; sys.exit('first\\nerror: it broke\\nlast')")
     with pytest.raises(ChildProcessError, match=rf"^cannot run {tool}: it broke$"):
         utils.run_command([tool], quiet=True)
+
+
+def test_a_warning_is_one_line():
+    script = "import utils, warnings\nutils.run_cli(lambda: warnings.warn('the index is not read'))"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=utils.ROOT, capture_output=True, text=True, check=True)
+    assert ended.stderr == "warning: the index is not read\n"
