@@ -124,11 +124,17 @@ def ordinary_keys(model: nn.Module, name: str, stored: Container[str]) -> list[s
     for alias in (name, *(a for a, b in model.all_tied_weights_keys.items() if b == name)):
         param = model.get_parameter(alias)
         reverted = revert_weight_conversion(model, {alias: param})
-        found = [key for key, value in reverted.items() if key in stored and value is param]
-        keys += found or [alias] * (alias in stored)
+        names = [key for key, value in reverted.items() if value is param] + [alias]
+        keys += [key for key in (_stored_name(model, name, stored) for name in names) if key in stored][:1]
     if not keys:
         raise ValueError(f"cannot find {name}: the checkpoint holds no tensor for it")
     return keys
+
+
+def _stored_name(model: nn.Module, key: str, stored: Container[str]) -> str:
+    """Return `key`, or `key` without the leading "model." that some checkpoints lack, if only that is stored."""
+    short = key.removeprefix(f"{model.base_model_prefix}.")
+    return short if short in stored and key not in stored else key
 
 
 def expert_places(model: nn.Module, layer: MoELayer, stored: Mapping[str, Stored]) -> dict[tuple[int, str], Place]:
@@ -152,7 +158,8 @@ def expert_places(model: nn.Module, layer: MoELayer, stored: Mapping[str, Stored
         for fused, param in real.items():
             setattr(module, fused, param)
     variants.append(as_stored())
-    for reverted in variants:
+    for variant in variants:
+        reverted = {_stored_name(model, key, stored): numbers for key, numbers in variant.items()}
         if missing := sorted(key for key in reverted if key not in stored):
             raise ValueError(f"cannot find the experts of {name}: the checkpoint does not hold {missing[0]}")
         places = _match(reverted, wanted)

@@ -42,7 +42,7 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
     if (base / WEIGHTS).is_file():
         names = {WEIGHTS}
         if (base / INDEX).is_file():
-            warnings.warn(f"{base} holds {WEIGHTS} and {INDEX}. {WEIGHTS} is read, the index is not.", stacklevel=2)
+            warnings.warn(f"{base} holds {WEIGHTS} and {INDEX}. {WEIGHTS} is read, the index is not.", stacklevel=1)
     elif (base / INDEX).is_file():
         if not (files := read_json(base / INDEX).get("weight_map")):
             raise ValueError(f"cannot read {base / INDEX}: it has no weight_map. Fetch it again.")

@@ -13,7 +13,7 @@ from deepseek.frozen import Storage
 from deepseek.loading import empty_model, load_base_model
 from deepseek.shards import INDEX, WEIGHTS, Shard, reserve, stored_tensors
 from scripts import merge_adapter as script
-from tests.helpers import SHARD, assert_same_tensors, make_model, noisy_adapter
+from tests.helpers import SHARD, assert_same_tensors, make_model, noisy_adapter, tensors_of
 
 IDS = torch.arange(3, 12)[None]
 
@@ -164,3 +164,13 @@ def test_files_in_a_folder_of_their_own(base, tmp_path):
     edit(base / INDEX, lambda index: index["weight_map"].update({"x": f"../base/weights/{files[0]}"}))
     with pytest.raises(ValueError, match=r"it names \.\./base/weights/.*, which is not in its folder"):
         load_base_model(base)
+
+
+def test_keys_without_the_leading_model(base, tmp_path):
+    wanted, _ = load_base_model(base)
+    tensors = {key.removeprefix("model."): tensor for key, tensor in tensors_of(base).items()}
+    (base / INDEX).unlink()
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    model = assert_read_alike(base, tmp_path)
+    assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+    assert tensors_of(tmp_path / "out").keys() == tensors.keys()
