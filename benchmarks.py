@@ -15,7 +15,7 @@ from deepseek.files import suggest
 from evaluation import code_runner
 from evaluation.generation import Evaluator
 from evaluation.metrics import bleu, chrf, exact_match, json_exact_match, number_match, rouge_l, slot_f1
-from training.data import SHAPES, read_rows
+from training.data import SHAPES, open_rows
 
 # ------------------------------------------------------------------------------------------------ evaluators
 
@@ -142,7 +142,7 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
     the "canonical_solution" of a row with a "test". Raises ValueError with file and line for a row that lacks them.
     """
     rows = []
-    for where, row in read_rows(dataset, "eval"):
+    for where, row in open_rows(dataset, "eval"):
         answers = row.get("raw_answers", row.get("answers"))
         if answers is None and isinstance(row.get("test"), str):
             answers = [row.get("canonical_solution", "")]

@@ -65,7 +65,7 @@ def run(config: RunConfig) -> dict:
         return results
 
     tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
-    packs, eval_packs = ranks.on_rank_zero(lambda: load_data(tokenizer, config))
+    packs, eval_packs = load_data(tokenizer, config, ranks)
     if to_select and not checkpoint:
         ranks.on_rank_zero(lambda: score_and_select(config))
 
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> dict:
     ranks = ranks.with_experts(plan.ep_size, config.timeout)
     loaded = load_model(config, plan, ranks)
     if not loaded.documents_apart:
-        packs, eval_packs = ([one for pack in part for one in pack.documents()] for part in (packs, eval_packs))
+        packs, eval_packs = packs.split(), eval_packs.split()
     log_model(loaded.model, config, packs)
 
     note = {**run_note(config, packs_per_step), "environment": utils.environment()}

@@ -102,40 +102,42 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [row for _, row in read_json_rows(Path(path))]
 
 
+def parse_json(text: bytes | str, path: str | Path, line: int) -> object:
+    """Return what JSON says. A ValueError names the file and the line of a fault in a text that begins at `line`."""
+    try:
+        value = json.loads(text)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but a tokenizer fails
+        return value
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line += error.lineno - 1
+            reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise ValueError(f"{path}:{line}: not valid JSON ({reason})") from error
+
+
 def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) of JSON lines, or of the array in a .json file."""
-
-    def parse(text: bytes, line: int) -> object:
-        try:
-            value = json.loads(text)
-            if b"\\ud" in text.lower():  # half of a surrogate pair: JSON allows it, a tokenizer or a file does not
-                json.dumps(value, ensure_ascii=False).encode()
-            return value
-        except ValueError as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                line += error.lineno - 1
-                reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-            raise ValueError(f"{path}:{line}: not valid JSON ({reason})") from error
-
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if path.suffix == ".json" and content.lstrip().startswith(b"["):
-        rows = ((f"{path}: row {number}", row) for number, row in enumerate(parse(content, 1), 1))
+        rows = ((f"{path}: row {number}", row) for number, row in enumerate(parse_json(content, path, 1), 1))
     else:  # only \n ends a line: str.splitlines would cut inside a string
         lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
-        rows = ((f"{path}:{number}", parse(line, number)) for number, line in lines)
+        rows = ((f"{path}:{number}", parse_json(line, path, number)) for number, line in lines)
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield where, row
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of a file, or of several, one after the other."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from deepseek.files import suggest_path, write_jsonl
-from training.data import split_dataset
+from training.data import TemplateSettings, open_rows, read_messages, sample_rows, split_samples
 from utils import ROOT, note
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
@@ -65,6 +65,8 @@ class EvalConfig:
     template: Literal["chat", "released"] = _flag(
         "chat", "how prompts are rendered: the tokenizer's chat template, or that of the published checkpoints"
     )
+    template_kwargs: str | None = _flag(None, 'variables of the chat template, as {"enable_thinking": false}', "JSON")
+    keep_reasoning: bool = _flag(False, "score what a model thinks before its answer, too (<think>, channels)")
     evaluator: str | None = _flag(
         None,
         "metrics for every data set: intent, summary, law, translation, general, math or code; without it those that "
@@ -88,6 +90,10 @@ class EvalConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("auto", "type of the weights; auto: as stored")
     device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where to run; auto: the GPUs if there are any")
     seed: int = _flag(0, "seed of --n_samples and of the bootstrap intervals", "N")
+
+    @property
+    def template_settings(self) -> TemplateSettings:
+        return TemplateSettings(self.template, json.loads(self.template_kwargs or "{}"))
 
     @property
     def datasets(self) -> list[str]:
@@ -151,6 +157,8 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
                 general = True
         if config.template == "chat" and (config.datasets or not config.suites):
             found["template"] = run["template"]
+        if config.template_kwargs is None and run.get("template_kwargs"):
+            found["template_kwargs"] = json.dumps(run["template_kwargs"])
     config = replace(config, **found)
     if general and "general" not in config.datasets:
         return replace(config, eval_dataset=",".join([*config.datasets, "general"]))
@@ -167,12 +175,16 @@ def _eval_dataset_of(run: dict, folder: Path) -> str:
         return name
     if path.parent.name == "train" and (beside := path.parent.with_name("eval") / path.name).is_file():
         return str(beside)
-    seed = run["training"].get("seed", 0)
-    _, held_out = split_dataset(name, run["n_train_samples"], run["validation_fraction"], seed)
+    if run.get("validation_dataset"):
+        held_out = open_rows(run["validation_dataset"])
+    else:
+        seed = run["training"].get("seed", 0)
+        sampled, _ = sample_rows(name, run["n_train_samples"], seed)
+        held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
     rows = []
-    for _, sample in held_out:
-        question, answer, *more = sample["messages"]
-        if question["role"] == "user" and answer["role"] == "assistant" and not more:
+    for where, row in held_out:
+        question, answer, *more = [*read_messages(row, where), None]
+        if question["role"] == "user" and answer and answer["role"] == "assistant" and more == [None]:
             rows.append({"prompt": question["content"], "answers": [answer["content"]]})
     if not rows:
         raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")

@@ -12,7 +12,7 @@ import functools
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -24,7 +24,19 @@ from deepseek.loading import keeps_documents_apart, load_base_model
 from deepseek.routing import RouterCapture, RouterCounts
 from evaluation.selection import PackCounts
 from evaluation.workers import run_ranks
-from training.data import Encoded, Pack, collate, encode, load_samples, pack
+from training.data import (
+    Encoded,
+    Pack,
+    Skeleton,
+    Template,
+    TemplateSettings,
+    collate,
+    content_marks,
+    open_rows,
+    pack,
+    pack_of,
+    read_messages,
+)
 from utils import note
 
 
@@ -36,7 +48,7 @@ class SampleSettings:
     n_sample_tokens: int = 131072
     seq_length: int = 4096
     overlong: str = "error"
-    template: str = "chat"
+    template: TemplateSettings = field(default_factory=TemplateSettings)
     skip_template_tokens: bool = False
     seed: int = 0
 
@@ -63,53 +75,69 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
 
     `samples` replaces the training data of `settings.dataset`.
     """
-    samples = load_samples(settings.dataset) if samples is None else samples
-    order, tokens = list(range(len(samples))), 0
+    template = Template(tokenizer, settings.template)
+    rows = open_rows(settings.dataset, seed=settings.seed) if samples is None else samples
+    order, tokens = list(range(len(rows))), 0
     random.Random(settings.seed).shuffle(order)
-    encoded: dict[int, Encoded] = {}  # by number, from 1
-    masks: dict[int, list[bool]] = {}
+    documents: list[Encoded] = []
+    numbers: list[int] = []  # of the rows, from 1
+    masks: list[list[bool]] = []
     for i in order:
         if tokens >= settings.n_sample_tokens:
             break
-        messages = samples[i]["messages"]
-        document = encoded[i + 1] = encode(messages, tokenizer, settings.template)
-        masks[i + 1] = [True] * len(document)
-        if settings.skip_template_tokens:
-            masks[i + 1] = content_mask(messages, document, tokenizer, settings.template)
-        tokens += min(len(document), settings.seq_length)
-    packs = pack(list(encoded.values()), settings.seq_length, settings.overlong, settings.seed, list(encoded))
+        where, row = rows[i] if samples is None else (f"sample {i + 1}", samples[i])
+        messages = read_messages(row, where)
+        found = template.encode([messages], [where])[0]
+        documents += found
+        numbers += [i + 1] * len(found)
+        masks += content_masks(messages, found, template) if settings.skip_template_tokens else map(_all_count, found)
+        tokens += sum(min(len(document), settings.seq_length) for document in found)
+    found = pack(
+        list(map(len, documents)),
+        lambda i: documents[i].labels,
+        numbers,
+        settings.seq_length,
+        settings.overlong,
+        settings.seed,
+    )
+    packs = [
+        MaskedPack(
+            pack_of(documents, members, settings.seq_length, numbers),
+            [keep for i in members for keep in masks[i][: settings.seq_length]],
+        )
+        for members in found
+    ]
     if not packs:
         raise ValueError(f"cannot pack {settings.dataset!r}: no answer begins within seq_length {settings.seq_length}")
     if tokens < settings.n_sample_tokens:
         wanted = f"fewer than n_sample_tokens {settings.n_sample_tokens}"
         note(f"{settings.dataset} has {tokens} tokens, {wanted}: all count")
-    return [MaskedPack(p, [keep for i in p.samples for keep in masks[i][: settings.seq_length]]) for p in packs]
+    return packs
 
 
-def content_mask(messages: list[dict], document: Encoded, tokenizer, template: str) -> list[bool]:
-    """Return which tokens of a conversation hold text of its messages' contents, and not of the template.
+def _all_count(document: Encoded) -> list[bool]:
+    return [True] * len(document)
+
+
+def content_masks(messages: list[dict], documents: list[Encoded], template: Template) -> list[list[bool]]:
+    """Return, for each document of a conversation, which of its tokens hold text of its messages' contents.
 
     The template's own text is what remains between marks, if the conversation is encoded with a mark for each content.
     """
-    marks = [f"7340{number}0437" for number in range(len(messages))]
-    marked = encode([{**m, "content": mark} for m, mark in zip(messages, marks)], tokenizer, template)
-    between = re.split("|".join(marks), _text_and_spans(marked, tokenizer)[0])
-    text, spans = _text_and_spans(document, tokenizer)
-    at, inside = len(between[0]), []
-    for message, after in zip(messages, between[1:]):
-        content = message["content"]
-        if not text.startswith(content + after, at):
-            content = content.strip()
-        inside.append((at, at + len(content)))
-        at += len(content) + len(after)
-        if not text.startswith(content + after, inside[-1][0]):
-            at = -1
-    if at != len(text) or len(between) != len(messages) + 1 or not text.startswith(between[0]):
-        raise ValueError(
-            f"cannot find the template's tokens in the sample that begins {messages[0]['content'][:40]!r}, whose text "
-            "the template changes. Leave out --skip_template_tokens"
-        )
-    return [any(start < b and end > a for a, b in inside) for start, end in spans]
+    marks = content_marks(messages)
+    marked = template.encode([[{**m, "content": mark} for m, mark in zip(messages, marks)]])[0]
+    masks = []
+    for document, with_marks in zip(documents, marked):
+        between = re.split("|".join(marks), _text_and_spans(with_marks, template.tokenizer)[0])
+        text, spans = _text_and_spans(document, template.tokenizer)
+        contents = Skeleton(between, []).contents(text, messages[: len(between) - 1])
+        if contents is None:
+            raise ValueError(
+                f"cannot find the template's tokens in the sample that begins {messages[0]['content'][:40]!r}, whose "
+                "text the template changes. Leave out --skip_template_tokens"
+            )
+        masks.append([any(start < b and end > a for a, b in contents) for start, end in spans])
+    return masks
 
 
 def _text_and_spans(document: Encoded, tokenizer) -> tuple[str, list[tuple[int, int]]]:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig
 
-from training.data import encode_prompt
+from training.data import Template
 from utils import sentence
 
 
@@ -33,25 +33,42 @@ class Evaluator(Protocol):
 
 
 class Completion(NamedTuple):
-    """An answer, the number of tokens generated (the end token included), and whether max_new_tokens cut it off."""
+    """What was generated, how many tokens (the end token included), and whether max_new_tokens cut it off.
+
+    `answer` is the text without the reasoning before it; None stands for all of the text.
+    """
 
     text: str
     tokens: int
     truncated: bool
+    answer: str | None = None
 
 
-def make_batches(prompts: list[str], tokenizer, batch_size: int, template: str) -> list[list[int]]:
+def make_batches(prompts: list[str], template: Template, batch_size: int) -> list[list[int]]:
     """Cut the indices of the prompts into batches, longest first: what does not fit in memory fails at once."""
-    lengths = [len(encode_prompt(prompt, tokenizer, template)) for prompt in prompts]
+    lengths = [len(template.encode_prompt(prompt)) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """Return the tokens that end an answer, from the tokenizer and the generation config. Chat models have several."""
+def end_tokens(model, template: Template) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, the generation config's, and the one training teaches."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [tokenizer.eos_token_id, *configured] if i is not None})
+    return sorted({i for i in [template.tokenizer.eos_token_id, template.end_token, *configured] if i is not None})
+
+
+def final_answer(ids: list[int], text: str, template: Template) -> str | None:
+    """Return what a model answers after its reasoning: behind </think>, or in gpt-oss's channel "final".
+
+    None if there is no reasoning. An answer whose reasoning does not end is empty.
+    """
+    for start in range(len(ids) - len(template.final_channel), -1, -1) if template.final_channel else ():
+        if ids[start : start + len(template.final_channel)] == template.final_channel:
+            return template.tokenizer.decode(ids[start + len(template.final_channel) :], skip_special_tokens=True)
+    _, closed, after = text.rpartition("</think>")
+    opened = text.lstrip().startswith("<think>") or template.opens_thought
+    return after.lstrip() if closed else "" if opened else None
 
 
 @contextmanager
@@ -67,17 +84,19 @@ def generation_config(model, config: GenerationConfig) -> Iterator[None]:
         model.train(training)
 
 
-def complete(model, tokenizer, prompts: list[str], max_new_tokens: int, template: str) -> list[Completion]:
+def complete(
+    model, template: Template, prompts: list[str], max_new_tokens: int, keep_reasoning: bool = False
+) -> list[Completion]:
     """Answer the prompts greedily in one batch, padded on the left. An answer ends before its first end token.
 
     Raises ValueError where a prompt fills the model's context.
     """
-    encoded = [encode_prompt(prompt, tokenizer, template) for prompt in prompts]
+    tokenizer, encoded = template.tokenizer, [template.encode_prompt(prompt) for prompt in prompts]
     width = max(map(len, encoded))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and width >= context:
         raise ValueError(f"the prompt has {width} tokens, which fills the model's context of {context}")
-    eos = end_tokens(model, tokenizer)
+    eos = end_tokens(model, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos or None, pad_token_id=pad
@@ -91,14 +110,15 @@ def complete(model, tokenizer, prompts: list[str], max_new_tokens: int, template
     for ids in new_BT.tolist():
         stop = next((t for t, token in enumerate(ids) if token in eos), None)
         text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-        completions.append(Completion(text, len(ids) if stop is None else stop + 1, stop is None))
+        answer = None if keep_reasoning else final_answer(ids[:stop], text, template)
+        completions.append(Completion(text, len(ids) if stop is None else stop + 1, stop is None, answer))
     return completions
 
 
-def _complete_each(model, tokenizer, prompts: list[str], **options) -> list[Completion | str]:
+def _complete_each(model, template: Template, prompts: list[str], **options) -> list[Completion | str]:
     """Answer the prompts in one batch, or one by one where that fails. A prompt that fails gives a sentence."""
     try:
-        return complete(model, tokenizer, prompts, **options)
+        return complete(model, template, prompts, **options)
     except torch.AcceleratorError as error:  # a GPU that has failed stays so until the process ends
         raise OSError(f"the GPU failed on a batch that holds {prompts[0][:40]!r}: {sentence(error)}") from error
     except Exception as error:
@@ -106,22 +126,23 @@ def _complete_each(model, tokenizer, prompts: list[str], **options) -> list[Comp
             raise
         if len(prompts) == 1:
             return [sentence(error)]
-    return [one for prompt in prompts for one in _complete_each(model, tokenizer, [prompt], **options)]
+    return [one for prompt in prompts for one in _complete_each(model, template, [prompt], **options)]
 
 
 def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict:
     """Return one line of a completions file. A failed answer, or failed metrics, give an `error` and no score."""
     error = completion if isinstance(completion, str) else None
-    text, tokens, truncated = (None, 0, False) if error else completion
+    text, tokens, truncated, answer = (None, 0, False, None) if error else completion
     metrics: dict[str, float | None] = {}
     if not error:
         try:
-            metrics = evaluator.metrics(text, row["raw_answers"], row)
+            metrics = evaluator.metrics(text if answer is None else answer, row["raw_answers"], row)
         except Exception as raised:
             error = sentence(raised)
     primary = metrics[evaluator.primary] if metrics else None
     return {
         "example": {"prompt": row["prompt"], "raw_prediction": text, "raw_answers": row["raw_answers"]},
+        **({} if answer is None else {"answer": answer}),
         "score": None if primary is None else primary / 100,
         "metrics": metrics,
         "tokens": tokens,
@@ -131,7 +152,7 @@ def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict
     }
 
 
-def evaluate(model, tokenizer, rows: list[dict], evaluator: Evaluator, **options) -> list[dict]:
-    """Answer and score the rows of one batch, in their order. The options are `max_new_tokens` and `template`."""
-    completions = _complete_each(model, tokenizer, [row["prompt"] for row in rows], **options)
+def evaluate(model, template: Template, rows: list[dict], evaluator: Evaluator, **options) -> list[dict]:
+    """Answer and score the rows of one batch, in their order. The options are `max_new_tokens` and `keep_reasoning`."""
+    completions = _complete_each(model, template, [row["prompt"] for row in rows], **options)
     return [score(row, completion, evaluator) for row, completion in zip(rows, completions)]

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 from deepseek.files import suggest
 from evaluation.config import KNOWN, EvalConfig, is_task_file
 from evaluation.generation import end_tokens, generation_config
+from training.data import Template
 from utils import import_extra, sentence
 
 EXPECTED = ("Overwriting default num_fewshot", "generation_kwargs")  # warnings about what the user asked for
@@ -174,7 +175,8 @@ def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteA
         sizes = {name: len(task.eval_docs) for name, task in suite.tasks.items()}
         draw = random.Random(config.seed).sample
         samples = {n: sorted(draw(range(size), min(config.n_samples, size))) for n, size in sizes.items()}
-    greedy = GenerationConfig(eos_token_id=end_tokens(model, tokenizer), bos_token_id=tokenizer.bos_token_id)
+    template = Template(tokenizer, config.template_settings)
+    greedy = GenerationConfig(eos_token_id=end_tokens(model, template), bos_token_id=tokenizer.bos_token_id)
     with generation_config(model, greedy), _lm_eval_session(config.allow_code_execution) as warnings:
         batch_size, most = config.eval_batch_size, config.suite_max_new_tokens
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")

@@ -24,8 +24,10 @@ from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate, make_batches
 from evaluation.journal import AnswerJournal
 from evaluation.workers import run_ranks
-from training import data
+from training.data import Template, templates
 from utils import note
+
+ANSWER_FLAGS = ("template", "template_kwargs", "keep_reasoning", "max_new_tokens", "eval_batch_size", "dtype")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def answer_key(config: EvalConfig, job: Job, device: str) -> dict:
     """Return all that decides the answers to a job and their scores. world_size and gpus_per_rank do not."""
     folder, adapter = Path(config.base_model_path), None if job.base else config.adapter_dir
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    modules = (code_runner, data, esft, generation, metrics)
+    modules = (code_runner, templates, esft, generation, metrics)
     sources = [inspect.getfile(type(job.evaluator)), *(module.__file__ for module in modules)]
     return {
         "model": str(folder.resolve()) if files else config.base_model_path,
@@ -63,7 +65,7 @@ def answer_key(config: EvalConfig, job: Job, device: str) -> dict:
         "adapter": adapter and {path.name: sha256(path) for path in sorted(Path(adapter).iterdir()) if path.is_file()},
         "dataset": hashlib.sha256(json.dumps(job.rows, default=str).encode()).hexdigest(),
         "evaluator": config.evaluator or job.name,
-        **{name: getattr(config, name) for name in ("template", "max_new_tokens", "eval_batch_size", "dtype")},
+        **{name: getattr(config, name) for name in ANSWER_FLAGS},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "version of torch": torch.__version__,
         "version of transformers": transformers.__version__,
@@ -73,11 +75,11 @@ def answer_key(config: EvalConfig, job: Job, device: str) -> dict:
 
 def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], journals: list[AnswerJournal]) -> None:
     """Add to the journals of the jobs the batches that they lack, under one progress bar."""
-    tokenizer = esft.load_tokenizer(config.base_model_path)
+    template = Template(esft.load_tokenizer(config.base_model_path), config.template_settings)
     left = [
         (number, batch)
         for number, (job, journal) in enumerate(zip(jobs, journals))
-        for batch in make_batches([r["prompt"] for r in job.rows], tokenizer, config.eval_batch_size, config.template)
+        for batch in make_batches([r["prompt"] for r in job.rows], template, config.eval_batch_size)
         if not journal.results.keys() >= set(batch)
     ]
     done, total = sum(len(journal.results) for journal in journals), sum(len(job.rows) for job in jobs)
@@ -109,6 +111,7 @@ def _answer_share(
     put on before the first job that needs it, and stays. The jobs of the base come first.
     """
     model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
+    template = Template(tokenizer, config.template_settings)
     adapter = config.adapter_dir
     if adapter and jobs[batches[0][0]].base:
         esft.check_base(model, adapter)  # refuses a wrong one before the base has answered for hours
@@ -120,6 +123,6 @@ def _answer_share(
             yield None
         start = time.perf_counter()
         rows = [job.rows[i] for i in indices]
-        options = {"max_new_tokens": config.max_new_tokens, "template": config.template}
-        results = evaluate(model, tokenizer, rows, job.evaluator, **options)
+        options = {"max_new_tokens": config.max_new_tokens, "keep_reasoning": config.keep_reasoning}
+        results = evaluate(model, template, rows, job.evaluator, **options)
         yield number, {"indices": indices, "results": results, "seconds": time.perf_counter() - start}

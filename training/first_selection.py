@@ -6,6 +6,7 @@ Two commands of the project do it, with their defaults, each in a process of its
     <output_dir>/expert_configs/token.json     scripts/expert/generate_expert_config.py
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def selected_experts(output_dir: str) -> Path:
 def score_and_select(config: RunConfig) -> None:
     """Write the expert config of a run: token scores on its training data, selected up to the paper's top_p."""
     scores, path = Path(config.output_dir).absolute() / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
-    of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "template", "dtype", "device", "seed")}
+    of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
+    of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
+    of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
     flags = {
         "get_expert_scores.py": {"base_model_path": _absolute(config.base_model_path), "output_dir": scores, **of_run},
         "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path},

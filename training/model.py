@@ -16,7 +16,7 @@ from deepseek.loading import keeps_documents_apart
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.process_groups import Ranks
 from training.config import RunConfig
-from training.data import Pack
+from training.data import Packs
 from training.methods import format_trained, prepare_model
 from training.plan import Plan
 
@@ -97,13 +97,13 @@ def find_scores(config: RunConfig) -> Path | None:
     return next((path for path in folders if any((path / name).is_file() for name in esft.SCORE_FILES)), None)
 
 
-def log_model(model: nn.Module, config: RunConfig, packs: list[Pack]) -> None:
+def log_model(model: nn.Module, config: RunConfig, packs: Packs) -> None:
     """Log what is trained, and on what; warn of samples that are longer than the model's context."""
     logger.info(format_trained(model, config.method))
-    samples, tokens = sum(len(pack.samples) for pack in packs), sum(map(len, packs))
+    samples, tokens = sum(map(len, packs.members)), sum(packs.lengths)
     logger.info(f"  {samples:,} samples, {tokens:,} tokens in {len(packs):,} packs of up to {config.seq_length:,}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(max(pack.position_ids) for pack in packs) + 1
+    longest = packs.longest_document
     if context and longest > context:
         warnings.warn(
             f"the longest sample has {longest} tokens, more than the model's context of {context}: set "

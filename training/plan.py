@@ -18,7 +18,7 @@ from deepseek.loading import empty_model
 from deepseek.partial_loading import quantization
 from deepseek.process_groups import Ranks, SharedError, join
 from training.config import RunConfig
-from training.data import IGNORE, Pack
+from training.data import Packs
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts
 from utils import log_to_stdout
@@ -58,7 +58,7 @@ def join_processes(config: RunConfig) -> Ranks:
     return ranks
 
 
-def plan_run(config: RunConfig, args: TrainingArguments, packs: list[Pack], ranks: Ranks) -> Plan:
+def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ranks) -> Plan:
     """Choose the experts, and ep_size and activation_checkpointing where they are auto.
 
     On a GPU the first layout that is expected to fit is taken, or the most saving one. Elsewhere nothing is estimated:
@@ -129,15 +129,15 @@ def first_that_fits(
 
 
 def memory_settings(
-    config: RunConfig, args: TrainingArguments, plan: Plan, packs: list[Pack], world_size: int
+    config: RunConfig, args: TrainingArguments, plan: Plan, packs: Packs, world_size: int
 ) -> MemorySettings:
     """Return what the memory of a run depends on, with the longest pack and the largest share of labels in `packs`."""
     stored = plan.empty.config.dtype or torch.float32
     return MemorySettings(
-        seq_length=max(map(len, packs)),
+        seq_length=max(packs.lengths),
         batch_size=args.per_device_train_batch_size,
-        label_share=max(sum(label != IGNORE for label in pack.labels) / len(pack) for pack in packs),
-        packed=any(len(pack.samples) > 1 for pack in packs),
+        label_share=packs.label_share,
+        packed=any(len(members) > 1 for members in packs.members),
         accumulation=args.gradient_accumulation_steps > 1,
         dtype=config.dtype if config.dtype != "auto" else str(stored).removeprefix("torch."),
         world_size=world_size,

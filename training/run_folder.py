@@ -18,7 +18,7 @@ import esft
 from deepseek.files import check_output, sha256, write_json
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
-from training.data import resolve_dataset
+from training.data import dataset_files
 from training.first_selection import SELECTION_FOLDERS
 from training.methods import count_trained
 from training.model import LoadedModel
@@ -135,15 +135,16 @@ def _choose_checkpoint(checkpoints: list[Path], asked: str | None) -> Path | Non
 
 def run_note(config: RunConfig, packs_per_step: int) -> dict:
     """Return what makes a run this run: its config, the packs of a step, SHA-256 of the files it reads."""
-    paths = {"train_dataset": resolve_dataset(config.train_dataset)}
+    paths = {"train_dataset": dataset_files(config.train_dataset)}
+    if config.validation_dataset:
+        paths["validation_dataset"] = dataset_files(config.validation_dataset)
     if config.method in ("esft", "random"):
         path = Path(config.expert_config)
-        paths["expert_config"] = path / esft.CONFIG_NAME if path.is_dir() else path
-    files = {key: path for key, path in paths.items() if isinstance(path, Path) and path.is_file()}
+        paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]
     return {
         "config": dataclasses.asdict(config),
         "packs_per_step": packs_per_step,
-        "inputs": {key: sha256(path) for key, path in files.items()},
+        "inputs": {key: sha256(*files) for key, files in paths.items() if files and all(map(Path.is_file, files))},
     }
 
 
@@ -155,7 +156,9 @@ def _identity(note: dict) -> dict:
     keys |= {f"the content of {key}": digest for key, digest in inputs.items()}
     if os.path.isdir(keys["base_model_path"]):
         keys["base_model_path"] = os.path.realpath(keys["base_model_path"])
-    return {key: value for key, value in keys.items() if key not in LAYOUT} | {"packs per step": note["packs_per_step"]}
+    usual = {f.name: f.default for f in dataclasses.fields(RunConfig)}  # an older run.json does not name newer keys
+    kept = {key: value for key, value in keys.items() if key not in LAYOUT and value != usual.get(key, ...)}
+    return kept | {"packs per step": note["packs_per_step"]}
 
 
 def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> None:

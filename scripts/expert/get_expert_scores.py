@@ -15,6 +15,7 @@ changes its last bits, and with them a near tie between two experts.)
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -27,6 +28,7 @@ from esft import TOP_P, ExpertScores, RouterCapture, load_tokenizer, select_expe
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import plan_devices
+from training.data import TemplateSettings, add_template_flags, template_settings
 from utils import command_parser, environment, markdown_table, note, positive, run_cli
 
 
@@ -52,8 +54,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens (default: 4096)")
     add("--overlong", choices=("error", "truncate"), default="error", help="a document longer than seq_length is an "
         "error, or keeps its head (default: error)")  # fmt: skip
-    add("--template", choices=("chat", "released"), default="chat", help="how messages become tokens: the tokenizer's "
-        "chat template, or the one of the released checkpoints (default: chat)")  # fmt: skip
+    add_template_flags(parser)
     add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents")
     add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs that share a model (default: 1)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
@@ -69,8 +70,8 @@ def sample_settings(args: argparse.Namespace, model: nn.Module) -> SampleSetting
     if context and context < seq_length:
         note(f"seq_length {seq_length} is more than the model's context, so packs have at most {context} tokens")
         seq_length = context
-    names = ("n_sample_tokens", "overlong", "template", "skip_template_tokens", "seed")
-    return SampleSettings(args.eval_dataset, seq_length=seq_length, **{name: getattr(args, name) for name in names})
+    values = {name: getattr(args, name) for name in ("n_sample_tokens", "overlong", "skip_template_tokens", "seed")}
+    return SampleSettings(args.eval_dataset, seq_length=seq_length, template=template_settings(args), **values)
 
 
 def format_scores(scores: ExpertScores) -> str:
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> ExpertScores:
     meta = {"model": args.base_model_path, "dataset": args.eval_dataset, "seq_length": settings.seq_length}
     for name in ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype"):
         meta[name] = getattr(args, name)
+    usual = asdict(TemplateSettings())
+    meta |= {name: value for name, value in asdict(settings.template).items() if value != usual[name]}
     note_replaced(output_path, meta)
     packs = sample_packs(settings, load_tokenizer(args.base_model_path))
     if len(packs) < len(devices):

@@ -11,7 +11,7 @@ import train
 from deepseek.files import read_jsonl, write_jsonl
 from evaluation.config import EvalConfig, fill_from_run
 from tests.helpers import ROOT, arguments, contents
-from training.data import split_dataset
+from training.data import load_samples, split_samples
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_a_run_without_an_eval_file_is_asked_what_it_held_out(run_folder, files,
     arguments = summary["arguments"]
     assert arguments["adapter_dir"] == str(run_folder) and arguments["base_model_path"] == str(files / "m32")
     rows = read_jsonl(run_folder / "held_out.jsonl")
-    training, held_out = split_dataset(str(files / "data.jsonl"), None, 0.2, 0)
-    assert [row["prompt"] for row in rows] == [sample["messages"][0]["content"] for _, sample in held_out]
+    training, held_out = split_samples(load_samples(files / "data.jsonl"), 0.2, 0)
+    assert [row["prompt"] for row in rows] == [sample["messages"][0]["content"] for sample in held_out]
     assert summary["n"] == len(rows) == 6 and len(training) == 24
     assert "evaluating on 6 of the 6 samples that the run held out" in capsys.readouterr().err
 

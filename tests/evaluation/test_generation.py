@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from evaluation.generation import Completion, complete, make_batches
 from tests.helpers import PROMPTS
-from training.data import encode_prompt
+from training.data import Template, TemplateSettings
 
 
 @torch.no_grad()
@@ -23,13 +23,14 @@ def greedy(model, ids: list[int], steps: int) -> list[int]:
 def answers(model, tokenizer, prompts, batch_size=4, template="chat") -> list[Completion]:
     """Answer the prompts in batches of `batch_size`, and return the answers in the order of the prompts."""
     found = {}
-    for batch in make_batches(prompts, tokenizer, batch_size, template):
-        found |= zip(batch, complete(model, tokenizer, [prompts[i] for i in batch], 6, template))
+    template = Template(tokenizer, TemplateSettings(template))
+    for batch in make_batches(prompts, template, batch_size):
+        found |= zip(batch, complete(model, template, [prompts[i] for i in batch], 6))
     return [found[i] for i in range(len(prompts))]
 
 
 def test_batched_answers_are_those_of_a_plain_loop(model, tokenizer):
-    expected = [tokenizer.decode(greedy(model, encode_prompt(p, tokenizer), 6)) for p in PROMPTS]
+    expected = [tokenizer.decode(greedy(model, Template(tokenizer).encode_prompt(p), 6)) for p in PROMPTS]
     assert len(set(expected)) > 3
     for batch_size in (1, 4, 16):
         assert [answer.text for answer in answers(model, tokenizer, PROMPTS, batch_size)] == expected
@@ -37,11 +38,11 @@ def test_batched_answers_are_those_of_a_plain_loop(model, tokenizer):
 
 
 def test_an_answer_ends_before_any_of_the_end_tokens(model, tokenizer, monkeypatch):
-    new = greedy(model, encode_prompt(PROMPTS[0], tokenizer), 6)
+    new = greedy(model, Template(tokenizer).encode_prompt(PROMPTS[0]), 6)
     stop = next(i for i in range(1, 6) if new[i] not in new[:i])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [299, new[stop]])
     first, *others = answers(model, tokenizer, PROMPTS)
-    assert first == (tokenizer.decode(new[:stop]), stop + 1, False)
+    assert first[:3] == (tokenizer.decode(new[:stop]), stop + 1, False)
     assert any(other.truncated and other.tokens == 6 for other in others)
 
 
@@ -66,8 +67,8 @@ def test_the_models_own_sampling_settings_neither_warn_nor_count(model, tokenize
 
 
 def test_a_batch_alone_forms_itself_again(tokenizer):
-    batches = make_batches(PROMPTS, tokenizer, 4, "chat")
+    batches = make_batches(PROMPTS, Template(tokenizer), 4)
     assert sorted(i for batch in batches for i in batch) == list(range(len(PROMPTS)))
     assert [len(batch) for batch in batches] == [4, 2] and batches[0][0] == 2  # the longest comes first
     for batch in batches:
-        assert make_batches([PROMPTS[i] for i in batch], tokenizer, 4, "chat") == [list(range(len(batch)))]
+        assert make_batches([PROMPTS[i] for i in batch], Template(tokenizer), 4) == [list(range(len(batch)))]

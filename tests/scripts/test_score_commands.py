@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from esft import ExpertScores
 from evaluation import expert_scoring
 from evaluation.selection import PackCounts
 from scripts.expert import get_expert_scores, plot_expert_scores
 from tests.helpers import make_model, refused
-from training.data import Encoded, encode
+from training.data import Encoded, Template, TemplateSettings
 
 WORDS = ["what", "is", "it", "yes", "no", "0", "12", "345"]
 
@@ -84,7 +85,8 @@ def test_scores_do_not_depend_on_the_packs(data, tiny_tokenizer, tmp_path):
 def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model_dir, broken)
-    (broken / "model.safetensors").write_bytes(b"nothing")
+    tensors = load_file(broken / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "norm" not in name}, broken / "model.safetensors")
     flags = ["--eval_dataset", data, "--model", broken, "--output_dir", tmp_path / "out", "--seq_length", 64]
     for world_size, rank in ((1, ""), (2, "rank ")):
         more = ["--device", "cpu", "--world_size", world_size]
@@ -107,15 +109,16 @@ def test_scoring_refusals(data, tiny_model_dir, tmp_path, capsys, monkeypatch):
 
 def test_template_tokens_can_be_left_out(data, tiny_model_dir, tiny_tokenizer, tmp_path, capsys):
     messages = [{"role": "user", "content": "User: 12 no"}, {"role": "assistant", "content": " yes"}]
-    for template in ("chat", "released"):
-        document = encode(messages, tiny_tokenizer, template)
-        mask = expert_scoring.content_mask(messages, document, tiny_tokenizer, template)
+    for name in ("chat", "released"):
+        template = Template(tiny_tokenizer, TemplateSettings(name))
+        (document,) = template.encode([messages])[0]
+        (mask,) = expert_scoring.content_masks(messages, [document], template)
         kept = tiny_tokenizer.decode([t for t, keep in zip(document.input_ids, mask) if keep])
         assert kept.split() == ["User:", "12", "no", "yes"]
         assert not mask[0] and not mask[-1]
     with pytest.raises(ValueError, match="--skip_template_tokens"):
         cut = Encoded(document.input_ids[:-3], document.labels[:-3])
-        expert_scoring.content_mask(messages, cut, tiny_tokenizer, "released")
+        expert_scoring.content_masks(messages, [cut], template)
 
     some = score(data, tiny_model_dir, tmp_path / "some", "--skip_template_tokens")
     everything = score(data, tiny_model_dir, tmp_path / "all")

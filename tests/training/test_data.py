@@ -19,10 +19,9 @@ from training.data import (
     Encoded,
     collate,
     encode,
-    encode_prompt,
     load_samples,
-    pack,
-    resolve_dataset,
+    pack_of,
+    sources,
     split_samples,
 )
 
@@ -79,6 +78,16 @@ def chat(data_tokenizer):
         return data_tokenizer
 
     return with_template
+
+
+def prompt_ids(prompt: str, tokenizer, template: str) -> list[int]:
+    return data.Template(tokenizer, data.TemplateSettings(template)).encode_prompt(prompt)
+
+
+def pack(encoded: list[Encoded], seq_length: int, numbers: list[int] | None = None, **options) -> list[data.Pack]:
+    numbers = numbers or list(range(len(encoded)))
+    found = data.pack(list(map(len, encoded)), lambda i: encoded[i].labels, numbers, seq_length, **options)
+    return [pack_of(encoded, members, seq_length, numbers) for members in found]
 
 
 def learned(encoded: Encoded, tokenizer) -> list[str]:
@@ -148,7 +157,7 @@ def test_prompt_at_generation_is_the_prompt_in_training(chat, template, answer):
     tokenizer = chat(template)
     for name in ("chat", "released"):
         sample = encode([TURNS[0], {"role": "assistant", "content": answer}], tokenizer, name)
-        prompt = encode_prompt(TURNS[0]["content"], tokenizer, name)
+        prompt = prompt_ids(TURNS[0]["content"], tokenizer, name)
         first = next(i for i, label in enumerate(sample.labels) if label != IGNORE)
         assert sample.input_ids[:first] == prompt
         assert answer in learned(sample, tokenizer)[0]
@@ -158,8 +167,8 @@ def test_rendered_prompt_is_taken_verbatim(chat):
     tokenizer = chat(CHATML)
     text = "User: 1 User: 2\n\nAssistant:"
     for template in ("chat", "released"):
-        assert encode_prompt(text, tokenizer, template) == [tokenizer.bos_token_id, *tokenizer.encode(text)]
-    assert encode_prompt("1 User: 2\n\nAssistant:", tokenizer, "released") != [1, *tokenizer.encode(text)]
+        assert prompt_ids(text, tokenizer, template) == [tokenizer.bos_token_id, *tokenizer.encode(text)]
+    assert prompt_ids("1 User: 2\n\nAssistant:", tokenizer, "released") != [1, *tokenizer.encode(text)]
 
 
 def test_a_template_that_rewrites_history(chat):
@@ -376,15 +385,15 @@ def turns(*roles_and_texts: tuple[str, object]) -> str:
         (turns(("user", "q"), ("asistant", "a")), r"message 2: unknown role 'asistant' \(did you mean 'assistant'\?\)"),
         (
             '{"conversations": [{"from": "bing", "value": "q"}]}',
-            "message 1: unknown role 'bing'. Known are system, user, assistant, human, gpt",
+            "message 1: unknown role 'bing'. Known are system, user, assistant, tool, human, gpt",
         ),
         ('{"conversations": [{"from": "humam", "value": "q"}]}', r"message 1: .*'humam' \(did you mean 'human'\?\)"),
         ('{"conversations": [{"from": ["gpt"], "value": "q"}]}', r"message 1: unknown role \['gpt'\]"),
-        (turns(("user", ["q"]), ("assistant", "a")), "message 1: the content of user must be text, not list"),
+        (turns(("user", ["q"]), ("assistant", "a")), "message 1: the content must be text, not a list"),
         (turns(("user", "q"), ("assistant", " \n")), "message 2: the assistant turn is empty"),
         (turns(("assistant", "a"), ("user", "q")), "message 1: an assistant turn comes first and answers nothing"),
         (turns(("user", "q")), "no assistant turn"),
-        ('{"messages": [{"role": "user", "content": "q", "mask": 2}]}', '"mask" must be 0 or 1, not 2'),
+        ('{"messages": [{"role": "user", "content": "q", "mask": 2}]}', 'message 1: "mask" must be 0 or 1, not 2'),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, line, error):
@@ -422,23 +431,19 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     assert "红" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
 
 
-def test_resolve_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ROOT", tmp_path)
+def test_names_are_files_of_the_data_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "eval"):
         write_jsonl(tmp_path / "datasets" / split / "law.jsonl", [{"split": split}])
-        assert read_jsonl(resolve_dataset("law", split)) == [{"split": split}]
-    assert resolve_dataset("datasets/train/law.jsonl") == Path("datasets/train/law.jsonl")
-    assert resolve_dataset(tmp_path / "datasets/train/law.jsonl").is_file()
-    assert resolve_dataset("owner/law-2.0") == "owner/law-2.0"
+        assert [row for _, row in data.open_rows("law", split)] == [{"split": split}]
+    assert data.dataset_files("datasets/train/law.jsonl") == [Path("datasets/train/law.jsonl")]
     with pytest.raises(
         ValueError, match=r"'lwa' \(did you mean 'law'\?\)\. Give one of those in datasets/train \(law\)"
     ):
-        resolve_dataset("lwa")
-    with pytest.raises(ValueError, match="cannot find data set 'datasets/train'"):  # a folder is no hub id
-        resolve_dataset("datasets/train")
+        data.resolve("lwa")
     with pytest.raises(ValueError, match=r"'datasets/train/laww.jsonl' \(did you mean 'law.jsonl'\?\)"):
-        resolve_dataset("datasets/train/laww.jsonl")
+        data.resolve("datasets/train/laww.jsonl")
 
 
 def test_split_is_of_samples_disjoint_and_deterministic():
@@ -455,7 +460,7 @@ def test_split_is_of_samples_disjoint_and_deterministic():
 
 def test_a_pack_comes_apart_into_its_documents():
     encoded = documents(20, 30)
-    packs = data.pack(encoded, 64, numbers=[100 + i for i in range(20)])
+    packs = pack(encoded, 64, numbers=[100 + i for i in range(20)])
     alone = [one for p in packs for one in p.documents()]
     assert sorted(one.samples[0] for one in alone) == list(range(100, 120))
     for one in alone:
@@ -466,7 +471,7 @@ def test_a_pack_comes_apart_into_its_documents():
 
 def test_an_overlong_sample_goes_by_its_number():
     with pytest.raises(ValueError, match="sample 7 has"):
-        data.pack([Encoded([1] * 9, [1] * 9)], 8, numbers=[7])
+        pack([Encoded([1] * 9, [1] * 9)], 8, numbers=[7])
 
 
 def test_a_broken_character_is_an_error_with_its_line(tmp_path):

@@ -10,7 +10,7 @@ import esft
 import train
 from deepseek.experts import moe_layers
 from deepseek.files import write_json, write_jsonl
-from deepseek.process_groups import SharedError
+from deepseek.process_groups import Ranks, SharedError
 from tests.helpers import Killed, at_step, config_of, kill, losses, run_ranks, same, weights
 from training import checkpoints
 from training.data import load_data
@@ -97,7 +97,7 @@ def test_a_run_has_the_losses_of_one_process(files, tmp_path, world, keys):
     keys["expert_config"] = files / keys.get("expert_config", "experts.json")
     accumulated = keys.get("accumulation_steps", 1)
     alone = config_of(files, tmp_path / "one", **{**keys, "accumulation_steps": accumulated * world})
-    packs, eval_packs = load_data(esft.load_tokenizer(files / "m32"), alone)
+    packs, eval_packs = load_data(esft.load_tokenizer(files / "m32"), alone, Ranks())
     assert len(packs) % (world * accumulated) and len(eval_packs) % world  # where data end, a rank has no batch
     one = train.run(alone)
     scores = files / "scores"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deepseek.files import write_jsonl
+from deepseek.process_groups import Ranks
 from tests.helpers import arguments, config_of, fails, losses, make_model, trainer_of, weights
 from training import data
 
@@ -29,7 +30,7 @@ def test_first_step_is_the_same_however_the_batch_is_cut(files, start, tiny_toke
         "train_dataset": start.folder / "few.jsonl", "validation_fraction": 0, "eval_steps": None, "save_steps": None,
         "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "max_steps": 1, "lr_scheduler_type": "constant",
     }  # fmt: skip
-    packs = data.load_data(tiny_tokenizer, config_of(files, start.folder, **keys))[0]
+    packs = data.load_data(tiny_tokenizer, config_of(files, start.folder, **keys), Ranks())[0]
     assert len(packs) == 4 and len({len(pack) for pack in packs}) > 1
     by_hand, mean_of_means = loss_by_hand(make_model(), tiny_tokenizer, rows)
     adapters = []
@@ -67,7 +68,7 @@ def test_where_documents_of_a_pack_see_each_other_each_is_alone(files, start, ti
 def test_validation_loss_is_the_mean_over_its_tokens(files, start, tiny_tokenizer, eval_batch_size):
     result = start(eval_batch_size=eval_batch_size, learning_rate=0, max_steps=2)
     rows = data.load_samples(files / "data.jsonl")
-    packs = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out"))[1]
+    packs = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out"), Ranks())[1]
     validation = [rows[number - 1] for pack in packs for number in pack.samples]
     assert len(validation) == 6
     by_hand, mean_of_means = loss_by_hand(make_model(), tiny_tokenizer, validation)
@@ -79,7 +80,7 @@ def test_the_head_runs_on_label_positions_only(files, start, monkeypatch):
     trainer = trainer_of(config_of(files, start.folder / "out"), monkeypatch)
     seen = []
     trainer.model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
-    for pack in trainer.train_dataset[:3]:
+    for pack in map(trainer.train_dataset.__getitem__, range(3)):
         inputs = trainer.data_collator([pack])
         labels = (inputs["labels"][:, 1:] != -100).sum().item()
         loss, _ = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
@@ -92,7 +93,7 @@ def test_the_head_runs_on_label_positions_only(files, start, monkeypatch):
 
 def test_a_batch_without_labels_adds_nothing(files, start, monkeypatch):
     trainer = trainer_of(config_of(files, start.folder / "out"), monkeypatch)
-    inputs = trainer.data_collator(trainer.train_dataset[:1])
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
     inputs["labels"].fill_(-100)
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=5)
     loss.backward()

@@ -1,7 +1,9 @@
 """What a run is planned to be: the least costly ep_size and activation_checkpointing that fit, and what is said."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,12 +11,13 @@ import train
 from deepseek.process_groups import Ranks
 from tests.helpers import config_of, make_model
 from training.config import training_arguments
-from training.data import IGNORE, Pack
+from training.data import Packs
 from training.memory import Estimator
 from training.plan import memory_of_a_process, memory_settings, plan_run
 from training.trainer import ESFTTrainer
 
-PACKS = [Pack([5] * 200, [IGNORE] * 100 + [5] * 100, [*range(120), *range(80)], [1, 2]), Pack([5], [5], [0], [3])]
+DOCUMENTS = SimpleNamespace(lengths=np.array([120, 80, 1]), labels=np.array([20, 80, 1]))
+PACKS = Packs(DOCUMENTS, np.array([1, 2, 3]), [[0, 1], [2]], 4096)
 
 
 @pytest.fixture

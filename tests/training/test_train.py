@@ -14,6 +14,7 @@ import pytest
 import esft
 import eval_multigpu
 from deepseek.files import write_json
+from deepseek.process_groups import Ranks
 from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same
 from training import data
 from training.checkpoints import find_damage
@@ -41,7 +42,7 @@ def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkey
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start, monkeypatch, capsys, tiny_tokenizer):
     keys = {"save_opt_states": True, "save_steps": 1, "batch_size": 1, "accumulation_steps": 3}
-    packs, _ = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out", **keys))
+    packs, _ = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out", **keys), Ranks())
     original, seen = ESFTTrainer._loss_sum, []
 
     def broken(self, model, inputs, *args):

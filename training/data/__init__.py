@@ -1,0 +1,238 @@
+"""The data of a run: rows -> messages -> text -> tokens and labels -> packs -> tensors.
+
+    sources.py     names, files and hub ids -> rows
+    shapes.py      a row -> messages
+    templates.py   messages -> tokens and labels
+    documents.py   what lies between: pieces of text, documents
+    packs.py       documents -> packs -> tensors
+
+Tokens are made once, by all cores, and kept in memory-mapped tables. A second run of the same data starts at once, and
+all processes of a run open the same files. What a run needs in memory is a few numbers per document.
+"""
+
+import hashlib
+import json
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import datasets
+from deepseek.files import sha256
+from training.data.documents import (
+    IGNORE,
+    Encoded,
+    Skeleton,
+    TemplateSettings,
+    add_template_flags,
+    content_marks,
+    template_settings,
+)
+from training.data.packs import Pack, Packs, best_fit, collate, pack, pack_of
+from training.data.shapes import SHAPES, read_messages, unused_fields
+from training.data.sources import Rows, dataset_files, open_rows, resolve
+from training.data.templates import Template
+
+if TYPE_CHECKING:
+    from deepseek.process_groups import Ranks
+    from training.config import RunConfig
+
+__all__ = [
+    "FEATURES",
+    "IGNORE",
+    "SHAPES",
+    "Documents",
+    "Encoded",
+    "Pack",
+    "Packs",
+    "Rows",
+    "Skeleton",
+    "Template",
+    "TemplateSettings",
+    "add_template_flags",
+    "best_fit",
+    "collate",
+    "content_marks",
+    "dataset_files",
+    "encode",
+    "encode_rows",
+    "load_data",
+    "load_samples",
+    "open_rows",
+    "pack",
+    "pack_of",
+    "read_messages",
+    "resolve",
+    "sample_rows",
+    "split_samples",
+    "template_settings",
+]
+
+INT32 = datasets.Value("int32")
+FEATURES = datasets.Features(  # of the table of documents
+    {"input_ids": datasets.List(INT32), "labels": datasets.List(INT32), "length": INT32, "learned": INT32, "row": INT32}
+    | {"notes": datasets.List(datasets.Value("string"))}
+)
+BATCH = 256  # conversations that are encoded at a time
+FEW = 2000  # rows that are encoded without a progress bar, in one process
+SOURCES = [Path(__file__).with_name(name) for name in ("shapes.py", "documents.py", "templates.py")]
+
+
+def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
+    """Return the tokens of a conversation, with labels on the assistant's turns (content and end-of-turn token) alone.
+
+    `template` is "chat" (the tokenizer's own) or "released" (that of the published checkpoints).
+
+    Raises:
+        ValueError: the answers cannot be found exactly in the template's text.
+    """
+    return Template(tokenizer, TemplateSettings(template=template)).encode([messages])[0][0]
+
+
+def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
+    """Return the samples of a data set in memory: {"messages": [...]} (training/data/shapes.py)."""
+    return [{"messages": read_messages(row, where)} for where, row in open_rows(dataset, split)]
+
+
+class Documents(Sequence):
+    """Documents in a memory-mapped table. Of each, arrays hold the tokens, the tokens with a label, and the row."""
+
+    def __init__(self, table):
+        self.table = table.with_format("numpy")
+        self.lengths, self.labels, self.rows = (
+            table.data.column(key).to_numpy() for key in ("length", "learned", "row")
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Encoded:
+        found = self.table[int(index)]
+        return Encoded(found["input_ids"].tolist(), found["labels"].tolist())
+
+
+def encode_rows(rows: Rows, template: Template, processes: int | None = None) -> Documents:
+    """Encode the rows of a data set, or open what an earlier call made of them.
+
+    Fields that training does not use, and what the template leaves out, are counted in one warning.
+    """
+    table = datasets.Dataset.from_dict({"row": range(len(rows))})
+    state = [rows.fingerprint, asdict(template.settings), template.fingerprint, [sha256(path) for path in SOURCES]]
+    fingerprint = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "esft"
+    folder.mkdir(parents=True, exist_ok=True)
+    few = len(rows) <= FEW
+    if few:
+        datasets.disable_progress_bars()
+    try:
+        made = table.map(
+            _encode_batch,
+            batched=True,
+            batch_size=BATCH,
+            num_proc=None if few else processes or os.cpu_count(),
+            fn_kwargs={"rows": rows, "template": template},
+            remove_columns=["row"],
+            features=FEATURES,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            desc="tokenizing",
+        )
+    finally:
+        datasets.enable_progress_bars()
+    if notes := Counter(made.data.column("notes").combine_chunks().flatten().to_pylist()):
+        found = ", ".join(f"{what} ({count:,}x)" for what, count in notes.items())
+        warnings.warn(f"not trained on, as neither the method nor the template uses it: {found}", stacklevel=2)
+    return Documents(made)
+
+
+def _encode_batch(batch: dict, rows: Rows, template: Template) -> dict:
+    read, notes, where = [], [], []
+    for index in batch["row"]:
+        place, row = rows[index]
+        where.append(place)
+        read.append(read_messages(row, place))
+        notes.append(list(unused_fields(row).elements()))
+    found = []
+    for index, note, documents in zip(batch["row"], notes, template.encode(read, where)):
+        for number, document in enumerate(documents):
+            labels = np.asarray(document.labels, np.int32)
+            found.append(
+                {
+                    "input_ids": np.asarray(document.input_ids, np.int32),
+                    "labels": labels,
+                    "length": len(labels),
+                    "learned": int((labels[1:] != IGNORE).sum()),
+                    "row": index,
+                    "notes": [*document.left_out, *(note if number == 0 else [])],
+                }
+            )
+    return {key: [document[key] for document in found] for key in found[0]}
+
+
+def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Packs]:
+    """Return the (training packs, validation packs) of a run. All ranks call this; rank 0 makes what is not there.
+
+    The `samples` of a pack are rows of the data set, from 1.
+
+    Raises:
+        ValueError: the data cannot be read or encoded, a sample is too long, or no sample is left to train on.
+    """
+    made: list[tuple] = []
+    ranks.on_rank_zero(lambda: made.append(_load(tokenizer, config)))
+    if made:
+        return made[0]
+    with warnings.catch_warnings(action="ignore"):  # rank 0 has said it
+        return _load(tokenizer, config)
+
+
+def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
+    rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed)
+    documents = encode_rows(rows, Template(tokenizer, template_settings(config)))
+    parts = split_samples(list(range(len(rows))), config.validation_fraction, config.seed)
+    train, validation = (_pack_rows(documents, part, numbers, config) for part in parts)
+    if not train:
+        raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
+    return train, validation
+
+
+def sample_rows(dataset: str, n_samples: int | None, seed: int) -> tuple[Rows, np.ndarray]:
+    """Return the rows that a run takes, and the number of each in its data set, from 1."""
+    rows = open_rows(dataset, seed=seed)
+    chosen = list(range(len(rows)))
+    if n_samples is not None and n_samples < len(rows):
+        chosen = random.Random(seed).sample(chosen, n_samples)
+        rows = rows.select(chosen)
+    return rows, np.asarray(chosen) + 1
+
+
+def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list]:
+    """Return (train, validation), in the order of `samples`. A random `fraction` validates.
+
+    If it is above 0, at least one of two or more samples validates. A single sample is always trained on.
+    """
+    count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 and samples else 0
+    chosen = set(random.Random(seed).sample(range(len(samples)), count))
+    return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
+
+
+def _pack_rows(documents: Documents, rows: list[int], numbers: np.ndarray, config: "RunConfig") -> Packs:
+    """Pack the documents of some rows."""
+    chosen = np.flatnonzero(np.isin(documents.rows, rows))
+    samples = numbers[documents.rows]
+    lengths = documents.lengths[chosen].tolist()
+    found = pack(
+        lengths,
+        lambda i: documents[chosen[i]].labels,
+        samples[chosen],
+        config.seq_length,
+        config.overlong,
+        config.seed,
+    )
+    packs = [chosen[members].tolist() for members in found]
+    return Packs(documents, samples, packs, config.seq_length)

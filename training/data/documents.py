@@ -1,0 +1,128 @@
+"""The parts of a rendered conversation: settings, pieces of text, documents, and the skeleton of a template."""
+
+import argparse
+import functools
+import itertools
+import json
+from dataclasses import dataclass, field, fields
+
+IGNORE = -100  # the label that cross entropy skips
+NO_END = "an end of answers, which the template does not write (append_end=true adds one)"
+LOSS_ON = ("all", "last", "each")
+SPECIAL_TEXT = ("error", "plain", "token")
+THINK = "<think>"
+REACH = 48  # characters before a cut that are encoded again to see whether the cut changes them
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document. `labels` are as many as `input_ids`: the token's own id (not shifted), or -100 for no loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+    left_out: tuple[str, ...] = ()  # what the template does not show, such as "reasoning_content"
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """How messages become tokens.
+
+    template: "chat" (the tokenizer's own) or "released" (the published checkpoints': BOS, system text, blank line,
+        "User: q", blank line, "Assistant:", then " a" and EOS).
+    template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+    loss_on: "all" answers of a conversation, the "last" one, or "each" as a document of its own.
+    special_text: what to do where a message spells a special token such as "<|im_end|>": "error", take it as "plain"
+        characters, or as the "token".
+    append_end: end each answer with the tokenizer's end token, where the template ends it with nothing.
+    """
+
+    template: str = "chat"
+    template_kwargs: dict = field(default_factory=dict)
+    loss_on: str = "all"
+    special_text: str = "error"
+    append_end: bool = False
+
+
+def template_settings(values: object) -> TemplateSettings:
+    """Return the settings among the fields of a config, or the flags of a command."""
+    found = {f.name: getattr(values, f.name) for f in fields(TemplateSettings)}
+    return TemplateSettings(**found | {"template_kwargs": found["template_kwargs"] or {}})
+
+
+def add_template_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each field of TemplateSettings."""
+    add = parser.add_argument
+    add("--template", choices=("chat", "released"), default="chat", help="how messages become tokens: the tokenizer's "
+        "chat template, or the one of the released checkpoints (default: chat)")  # fmt: skip
+    add("--template_kwargs", type=json.loads, default={}, metavar="JSON", help="variables of the chat template, such "
+        'as {"enable_thinking": false}')  # fmt: skip
+    add("--loss_on", choices=LOSS_ON, default="all", help="which answers of a conversation carry loss; each: every one "
+        "in a document of its own (default: all)")  # fmt: skip
+    add("--special_text", choices=SPECIAL_TEXT, default="error", help="what to do where a message spells a special "
+        "token (default: error)")  # fmt: skip
+    add("--append_end", action="store_true", help="end answers with the tokenizer's end token where the chat template "
+        "writes no end")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of a document. `loss`: it is an answer, with what ends it. `plain`: it spells no special token."""
+
+    text: str
+    loss: bool = False
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    """The text of one document. `whole`: its pieces are encoded together, if tokens allow it."""
+
+    pieces: list[Piece]
+    whole: bool = True
+    left_out: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    def cuts(self) -> list[int]:
+        """Return where in `text` a piece ends and another begins."""
+        return list(itertools.accumulate(len(piece.text) for piece in self.pieces))[:-1]
+
+    def endings(self) -> list[str]:
+        """Return the last characters before each cut."""
+        return [self.text[max(cut - REACH, 0) : cut] for cut in self.cuts()]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a template writes around the contents of messages with given roles.
+
+    between: the text before each content, and after the last one.
+    answers: (message, start, end) of each answer; start counts from the start of its content, end from the end of it.
+    """
+
+    between: list[str]
+    answers: list[tuple[int, int, int]]
+
+    def contents(self, text: str, messages: list[dict]) -> list[tuple[int, int]] | None:
+        """Return (start, end) of each content in `text`, or None if the template did more than put contents in."""
+        at, found = len(self.between[0]), []
+        for message, after in zip(messages, self.between[1:]):
+            content = message["content"]
+            if not text.startswith(content + after, at):
+                content = content.strip()
+            if not text.startswith(content + after, at):
+                return None
+            found.append((at, at + len(content)))
+            at += len(content) + len(after)
+        whole = at == len(text) and text.startswith(self.between[0]) and len(self.between) == len(messages) + 1
+        return found if whole else None
+
+
+def content_marks(messages: list[dict]) -> list[str]:
+    """Return a text for each message that no template changes, to find out where contents lie."""
+    return [f"7340{number}0437" for number in range(len(messages))]

@@ -1,0 +1,181 @@
+"""Tokens -> packs -> tensors.
+
+A pack holds whole documents end to end. Each counts its positions from 0 (`.` is -100: no loss):
+
+    input_ids      BOS  q  q  a  a EOS | BOS  q  a EOS | pad pad
+    labels           .  .  .  a  a EOS |   .  .  a EOS |   .   .
+    position_ids     0  1  2  3  4   5 |   0  1  2   3 |   0   1
+
+transformers builds a mask from the restarts in `position_ids`, if it gets no attention mask and no KV cache
+(`use_cache=False`). The mask keeps the documents apart, and a packed document has the logits that it has alone. A few
+model families build no such mask. `deepseek.loading.keeps_documents_apart` finds them, and there each document is a
+pack of its own. The first label of each document is -100, so no document predicts the start of the next one.
+"""
+
+import bisect
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from training.data.documents import IGNORE, Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Whole documents end to end, as lists of one length. `samples` are the numbers of their samples."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def add(self, document: Encoded, size: int, sample: int) -> None:
+        """Append the first `size` tokens of a document."""
+        self.input_ids.extend(document.input_ids[:size])
+        self.labels.extend([IGNORE, *document.labels[1:size]])
+        self.position_ids.extend(range(size))
+        self.samples.append(sample)
+
+    def documents(self) -> list["Pack"]:
+        """Return each document as a pack of its own."""
+        starts = [i for i, position in enumerate(self.position_ids) if position == 0]
+        return [
+            Pack(self.input_ids[a:b], self.labels[a:b], self.position_ids[a:b], [sample])
+            for sample, a, b in zip(self.samples, starts, [*starts[1:], len(self)])
+        ]
+
+
+class Packs(Sequence):
+    """The packs of a data set, each made when it is asked for.
+
+    documents: what is packed, by number; a memory-mapped table.
+    samples: the number of the sample of each document.
+    members: the documents of each pack, in order.
+    """
+
+    def __init__(self, documents: "Documents", samples: np.ndarray, members: list[list[int]], seq_length: int):  # noqa: F821
+        self.documents, self.samples, self.members, self.seq_length = documents, samples, members, seq_length
+        self.sizes = np.minimum(documents.lengths, seq_length)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Pack:
+        return pack_of(self.documents, self.members[index], self.seq_length, self.samples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each pack."""
+        return [int(self.sizes[members].sum()) for members in self.members]
+
+    @property
+    def longest_document(self) -> int:
+        return max(int(self.sizes[members].max()) for members in self.members)
+
+    @property
+    def label_share(self) -> float:
+        """The largest share of tokens with a label in a pack. Documents that are cut count with all their labels."""
+        shares = (self.documents.labels[members].sum() / self.sizes[members].sum() for members in self.members)
+        return min(max(map(float, shares)), 1.0)
+
+    def split(self) -> "Packs":
+        """Return each document as a pack of its own, for a model that does not keep the documents of a pack apart."""
+        alone = [[number] for members in self.members for number in members]
+        return Packs(self.documents, self.samples, alone, self.seq_length)
+
+
+def best_fit(lengths: Sequence[int], seq_length: int, seed: int = 0, dropped: Sequence[int] = ()) -> list[list[int]]:
+    """Return packs of at most `seq_length` tokens, as lists of documents: longest first, best fit, then shuffled.
+
+    lengths: the tokens of each document; more than `seq_length` count as that many.
+    seed: orders documents of equal length, and the packs.
+    dropped: documents to leave out.
+    """
+    rng, left_out = random.Random(seed), set(dropped)
+    order = [i for i in range(len(lengths)) if i not in left_out]
+    rng.shuffle(order)
+    order.sort(key=lambda i: -lengths[i])  # stable: equals stay shuffled
+    packs: list[list[int]] = []
+    open_packs: dict[int, list[list[int]]] = {}  # by the tokens that are left in them
+    rooms: list[int] = []  # those numbers, ascending: at most seq_length, so that a step is O(log seq_length)
+    for i in order:
+        size = min(lengths[i], seq_length)
+        at = bisect.bisect_left(rooms, size)
+        if at == len(rooms):
+            packs.append(target := [])
+            room = seq_length
+        else:
+            room = rooms[at]
+            target = open_packs[room].pop()
+            if not open_packs[room]:
+                del open_packs[rooms.pop(at)]
+        target.append(i)
+        if room := room - size:
+            if room not in open_packs:
+                bisect.insort(rooms, room)
+            open_packs.setdefault(room, []).append(target)
+    rng.shuffle(packs)
+    return packs
+
+
+def pack(
+    lengths: Sequence[int],
+    labels_of: Callable[[int], Sequence[int]],
+    samples: Sequence[int],
+    seq_length: int,
+    overlong: str = "error",
+    seed: int = 0,
+) -> list[list[int]]:
+    """Return packs as lists of documents (see `best_fit`), without those that have no label in `seq_length` tokens.
+
+    lengths, labels_of, samples: the tokens of each document, its labels, and the number of its sample.
+    overlong: "error", or "truncate": a longer document keeps its head, or is dropped. A warning counts both.
+
+    Raises:
+        ValueError: a document is longer than `seq_length`, and `overlong` is "error".
+    """
+    too_long = [i for i, length in enumerate(lengths) if length > seq_length]
+    if too_long and overlong == "error":
+        first, longest = too_long[0], max(lengths)
+        raise ValueError(
+            f"cannot pack: sample {samples[first]} has {lengths[first]} tokens, more than seq_length={seq_length} "
+            f"({len(too_long)} such samples). Set seq_length={longest} or overlong=truncate"
+        )
+    dropped = [i for i in too_long if all(label == IGNORE for label in labels_of(i)[1:seq_length])]
+    if too_long:
+        warnings.warn(
+            f"{len(too_long)} of {len(lengths)} samples are longer than seq_length={seq_length}: "
+            f"{len(too_long) - len(dropped)} truncated, {len(dropped)} dropped as they have no label left",
+            stacklevel=2,
+        )
+    return best_fit(lengths, seq_length, seed, dropped)
+
+
+def pack_of(documents: Sequence[Encoded], members: list[int], seq_length: int, numbers: Sequence[int]) -> Pack:
+    """Return a pack of some documents. `numbers` holds the number of the sample of each document."""
+    pack = Pack()
+    for i in members:
+        document = documents[i]
+        pack.add(document, min(len(document), seq_length), int(numbers[i]))
+    return pack
+
+
+def collate(packs: list[Pack], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Return input_ids, labels and position_ids, int64 (B, T), where T is the length of the longest pack.
+
+    Padding is a document of its own. There is no attention_mask: with one, transformers would build no mask itself.
+    """
+    length = max(map(len, packs))
+    gaps = [(p, length - len(p)) for p in packs]
+    return {
+        "input_ids": torch.tensor([p.input_ids + [pad_token_id] * gap for p, gap in gaps]),
+        "labels": torch.tensor([p.labels + [IGNORE] * gap for p, gap in gaps]),
+        "position_ids": torch.tensor([p.position_ids + list(range(gap)) for p, gap in gaps]),
+    }
