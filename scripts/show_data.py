@@ -1,0 +1,90 @@
+r"""Show training data as the model will see it: where the loss falls, and what is in the data set.
+
+    python scripts/show_data.py law --base_model_path=results/models/tiny
+    python scripts/show_data.py my_task.jsonl --base_model_path=M --n_samples=5 --seq_length=4096
+
+The first documents are printed as text. What carries loss is green; in a pipe it stands between the marks ⟦ and ⟧.
+Then come counts of turns and tokens, the lengths, and the fields that training does not use. The data are read and
+encoded as train.py does it, so what train.py would refuse is refused here.
+"""
+
+import argparse
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from esft import load_tokenizer
+from training.data import (
+    IGNORE,
+    Documents,
+    Encoded,
+    Template,
+    add_template_flags,
+    encode_rows,
+    open_rows,
+    read_messages,
+    template_settings,
+)
+from utils import command_parser, markdown_table, positive, run_cli
+
+GREEN = ("\033[32m", "\033[0m")
+MARKS = ("⟦", "⟧")
+QUANTILES = {"shortest": 0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("dataset", metavar="DATA", help="a name in datasets/train, a file, a folder or a hub id (docs/data.md)")
+    add("--base_model_path", "--model", required=True, metavar="MODEL", help="the model whose tokenizer encodes it")
+    add("--n_samples", type=positive, default=3, metavar="N", help="documents to print (default: 3)")
+    add("--seq_length", type=positive, default=4096, metavar="T", help="count what is longer (default: 4096)")
+    add_template_flags(parser)
+    return parser.parse_args(argv)
+
+
+def show(document: Encoded, tokenizer, marks: tuple[str, str]) -> str:
+    """Return the text of a document, with `marks` around what carries loss."""
+    text = ""
+    for learned, run in itertools.groupby(zip(document.input_ids, document.labels), lambda pair: pair[1] != IGNORE):
+        part = tokenizer.decode([token for token, _ in run])
+        text += f"{marks[0]}{part}{marks[1]}" if learned else part
+    return text
+
+
+def format_counts(turns: Counter, documents: Documents, seq_length: int) -> str:
+    """Return how many turns and tokens there are, and how long the documents are."""
+    lengths, tokens, learned = documents.lengths, documents.lengths.sum(), documents.labels.sum()
+    roles = ", ".join(f"{count:,} {role}" for role, count in turns.most_common())
+    quantiles = np.quantile(lengths, list(QUANTILES.values())).round().astype(int)
+    return "\n".join(
+        [
+            f"{len(documents):,} documents, {tokens:,} tokens; {learned:,} of them ({learned / tokens:.1%}) carry loss",
+            f"turns: {roles}",
+            f"longer than seq_length {seq_length:,}: {(lengths > seq_length).sum():,}",
+            "",
+            markdown_table(["", *QUANTILES], [["tokens", *(f"{value:,}" for value in quantiles)]]),
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rows = open_rows(args.dataset)
+    template = Template(load_tokenizer(args.base_model_path), template_settings(args))
+    documents = encode_rows(rows, template)
+    for number in range(min(args.n_samples, len(documents))):
+        where, _ = rows[int(documents.rows[number])]
+        print(f"--- {where}: {documents.lengths[number]:,} tokens")
+        print(show(documents[number], template.tokenizer, GREEN if sys.stdout.isatty() else MARKS), end="\n\n")
+    turns = Counter(message["role"] for where, row in rows for message in read_messages(row, where))
+    print(format_counts(turns, documents, args.seq_length))
+
+
+if __name__ == "__main__":
+    run_cli(main)
