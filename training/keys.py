@@ -63,7 +63,7 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
     "include_for_metrics": _LOSS_ONLY,
     "batch_eval_metrics": _LOSS_ONLY,
     "label_names": _LOSS_ONLY,
-    "enable_jit_checkpoint": "SIGTERM ends a run with a checkpoint in any case",
+    "enable_jit_checkpoint": "SIGTERM ends a run with a checkpoint anyway, if save_opt_states is given",
     "restore_callback_states_from_checkpoint": "no callback of a run has a state",
     "hub_private_repo": _NO_HUB,
     "hub_model_id": _NO_HUB,
