@@ -4,6 +4,8 @@
 #   bash scripts/download.sh base             the base, 31 GB, to results/models/ESFT-vanilla-lite
 #   bash scripts/download.sh law intent ...   both adapters (token and gate scores) of each task, 3 to 5 GB each, to
 #                                             results/checkpoints: law summary translation intent math code
+#   bash scripts/download.sh adapters         both adapters of every task, to all_models/adapters/<score>/<task>, as
+#                                             scripts/download_adapters.sh of the released repository does
 #   bash scripts/download.sh data             training and evaluation files, to datasets/released
 #
 # DRY_RUN=1 before it prints the commands and runs none. After an interruption the same command continues. It needs
@@ -27,6 +29,13 @@ for what in "$@"; do
                 run curl --fail --location --silent --show-error --create-dirs --output "$to.part" \
                     "https://raw.githubusercontent.com/deepseek-ai/ESFT/main/datasets/$file"
                 run mv "$to.part" "$to"
+            done ;;
+        adapters)
+            for score in token gate; do
+                for task in math code intent summary law translation; do
+                    run "$hf" download "deepseek-ai/ESFT-$score-$task-lite" --include expert_cfg.json \
+                        --include '*.safetensors*' --local-dir "all_models/adapters/$score/$task"
+                done
             done ;;
         law | summary | translation | intent | math | code)
             for name in "ESFT-token-$what-lite" "ESFT-gate-$what-lite"; do

@@ -404,6 +404,16 @@ def test_download_prints_its_commands():
     ]
 
 
+def test_the_released_script_fetches_all_adapters_to_where_its_evaluation_looks():
+    lines = [line.split() for line in shell("download_adapters.sh", DRY_RUN="1").stdout.splitlines()]
+    tasks = ("math", "code", "intent", "summary", "law", "translation")
+    assert [(words[2], words[-1]) for words in lines] == [
+        (f"deepseek-ai/ESFT-{score}-{task}-lite", f"all_models/adapters/{score}/{task}")
+        for score in ("token", "gate")
+        for task in tasks
+    ]
+
+
 def test_download_explains_itself_and_refuses_what_it_does_not_know():
     for arguments in ([], ["--help"]):
         done = shell("download.sh", *arguments)
