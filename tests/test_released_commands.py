@@ -50,7 +50,7 @@ def call(monkeypatch, tmp_path):
 
 
 def test_the_released_commands_run_one_after_the_other(call, tmp_path, capsys):
-    call(get_expert_scores, SCORE, "--seq_length=256")
+    call(get_expert_scores, SCORE)
     for task in TASKS[:3]:
         shutil.copytree("results/expert_scores/translation", f"results/expert_scores/{task}")
     generate_expert_config.main(SELECT.split())
