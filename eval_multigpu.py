@@ -119,6 +119,8 @@ def output_path(config: EvalConfig, name: str, alone: bool) -> Path:
         path = Path(config.output_path)
         return path if alone else path.with_suffix(f".{name}.jsonl")
     model = Path(config.adapter_dir or config.base_model_path).resolve()
+    if (model / "run.json").is_file():
+        return model / "completions" / f"{name}.jsonl"
     path = Path("results/completions", f"{model.name}.{name}.jsonl")
     if (summary := path.with_suffix(".summary.json")).is_file():
         was = read_json(summary, "arguments")["arguments"]

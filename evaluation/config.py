@@ -52,7 +52,10 @@ class EvalConfig:
     )
     suite: str = _flag("", f"names that lm-eval knows ({', '.join(KNOWN)}, ...) or task files (.yaml)", "NAME[,NAME]")
     output_path: str | None = _flag(
-        None, "the answers (.jsonl); without it results/completions/<adapter or model>.<data set>.jsonl", "FILE"
+        None,
+        "the answers (.jsonl); without it completions/<data set>.jsonl in the folder of a run, or "
+        "results/completions/<adapter or model>.<data set>.jsonl",
+        "FILE",
     )
     output_dir: str | None = _flag(None, "folder of the answers, <data set>.jsonl, in place of --output_path", "DIR")
     world_size: int = _flag(

@@ -139,12 +139,14 @@ def read_run(folder: Path, name: str = "", prefix: str = "") -> Run:
 
 
 def _read_training(run: Run) -> None:
-    """Read a folder of train.py, and what eval_multigpu.py wrote of it where it writes by default."""
+    """Read a folder of train.py, and its evaluations: those in it, and older ones in results/completions."""
     run.trained = [read_trained(run.folder, run.name)]
-    for path in sorted(Path("results/completions").glob(f"{run.folder.resolve().name}.*.summary.json")):
+    older = Path("results/completions").glob(f"{run.folder.resolve().name}.*.summary.json")
+    for path in [*sorted(older), *sorted(run.folder.glob("completions/*.summary.json"))]:
         evaluation = read_evaluation(path)
         arguments = evaluation.summary["arguments"]
-        if Path(arguments["adapter_dir"] or arguments["base_model_path"]).resolve() == run.folder.resolve():
+        model = Path(arguments["adapter_dir"] or arguments["base_model_path"])
+        if path.parent.parent == run.folder or model.resolve() == run.folder.resolve():
             label = run.base if path.name.endswith(".base.summary.json") else run.name
             run.evaluations.setdefault(evaluation.summary["dataset"], {})[label] = evaluation
 

@@ -41,8 +41,16 @@ def test_a_run_without_an_eval_file_is_asked_what_it_held_out(run_folder, files,
     evaluate(
         tmp_path, monkeypatch, *flags, f"--eval_dataset={run_folder / 'held_out.jsonl'}", "--output_path=long.jsonl"
     )
-    short = contents(tmp_path / "results" / "completions", "*.jsonl")
-    assert short == {"output.held_out.jsonl": (tmp_path / "long.jsonl").read_text()}
+    short = contents(run_folder / "completions", "*.jsonl")
+    assert short == {"held_out.jsonl": (tmp_path / "long.jsonl").read_text()}
+
+
+def test_two_runs_with_one_folder_name_keep_their_answers_apart(run_folder, tmp_path, monkeypatch):
+    for parent in ("a", "b"):
+        shutil.copytree(run_folder, tmp_path / parent / "output")
+        evaluate(tmp_path, monkeypatch, f"--model={parent}/output")
+        assert (tmp_path / parent / "output" / "completions" / "held_out.summary.json").is_file()
+    assert not (tmp_path / "results").exists()
 
 
 def test_with_base_and_a_data_set_of_one_s_own(run_folder, tmp_path, monkeypatch):

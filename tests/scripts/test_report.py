@@ -323,6 +323,15 @@ def test_a_folder_of_train_py_has_the_evaluations_of_it(run, tmp_path, monkeypat
     found = page(mine)
     assert found.rows("full")[0][0] == "90.2 +80.0" and "general" not in found.text
 
+    for between in ("", ".base"):  # evaluations in the folder itself
+        path = other / "completions" / f"general{between}.summary.json"
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "results" / "completions" / f"full.general{between}.summary.json", path)
+    shutil.rmtree(tmp_path / "results")
+    moved = other.rename(tmp_path / "moved")
+    assert read_run(moved).evaluations.keys() == {"general"} and not read_run(mine).evaluations
+    assert list(read_run(moved).evaluations["general"]) == ["base", "moved"]
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # the command

@@ -37,7 +37,7 @@ def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkey
     _, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
     assert Path(script).resolve() == ROOT / "eval_multigpu.py"
     eval_multigpu.main([*flags, "--max_new_tokens=2"])
-    assert list(start.folder.glob("results/completions/my run.*.summary.json"))
+    assert list(start.folder.glob("my run/completions/*.summary.json"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start, monkeypatch, capsys, tiny_tokenizer):
