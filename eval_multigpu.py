@@ -56,7 +56,8 @@ from utils import environment, note, run_cli
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
 
 
 class _Parser(HfArgumentParser):

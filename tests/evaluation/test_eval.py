@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import esft
 import eval_multigpu
 from benchmarks import TextEvaluator
 from evaluation import runner
+from evaluation.config import EvalConfig
 from tests.helpers import PROMPTS, ROOT, contents, run_eval, stop_after, untimed, write_rows
 from utils import run_cli
 
@@ -219,7 +221,9 @@ def test_help_explains_every_flag(capsys):
         eval_multigpu.parse_args(["--help"])
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--\w+)", text, flags=re.MULTILINE)
-    assert len(flags) == len(set(flags)) == 29 and text.count("(default:") == len(flags)
+    assert set(flags) == {f"--{field.name}" for field in fields(EvalConfig)} | {"--openai_api_key"}
+    assert len(flags) == len(set(flags)) and "(default: 512)" in " ".join(text.split())
+    assert not re.search(r"\(default:\s+(None|False)?\)", text), "such a default says nothing"
 
 
 def test_the_key_goes_to_the_environment_alone(model_dir, eval_file, tmp_path, monkeypatch, capsys):
