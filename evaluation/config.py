@@ -158,14 +158,26 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
             if Path(run["base_model_path"]).resolve() == TINY and not general:
                 note("general skills are asked too: did training keep them? --eval_dataset names the data sets itself")
                 general = True
-        if config.template == "chat" and (config.datasets or not config.suites):
-            found["template"] = run["template"]
-        if config.template_kwargs is None and run.get("template_kwargs"):
-            found["template_kwargs"] = json.dumps(run["template_kwargs"])
-    config = replace(config, **found)
+    config = _with_template_of_run(replace(config, **found))
     if general and "general" not in config.datasets:
         return replace(config, eval_dataset=",".join([*config.datasets, "general"]))
     return config
+
+
+def _with_template_of_run(config: EvalConfig) -> EvalConfig:
+    """Take the template from the run that made the model or the adapter. A checkpoint's run is the folder above it."""
+    folder, usual = Path(config.adapter_dir or config.base_model_path), EvalConfig.template
+    path = next((path for path in (folder / "run.json", folder.parent / "run.json") if path.is_file()), None)
+    if path is None or (config.suites and not config.datasets):
+        return config
+    run, found = json.loads(path.read_text(encoding="utf-8"))["config"], {}
+    if config.template == usual and run["template"] != usual:
+        found["template"] = run["template"]
+    if config.template_kwargs is None and run.get("template_kwargs"):
+        found["template_kwargs"] = json.dumps(run["template_kwargs"])
+    if found:
+        note(f"{', '.join(f'{key}={value}' for key, value in found.items())}, as in {path}")
+    return replace(config, **found)
 
 
 def _eval_dataset_of(run: dict, folder: Path) -> str:

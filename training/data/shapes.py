@@ -120,7 +120,7 @@ def _message(turn: dict, at: str) -> dict:
         content = _join_parts(content, at)
     calls = turn.get("tool_calls")
     if speaker == "function_call":
-        calls, content = content, ""
+        calls, content, at = content, "", f"{at} (function_call)"
     if calls:
         message["tool_calls"] = _calls(calls, at)
         content = "" if content is None else content
