@@ -12,7 +12,7 @@ from tests.rank_helpers import rank_arguments, told, train_on
     [
         ("data", r"data.jsonl:31: not valid JSON"),
         ("experts", r"names expert 8 of layer 1"),
-        ("weights", r"cannot read .*weights.*model.safetensors'"),
+        ("weights", r"cannot read .*weights/model.safetensors"),
         ("config", r"cannot load model .*config'"),
         ("tokenizer", r"cannot load model .*tokenizer'"),
         ("argument", r"cannot start this run: "),
