@@ -21,32 +21,15 @@ from typing import Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from deepseek.files import suggest
+from deepseek.files import suggest, suggest_path
 from training.checkpoints import by_row
-from training.keys import CHECKPOINTING, DEFAULTS, NO_EFFECT, ONLY_FOR, REFUSED
+from training.config_parser import make_parser
+from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, NO_EFFECT, ONLY_FOR, REFUSED, SECRETS
 from utils import note
 
-ALIASES = {
-    "model": "base_model_path",
-    "data": "train_dataset",
-    "batch_size": "per_device_train_batch_size",
-    "per_device_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-    "evaluation_strategy": "eval_strategy",
-    "overwrite_output_dir": "overwrite",
-    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
-}
-SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> variable of the environment
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
@@ -65,7 +48,7 @@ class RunConfig:
 
     base_model_path: str = _key(MISSING, "required: the base model: a folder or a hub id; or --model")
     train_dataset: str = _key(MISSING, "required: a name in datasets/train, a file, or a hub id; or --data")
-    output_dir: str = _key(MISSING, "required: a new folder, or the folder of this very run, which then goes on")
+    output_dir: str = _key(MISSING, "required: a new folder, or the folder of the same run, to continue it")
     method: Literal["esft", "random", "full", "lora"] = _key("esft", "random: as many experts as esft, drawn by seed")
     expert_config: str | None = _key(None, "the experts to train; without it, esft scores and selects them first")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
@@ -121,7 +104,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         if not 0 <= values.get(key, 0) <= 1:
             yield f"{key}={values[key]} is not between 0 and 1"
     if config.device == "cuda" and not torch.cuda.is_available():
-        yield "torch sees no GPU for device=cuda. Give device=cpu or mend the installation"
+        yield "torch sees no GPU for device=cuda. Use device=cpu, or install a torch with CUDA"
     reports = values.get("report_to") or []
     for name in [reports] if isinstance(reports, str) else reports:
         if name not in ("none", "all", *get_available_reporting_integrations()):
@@ -176,16 +159,6 @@ def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
             yield "resume_from_checkpoint goes on with a run, and overwrite removes it. Give one of them"
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        message = re.sub(r"--(\w+)(/--[\w-]+)?", r"\1", message.removeprefix("argument "))
-        raise ValueError(f"cannot read the settings: {message}")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
 def read_config(argv: list[str], defaults: dict | None = None, description: str | None = None) -> RunConfig:
     """Read the words of a command line: `key=value`, `--key=value`, `--key value`, and `--key` for true.
 
@@ -196,33 +169,17 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
         ValueError, OSError: an unknown key (the nearest known one is named), a bad value, or no such file.
     """
     defaults = defaults or {}
-    parser = _Parser(
-        (TrainingArguments, RunConfig),
-        conflict_handler="resolve",  # two keys are ours, too
-        formatter_class=_Help,
-        usage="%(prog)s --model MODEL --data DATA --output_dir DIR [--KEY=VALUE | KEY=VALUE ...]",
-        description=description,
-        epilog="\n".join(
-            [
-                "short names:",
-                *(f"  {short} = {key}" for short, key in ALIASES.items()),
-                "keys that have no effect here:",
-                *(f"  {key}: {why}" for key, why in NO_EFFECT.items()),
-                "secrets, which no file of the run will hold:",
-                *(f"  {key}, or {variable} in the environment" for key, variable in SECRETS.items()),
-            ]
-        ),
-    )
-    parser.add_argument("--train_config", metavar="FILE", help="a YAML file of keys, such as configs/base.yaml")
-    parser.set_defaults(**DEFAULTS, **defaults)
-    if {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])
+    parser = make_parser(RunConfig, description, defaults, argv)
+    if asked := {"-h", "--help", "--help-all"} & set(argv):
+        parser.parse_args([asked.pop()])
     known = {f.name for cls in (TrainingArguments, RunConfig) for f in dataclasses.fields(cls) if f.init}
     known = known - {"training"}
     accepted = known | {"train_config"} | NO_EFFECT.keys() | SECRETS.keys()
     given = _full_names("the command line", _pairs(argv), accepted)
     path = given.pop("train_config", None)
     file = _full_names(path, _yaml_pairs(path), accepted) if path else {}
+    if given.get("num_train_epochs") and "max_steps" not in given and file.pop("max_steps", None):
+        _tell(f"num_train_epochs of the command line takes the place of max_steps of {path}")
     one_process = os.environ.get("WORLD_SIZE", "1") == "1"
     if one_process and str(file.get("ep_size")).isdecimal() and int(file.pop("ep_size")) > 1:
         _tell(f"ep_size of {path} has no effect on one process: torchrun starts several")
@@ -274,6 +231,8 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:
 def _yaml_pairs(path: str) -> Iterator[tuple[str, object]]:
     try:
         yield from (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).items()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"cannot read {path}: no such file{suggest_path(path)}") from error
     except (yaml.YAMLError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: it does not hold `key: value` lines ({error})") from error
 

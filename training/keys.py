@@ -4,6 +4,24 @@ docs/settings.md lists every key: handed on, refused, or without effect. tests/t
 with these tables and with the fields of TrainingArguments.
 """
 
+ALIASES = {
+    "model": "base_model_path",
+    "data": "train_dataset",
+    "batch_size": "per_device_train_batch_size",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "evaluation_strategy": "eval_strategy",
+    "overwrite_output_dir": "overwrite",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+}
+SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> variable of the environment
 DEFAULTS = {  # of TrainingArguments, where ours differ
     **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
     "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import os
+import re
 
 import pytest
 import yaml
@@ -72,12 +73,14 @@ def test_every_key_of_training_arguments_is_accepted():
         ("validation_fraction=1.5", "validation_fraction=1.5 is not between 0 and 1"),
         ("ep_size=0", "ep_size=0 is neither"),
         ("ep_size=few", "ep_size=few is neither"),
-        ("seq_length=true", "seq_length: invalid int value: 'true'"),
+        ("seq_length=true", "seq_length needs a value"),
         ("n_train_samples=many", "n_train_samples: invalid int value: 'many'"),
         ("lr=fast", "learning_rate: invalid float value: 'fast'"),
         ("steps=1.5", "max_steps: invalid int value: '1.5'"),
         ("overwrite=maybe", "overwrite: Truthy value expected: got maybe"),
-        ("output_dir=null", "required: output_dir"),
+        ("output_dir=null", "required: --output_dir"),
+        ("model=null base_model_path=null output_dir=null", r"required: --model \(base_model_path\), --output_dir$"),
+        ("--batch_size", "per_device_train_batch_size needs a value$"),
         ("method=random", "method random needs --expert_config"),
         ("bf16=true", "dtype=bfloat16"),
         ("verify_frozen=true", "method full freezes nothing"),
@@ -151,8 +154,27 @@ def test_the_names_that_recipes_use_stand_for_todays_keys(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No such file.*no\.yaml"):
+    (tmp_path / "now.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"^cannot read .*no\.yaml: no such file .did you mean 'now.yaml'"):
         read_config([*FULL, f"--train_config={tmp_path / 'no.yaml'}"])
+
+
+@pytest.mark.parametrize(
+    "words, length",
+    [
+        (["epochs=2"], (-1, 2)),
+        (["num_train_epochs=2"], (-1, 2)),
+        (["epochs=2", "steps=7"], (7, 2)),
+        (["epochs=null"], (5, 3)),
+        ([], (5, 3)),
+    ],
+)
+def test_epochs_of_the_command_line_win_over_steps_of_the_file(words, length, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("steps: 5")
+    training = read_config([*FULL, f"--train_config={path}", *words]).training
+    assert (training.get("max_steps", -1), training.get("num_train_epochs", 3)) == length
+    assert ("max_steps of" in capsys.readouterr().err) == (length == (-1, 2))
 
 
 @pytest.mark.parametrize("name", ["base", "tiny"])
@@ -248,14 +270,19 @@ def test_a_secret_goes_to_the_environment_alone(key, variable, place, tmp_path, 
     assert os.environ[variable] == "s3cret" and not capsys.readouterr().err
 
 
-def test_help_lists_every_key(capsys):
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_lists_every_key(capsys, flag):
     with pytest.raises(SystemExit) as stop:
-        read_config(["--help"], {"ep_size": "auto"}, "What it does.")
+        read_config([flag], {"ep_size": "auto"}, "What it does.")
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "What it does." in shown and "lr = learning_rate" in shown
     for cls in (RunConfig, TrainingArguments):
         for f in dataclasses.fields(cls):
-            assert not f.init or f"--{f.name}" in shown or f.name == "training", f.name
+            assert not f.init or re.search(rf"\b{f.name}\b", shown) or f.name == "training", f.name
     for key in (*NO_EFFECT, *SECRETS):
-        assert f"\n  {key}" in shown
+        assert re.search(rf"\b{key}\b", shown)
     assert "(default: auto)" in shown.partition("--ep_size")[2][:300]
+    assert shown.index("--base_model_path") < shown.index("adam_beta1")
+    assert ("The initial learning rate" in shown) == (flag == "--help-all")
+    assert "--save-opt-states" not in shown and "--no_" not in shown
+    assert flag == "--help-all" or len(shown.splitlines()) < 150
