@@ -40,7 +40,7 @@ from transformers import HfArgumentParser
 import esft
 from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
 from deepseek.files import check_output, write_json, write_jsonl
-from deepseek.loading import empty_model
+from deepseek.loading import empty_model, load_config
 from evaluation import code_runner
 from evaluation.config import EvalConfig, fill_from_run
 from evaluation.journal import AnswerJournal
@@ -290,6 +290,10 @@ def show(paths: dict[str, Path], bases: dict[str, dict], summaries: dict[str, di
 def main(argv: list[str] | None = None) -> list[dict]:
     config = fill_from_run(parse_args(argv))
     config.check()
+    load_config(config.base_model_path)  # raises if there is no such model
+    if not config.datasets and not config.suites:
+        cause = "it is not a run, which knows its own task"
+        raise ValueError(f"cannot evaluate {config.base_model_path}: {cause}. Give --eval_dataset or --suite.")
     first, *more = split_by_adapter(config)
     for part in more:  # `run` checks the first before its model answers
         check_adapter(part)

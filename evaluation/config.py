@@ -114,13 +114,9 @@ class EvalConfig:
         if self.output_path and Path(self.output_path).suffix != ".jsonl":
             raise ValueError(f"cannot write --output_path {self.output_path}: it must end in .jsonl")
         if self.output_path and self.output_dir:
-            raise ValueError("cannot write to --output_path and to --output_dir. Give one of them.")
-        if self.output_path and self.output_dir:
             raise ValueError("cannot write to --output_path and --output_dir. Give one of them.")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.judge_key_env):  # not shown: it may be the key itself
             raise ValueError("--judge_key_env is the NAME of an environment variable (capitals, digits, _), not a key")
-        if not self.datasets and not self.suites:
-            raise ValueError("there is nothing to evaluate on. Give --eval_dataset, --suite or both")
         default = {flag.name: flag.default for flag in fields(self)}
         for needed, names in NEEDS.items():
             unused = [name for name in names if getattr(self, name) != default[name]]

@@ -150,7 +150,7 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--adapter_dir=results/models/tiny"], "--base_model_path"),
         (0, ["--eval_dataset=datasets/train/law.jsonl"], "training data"),
         (0, ["--eval_dataset=nothing_known"], "nothing_known"),
-        (0, ["--eval_dataset=,"], "there is nothing to evaluate on"),
+        (0, ["--eval_dataset=,"], "Give --eval_dataset or --suite"),
         (0, ["--num_fewshot=0"], "--num_fewshot has an effect only with --suite"),
         (0, ["--eval_dataset=", "--suite=x", "--judge_model=m"], "has an effect only with --eval_dataset"),
         (0, ["--suite=gone.yaml"], "cannot read gone.yaml: no such file or folder"),
@@ -175,12 +175,14 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--output_path=README.md/out.jsonl"], "cannot write"),
     ],
 )
-def test_errors_are_one_sentence_before_the_model(monkeypatch, capsys, eval_file, tmp_path, gpus, flags, sentence):
+def test_errors_are_one_sentence_before_the_model(
+    monkeypatch, capsys, model_dir, eval_file, tmp_path, gpus, flags, sentence
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(esft, "load_base_model", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: run_eval("model", eval_file, tmp_path / "out.jsonl", *flags))
+        run_cli(lambda: run_eval(model_dir, eval_file, tmp_path / "out.jsonl", *flags))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and re.search(sentence, error)
 
@@ -335,6 +337,6 @@ def test_an_adapter_of_another_base_is_refused_before_the_base_answers(
                 parameter.add_(1)
     model.save_pretrained(other)
     monkeypatch.setattr(runner, "evaluate", lambda *a, **k: pytest.fail("the base answered"))
-    with pytest.raises(ValueError, match="router"):
+    with pytest.raises(ValueError, match=f"cannot use adapter {adapter_dir}: .*router"):
         run_eval(str(other), eval_file, tmp_path / "out.jsonl", f"--adapter_dir={adapter_dir}", "--with_base")
     assert not list(tmp_path.glob("*out*"))

@@ -93,8 +93,14 @@ def test_a_run_on_the_tiny_model_is_asked_the_general_skills(run_folder, tmp_pat
 
 def test_a_folder_that_is_not_of_train_py_stays_a_model(model_dir):
     assert fill_from_run(EvalConfig(model_dir)) == EvalConfig(model_dir)
-    with pytest.raises(ValueError, match="nothing to evaluate on"):
+    with pytest.raises(ValueError, match=r"cannot evaluate .*: it is not a run, .* Give --eval_dataset"):
         eval_multigpu.main([f"--model={model_dir}"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval_dataset=nope.jsonl"], ["--suite=mmlu"]])
+def test_a_folder_that_does_not_exist_is_named_before_anything_else(tmp_path, flags):
+    with pytest.raises(FileNotFoundError, match=r"nope'?: no such folder"):
+        eval_multigpu.main([f"--model={tmp_path / 'nope'}", *flags])
 
 
 def test_the_eval_file_beside_the_training_data_comes_first(run_folder, tmp_path):
