@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 import esft
-from deepseek.files import sha256
+from deepseek.files import named, sha256
 from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate, make_batches
@@ -114,7 +114,8 @@ def _answer_share(
     template = Template(tokenizer, config.template_settings)
     adapter = config.adapter_dir
     if adapter and jobs[batches[0][0]].base:
-        esft.check_base(model, adapter)  # refuses a wrong one before the base has answered for hours
+        with named(f"adapter {adapter}"):
+            esft.check_base(model, adapter)  # before the base answers for hours
     for done, (number, indices) in enumerate(batches):
         job = jobs[number]
         if adapter and not job.base:
