@@ -89,6 +89,8 @@ def complete(
 ) -> list[Completion]:
     """Answer the prompts greedily in one batch, padded on the left. An answer ends before its first end token.
 
+    The longest prompt and an answer to it fit into the model's context, even if `max_new_tokens` is more.
+
     Raises ValueError where a prompt fills the model's context.
     """
     tokenizer, encoded = template.tokenizer, [template.encode_prompt(prompt) for prompt in prompts]
@@ -96,6 +98,8 @@ def complete(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and width >= context:
         raise ValueError(f"the prompt has {width} tokens, which fills the model's context of {context}")
+    if context:
+        max_new_tokens = min(max_new_tokens, context - width)
     eos = end_tokens(model, template)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     config = GenerationConfig(

@@ -139,12 +139,14 @@ def _remarks(s: dict) -> list[str]:
     missing = s.get("missing", {}).items()
     lines = [f"{n} without {name}, left out" for name, n in missing if n and name != "judge"]  # its reasons follow
     if s.get("mean") is not None and s.get("ci95") is None:
-        lines.append("no interval: a skill or task has a single sample")
+        lines.append("no interval: that needs at least two samples of each skill or task")
     lines += [f"{n} not graded: {reason}" for reason, n in s.get("judge", {}).get("failed", {}).items()]
     if s.get("failed"):
         lines.append(f"{s['failed']} failed and left out, each with its error in the answers")
     if s.get("truncated"):
-        lines.append(f"{s['truncated']} cut off at {s['arguments']['max_new_tokens']} tokens")
+        lines.append(
+            f"{s['truncated']} cut off at {s['arguments']['max_new_tokens']} tokens or at the end of the context"
+        )
     if s.get("unit", "percent") != "percent":
         lines.append(f"in the unit of {s['primary']}, {'more' if s['higher_is_better'] else 'less'} is better")
     return lines

@@ -46,6 +46,15 @@ def test_an_answer_ends_before_any_of_the_end_tokens(model, tokenizer, monkeypat
     assert any(other.truncated and other.tokens == 6 for other in others)
 
 
+def test_an_answer_ends_where_the_context_does(model, tokenizer, monkeypatch):
+    template = Template(tokenizer)
+    width = len(template.encode_prompt(PROMPTS[0]))
+    monkeypatch.setattr(model.config, "max_position_embeddings", width + 3)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    (answer,), (short,) = complete(model, template, PROMPTS[:1], 6), complete(model, template, PROMPTS[:1], 2)
+    assert (answer.tokens, answer.truncated) == (3, True) and short.tokens == 2
+
+
 def test_the_models_own_sampling_settings_neither_warn_nor_count(model, tokenizer, monkeypatch, capfd):
     expected = answers(model, tokenizer, PROMPTS)
     theirs = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=9.0, max_length=20)

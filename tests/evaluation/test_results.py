@@ -119,9 +119,11 @@ def test_a_table_says_what_was_left_out_and_what_is_not_in_percent():
     own = summary("mine", [50.0, 50.0, None], tokens_per_second=3.0, **cut)
     likelihood = summary("held_out", [1.0, 1.0], unit="as in lm-eval", higher_is_better=False)
     shown = format_results([own, likelihood])
-    assert "  1 without exact_match, left out\n  2 cut off at 7 tokens\n" in shown
+    assert "  1 without exact_match, left out\n  2 cut off at 7 tokens or at the end of the context\n" in shown
     assert shown.endswith("in the unit of exact_match, less is better")
-    assert "  no interval: a skill or task has a single sample" in format_results([summary("mine", [50.0])])
+    assert "  no interval: that needs at least two samples of each skill or task" in format_results(
+        [summary("mine", [50.0])]
+    )
     pair = summary("mine", [50.0, 50.0], [0.0, 0.0])
     assert "mine (base): 2 cut off at 7 tokens" in format_results([pair], {"mine": {**own, "missing": {}}})
     both = format_results([pair, likelihood])
