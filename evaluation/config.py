@@ -16,6 +16,7 @@ COUNTS = (
     "world_size", "gpus_per_rank", "max_new_tokens", "eval_batch_size", "n_samples", "judge_parallel",
     "suite_max_new_tokens",
 )  # fmt: skip
+FEW = 20  # samples; a mean of fewer says little
 NEEDS = {  # flag -> flags that have no effect without it
     "eval_dataset": ("max_new_tokens", "template", "evaluator", "judge_model"),
     "suite": ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template"),
@@ -199,6 +200,9 @@ def _eval_dataset_of(run: dict, folder: Path) -> str:
             rows.append({"prompt": question["content"], "answers": [answer["content"]]})
     if not rows:
         raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")
-    note(f"evaluating on {len(rows)} of the {len(held_out)} samples that the run held out, those of one question")
+    some = "" if len(rows) == len(held_out) else f" of {len(held_out)}, those with one question and one answer"
+    note(f"evaluating on the samples that training kept for validation ({len(rows)}{some})")
+    if len(rows) < FEW:
+        note("so few samples say little: give --eval_dataset, or train with a larger validation_fraction")
     write_jsonl(folder / "held_out.jsonl", rows)
     return str(folder / "held_out.jsonl")

@@ -35,7 +35,9 @@ def test_a_run_without_an_eval_file_is_asked_what_it_held_out(run_folder, files,
     training, held_out = split_samples(load_samples(files / "data.jsonl"), 0.2, 0)
     assert [row["prompt"] for row in rows] == [sample["messages"][0]["content"] for sample in held_out]
     assert summary["n"] == len(rows) == 6 and len(training) == 24
-    assert "evaluating on 6 of the 6 samples that the run held out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "evaluating on the samples that training kept for validation (6)\n" in told
+    assert "so few samples say little: give --eval_dataset" in told
 
     flags = [f"--base_model_path={files / 'm32'}", f"--adapter_dir={run_folder}"]
     evaluate(
