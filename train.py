@@ -19,6 +19,7 @@ the step at work, with a checkpoint and exit code 143 or 130.
 import dataclasses
 import functools
 import logging
+import math
 import os
 import shlex
 import sys
@@ -26,6 +27,7 @@ import warnings
 from pathlib import Path
 
 import torch.distributed as dist
+from transformers import TrainingArguments
 
 import esft
 import utils
@@ -41,6 +43,7 @@ from training.run_folder import find_run, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
+FEW_STEPS = 10  # fewer than these are told
 
 
 def run(config: RunConfig) -> dict:
@@ -77,6 +80,9 @@ def run(config: RunConfig) -> dict:
         packs, eval_packs = packs.split(), eval_packs.split()
     log_model(loaded.model, config, packs)
 
+    if args.max_steps <= 0:
+        tell_few_steps(args, len(packs), packs_per_step)
+
     note = {**run_note(config, packs_per_step), "environment": utils.environment()}
     trainer = ESFTTrainer(
         method=config.method,
@@ -94,6 +100,14 @@ def run(config: RunConfig) -> dict:
         logger.info(f"  going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return finish_run(config, trainer, loaded, plan, hashes, note)
+
+
+def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
+    """Say so if a run that counts in epochs is too short to learn anything."""
+    steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
+    if steps < FEW_STEPS:
+        how = f"{utils.counted(packs, 'pack')}, {packs_per_step} per step, {args.num_train_epochs:g} epochs"
+        logger.info(f"  only {utils.counted(steps, 'optimizer step')}: {how}. Raise epochs, or lower batch_size")
 
 
 def finish_run(

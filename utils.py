@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from deepseek.files import suggest
 
 ROOT = Path(__file__).resolve().parent
 
@@ -51,6 +54,8 @@ def run_cli(main: Callable[[], object]) -> None:
 
 class _CommandParser(argparse.ArgumentParser):
     def error(self, message: str):
+        if unknown := re.match(r"unrecognized arguments:.*?(--\w+)", message):
+            message += suggest(unknown[1], self._option_string_actions)
         self.exit(2, f"error: {message}. --help explains the flags.\n")
 
 
@@ -83,6 +88,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     """Return a Markdown table; a cell is written with `str`."""
     lines = [f"| {' | '.join(map(str, line))} |" for line in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def counted(count: int, what: str) -> str:
+    """Return "1 pack", or "2 packs"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def note(text: str) -> None:

@@ -144,7 +144,8 @@ def check_base(model: nn.Module, folder: str | Path) -> None:
     other_type = base.get("model_type", model_type) != model_type
     if other_type or (router and base.get("router", router) not in ("", router)):
         how = f"a {base['model_type']} model, this one is {model_type}" if other_type else "the routers' weights differ"
-        raise ValueError(f"it was trained on another base model: {how}")
+        name = f" ({base['name']})" if base.get("name") else ""
+        raise ValueError(f"it was trained on another base model{name}: {how}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

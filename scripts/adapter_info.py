@@ -26,7 +26,7 @@ from deepseek.shards import Shard
 from esft import CONFIG_NAME, ExpertConfig
 from evaluation.run_folder import read_json
 from scripts.merge_adapter import find_tensors
-from utils import command_parser, run_cli
+from utils import command_parser, counted, run_cli
 
 RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
 RUN_KEYS += ("learning_rate", "lr_scheduler_type", "seed", "steps", "best_step", "train_loss", "eval_loss")
@@ -139,12 +139,13 @@ def format_adapter(info: dict) -> str:
     per_layer = f" of {base['num_experts']} each" if base.get("num_experts") else ""
     also = ", and shared experts" * info["shared_experts"] + ", and all other modules" * info["non_expert_modules"]
     share = f" ({info['share']:.2%} of the base)" if "share" in info else ""
+    files = counted(len(info["files"]), "file")
     lines = [
         info["adapter"],
         f"  base        {known}{of_layers}{fingerprint}",
         f"  experts     {info['num_experts']} in {info['num_layers']} layers{per_layer}{also}",
         f"  parameters  {info['parameters']:,}{share}",
-        f"  on disk     {info['bytes'] / 2**20:,.2f} MiB, {', '.join(info['dtypes'])}, {len(info['files'])} files",
+        f"  on disk     {info['bytes'] / 2**20:,.2f} MiB, {', '.join(info['dtypes'])}, {files}",
     ]
     if info["run"]:
         lines.append(f"  run         {format_run(info['run'])}")

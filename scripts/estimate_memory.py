@@ -40,7 +40,7 @@ from training.memory import (
     MemorySettings,
 )
 from training.published_models import open_model, published_models
-from utils import command_parser, environment, markdown_table, positive, run_cli
+from utils import command_parser, counted, environment, markdown_table, positive, run_cli
 
 GIB = 2**30
 COLUMNS = [(gpus, card) for gpus in (1, 8) for card in (24, 48, 80, 141)]  # of the table
@@ -152,10 +152,11 @@ def format_report(settings: MemorySettings, memory: MemoryEstimate, limit: int, 
     """Return the kinds of memory, whether they fit into `limit` bytes, and the settings that fit, as text."""
     fits = memory.peak <= limit
     checkpointing = str(settings.activation_checkpointing).lower()
+    gpus = counted(settings.world_size, "GPU")
     lines = [f"  {kind:<20}{size:>14}" for kind, size in memory.sizes().items()]
     lines.append(
-        f"{'fits' if fits else 'does not fit'}: {memory.peak / GIB:,.1f} of {limit / GIB:g} GiB on each of "
-        f"{settings.world_size} GPUs with ep_size={settings.ep_size} activation_checkpointing={checkpointing}"
+        f"{'fits' if fits else 'does not fit'}: {memory.peak / GIB:,.1f} of {limit / GIB:g} GiB on each of {gpus} "
+        f"with ep_size={settings.ep_size} activation_checkpointing={checkpointing}"
     )
     if advice and not fits:
         lines.append("what fits:")
@@ -262,8 +263,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         print(format_report(settings, memory, limit, advice))
     if not advice:
         raise ValueError(
-            f"cannot fit method {args.method} into {args.world_size} GPUs of {args.gpu_gb:g} GiB. Take more or larger "
-            "GPUs, fewer experts, or a smaller model."
+            f"cannot fit method {args.method} into {counted(args.world_size, 'GPU')} of {args.gpu_gb:g} GiB. Take "
+            "more or larger GPUs, fewer experts, or a smaller model."
         )
     return result
 

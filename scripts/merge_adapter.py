@@ -9,8 +9,8 @@ copies, one expert at a time. So every other byte stays that of the base, and me
 
 O/replaced keeps what was overwritten, as an adapter with the base's own experts. --unmerge merges that, and so gives
 back the base's weights bit for bit. It takes as much disk space as the adapters; --no_replaced leaves it out. Servers
-do not see it, because they read *.safetensors at the top only. Several adapters can be merged if no two of them hold
-the same expert or the same other parameter.
+do not see it, because they read *.safetensors at the top only. Several adapters can be merged if no expert
+and no other parameter is in two of them.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from deepseek.checkpoint_files import Place, find_places, load_routers, open_bas
 from deepseek.files import UMASK, atomic_path, check_output, named, write_json
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
-from utils import command_parser, environment, run_cli
+from utils import command_parser, environment, note, run_cli
 
 NOTE = "merged_from.json"  # says what was merged, and marks its folder as a merge
 REPLACED = "replaced"  # the folder in it that holds what the merge overwrote
@@ -71,7 +71,8 @@ def merge_adapter(
     replaces = overwrite and (output / NOTE).is_file()
     filled = output.is_dir() and any(output.iterdir())
     if output.resolve() == base.resolve() or (filled and not replaces):
-        raise ValueError(f"cannot write {output}: it exists already. Give another --output_dir.")
+        hint = " or --overwrite" * (output / NOTE).is_file()
+        raise ValueError(f"cannot write {output}: it exists already. Give another --output_dir{hint}.")
     check_output(output, folder=True)
     model, stored = open_base(base)
     config, sources = read_adapters(model, adapters)
@@ -87,14 +88,16 @@ def merge_adapter(
             kept.parent.mkdir()
             reserve(kept, {name: (stored[among[0].key].dtype, shapes[name]) for name, among in places.items()})
         # an unmerge gives back whatever was there, also NaN
-        write_tensors(folder, stored, places, sources, kept, check_finite=write_note)
+        differs = write_tensors(folder, stored, places, sources, kept, check_finite=write_note)
+        if write_note and not differs:
+            note(f"{base} holds the weights of the adapter already: nothing changed")
         if kept:
             load_routers(model, folder, stored)  # what was replaced is an adapter of the model that is written here
-            note = esft.base_note(model, esft.router_fingerprint(model))
-            write_json(kept.with_name(CONFIG_NAME), {**config.to_dict(), "base": note})
+            its_base = esft.base_note(model, esft.router_fingerprint(model))
+            write_json(kept.with_name(CONFIG_NAME), {**config.to_dict(), "base": its_base})
         if write_note:
-            note = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "environment": environment()}
-            write_json(folder / NOTE, note)
+            made = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "environment": environment()}
+            write_json(folder / NOTE, made)
         if replaces:
             output.rename(folder.with_name("before"))  # deleted once the new folder is in its place
     return len(changed)
@@ -178,11 +181,13 @@ def copy_base(base: Path, folder: Path, stored: Files, changed: set[str], hard_l
 
 def write_tensors(
     folder: Path, stored: Files, places: Places, sources: Sources, kept: Path | None, check_finite: bool
-) -> None:
+) -> bool:
     """Overwrite what the adapters hold in the copied files, in the dtype of the base, one tensor at a time.
 
-    What was there before goes to the reserved file `kept`, under its name in an adapter.
+    What was there before goes to the reserved file `kept`, under its name in an adapter. Return whether anything
+    differed from it.
     """
+    differs = False
     written = {folder / stored[place.key].file for among in places.values() for place in among}
     with contextlib.ExitStack() as stack:
         shards = {path: stack.enter_context(Shard(path, "r+b")) for path in written | ({kept} if kept else set())}
@@ -198,8 +203,10 @@ def write_tensors(
                 part = place.select(tensor)
                 if kept:
                     shards[kept].write(name, part)
+                differs = differs or not torch.equal(part, value.to(part.dtype))
                 part.copy_(value)
                 shard.write(place.key, tensor, place.row)
+    return differs
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

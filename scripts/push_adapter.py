@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepseek.files import read_json, write_json
 from esft import CONFIG_NAME
 from scripts.adapter_info import describe
-from utils import ROOT, command_parser, run_cli
+from utils import ROOT, command_parser, counted, run_cli
 
 PUSHED = [CONFIG_NAME, "*.safetensors", "run.json", "README.md"]
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)(_|$)", re.IGNORECASE)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"would be pushed to {args.repo_id}:")
             print("\n".join(f"  {file.name}  {file.stat().st_size / 2**20:,.2f} MiB" for file in files))
         else:
-            print(f"{len(files)} files pushed: {push(staged, args.repo_id, args.private, HfApi())}")
+            print(f"{counted(len(files), 'file')} pushed: {push(staged, args.repo_id, args.private, HfApi())}")
 
 
 if __name__ == "__main__":

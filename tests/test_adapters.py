@@ -399,9 +399,9 @@ def test_a_lora_adapter_is_merged(tmp_path):
     expected = logits(lora.eval())
     lora.save_pretrained(tmp_path / "lora")
     before = logits(base)
-    other = {"base": {**base_note(base, "another"), "model_type": base.config.model_type}}
+    other = {"base": {**base_note(base, "another"), "model_type": base.config.model_type, "name": "another"}}
     (tmp_path / "lora" / "base.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=r"cannot merge the LoRA .*trained on another base model"):
+    with pytest.raises(ValueError, match=r"cannot merge the LoRA .*trained on another base model \(another\): "):
         add_adapter(base, tmp_path / "lora")
     (tmp_path / "lora" / "base.json").unlink()  # one that peft made has none
     for prefix in ("module.", "base_model.model."):

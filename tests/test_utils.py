@@ -30,7 +30,8 @@ def test_a_wrong_flag_is_one_sentence(capsys):
     for argv, text in (
         (["--number=0"], "not a whole number"),
         (["--number=1", "x"], "unrecognized"),
-        (["--number=1", "--numb=2"], "unrecognized arguments: --numb=2"),  # no abbreviations
+        (["--number=1", "--numb=2"], "unrecognized arguments: --numb=2 (did you mean '--number'?)"),  # no abbreviations
+        (["--number=1", "--zzz"], "unrecognized arguments: --zzz. --help"),
         ([], "required: --number"),
     ):
         for parse in (parser.parse_args, parser.parse_intermixed_args):
@@ -85,6 +86,11 @@ def test_environment_never_fails(monkeypatch):
     facts = utils.environment()
     assert facts["git"] is None and facts["device"] is None
     json.dumps(facts)
+
+
+@pytest.mark.parametrize("count, text", [(0, "0 packs"), (1, "1 pack"), (2, "2 packs"), (1234, "1,234 packs")])
+def test_counted(count, text):
+    assert utils.counted(count, "pack") == text
 
 
 def test_suggest():

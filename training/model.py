@@ -19,6 +19,7 @@ from training.config import RunConfig
 from training.data import Packs
 from training.methods import format_trained, prepare_model
 from training.plan import Plan
+from utils import counted
 
 logger = logging.getLogger("esft")
 
@@ -101,7 +102,9 @@ def log_model(model: nn.Module, config: RunConfig, packs: Packs) -> None:
     """Log what is trained, and on what; warn of samples that are longer than the model's context."""
     logger.info(format_trained(model, config.method))
     samples, tokens = sum(map(len, packs.members)), sum(packs.lengths)
-    logger.info(f"  {samples:,} samples, {tokens:,} tokens in {len(packs):,} packs of up to {config.seq_length:,}")
+    logger.info(
+        f"  {samples:,} samples, {tokens:,} tokens in {counted(len(packs), 'pack')} of up to {config.seq_length:,}"
+    )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = packs.longest_document
     if context and longest > context:

@@ -21,7 +21,7 @@ from training.config import RunConfig
 from training.data import Packs
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts
-from utils import log_to_stdout
+from utils import counted, log_to_stdout
 
 logger = logging.getLogger("esft")
 
@@ -46,7 +46,8 @@ def join_processes(config: RunConfig) -> Ranks:
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if on_gpu and processes > gpus:
         raise SharedError(
-            f"cannot start {processes} processes: there are {gpus} GPUs. Lower --nproc-per-node or give device=cpu."
+            f"cannot start {processes} processes: the machine has {counted(gpus, 'GPU')}. Lower --nproc-per-node "
+            "or give device=cpu."
         )
     ranks = join(config.timeout, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     log_to_stdout(ranks.rank)
@@ -54,7 +55,7 @@ def join_processes(config: RunConfig) -> Ranks:
         warnings.simplefilter("ignore")
         disable_progress_bar()
     elif on_gpu and gpus > ranks.world_size:
-        logger.info(f"  {ranks.world_size} of {gpus} GPUs: torchrun --nproc-per-node=N uses more")
+        logger.info(f"  {ranks.world_size} of {counted(gpus, 'GPU')}: torchrun --nproc-per-node=N uses more")
     return ranks
 
 

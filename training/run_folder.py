@@ -18,7 +18,7 @@ import esft
 from deepseek.files import check_output, sha256, write_json
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
-from training.data import dataset_files
+from training.data import dataset_files, is_known
 from training.first_selection import SELECTION_FOLDERS
 from training.methods import count_trained
 from training.model import LoadedModel
@@ -35,6 +35,7 @@ LAYOUT = {
     "resume_from_checkpoint",
     "output_dir",  # a folder that was moved still holds the same run
 }
+PATHS = ("base_model_path", "train_dataset", "validation_dataset", "expert_config", "expert_scores_dir")
 LENGTH = {"max_steps", "num_train_epochs"}
 OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")  # schedules
 
@@ -141,8 +142,12 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
     if config.method in ("esft", "random"):
         path = Path(config.expert_config)
         paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]
+    settings = dataclasses.asdict(config)
+    for key in PATHS:  # a path must work from anywhere; the name of a data set stays one
+        if settings[key] and Path(settings[key]).exists() and not is_known(settings[key]):
+            settings[key] = os.path.abspath(settings[key])
     return {
-        "config": dataclasses.asdict(config),
+        "config": settings,
         "packs_per_step": packs_per_step,
         "inputs": {key: sha256(*files) for key, files in paths.items() if files and all(map(Path.is_file, files))},
     }

@@ -29,7 +29,7 @@ from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import plan_devices
 from training.data import TemplateSettings, add_template_flags, template_settings
-from utils import command_parser, environment, markdown_table, note, positive, run_cli
+from utils import command_parser, counted, environment, markdown_table, note, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> ExpertScores:
     note_replaced(output_path, meta)
     packs = sample_packs(settings, load_tokenizer(args.base_model_path))
     if len(packs) < len(devices):
-        note(f"{len(packs)} packs cannot keep {len(devices)} processes busy, so {len(packs)} run")
+        note(f"the sample has {counted(len(packs), 'pack')}, so {len(packs)} of the {len(devices)} processes are used")
         devices = devices[: len(packs)]
 
     counts = count_packs(packs, args.base_model_path, devices=devices, dtype=args.dtype, prob=args.prob)

@@ -142,7 +142,8 @@ def format_rows(rows: list[dict]) -> str:
     heads += [f"{what} ({name})" for what in ("adapter", "gradients", "optimizer", "peak")]
     lines = []
     for row in rows:
-        counts = [row["experts"], f"{row['experts_min']} to {row['experts_max']}", f"{row['trained_parameters']:,}"]
+        each = " to ".join(map(str, sorted({row["experts_min"], row["experts_max"]})))
+        counts = [row["experts"], each, f"{row['trained_parameters']:,}"]
         sizes = [row[key] / unit for key in ("adapter_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")]
         time = row["relative_step_time"]
         start = [row["score_function"], f"{row['top_p']:g}", *counts, f"{row['share']:.1%}"]

@@ -54,7 +54,7 @@ def test_overwrite_replaces_what_a_merge_left_and_nothing_else(parts):
     base, adapter, out = parts
     script.merge_adapter(base, [adapter], out)
     before = tensors_of(out)
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=r"exists already.*--overwrite"):
         script.merge_adapter(base, [adapter], out)
     shutil.rmtree(adapter)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -65,6 +65,16 @@ def test_overwrite_replaces_what_a_merge_left_and_nothing_else(parts):
     (out / script.NOTE).unlink()
     with pytest.raises(ValueError, match="exists already"):
         script.merge_adapter(base, [adapter], out, overwrite=True)
+
+
+def test_a_merge_that_changes_nothing_is_told(parts, tmp_path, capsys):
+    base, adapter, out = parts
+    script.merge_adapter(base, [adapter], out)
+    assert "note:" not in capsys.readouterr().err
+    script.merge_adapter(out, [adapter], tmp_path / "again")
+    assert f"note: {out} holds the weights of the adapter already: nothing changed" in capsys.readouterr().err
+    script.unmerge(tmp_path / "again", tmp_path / "back")
+    assert "note:" not in capsys.readouterr().err
 
 
 def test_the_bases_dtype_decides(parts):

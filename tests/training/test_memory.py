@@ -371,7 +371,7 @@ def test_lora_is_estimated(folder):
         (["--method=full", "--shard_dense"], "--offload_frozen are for method esft"),
         (["--experts_per_layer=2", "--label_share=2"], "--label_share above 0 and at most 1"),
         (["--experts_per_layer=9"], "names expert 8 of layer 1"),
-        (["--experts_per_layer=2", "--gpu_gb=0.5"], "cannot fit method esft into 1 GPUs of 0.5 GiB"),
+        (["--experts_per_layer=2", "--gpu_gb=0.5"], "cannot fit method esft into 1 GPU of 0.5 GiB"),
     ],
 )
 def test_wrong_flags_are_told(folder, capsys, flags, told):

@@ -6,8 +6,9 @@ import signal
 import pytest
 import torch
 
-from tests.helpers import Killed, arguments, at_step, fails, kill, same, weights
+from tests.helpers import Killed, arguments, at_step, config_of, fails, kill, same, weights
 from training.checkpoints import find_damage
+from training.run_folder import run_note
 from training.trainer import ESFTTrainer
 
 METHODS = {
@@ -18,6 +19,14 @@ METHODS = {
     "random": {"method": "random"},
     "adafactor": {"optim": "adafactor"},  # its states have other shapes than the weights
 }
+
+
+def test_paths_of_a_run_work_from_anywhere(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    near = {"base_model_path": "m32", "expert_config": "experts.json", "train_dataset": "law"}
+    config = run_note(config_of(files, tmp_path / "out", **near), 4)["config"]
+    assert config["base_model_path"] == str(files / "m32") and config["train_dataset"] == "law"
+    assert config["expert_config"] == str(files / "experts.json")
 
 
 @pytest.mark.parametrize("name", METHODS)

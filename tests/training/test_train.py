@@ -40,6 +40,13 @@ def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkey
     assert list(start.folder.glob("my run/completions/*.summary.json"))
 
 
+def test_few_steps_are_told_where_the_epochs_give_them(start, capsys):
+    start("short", max_steps=-1, epochs=1)
+    assert re.search(r"only \d optimizer steps?: \d+ packs?, \d+ per step, 1 epochs", capsys.readouterr().out)
+    start("asked", max_steps=1)
+    assert "optimizer step" not in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start, monkeypatch, capsys, tiny_tokenizer):
     keys = {"save_opt_states": True, "save_steps": 1, "batch_size": 1, "accumulation_steps": 3}
     packs, _ = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out", **keys), Ranks())

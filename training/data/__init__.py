@@ -36,7 +36,7 @@ from training.data.documents import (
 )
 from training.data.packs import Pack, Packs, best_fit, collate, pack, pack_of
 from training.data.shapes import SHAPES, read_messages, unused_fields
-from training.data.sources import Rows, dataset_files, open_rows, resolve
+from training.data.sources import Rows, dataset_files, is_known, open_rows, resolve
 from training.data.templates import Template
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ __all__ = [
     "dataset_files",
     "encode",
     "encode_rows",
+    "is_known",
     "load_data",
     "load_samples",
     "open_rows",

@@ -149,6 +149,11 @@ def _known(split: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted((ROOT / "datasets" / split).glob("*.jsonl"))}
 
 
+def is_known(dataset: str, split: str = "train") -> bool:
+    """Return whether `dataset` names one in datasets/`split`."""
+    return dataset in _known(split)
+
+
 def _format(path: Path) -> str | None:
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
     return suffix if suffix in FORMATS else None
