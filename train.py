@@ -126,8 +126,9 @@ def finish_run(
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
     logger.info(f"{results['steps']} steps{loss}; {kind} in {config.output_dir}")
-    script = os.path.relpath(utils.ROOT / "eval_multigpu.py")
-    logger.info("next: " + shlex.join(["python", script, f"--model={config.output_dir}"]))
+    if not os.environ.get("ESFT_STAGE"):  # scripts/pipeline.py evaluates the model itself
+        script = os.path.relpath(utils.ROOT / "eval_multigpu.py")
+        logger.info("next: " + shlex.join(["python", script, f"--model={config.output_dir}"]))
     return results
 
 

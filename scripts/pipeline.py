@@ -75,7 +75,7 @@ class Stages:
         if self.note.is_file():
             write_json(self.note, self.done)
         start = time.perf_counter()
-        run_command(words, processes=processes, lock=self.lock)
+        run_command(words, processes=processes, lock=self.lock, env={"ESFT_STAGE": "1"})
         print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
         self.done[str(output)] = command
         write_json(self.note, self.done)

@@ -38,6 +38,9 @@ def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkey
     assert Path(script).resolve() == ROOT / "eval_multigpu.py"
     eval_multigpu.main([*flags, "--max_new_tokens=2"])
     assert list(start.folder.glob("my run/completions/*.summary.json"))
+    monkeypatch.setenv("ESFT_STAGE", "1")  # the pipeline evaluates by itself
+    start("a stage", max_steps=1)
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_few_steps_are_told_where_the_epochs_give_them(start, capsys):
