@@ -58,7 +58,7 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
     if placements:
         connect_experts(model, placements, plan.experts.experts, ranks)
         read = ranks.gather(read_bytes)
-        logger.info(f"  read by each rank: {min(read) / 2**20:,.1f} to {max(read) / 2**20:,.1f} MiB of weights")
+        logger.info(f"  each process reads at most {max(read) / 2**20:,.1f} MiB of weights")
     if not (documents_apart := keeps_documents_apart(base)):
         warnings.warn(
             f"in a {base.config.model_type} the documents of a pack would see each other, so every sample becomes a "
@@ -81,9 +81,9 @@ def place_experts(config: RunConfig, plan: Plan) -> dict[int, Placement]:
     load_LE = load_LE or {index: dict.fromkeys(range(n), 1 / n) for index, n in num_experts_L.items()}
     found = imbalance(placements, trained, load_LE)
     logger.info(
-        f"  {'contiguous' if contiguous else 'balanced'} placement of experts on {plan.ep_size} ranks, expected "
-        f"max/mean: load {found['load']:.2f} (worst layer {found['load_worst']:.2f}), trained experts "
-        f"{found['trained']:.2f}; {source}"
+        f"  experts shared out over {plan.ep_size} processes ({config.placement}; {source}); the busiest process gets "
+        f"{found['load']:.2f} x the mean load ({found['load_worst']:.2f} x in the worst layer), and "
+        f"{found['trained']:.2f} x the mean number of trained experts"
     )
     return placements
 
