@@ -279,10 +279,12 @@ def run(config: EvalConfig) -> list[dict]:
 def show(paths: dict[str, Path], bases: dict[str, dict], summaries: dict[str, dict], unjudged: str) -> None:
     """Print one table, in the order of `paths`, and where the answers are."""
     shown = [summaries[name] for name in paths if name in summaries]
+    with_base = bases.keys() | {name for name, summary in summaries.items() if "against_base" in summary}
+    written = [str(path.with_suffix(".base.jsonl")) for name, path in paths.items() if name in with_base]
+    written += [str(path) for name, path in paths.items() if name in summaries]
     alone = [base for name, base in bases.items() if name not in summaries]
     if text := format_results([*alone, *shown], bases):
-        written = ", ".join(str(path) for name, path in paths.items() if name in summaries)
-        print(f"{text}\nwritten to {written or 'the base alone'}")
+        print(f"{text}\nanswers in {', '.join(written)}")
     if unjudged:
         print(unjudged)
 

@@ -55,11 +55,13 @@ def test_two_runs_with_one_folder_name_keep_their_answers_apart(run_folder, tmp_
     assert not (tmp_path / "results").exists()
 
 
-def test_with_base_and_a_data_set_of_one_s_own(run_folder, tmp_path, monkeypatch):
+def test_with_base_and_a_data_set_of_one_s_own(run_folder, tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "is it 3?", "answers": ["yes 3"]}] * 2)
     flags = [f"--model={run_folder}", "--with_base", f"--eval_dataset={tmp_path / 'mine.jsonl'}"]
     (summary,) = evaluate(tmp_path, monkeypatch, *flags)
     assert summary["dataset"] == "mine" and summary["against_base"]["n"] == 2
+    folder = run_folder / "completions"
+    assert f"answers in {folder / 'mine.base.jsonl'}, {folder / 'mine.jsonl'}\n" in capsys.readouterr().out
 
 
 def test_a_full_model_is_its_own_base(run_folder, tmp_path):
