@@ -11,9 +11,9 @@ The loss is the mean over the label tokens of the whole batch of an optimizer st
 and number of processes (training/trainer.py).
 
 The output folder is itself a loadable adapter (for `method=full`, a model). It also holds run.json (config, versions,
-results), trainer_state.json (all losses) and checkpoint-<step> folders. The same command again goes on from the last
-whole checkpoint, if --save_opt_states was given, and leaves a finished run alone. SIGTERM and Ctrl-C end a run after
-the step at work, with a checkpoint and exit code 143 or 130.
+results), trainer_state.json (all losses) and checkpoint-<step> folders. If you repeat the
+command, an interrupted run continues from its last complete checkpoint (only with --save_opt_states). A finished run is
+not repeated. SIGTERM and Ctrl-C end a run after the current step, with a checkpoint and exit code 143 or 130.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@ r"""Estimate whether a training run fits its GPUs, and what makes it fit. This t
     python scripts/estimate_memory.py --base_model_path=deepseek-ai/DeepSeek-V2-Lite --gpus 8 --gpu_gb 80 \
         --expert_config=results/expert_configs/law.json --seq_length 4096
 
-The command builds the model from its config and sends a micro batch through it without storage (training/dry_run.py).
-It prints what is on the fullest GPU at the peak of a step, by kind. If that does not fit, it looks for settings that
-do. First it tries each of these alone, then as many together as it takes. The least costly in time or quality is first:
+The command builds the model from its config and runs a training step on meta tensors (no memory is used;
+training/dry_run.py). It prints what is on the fullest GPU at the peak of a step, by kind. If it does not fit, it tries
+these changes one by one and then in combination, cheapest first:
 
     activation_checkpointing -> more ep_size -> shard_dense -> frozen_dtype fp8 -> nf4 -> an 8-bit optimizer
     -> offload_frozen -> a shorter seq_length

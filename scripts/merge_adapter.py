@@ -212,8 +212,8 @@ def write_tensors(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--base_model_path", "--model", type=Path, required=True, metavar="DIR", help="folder of the base with "
-        "config.json and *.safetensors; with --unmerge, the folder of a merge")  # fmt: skip
+    add("--base_model_path", "--model", type=Path, required=True, metavar="DIR", help="folder of the base, "
+        "with config.json and *.safetensors; with --unmerge, the folder of a merge")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--adapter_dir", type=Path, nargs="+", metavar="DIR", help="folders of adapters that share no "
                       "expert, with expert_cfg.json and *.safetensors")  # fmt: skip

@@ -5,12 +5,12 @@ r"""How certain is a selection of experts, and how much do the selections of sev
 
 One folder of scores: packs of tokens are drawn again with replacement (a bootstrap), experts are selected on each draw,
 and the selections are compared with the one on all tokens. An expert that 5 to 95 % of the draws select is uncertain.
-Smaller samples show how stability grows with n_sample_tokens. They are compared with all tokens, and with as many other
-tokens, which is what a second sample of the data would agree with.
+Smaller samples show how stability grows with n_sample_tokens. Each smaller sample is compared with the full sample, and
+with another sample of its own size; the second shows how much two independent samples would agree.
 
 Several scores, expert configs or adapters: the Jaccard (shared / in either) of every two selections, beside what two
-random selections of the same sizes would share, and the correlation of the scores, each layer's mean taken off. If a
-Jaccard is within the random range, the tasks share no more than chance.
+random selections of the same sizes would share, and the correlation of the scores after subtracting each layer's mean.
+If a Jaccard is within the random range, the tasks share no more than chance.
 """
 
 import argparse

@@ -72,8 +72,8 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which score selects experts, and up to what sum."""
     parser.add_argument("--score_function", choices=SCORE_FUNCTIONS, default="token", help="share of the routed slots, "
         "gate weight per token, or router probability over all experts (default: token)")  # fmt: skip
-    parser.add_argument("--top_p", type=float, metavar="P", help="cumulative and its controls: the sum of scores to "
-        "reach in each layer, above 0 and up to 1 (default: the paper's, 0.2, for gate 0.1)")  # fmt: skip
+    parser.add_argument("--top_p", type=float, metavar="P", help="select experts per layer until their scores sum to "
+        "this (default: 0.2, or 0.1 with --score_function=gate)")  # fmt: skip
 
 
 def split_list(text: str) -> list[str]:

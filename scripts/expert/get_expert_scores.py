@@ -52,8 +52,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--n_sample_tokens", type=positive, default=131072, metavar="N", help="tokens to sample, rounded up to whole "
         "documents, or all if there are fewer (default: 131072, the paper's)")  # fmt: skip
     add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens (default: 4096)")
-    add("--overlong", choices=("error", "truncate"), default="error", help="a document longer than seq_length is an "
-        "error, or keeps its head (default: error)")  # fmt: skip
+    add("--overlong", choices=("error", "truncate"), default="error", help="of a document longer than seq_length: stop "
+        "with an error, or keep only the first seq_length tokens (default: error)")  # fmt: skip
     add_template_flags(parser)
     add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents")
     add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs that share a model (default: 1)")

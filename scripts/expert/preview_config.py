@@ -3,9 +3,9 @@ r"""What would a selection cost? For each score and --top_p: experts, parameters
     python scripts/expert/preview_config.py --expert_scores_dir=results/expert_scores/law \
         --base_model_path=results/models/tiny --top_p 0.05 0.1 0.2 0.5 --budget_gb=24
 
-The scores and the model's config suffice, no weights are read. Memory is that of scripts/estimate_memory.py: a real
-step on tensors without storage. With --budget_gb, the command finds the largest top_p of each score (in steps of 0.01)
-whose peak fits, and prints the command that selects it.
+The scores and the model's config suffice, no weights are read. Memory is that of scripts/estimate_memory.py: a training
+step on meta tensors (no memory is used). With --budget_gb, the command finds the largest top_p of each score (in steps
+of 0.01) whose peak fits, and prints the command that selects it.
 
 The time is relative to a step of full fine-tuning. It counts only the FLOPs of matrix products with weights, 2 per
 weight and token:
@@ -14,9 +14,9 @@ weight and token:
     the gradient of the inputs    ESFT has none below the first layer with a trained expert
     the gradient of the weights   full fine-tuning has all, ESFT those of the routed rows of its experts
 
-So ESFT starts at about 2/3, or at 3/4 with checkpointing, where both run the forward twice. Two things are left out.
-The attention scores cost both the same, and bring the ratio nearer to 1 in long documents. What moves memory, above all
-the optimizer's step, favors ESFT. The time says what arithmetic is saved. It is not a measurement.
+So ESFT starts at about 2/3, or at 3/4 with checkpointing, where both run the forward twice. Only
+arithmetic is counted, so this is an estimate. Memory traffic (mostly the optimizer step) is not counted; it would favor
+ESFT further. Attention scores are not counted either; they cost both the same, which matters in long documents.
 """
 
 import argparse
