@@ -6,25 +6,25 @@
     python eval_multigpu.py --suite=mmlu,gsm8k,ifeval --base_model_path=M --adapter_dir=A --with_base --world_size=8
 
 The first form takes a folder that train.py wrote. The base, the adapter and the task come from the run. Without an eval
-file for the task, the model is evaluated on the samples that training held out for validation. --with_general adds the
-general skills of datasets/eval/general.jsonl, which a run on results/models/tiny asks by itself.
+file for the task, the model is evaluated on the samples that training kept for validation. --with_general adds the
+general skills of datasets/eval/general.jsonl. A run on results/models/tiny is always asked them.
 
-The answers go to <output_path>, in the order of the eval file, and the means with their 95 % intervals to
+The answers go to <output_path>, in the order of the eval file. The means and their 95 % intervals go to
 <output_path without .jsonl>.summary.json. With several data sets the names go before the suffix: out.law.jsonl,
-out.general.jsonl. --output_dir gets <name>.jsonl instead. With --with_base the model answers first without the adapter
-(out.base.jsonl) and then with it, and one table shows what was gained and what was forgotten.
+out.general.jsonl. --output_dir gets <name>.jsonl instead. Without either, the answers of a run go to completions/ in
+its folder. With --with_base the model answers first without the adapter (out.base.jsonl) and then with it. One table
+then shows what was gained and what was forgotten.
 
---adapter_dir may also hold an adapter for each data set, in folders of their names. Each data set is then answered with
-its own, as by a command of its own.
+--adapter_dir may also hold one adapter for each data set, in folders with the names of the data sets.
 
 Each of `world_size` processes holds the whole model, on `gpus_per_rank` GPUs or on one thread of the CPU. The results
-are the same for any world_size. Finished batches are kept in a hidden file beside the output, and the same command goes
-on from them after any interruption. A sample that fails is a line with an "error" and without a score. The summary
-counts it as "failed", and the rest goes on.
+are the same for any world_size. Finished batches are kept in a hidden file beside the output. After an interruption the
+same command continues from them. A sample that fails becomes a line with an "error" and without a score. The summary
+counts it as "failed".
 
---suite asks the tasks of lm-eval, EleutherAI's harness, with its prompts, few-shot examples and metrics. Each process
-answers whole suites. --judge_model has answers to summary, law and translation graded by a language model behind an
-OpenAI-compatible endpoint, with a key from the environment.
+--suite asks the tasks of lm-eval (EleutherAI's harness) with its prompts, few-shot examples and metrics. Each process
+answers whole suites. --judge_model names a language model that grades the answers to summary, law and translation. It
+is asked through an OpenAI-compatible endpoint, with a key from the environment.
 """
 
 import argparse
