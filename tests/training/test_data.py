@@ -80,10 +80,6 @@ def chat(data_tokenizer):
     return with_template
 
 
-def prompt_ids(prompt: str, tokenizer, template: str) -> list[int]:
-    return data.Template(tokenizer, data.TemplateSettings(template)).encode_prompt(prompt)
-
-
 def pack(encoded: list[Encoded], seq_length: int, numbers: list[int] | None = None, **options) -> list[data.Pack]:
     numbers = numbers or list(range(len(encoded)))
     found = data.pack(list(map(len, encoded)), lambda i: encoded[i].labels, numbers, seq_length, **options)
@@ -157,7 +153,7 @@ def test_prompt_at_generation_is_the_prompt_in_training(chat, template, answer):
     tokenizer = chat(template)
     for name in ("chat", "released"):
         sample = encode([TURNS[0], {"role": "assistant", "content": answer}], tokenizer, name)
-        prompt = prompt_ids(TURNS[0]["content"], tokenizer, name)
+        prompt = data.encode_prompt(TURNS[0]["content"], tokenizer, name)
         first = next(i for i, label in enumerate(sample.labels) if label != IGNORE)
         assert sample.input_ids[:first] == prompt
         assert answer in learned(sample, tokenizer)[0]
@@ -167,8 +163,8 @@ def test_rendered_prompt_is_taken_verbatim(chat):
     tokenizer = chat(CHATML)
     text = "User: 1 User: 2\n\nAssistant:"
     for template in ("chat", "released"):
-        assert prompt_ids(text, tokenizer, template) == [tokenizer.bos_token_id, *tokenizer.encode(text)]
-    assert prompt_ids("1 User: 2\n\nAssistant:", tokenizer, "released") != [1, *tokenizer.encode(text)]
+        assert data.encode_prompt(text, tokenizer, template) == [tokenizer.bos_token_id, *tokenizer.encode(text)]
+    assert data.encode_prompt("1 User: 2\n\nAssistant:", tokenizer, "released") != [1, *tokenizer.encode(text)]
 
 
 def test_a_template_that_rewrites_history(chat):

@@ -61,6 +61,7 @@ __all__ = [
     "content_marks",
     "dataset_files",
     "encode",
+    "encode_prompt",
     "encode_rows",
     "is_known",
     "load_data",
@@ -94,6 +95,11 @@ def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
         ValueError: the answers cannot be found exactly in the template's text.
     """
     return Template(tokenizer, TemplateSettings(template=template)).encode([messages])[0][0]
+
+
+def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
+    """Return the tokens before the answer to `prompt`, a user's plain text, as `encode` has them."""
+    return Template(tokenizer, TemplateSettings(template=template)).encode_prompt(prompt)
 
 
 def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
