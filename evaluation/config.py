@@ -149,6 +149,10 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
     if (folder / "run.json").is_file():
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
         if run["method"] != "full":
+            base = run["base_model_path"]
+            if base.count("/") != 1 and not Path(base).exists():  # so it is not a hub id, either
+                how = f"--base_model_path=BASE --adapter_dir={folder}"
+                raise ValueError(f"cannot find base model {base}, which {folder / 'run.json'} names. Give {how}.")
             found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
         if not config.datasets and not config.suites:
             found["eval_dataset"] = _eval_dataset_of(run, folder)

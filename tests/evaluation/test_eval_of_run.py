@@ -47,6 +47,15 @@ def test_a_run_without_an_eval_file_is_asked_what_it_held_out(run_folder, files,
     assert short == {"held_out.jsonl": (tmp_path / "long.jsonl").read_text()}
 
 
+def test_a_base_that_moved_away_is_told_with_the_file_that_names_it(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    note = json.loads((tmp_path / "run" / "run.json").read_text())
+    note["config"]["base_model_path"] = "some/relative/model"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(note))
+    with pytest.raises(ValueError, match=r"base model some/relative/model, which .*run\.json names.*--adapter_dir"):
+        fill_from_run(EvalConfig(base_model_path=str(tmp_path / "run")))
+
+
 def test_two_runs_with_one_folder_name_keep_their_answers_apart(run_folder, tmp_path, monkeypatch):
     for parent in ("a", "b"):
         shutil.copytree(run_folder, tmp_path / parent / "output")
