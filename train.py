@@ -27,13 +27,12 @@ import warnings
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import TrainingArguments
 
 import esft
 import utils
 from deepseek.files import write_json
 from deepseek.process_groups import SharedError, lost_contact
-from training.config import RunConfig, read_config, training_arguments
+from training.config import RunConfig, TrainingArguments, read_config, training_arguments
 from training.data import load_data
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
@@ -122,7 +121,11 @@ def finish_run(
     trainer.write_on_first(trainer.save_state)
     results = results_of(trainer, loaded, plan, frozen_verified=hashes is not None)
     trainer.write_on_first(lambda: write_json(Path(config.output_dir, "run.json"), {**note, "results": results}))
-    best = f" at step {results['best_step']}, the best" if trainer.args.load_best_model_at_end else ""
+    best = (
+        f" at step {results['best_step']}, the best"
+        if trainer.args.load_best_model_at_end and results["best_step"]
+        else ""
+    )
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
     logger.info(f"{results['steps']} steps{loss}; {kind} in {config.output_dir}")

@@ -83,7 +83,7 @@ def test_a_full_model_is_its_own_base(run_folder, tmp_path):
     assert config == EvalConfig(str(folder), template="released", eval_dataset="law")
 
 
-def test_a_run_on_the_tiny_model_is_asked_the_general_skills(run_folder, tmp_path, capsys):
+def test_a_run_on_the_tiny_model_is_asked_the_general_skills(run_folder, files, tmp_path, capsys):
     """Its base was taught them. Other bases are asked where that is wanted."""
     run = json.loads((run_folder / "run.json").read_text())
     run["config"] |= {"train_dataset": "law"}
@@ -97,11 +97,18 @@ def test_a_run_on_the_tiny_model_is_asked_the_general_skills(run_folder, tmp_pat
     assert "note: general skills are asked too" in capsys.readouterr().err
     assert asked(ROOT / "results" / "models" / "tiny", eval_dataset="law") == ["law"]
     assert asked(ROOT / "results" / "models" / "tiny", suite="mmlu") == []
-    assert asked("m32") == ["law"]
-    assert asked("m32", with_general=True) == asked("m32", with_general=True, eval_dataset="law") == ["law", "general"]
-    assert asked("m32", with_general=True, eval_dataset="general") == ["general"]
+    assert asked(files / "m32") == ["law"]
+    assert (
+        asked(files / "m32", with_general=True)
+        == asked(files / "m32", with_general=True, eval_dataset="law")
+        == ["law", "general"]
+    )
+    assert asked(files / "m32", with_general=True, eval_dataset="general") == ["general"]
     assert not capsys.readouterr().err
-    assert fill_from_run(EvalConfig("m32", eval_dataset="law", with_general=True)).datasets == ["law", "general"]
+    assert fill_from_run(EvalConfig(str(files / "m32"), eval_dataset="law", with_general=True)).datasets == [
+        "law",
+        "general",
+    ]
 
 
 def test_a_folder_that_is_not_of_train_py_stays_a_model(model_dir):

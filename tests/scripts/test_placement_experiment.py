@@ -109,7 +109,7 @@ def test_without_matplotlib_the_table_is_written_all_the_same(tmp_path, monkeypa
     [
         ({"1": [7]}, (), "names other experts than the scores"),
         ({"5": [0]}, (), "names other experts than the scores"),
-        ({"1": [0]}, ("--ranks", "8", "16"), "ep_size=8, but layer 1 has 4 experts"),
+        ({"1": [0]}, ("--ranks", "8", "16"), "cannot use ep_size=8: layer 1 has 4 experts"),
         ({"1": [0]}, ("--expert_scores_dir=nowhere",), "nowhere: no such scores"),
         ({"1": [0]}, ("--output=/dev/null/p",), "cannot write"),
     ],
