@@ -255,6 +255,8 @@ def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str
 def _words(key: str, value: object) -> list[str]:
     """Return a setting as words for argparse."""
     if isinstance(value, list):
+        if key in ("train_dataset", "validation_dataset"):  # several data sets, as in a:0.7,b:0.3
+            return [f"--{key}={','.join(map(str, value))}"]
         return [f"--{key}", *map(str, value)]
     if value is False and key.endswith("_strategy"):  # YAML 1.1 reads no as false
         value = "no"

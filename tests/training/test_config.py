@@ -286,3 +286,9 @@ def test_help_lists_every_key(capsys, flag):
     assert ("The initial learning rate" in shown) == (flag == "--help-all")
     assert "--save-opt-states" not in shown and "--no_" not in shown
     assert flag == "--help-all" or len(shown.splitlines()) < 150
+
+
+def test_a_list_of_data_sets_is_one_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("train_dataset: ['a:0.7', 'b:0.3']\nvalidation_dataset: [c, d]\n")
+    config = read_config(["base_model_path=m", "output_dir=o", "method=full", f"train_config={tmp_path / 'c.yaml'}"])
+    assert (config.train_dataset, config.validation_dataset) == ("a:0.7,b:0.3", "c,d")

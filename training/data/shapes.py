@@ -70,7 +70,7 @@ def _shape(row: dict) -> tuple[str, ...]:
     wanted = " or ".join("+".join(shape) for shape in SHAPES)
     hint = next(filter(None, (suggest(key, itertools.chain(*SHAPES)) for key in row)), "")
     if keys >= {"chosen", "rejected"}:
-        hint = ". Preference rows (chosen, rejected) are for docs/examples/train_with_dpo.py"
+        hint = ". Preference rows (chosen, rejected) cannot be trained on here"
     raise ValueError(f"a row needs the keys {wanted}, this one has {', '.join(row) or 'none'}{hint}")
 
 
