@@ -56,7 +56,7 @@ def write_conversations(path: Path, count: int, seed: int) -> None:
         for _ in range(count):
             messages = []
             for role in ("user", "assistant") * generator.randint(2, 6):
-                text = " ".join(generator.choices(WORDS, k=generator.randint(20, 90))).capitalize() + "."
+                text = " ".join(generator.choices(WORDS, k=generator.randint(8, 34))).capitalize() + "."
                 messages.append({"role": role, "content": text})
             file.write(json.dumps({"messages": messages}) + "\n")
 
