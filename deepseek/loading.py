@@ -119,7 +119,7 @@ def empty_model(path: str | Path) -> nn.Module:
     """Return the model of a folder or a hub id without weights, on the meta device. Raise as `load_base_model`."""
     config = load_config(path)
     with torch.device("meta"):
-        return _load(lambda _: auto_class(config).from_config(config), path)
+        return _load(lambda _, **options: auto_class(config).from_config(config, **options), path)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -166,13 +166,13 @@ def keeps_documents_apart(model: nn.Module) -> bool:
 
 
 def _load(function, path: str | Path, **kwargs):
-    """Call a loading function of transformers. Whatever it raises becomes one sentence with the path in it."""
+    """Call a loading function of transformers, without remote code. An error is one sentence with the path in it."""
     path, hub_id = str(path), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
     if not (Path(path, "config.json").is_file() or (hub_id and not Path(path).exists())):
         why = "it has no config.json" if Path(path).exists() else "no such folder, and not a hub id (owner/name)"
         raise FileNotFoundError(f"cannot load model {path!r}: {why}")
     try:
-        return function(path, **kwargs)
+        return function(path, trust_remote_code=False, **kwargs)  # left out, it would ask on stdin
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything
         reason = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
         raise ValueError(f"cannot load model {path!r}: {type(error).__name__}: {reason}") from error

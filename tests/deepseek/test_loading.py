@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepseek import loading
+from deepseek.files import write_json
 from tests.helpers import make_model
 
 
@@ -25,7 +26,8 @@ def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model, _ = loading.load_base_model(tiny_model_dir, dtype="bfloat16", device=["cuda:2", "cuda:3"])
     assert model is placed
-    assert asked == {"dtype": "bfloat16", "device_map": "auto", "max_memory": {2: 1600, 3: 2400}}
+    spread = {"dtype": "bfloat16", "device_map": "auto", "max_memory": {2: 1600, 3: 2400}}
+    assert asked == {**spread, "trust_remote_code": False}
     placed.hf_device_map["lm_head"] = "cpu"
     with pytest.raises(ValueError, match="needs more GPUs than cuda:2, cuda:3"):
         loading.load_base_model(tiny_model_dir, device=["cuda:2", "cuda:3"])
@@ -105,3 +107,17 @@ def test_whether_documents_are_apart_is_found_out(family, apart, dtype):
     with torch.no_grad():
         one, other = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[:, 3:].float()
     assert torch.allclose(one, other, rtol=0.1, atol=0.1) == apart
+
+
+@pytest.mark.parametrize("opened", ["load_config", "load_tokenizer", "empty_model", "load_base_model"])
+def test_code_of_a_model_folder_is_not_run_whatever_is_answered(tmp_path, monkeypatch, opened):
+    """transformers asks whether to run the code of a model type that it does not know, unless it is told not to."""
+    ran = tmp_path / "ran"
+    (tmp_path / "configuration_odd.py").write_text(f"open({str(ran)!r}, 'w')\nclass OddConfig: pass\n")
+    code = {"AutoConfig": "configuration_odd.OddConfig", "AutoTokenizer": ["configuration_odd.OddConfig", None]}
+    write_json(tmp_path / "config.json", {"model_type": "odd", "auto_map": code})
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "OddTokenizer", "auto_map": code})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot load model"):
+        getattr(loading, opened)(tmp_path)
+    assert not ran.exists()
