@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from deepseek.files import suggest_path, write_jsonl
+from deepseek.files import parse_json, suggest_path, write_jsonl
 from training.data import TemplateSettings, open_rows, read_messages, sample_rows, split_samples
 from utils import ROOT, note
 
@@ -97,7 +97,7 @@ class EvalConfig:
 
     @property
     def template_settings(self) -> TemplateSettings:
-        return TemplateSettings(self.template, json.loads(self.template_kwargs or "{}"))
+        return TemplateSettings(self.template, parse_json(self.template_kwargs or "{}", "--template_kwargs", 1))
 
     @property
     def datasets(self) -> list[str]:

@@ -90,9 +90,10 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
         found = template.encode([messages], [where])[0]
         documents += found
         numbers += [i + 1] * len(found)
-        masks += content_masks(messages, found, template) if settings.skip_template_tokens else map(_all_count, found)
+        every = [[True] * len(document) for document in found]
+        masks += content_masks(messages, found, template) if settings.skip_template_tokens else every
         tokens += sum(min(len(document), settings.seq_length) for document in found)
-    found = pack(
+    members_P = pack(
         list(map(len, documents)),
         lambda i: documents[i].labels,
         numbers,
@@ -105,7 +106,7 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
             pack_of(documents, members, settings.seq_length, numbers),
             [keep for i in members for keep in masks[i][: settings.seq_length]],
         )
-        for members in found
+        for members in members_P
     ]
     if not packs:
         raise ValueError(f"cannot pack {settings.dataset!r}: no answer begins within seq_length {settings.seq_length}")
@@ -113,10 +114,6 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
         wanted = f"fewer than n_sample_tokens {settings.n_sample_tokens}"
         note(f"{settings.dataset} has {tokens} tokens, {wanted}: all count")
     return packs
-
-
-def _all_count(document: Encoded) -> list[bool]:
-    return [True] * len(document)
 
 
 def content_masks(messages: list[dict], documents: list[Encoded], template: Template) -> list[list[bool]]:

@@ -483,3 +483,14 @@ class JudgeServer:
     def close(self) -> None:
         self.http.shutdown()
         self.http.server_close()
+
+
+def learned_runs(document) -> list[list[int]]:
+    """Return the tokens of each run of labels. A label is the token itself."""
+    runs, previous = [], -100
+    for token, label in zip(document.input_ids, document.labels):
+        assert label in (-100, token)
+        if label != -100:
+            runs = [*runs, [token]] if previous == -100 else [*runs[:-1], [*runs[-1], token]]
+        previous = label
+    return runs

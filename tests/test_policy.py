@@ -243,8 +243,13 @@ def nodes(files: dict[str, list[str]]):
         yield from ((path, node) for node in ast.walk(ast.parse("\n".join(lines))))
 
 
-def test_the_code_is_small():
+def test_the_code_does_not_grow_unseen():
     assert sum(map(len, python_files().values())) <= 17_000  # a new feature may need more: then say so in LOG.md
+
+
+@pytest.mark.xfail(reason="the plan for what there was before the data layer; remove this mark when it is reached")
+def test_the_code_is_small():
+    assert sum(map(len, python_files().values())) <= 13_500
 
 
 def test_no_file_is_long():

@@ -59,7 +59,7 @@ class RunConfig:
     seq_length: int = _key(4096, "tokens in a pack of whole samples")
     overlong: Literal["error", "truncate"] = _key("error", "what to do with a sample longer than seq_length")
     n_train_samples: int | None = _key(None, "take only this many samples, drawn by seed")
-    validation_dataset: str | None = _key(None, "a validation set of its own, named like train_dataset")
+    validation_dataset: str | None = _key(None, "a validation set of its own, in place of validation_fraction")
     validation_fraction: float = _key(0.02, "share of the samples that is kept for validation")
     dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
@@ -109,7 +109,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     for name in [reports] if isinstance(reports, str) else reports:
         if name not in ("none", "all", *get_available_reporting_integrations()):
             yield f"report_to={name} is not installed. Give report_to=none or install it"
-    if values.get("eval_strategy", "no") != "no" and not config.validation_fraction:
+    if values.get("eval_strategy", "no") != "no" and not (config.validation_fraction or config.validation_dataset):
         yield f"eval_strategy={values['eval_strategy']} needs a validation set. Raise validation_fraction"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"

@@ -172,10 +172,10 @@ def write_table(path: Path, tokens: int) -> None:
     """Write documents of 100 to 2,000 tokens as encode_rows keeps them."""
     from datasets.arrow_writer import ArrowWriter
 
-    from training.data import FEATURES
+    from training.data import features
 
     generator, row = random.Random(0), 0
-    with ArrowWriter(path=str(path), features=FEATURES, writer_batch_size=1000) as writer:
+    with ArrowWriter(path=str(path), features=features(), writer_batch_size=1000) as writer:
         while tokens > 0:
             length = generator.randint(100, 2000)
             ids = list(range(length))

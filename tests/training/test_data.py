@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
 
 from deepseek.files import read_jsonl, write_json, write_jsonl
+from deepseek.process_groups import Ranks
+from tests.helpers import config_of, learned_runs
 from training import data
 from training.data import (
     IGNORE,
@@ -88,13 +90,7 @@ def pack(encoded: list[Encoded], seq_length: int, numbers: list[int] | None = No
 
 def learned(encoded: Encoded, tokenizer) -> list[str]:
     """The texts of the labelled runs, each decoded."""
-    runs, previous = [], IGNORE
-    for token, label in zip(encoded.input_ids, encoded.labels):
-        assert label in (IGNORE, token)
-        if label != IGNORE:
-            runs = [*runs, [token]] if previous == IGNORE else [*runs[:-1], [*runs[-1], token]]
-        previous = label
-    return [tokenizer.decode(run) for run in runs]
+    return [tokenizer.decode(run) for run in learned_runs(encoded)]
 
 
 # ------------------------------------------------------------------------------------------------ tokens and labels
@@ -477,3 +473,26 @@ def test_a_broken_character_is_an_error_with_its_line(tmp_path):
     )
     with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON .*surrogates not allowed"):
         data.load_samples(path)
+
+
+def test_a_validation_set_of_its_own(files, tiny_tokenizer, tmp_path):
+    rows = [{"prompt": f"what is {i}?", "completion": "yes"} for i in range(3)]
+    write_jsonl(tmp_path / "held.jsonl", rows)
+    config = config_of(files, tmp_path / "out", validation_dataset=str(tmp_path / "held.jsonl"))
+    train, validation = data.load_data(tiny_tokenizer, config, Ranks())
+    assert sorted(i for pack in train for i in pack.samples) == list(range(1, 31))  # all of them
+    found = [tiny_tokenizer.decode(document.input_ids) for pack in validation for document in pack.documents()]
+    assert len(found) == 3 and all(any(row["prompt"] in text for text in found) for row in rows)
+
+
+@pytest.mark.parametrize("keys", [{"loss_on": "each"}, {"append_end": True}, {"template_kwargs": {"a": 1}}])
+def test_settings_without_effect_on_the_released_template_are_refused(keys):
+    (key,) = keys
+    with pytest.raises(ValueError, match=f"cannot use {key}=.* with template=released"):
+        data.TemplateSettings("released", **keys)
+    data.TemplateSettings("chat", **keys)
+
+
+def test_template_kwargs_are_an_object():
+    with pytest.raises(ValueError, match="it must be a JSON object"):
+        data.TemplateSettings(template_kwargs=[1])

@@ -67,6 +67,20 @@ def test_folders_and_patterns_are_all_their_files(tmp_path):
     assert [row["text"] for row in rows_of(tmp_path / "part-[12].jsonl")] == ["1", "2"]
 
 
+def test_files_without_rows_do_not_hide_the_others(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "c.csv").write_text("text\n")
+    (tmp_path / "d.jsonl").write_text(LINES)
+    assert rows_of(tmp_path) == ROWS
+
+
+def test_zstandard(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(LINES.encode()))
+    assert rows_of(tmp_path / "a.jsonl.zst") == ROWS
+
+
 def test_a_row_is_named_by_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n\n{"text": "two"}\n')
     (tmp_path / "b.json").write_text(json.dumps(ROWS))
@@ -102,7 +116,7 @@ def test_a_hub_id_has_its_parts(name, parts):
 @pytest.mark.parametrize("content, told", [
     ('{"text": "a"}\n{"text": \n', r":2: not valid JSON"),
     ('{"text": "a"}\n[1]\n', r":2: expected a JSON object"),
-    (b'{"text": "a"}\n{"text": "\xff"}\n', r":2: not valid JSON .*byte 0xff"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', r":2: not UTF-8 text .*byte 0xff"),
     ('{"text": "\\ud800"}\n', r":1: not valid JSON .*surrogates"),
     ("", "no rows"),
     ("\n\n", "no rows"),

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.chat_templates import FAMILIES
+from tests.helpers import learned_runs
 from training.data.documents import IGNORE, NO_END, Encoded, TemplateSettings
 from training.data.templates import Template
 
@@ -49,17 +50,7 @@ def documents(name: str, messages: list[dict], **settings) -> tuple[list[Encoded
 def learned(name: str, messages: list[dict], **settings) -> list[list[str]]:
     """The texts of the labelled runs of each document, decoded."""
     found, tokenizer = documents(name, messages, **settings)
-    return [[tokenizer.decode(run) for run in _runs(document)] for document in found]
-
-
-def _runs(document: Encoded) -> list[list[int]]:
-    runs, previous = [], IGNORE
-    for token, label in zip(document.input_ids, document.labels):
-        assert label in (IGNORE, token)
-        if label != IGNORE:
-            runs = [*runs, [token]] if previous == IGNORE else [*runs[:-1], [*runs[-1], token]]
-        previous = label
-    return runs
+    return [[tokenizer.decode(run) for run in learned_runs(document)] for document in found]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - REWRITES))
@@ -81,7 +72,7 @@ def test_an_answer_follows_the_prompt_that_asks_for_it(name, loss_on):
         answers = [FAMILIES[name].before + empty + answer for answer in answers]
     found, tokenizer = documents(name, turns, loss_on=loss_on)
     wanted = [answer + FAMILIES[name].end for answer in answers][-1 if loss_on == "last" else 0 :]
-    assert [[tokenizer.decode(run) for run in _runs(document)] for document in found] == [[text] for text in wanted]
+    assert [[tokenizer.decode(run) for run in learned_runs(one)] for one in found] == [[text] for text in wanted]
     for document, i in zip(found, [3] if loss_on == "last" else [1, 3]):
         first = next(k for k, label in enumerate(document.labels) if label != IGNORE)
         prompt = tokenizer.apply_chat_template(turns[:i], add_generation_prompt=True)["input_ids"]
@@ -128,7 +119,10 @@ def test_tool_calls_are_learned_and_tools_and_replies_are_not(name, call):
     found, tokenizer = documents(name, WITH_TOOLS, loss_on="each")
     end = FAMILIES[name].end
     empty = "<think>\n\n</think>\n\n" if name == "qwen3" else ""
-    assert [[tokenizer.decode(run) for run in _runs(d)] for d in found] == [[call + end], [f"{empty}It is 5.{end}"]]
+    assert [[tokenizer.decode(run) for run in learned_runs(d)] for d in found] == [
+        [call + end],
+        [f"{empty}It is 5.{end}"],
+    ]
     assert ("tools" in found[0].left_out) == (name == "deepseek_v3")  # ours shows no tools
     if name == "qwen3":
         assert '"name": "add"' in tokenizer.decode(found[0].input_ids) and found[0].left_out == ()

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock
 
-import datasets
 from deepseek.files import sha256
 from training.data.documents import (
     IGNORE,
@@ -36,7 +36,7 @@ from training.data.documents import (
 )
 from training.data.packs import Pack, Packs, best_fit, collate, pack, pack_of
 from training.data.shapes import SHAPES, read_messages, unused_fields
-from training.data.sources import Rows, dataset_files, is_known, open_rows, resolve
+from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve
 from training.data.templates import Template
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from training.config import RunConfig
 
 __all__ = [
-    "FEATURES",
     "IGNORE",
     "SHAPES",
     "Documents",
@@ -63,6 +62,7 @@ __all__ = [
     "encode",
     "encode_prompt",
     "encode_rows",
+    "features",
     "is_known",
     "load_data",
     "load_samples",
@@ -76,13 +76,8 @@ __all__ = [
     "template_settings",
 ]
 
-INT32 = datasets.Value("int32")
-FEATURES = datasets.Features(  # of the table of documents
-    {"input_ids": datasets.List(INT32), "labels": datasets.List(INT32), "length": INT32, "learned": INT32, "row": INT32}
-    | {"notes": datasets.List(datasets.Value("string"))}
-)
 BATCH = 256  # conversations that are encoded at a time
-FEW = 2000  # rows that are encoded without a progress bar, in one process
+FEW = 2000  # rows that are encoded without a progress bar; more are shared out to processes, so many to each
 SOURCES = [Path(__file__).with_name(name) for name in ("shapes.py", "documents.py", "templates.py")]
 
 
@@ -102,9 +97,9 @@ def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
     return Template(tokenizer, TemplateSettings(template=template)).encode_prompt(prompt)
 
 
-def load_samples(dataset: str | Path, split: str = "train") -> list[dict]:
+def load_samples(dataset: str | Path) -> list[dict]:
     """Return the samples of a data set in memory: {"messages": [...]} (training/data/shapes.py)."""
-    return [{"messages": read_messages(row, where)} for where, row in open_rows(dataset, split)]
+    return [{"messages": read_messages(row, where)} for where, row in open_rows(dataset)]
 
 
 class Documents(Sequence):
@@ -124,34 +119,43 @@ class Documents(Sequence):
         return Encoded(found["input_ids"].tolist(), found["labels"].tolist())
 
 
-def encode_rows(rows: Rows, template: Template, processes: int | None = None) -> Documents:
+def features() -> "datasets.Features":  # noqa: F821
+    """Return the columns of a table of documents."""
+    import datasets  # slow, and not every command reads data
+
+    int32 = datasets.Value("int32")
+    columns = {"input_ids": datasets.List(int32), "labels": datasets.List(int32)}
+    columns |= {"length": int32, "learned": int32, "row": int32, "notes": datasets.List(datasets.Value("string"))}
+    return datasets.Features(columns)
+
+
+def encode_rows(rows: Rows, template: Template, processes: int | None = None, quiet: bool = False) -> Documents:
     """Encode the rows of a data set, or open what an earlier call made of them.
 
-    Fields that training does not use, and what the template leaves out, are counted in one warning.
+    Of several processes of a machine that call this, one encodes and the others wait. Fields that training does not
+    use, and what the template leaves out, are counted in one warning. `quiet`: no progress bar.
     """
+    import datasets
+
     table = datasets.Dataset.from_dict({"row": range(len(rows))})
     state = [rows.fingerprint, asdict(template.settings), template.fingerprint, [sha256(path) for path in SOURCES]]
     fingerprint = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "esft"
     folder.mkdir(parents=True, exist_ok=True)
-    few = len(rows) <= FEW
-    if few:
-        datasets.disable_progress_bars()
-    try:
+    processes = processes or min(os.cpu_count() or 1, len(rows) // FEW)
+    with no_bars(quiet or len(rows) <= FEW), FileLock(folder / f"{fingerprint}.lock"):
         made = table.map(
             _encode_batch,
             batched=True,
             batch_size=BATCH,
-            num_proc=None if few else processes or os.cpu_count(),
+            num_proc=processes if processes > 1 else None,
             fn_kwargs={"rows": rows, "template": template},
             remove_columns=["row"],
-            features=FEATURES,
+            features=features(),
             new_fingerprint=fingerprint,
             cache_file_name=str(folder / f"{fingerprint}.arrow"),
             desc="tokenizing",
         )
-    finally:
-        datasets.enable_progress_bars()
     if notes := Counter(made.data.column("notes").combine_chunks().flatten().to_pylist()):
         found = ", ".join(f"{what} ({count:,}x)" for what, count in notes.items())
         warnings.warn(f"not trained on, as neither the method nor the template uses it: {found}", stacklevel=2)
@@ -199,12 +203,20 @@ def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Pa
 
 
 def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
+    template, quiet = Template(tokenizer, template_settings(config)), config.training.get("disable_tqdm", False)
     rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed)
-    documents = encode_rows(rows, Template(tokenizer, template_settings(config)))
-    parts = split_samples(list(range(len(rows))), config.validation_fraction, config.seed)
-    train, validation = (_pack_rows(documents, part, numbers, config) for part in parts)
+    documents = encode_rows(rows, template, quiet=quiet)
+    every = list(range(len(rows)))
+    if config.validation_dataset:
+        train = _pack_rows(documents, every, numbers, config)
+        held_out = open_rows(config.validation_dataset, seed=config.seed)
+        every = list(range(len(held_out)))
+        validation = _pack_rows(encode_rows(held_out, template, quiet=quiet), every, np.asarray(every) + 1, config)
+    else:
+        parts = split_samples(every, config.validation_fraction, config.seed)
+        train, validation = (_pack_rows(documents, part, numbers, config) for part in parts)
     if not train:
-        raise ValueError(f"train_dataset {config.train_dataset}: no sample is left to train on; raise seq_length")
+        raise ValueError(f"cannot train on {config.train_dataset}: no sample is left. Raise seq_length.")
     return train, validation
 
 

@@ -45,6 +45,15 @@ class TemplateSettings:
     special_text: str = "error"
     append_end: bool = False
 
+    def __post_init__(self):
+        if not isinstance(self.template_kwargs, dict):
+            raise ValueError(f"cannot use template_kwargs={self.template_kwargs!r}: it must be a JSON object")
+        given = {"template_kwargs": self.template_kwargs, "append_end": self.append_end}
+        given |= {"loss_on": self.loss_on} if self.loss_on == "each" else {}
+        for key, value in given.items() if self.template == "released" else ():
+            if value:
+                raise ValueError(f"cannot use {key}={value} with template=released: it has no effect. Leave it out.")
+
 
 def template_settings(values: object) -> TemplateSettings:
     """Return the settings among the fields of a config, or the flags of a command."""

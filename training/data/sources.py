@@ -11,7 +11,9 @@ A weight is a set's share of the samples. As many samples as the scarcest set al
 
 import bisect
 import codecs
+import contextlib
 import csv
+import functools
 import glob
 import importlib
 import io
@@ -19,7 +21,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -185,35 +187,72 @@ def _not_found(name: str, split: str) -> str:
     )
 
 
-def _open(source: list[Path] | HubSet, split: str) -> list[tuple[str, "datasets.Dataset"]]:  # noqa: F821
-    import datasets  # slow, and few commands need it
+@contextlib.contextmanager
+def no_bars(quiet: bool = True) -> Iterator[None]:
+    """Hide the progress bars of the datasets library, if `quiet`."""
+    import datasets  # slow, and not every command reads data
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error that it raises says the same
+    if not quiet or datasets.are_progress_bars_disabled():
+        yield
+        return
     datasets.disable_progress_bars()
     try:
-        if isinstance(source, HubSet):
-            wanted = source.split or ("test" if split == "eval" else "train")
-            table = datasets.load_dataset(source.name, source.config, revision=source.revision, split=wanted)
-            return [(source.name, table)]
-        tables = []
-        for path in (path for path in source if path.stat().st_size):
-            column = ROW if _format(path) in (".csv", ".parquet") or _is_array(path) else LINE
-            features = datasets.Features({column: datasets.Value("string")})
-            read = {"path": str(path), "column": column, "stamp": f"{path.resolve()} {path.stat().st_mtime_ns}"}
-            table = datasets.Dataset.from_generator(_texts, features=features, gen_kwargs=read)
-            tables.append((str(path), table))
-        return tables
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:
-        if "corresponds to no data" in str(error):  # as an empty array does
-            return []
-        reason, name = str(error.__cause__ or error), source.name if isinstance(source, HubSet) else str(path)
-        raise ValueError(reason if reason.startswith(name) else f"cannot read data set {name!r}: {reason}") from error
+        yield
     finally:
         datasets.enable_progress_bars()
 
 
+def _open(source: list[Path] | HubSet, split: str) -> list[tuple[str, "datasets.Dataset"]]:  # noqa: F821
+    """Return the name and the table of each file, or of the hub's set. Files without rows are left out."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error that it raises says the same
+    if isinstance(source, HubSet):
+        load = functools.partial(_load_from_hub, source, split)
+        return [(source.name, _read(source.name, load))]
+    opened = [(str(path), _read(str(path), functools.partial(_load_file, path))) for path in source]
+    return [(name, table) for name, table in opened if table is not None]
+
+
+def _read(name: str, load: Callable) -> object:
+    """Call `load` without progress bars. A ValueError names the source."""
+    import datasets
+
+    try:
+        with no_bars():
+            return load()
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:
+        wrapped = isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__
+        reason = str(wrapped or error)
+        raise ValueError(reason if reason.startswith(name) else f"cannot read data set {name!r}: {reason}") from error
+
+
+def _load_from_hub(source: HubSet, split: str) -> "datasets.Dataset":  # noqa: F821
+    import datasets
+
+    wanted = source.split or ("test" if split == "eval" else "train")
+    return datasets.load_dataset(source.name, source.config, revision=source.revision, split=wanted)
+
+
+def _load_file(path: Path) -> "datasets.Dataset | None":  # noqa: F821
+    """Return the rows of a file as a table of JSON texts, or None if it has none."""
+    import datasets
+
+    column = ROW if _format(path) in (".csv", ".parquet") or _is_array(path) else LINE
+    read = {"path": str(path), "column": column, "stamp": f"{path.resolve()} {path.stat().st_mtime_ns}"}
+    features = datasets.Features({column: datasets.Value("string")})
+    try:
+        return datasets.Dataset.from_generator(_texts, features=features, gen_kwargs=read)
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            return None
+        raise
+
+
 def _texts(path: str, column: str, stamp: str) -> Iterator[dict]:
     """Yield the rows of a file as JSON. `stamp` tells the library's cache that the file has changed."""
+    if Path(path).stat().st_size == 0:
+        return
     if _format(Path(path)) == ".parquet":
         rows = (row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist())
         yield from ({column: json.dumps(_without_none(row), ensure_ascii=False, default=str)} for row in rows)
@@ -232,13 +271,15 @@ def _decoded(line: bytes, where: str) -> str:
     try:
         return line.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        raise ValueError(f"{where}: not UTF-8 text ({error})") from error
 
 
 def _opened(path: str | Path) -> BinaryIO:
     openers = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2", ".zst": "zstandard"}
     module = openers.get(Path(path).suffix)
-    return importlib.import_module(module).open(path, "rb") if module else open(path, "rb")
+    if module is None:
+        return open(path, "rb")
+    return io.BufferedReader(importlib.import_module(module).open(path, "rb"))  # zstandard's own has no lines
 
 
 def _is_array(path: Path) -> bool:
