@@ -195,7 +195,7 @@ def _eval_dataset_of(run: dict, folder: Path) -> str:
         held_out = open_rows(run["validation_dataset"])
     else:
         seed = run["training"].get("seed", 0)
-        sampled, _ = sample_rows(name, run["n_train_samples"], seed)
+        sampled, _ = sample_rows(name, run["n_train_samples"], seed, run.get("streaming", False))
         held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
     rows = []
     for where, row in held_out:

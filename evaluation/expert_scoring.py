@@ -36,6 +36,7 @@ from training.data import (
     pack,
     pack_of,
     read_messages,
+    stream_rows,
 )
 from utils import note
 
@@ -48,6 +49,7 @@ class SampleSettings:
     n_sample_tokens: int = 131072
     seq_length: int = 4096
     overlong: str = "error"
+    streaming: bool = False
     template: TemplateSettings = field(default_factory=TemplateSettings)
     skip_template_tokens: bool = False
     seed: int = 0
@@ -75,24 +77,20 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
 
     `samples` replaces the training data of `settings.dataset`.
     """
-    template = Template(tokenizer, settings.template)
-    rows = open_rows(settings.dataset, seed=settings.seed) if samples is None else samples
-    order, tokens = list(range(len(rows))), 0
-    random.Random(settings.seed).shuffle(order)
+    template, tokens = Template(tokenizer, settings.template), 0
     documents: list[Encoded] = []
     numbers: list[int] = []  # of the rows, from 1
     masks: list[list[bool]] = []
-    for i in order:
-        if tokens >= settings.n_sample_tokens:
-            break
-        where, row = rows[i] if samples is None else (f"sample {i + 1}", samples[i])
+    for number, where, row in _rows_in_order(settings, samples):
         messages = read_messages(row, where)
         found = template.encode([messages], [where])[0]
         documents += found
-        numbers += [i + 1] * len(found)
+        numbers += [number] * len(found)
         every = [[True] * len(document) for document in found]
         masks += content_masks(messages, found, template) if settings.skip_template_tokens else every
         tokens += sum(min(len(document), settings.seq_length) for document in found)
+        if tokens >= settings.n_sample_tokens:
+            break
     members_P = pack(
         list(map(len, documents)),
         lambda i: documents[i].labels,
@@ -114,6 +112,19 @@ def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None
         wanted = f"fewer than n_sample_tokens {settings.n_sample_tokens}"
         note(f"{settings.dataset} has {tokens} tokens, {wanted}: all count")
     return packs
+
+
+def _rows_in_order(settings: SampleSettings, samples: list[dict] | None) -> Iterator[tuple[int, str, dict]]:
+    """Yield (number in the data set, where, row) in the order of the seed."""
+    if settings.streaming:
+        for number, (where, row) in enumerate(stream_rows(settings.dataset, seed=settings.seed), 1):
+            yield number, where, row
+        return
+    rows = open_rows(settings.dataset, seed=settings.seed) if samples is None else samples
+    order = list(range(len(rows)))
+    random.Random(settings.seed).shuffle(order)
+    for i in order:
+        yield i + 1, *(rows[i] if samples is None else (f"sample {i + 1}", samples[i]))
 
 
 def content_masks(messages: list[dict], documents: list[Encoded], template: Template) -> list[list[bool]]:

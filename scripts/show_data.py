@@ -28,6 +28,7 @@ from training.data import (
     encode_rows,
     open_rows,
     read_messages,
+    take_rows,
     template_settings,
 )
 from utils import command_parser, markdown_table, positive, run_cli
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("dataset", metavar="DATA", help="a name in datasets/train, a file, a folder or a hub id (docs/data.md)")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="the model whose tokenizer encodes it")
     add("--n_samples", type=positive, default=3, metavar="N", help="documents to print (default: 3)")
+    add("--n_rows", type=positive, metavar="N", help="read only N rows, as streaming=true does (default: all)")
     add("--seq_length", type=positive, default=4096, metavar="T", help="count what is longer (default: 4096)")
     add_template_flags(parser)
     return parser.parse_args(argv)
@@ -75,7 +77,7 @@ def format_counts(turns: Counter, documents: Documents, seq_length: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    rows = open_rows(args.dataset)
+    rows = take_rows(args.dataset, args.n_rows) if args.n_rows else open_rows(args.dataset)
     template = Template(load_tokenizer(args.base_model_path), template_settings(args))
     documents = encode_rows(rows, template)
     for number in range(min(args.n_samples, len(documents))):

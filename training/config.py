@@ -59,6 +59,7 @@ class RunConfig:
     seq_length: int = _key(4096, "tokens in a pack of whole samples")
     overlong: Literal["error", "truncate"] = _key("error", "what to do with a sample longer than seq_length")
     n_train_samples: int | None = _key(None, "take only this many samples, drawn by seed")
+    streaming: bool = _key(False, "read no more of train_dataset than n_train_samples, for sets larger than the disk")
     validation_dataset: str | None = _key(None, "a validation set of its own, in place of validation_fraction")
     validation_fraction: float = _key(0.02, "share of the samples that is kept for validation")
     dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
@@ -111,6 +112,8 @@ def _complaints(config: RunConfig) -> Iterator[str]:
             yield f"report_to={name} is not installed. Give report_to=none or install it"
     if values.get("eval_strategy", "no") != "no" and not (config.validation_fraction or config.validation_dataset):
         yield f"eval_strategy={values['eval_strategy']} needs a validation set. Raise validation_fraction"
+    if config.streaming and not config.n_train_samples:
+        yield "streaming needs to know how many samples to take. Give n_train_samples"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
     if config.global_batch_size and "gradient_accumulation_steps" in config.training:

@@ -27,6 +27,7 @@ def score_and_select(config: RunConfig) -> None:
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
     of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
+    switches = [f"--{key}" for key in ("streaming", "append_end") if getattr(config, key)]
     flags = {
         "get_expert_scores.py": {"base_model_path": _absolute(config.base_model_path), "output_dir": scores, **of_run},
         "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path},
@@ -34,7 +35,9 @@ def score_and_select(config: RunConfig) -> None:
     for script, values in flags.items():
         values |= {"eval_dataset": _absolute(config.train_dataset)}
         try:
-            run_command([f"scripts/expert/{script}", *(f"--{key}={value}" for key, value in values.items())])
+            words = [*(f"--{key}={value}" for key, value in values.items())]
+            words += switches if script == "get_expert_scores.py" else []
+            run_command([f"scripts/expert/{script}", *words])
         except SystemExit as stop:  # the command has printed its error
             raise ChildProcessError(f"cannot choose the experts: {script} ended with exit code {stop.code}") from stop
 

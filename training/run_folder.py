@@ -136,7 +136,7 @@ def _choose_checkpoint(checkpoints: list[Path], asked: str | None) -> Path | Non
 
 def run_note(config: RunConfig, packs_per_step: int) -> dict:
     """Return what makes a run this run: its config, the packs of a step, SHA-256 of the files it reads."""
-    paths = {"train_dataset": dataset_files(config.train_dataset)}
+    paths = {} if config.streaming else {"train_dataset": dataset_files(config.train_dataset)}
     if config.validation_dataset:
         paths["validation_dataset"] = dataset_files(config.validation_dataset)
     if config.method in ("esft", "random"):

@@ -54,6 +54,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens (default: 4096)")
     add("--overlong", choices=("error", "truncate"), default="error", help="of a document longer than seq_length: stop "
         "with an error, or keep only the first seq_length tokens (default: error)")  # fmt: skip
+    add("--streaming", action="store_true", help="read no more of the data set than the sample needs, for sets larger "
+        "than the disk")  # fmt: skip
     add_template_flags(parser)
     add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents")
     add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs that share a model (default: 1)")
@@ -70,7 +72,8 @@ def sample_settings(args: argparse.Namespace, model: nn.Module) -> SampleSetting
     if context and context < seq_length:
         note(f"seq_length {seq_length} is more than the model's context, so packs have at most {context} tokens")
         seq_length = context
-    values = {name: getattr(args, name) for name in ("n_sample_tokens", "overlong", "skip_template_tokens", "seed")}
+    names = ("n_sample_tokens", "overlong", "streaming", "skip_template_tokens", "seed")
+    values = {name: getattr(args, name) for name in names}
     return SampleSettings(args.eval_dataset, seq_length=seq_length, template=template_settings(args), **values)
 
 
@@ -109,6 +112,7 @@ def main(argv: list[str] | None = None) -> ExpertScores:
     meta = {"model": args.base_model_path, "dataset": args.eval_dataset, "seq_length": settings.seq_length}
     for name in ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype"):
         meta[name] = getattr(args, name)
+    meta |= {"streaming": True} if settings.streaming else {}
     usual = asdict(TemplateSettings())
     meta |= {name: value for name, value in asdict(settings.template).items() if value != usual[name]}
     note_replaced(output_path, meta)

@@ -36,7 +36,7 @@ from training.data.documents import (
 )
 from training.data.packs import Pack, Packs, best_fit, collate, pack, pack_of
 from training.data.shapes import SHAPES, read_messages, unused_fields
-from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve
+from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve, stream_rows, take_rows
 from training.data.templates import Template
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ __all__ = [
     "resolve",
     "sample_rows",
     "split_samples",
+    "stream_rows",
+    "take_rows",
     "template_settings",
 ]
 
@@ -204,7 +206,7 @@ def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Pa
 
 def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
     template, quiet = Template(tokenizer, template_settings(config)), config.training.get("disable_tqdm", False)
-    rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed)
+    rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed, config.streaming)
     documents = encode_rows(rows, template, quiet=quiet)
     every = list(range(len(rows)))
     if config.validation_dataset:
@@ -220,8 +222,11 @@ def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
     return train, validation
 
 
-def sample_rows(dataset: str, n_samples: int | None, seed: int) -> tuple[Rows, np.ndarray]:
-    """Return the rows that a run takes, and the number of each in its data set, from 1."""
+def sample_rows(dataset: str, n_samples: int | None, seed: int, streaming: bool = False) -> tuple[Rows, np.ndarray]:
+    """Return the rows that a run takes, and the number of each in its data set, or in its stream, from 1."""
+    if streaming:
+        rows = take_rows(dataset, n_samples, seed=seed)
+        return rows, np.arange(len(rows)) + 1
     rows = open_rows(dataset, seed=seed)
     chosen = list(range(len(rows)))
     if n_samples is not None and n_samples < len(rows):

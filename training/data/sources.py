@@ -7,6 +7,8 @@
     a:0.7,b:0.3                            several sets, with weights or without
 
 A weight is a set's share of the samples. As many samples as the scarcest set allows are drawn, and none twice.
+
+`open_rows` reads a set whole. `stream_rows` reads no more than is taken, and `take_rows` keeps that much.
 """
 
 import bisect
@@ -29,6 +31,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from deepseek.files import parse_json, suggest, suggest_path
 from utils import ROOT, note
@@ -37,6 +40,8 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(\[(?P<split>.+)\])?")
 LINE, ROW = "__line__", "__row__"  # the column of a table whose rows are lines of JSON, or objects of a JSON array
+WHERE = "__where__"  # beside ROW: where the row comes from
+WINDOW = 10_000  # a stream is shuffled within so many rows
 WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?|\.\d+)")
 
 
@@ -86,7 +91,7 @@ class Rows:
 
 def _parse(source: str, row: dict, number: int) -> tuple[str, dict]:
     """Return (where, row) of a table's row, which is JSON where the table was made of a file."""
-    where = f"{source}:{number}" if LINE in row else f"{source}: row {number}"
+    where = row.get(WHERE) or (f"{source}:{number}" if LINE in row else f"{source}: row {number}")
     if LINE in row:
         found = parse_json(row[LINE], source, number)
     else:
@@ -120,6 +125,60 @@ def open_rows(dataset: str | Path, split: str = "train", seed: int = 0) -> Rows:
     if not rows:
         raise ValueError(f"cannot read data set {str(dataset)!r}: it has no rows")
     return rows
+
+
+def take_rows(dataset: str, n_rows: int, split: str = "train", seed: int = 0) -> Rows:
+    """Return the first rows of a stream as a table, which a second call opens again."""
+    import datasets
+
+    files = [path for source, _ in resolve(dataset, split) if isinstance(source, list) for path in source]
+    taken = {"dataset": dataset, "split": split, "seed": seed, "n_rows": n_rows, "stamps": " ".join(map(_stamp, files))}
+    features = datasets.Features({WHERE: datasets.Value("string"), ROW: datasets.Value("string")})
+    table = _read(dataset, lambda: datasets.Dataset.from_generator(_taken, features=features, gen_kwargs=taken))
+    if len(table) < n_rows:
+        note(f"{dataset} has {len(table):,} samples, fewer than {n_rows:,}: all are taken")
+    return Rows([(dataset, table)])
+
+
+def _taken(dataset: str, split: str, seed: int, n_rows: int, stamps: str) -> Iterator[dict]:
+    rows = itertools.islice(stream_rows(dataset, split, seed), n_rows)
+    yield from tqdm(({WHERE: where, ROW: json.dumps(row)} for where, row in rows), "streaming", n_rows, unit=" samples")
+
+
+def stream_rows(dataset: str, split: str = "train", seed: int = 0) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) in an order that `seed` draws, and read only as far as rows are taken.
+
+    Rows change places within a window of WINDOW rows, and the files of a set are mixed. Several sets take turns at
+    random, by their weights, until one of them is at its end.
+    """
+    import datasets
+
+    sets = resolve(dataset, split)
+    streams = [
+        datasets.IterableDataset.from_generator(
+            _stream_of_hub if isinstance(source, HubSet) else _stream_of_files,
+            gen_kwargs={"source": source, "split": split} if isinstance(source, HubSet) else {"paths": source},
+        )
+        for source, _ in sets
+    ]
+    weights = np.array([1.0 if weight is None else weight for _, weight in sets])
+    shares = (weights / weights.sum()).tolist()
+    stream = datasets.interleave_datasets(streams, shares, seed) if len(streams) > 1 else streams[0]
+    for row in stream.shuffle(seed=seed, buffer_size=WINDOW):
+        yield row[WHERE], json.loads(row[ROW])
+
+
+def _stream_of_files(paths: list[Path]) -> Iterator[dict]:
+    for path in paths:
+        for number, text in enumerate(_texts(str(path), _column(path), ""), 1):
+            if ROW in text or text[LINE].strip():
+                where, row = _parse(str(path), text, number)
+                yield {WHERE: where, ROW: json.dumps(row)}
+
+
+def _stream_of_hub(source: HubSet, split: str) -> Iterator[dict]:
+    for number, row in enumerate(_read(source.name, lambda: _load_from_hub(source, split, streaming=True)), 1):
+        yield {WHERE: f"{source.name}: row {number}", ROW: json.dumps(_without_none(row), default=str)}
 
 
 def resolve(dataset: str | Path, split: str = "train") -> list[tuple[list[Path] | HubSet, float | None]]:
@@ -227,19 +286,19 @@ def _read(name: str, load: Callable) -> object:
         raise ValueError(reason if reason.startswith(name) else f"cannot read data set {name!r}: {reason}") from error
 
 
-def _load_from_hub(source: HubSet, split: str) -> "datasets.Dataset":  # noqa: F821
+def _load_from_hub(source: HubSet, split: str, streaming: bool = False) -> "datasets.Dataset":  # noqa: F821
     import datasets
 
-    wanted = source.split or ("test" if split == "eval" else "train")
-    return datasets.load_dataset(source.name, source.config, revision=source.revision, split=wanted)
+    wanted = {"revision": source.revision, "split": source.split or ("test" if split == "eval" else "train")}
+    return datasets.load_dataset(source.name, source.config, streaming=streaming, **wanted)
 
 
 def _load_file(path: Path) -> "datasets.Dataset | None":  # noqa: F821
     """Return the rows of a file as a table of JSON texts, or None if it has none."""
     import datasets
 
-    column = ROW if _format(path) in (".csv", ".parquet") or _is_array(path) else LINE
-    read = {"path": str(path), "column": column, "stamp": f"{path.resolve()} {path.stat().st_mtime_ns}"}
+    column = _column(path)
+    read = {"path": str(path), "column": column, "stamp": _stamp(path)}
     features = datasets.Features({column: datasets.Value("string")})
     try:
         return datasets.Dataset.from_generator(_texts, features=features, gen_kwargs=read)
@@ -249,8 +308,17 @@ def _load_file(path: Path) -> "datasets.Dataset | None":  # noqa: F821
         raise
 
 
+def _stamp(path: Path) -> str:
+    """Return what tells the library's cache that a file has changed."""
+    return f"{path.resolve()} {path.stat().st_mtime_ns}"
+
+
+def _column(path: Path) -> str:
+    return ROW if _format(path) in (".csv", ".parquet") or _is_array(path) else LINE
+
+
 def _texts(path: str, column: str, stamp: str) -> Iterator[dict]:
-    """Yield the rows of a file as JSON. `stamp` tells the library's cache that the file has changed."""
+    """Yield the rows of a file as JSON."""
     if Path(path).stat().st_size == 0:
         return
     if _format(Path(path)) == ".parquet":
