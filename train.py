@@ -33,7 +33,7 @@ import utils
 from deepseek.files import write_json
 from deepseek.process_groups import SharedError, lost_contact
 from training.config import RunConfig, TrainingArguments, read_config, training_arguments
-from training.data import load_data
+from training.data import Template, load_data, template_settings
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
@@ -82,7 +82,10 @@ def run(config: RunConfig) -> dict:
     if args.max_steps <= 0:
         tell_few_steps(args, len(packs), packs_per_step)
 
-    note = {**run_note(config, packs_per_step), "environment": utils.environment()}
+    generation = loaded.model.generation_config
+    generation.eos_token_id = Template(tokenizer, template_settings(config)).end_tokens(generation)
+    note = {**run_note(config, packs_per_step), "end_token_ids": generation.eos_token_id}
+    note["environment"] = utils.environment()
     trainer = ESFTTrainer(
         method=config.method,
         ranks=ranks,

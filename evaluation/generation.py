@@ -51,13 +51,6 @@ def make_batches(prompts: list[str], template: Template, batch_size: int) -> lis
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def end_tokens(model, template: Template) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, the generation config's, and the one training teaches."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [template.tokenizer.eos_token_id, template.end_token, *configured] if i is not None})
-
-
 def final_answer(ids: list[int], text: str, template: Template) -> str | None:
     """Return what a model answers after its reasoning: behind </think>, or in gpt-oss's channel "final".
 
@@ -100,7 +93,7 @@ def complete(
         raise ValueError(f"the prompt has {width} tokens, which fills the model's context of {context}")
     if context:
         max_new_tokens = min(max_new_tokens, context - width)
-    eos = end_tokens(model, template)
+    eos = template.end_tokens(model.generation_config)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos or None, pad_token_id=pad

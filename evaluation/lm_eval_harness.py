@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from deepseek.files import suggest
 from evaluation.config import KNOWN, EvalConfig, is_task_file
-from evaluation.generation import end_tokens, generation_config
+from evaluation.generation import generation_config
 from training.data import Template
 from utils import import_extra, sentence
 
@@ -176,7 +176,9 @@ def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteA
         draw = random.Random(config.seed).sample
         samples = {n: sorted(draw(range(size), min(config.n_samples, size))) for n, size in sizes.items()}
     template = Template(tokenizer, config.template_settings)
-    greedy = GenerationConfig(eos_token_id=end_tokens(model, template), bos_token_id=tokenizer.bos_token_id)
+    greedy = GenerationConfig(
+        eos_token_id=template.end_tokens(model.generation_config), bos_token_id=tokenizer.bos_token_id
+    )
     with generation_config(model, greedy), _lm_eval_session(config.allow_code_execution) as warnings:
         batch_size, most = config.eval_batch_size, config.suite_max_new_tokens
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")

@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import esft
 from deepseek.adapters import DTYPES, experts_by_layer
 from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
-from deepseek.files import UMASK, atomic_path, check_output, named, write_json
+from deepseek.files import UMASK, atomic_path, check_output, named, read_json, write_json
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
 from utils import command_parser, environment, note, run_cli
 
 NOTE = "merged_from.json"  # says what was merged, and marks its folder as a merge
 REPLACED = "replaced"  # the folder in it that holds what the merge overwrote
+GENERATION = "generation_config.json"  # names the tokens at which generation stops
 # other weights, hidden files, the model card of the base, and what an earlier merge left
 NOT_COPIED = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*"]
 NOT_COPIED += ["README.md", NOTE, REPLACED]
@@ -96,8 +97,11 @@ def merge_adapter(
             its_base = esft.base_note(model, esft.router_fingerprint(model))
             write_json(kept.with_name(CONFIG_NAME), {**config.to_dict(), "base": its_base})
         if write_note:
+            write_end_tokens(model, adapters, folder, kept)
             made = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "environment": environment()}
             write_json(folder / NOTE, made)
+        else:
+            restore_end_tokens(adapters[0], folder)
         if replaces:
             output.rename(folder.with_name("before"))  # deleted once the new folder is in its place
     return len(changed)
@@ -207,6 +211,30 @@ def write_tensors(
                 part.copy_(value)
                 shard.write(place.key, tensor, place.row)
     return differs
+
+
+def write_end_tokens(model: nn.Module, adapters: list[Path], folder: Path, kept: Path | None) -> None:
+    """Let generation also stop at what training taught as the end of an answer, as run.json of an adapter has it."""
+    runs = [read_json(adapter / "run.json") for adapter in adapters if (adapter / "run.json").is_file()]
+    taught = {token for run in runs for token in run.get("end_token_ids", [])}
+    path = folder / GENERATION
+    before = path.read_bytes() if path.is_file() else b""
+    config = read_json(path) if before else model.generation_config.to_diff_dict()
+    known = config.get("eos_token_id")
+    known = set(known if isinstance(known, list) else [known]) - {None}
+    if taught <= known:
+        return
+    if kept:
+        kept.with_name(GENERATION).write_bytes(before)
+    write_json(path, {**config, "eos_token_id": sorted(taught | known)})
+
+
+def restore_end_tokens(replaced: Path, folder: Path) -> None:
+    """Undo `write_end_tokens`."""
+    if (kept := replaced / GENERATION).is_file():
+        (folder / GENERATION).unlink()
+        if before := kept.read_bytes():
+            (folder / GENERATION).write_bytes(before)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

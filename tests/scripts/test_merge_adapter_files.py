@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from deepseek import checkpoint_files
+from deepseek.files import read_json, write_json
 from deepseek.shards import Shard
 from esft import ExpertConfig
 from scripts import merge_adapter as script
@@ -196,3 +197,31 @@ def test_a_layout_that_is_none_of_the_known_is_refused_by_name(parts, monkeypatc
     with pytest.raises(ValueError, match=r"cannot find down_proj.weight of model.layers.1.mlp.experts"):
         merge_parts(parts)
     assert not parts[2].exists()
+
+
+@pytest.mark.parametrize("config", [{"eos_token_id": 7, "top_k": 3}, {"eos_token_id": [7, 9]}, None])
+def test_generation_stops_at_what_training_taught(config, parts):
+    """The merge's generation config names the end of answers. The unmerge gives back what the base has."""
+    base, adapter, out = parts
+    path = base / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if config:
+        write_json(path, config)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    write_json(adapter / "run.json", {"end_token_ids": [7, 11]})
+    merge_parts(parts)
+    merged = read_json(out / path.name)
+    assert {7, 11} <= set(merged["eos_token_id"])
+    assert {**(config or {}), **merged} == merged  # what else the base's file says is still there
+    assert GenerationConfig.from_pretrained(out).eos_token_id == merged["eos_token_id"]
+    script.unmerge(out, out.with_name("again"))
+    assert {path.name: path.read_bytes() for path in out.with_name("again").iterdir()} == before
+
+
+def test_a_generation_config_that_names_the_end_stays_as_it_is(parts):
+    base, adapter, out = parts
+    path = base / "generation_config.json"
+    path.write_text('{"eos_token_id":[11,7]}')
+    write_json(adapter / "run.json", {"end_token_ids": [7]})
+    merge_parts(parts)
+    assert (out / path.name).read_bytes() == path.read_bytes()

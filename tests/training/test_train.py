@@ -13,7 +13,7 @@ import pytest
 
 import esft
 import eval_multigpu
-from deepseek.files import write_json
+from deepseek.files import write_json, write_jsonl
 from deepseek.process_groups import Ranks
 from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same
 from training import data
@@ -89,6 +89,25 @@ def test_a_generation_config_with_flags_without_effect_is_saved_as_it_is(flags, 
     start("full", base_model_path=start.folder / "base", method="full", max_steps=1)
     saved = json.loads((start.folder / "full" / "generation_config.json").read_text())
     assert saved.items() >= flags.items() and saved["eos_token_id"] != 5
+
+
+def test_a_saved_model_stops_at_what_training_taught(files, start):
+    """A base whose tokenizer ends texts with one token, and whose chat template ends answers with another."""
+    base = shutil.copytree(files / "m32", start.folder / "base")
+    tokenizer = esft.load_tokenizer(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ('<pad>' if m['role'] == 'assistant' else '\n') }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    rows = [{"prompt": "a", "completion": "b"}] * 8
+    write_jsonl(start.folder / "d.jsonl", rows)
+    keys = {"base_model_path": base, "train_dataset": start.folder / "d.jsonl", "template": "chat", "max_steps": 1}
+    start("full", method="full", **keys)
+    saved = json.loads((start.folder / "full" / "generation_config.json").read_text())
+    assert set(saved["eos_token_id"]) == {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    start("adapter", **keys)
+    assert json.loads((start.folder / "adapter" / "run.json").read_text())["end_token_ids"] == saved["eos_token_id"]
 
 
 def test_a_seed_is_a_run(start):

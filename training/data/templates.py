@@ -196,6 +196,12 @@ class Template:
                 return learned[-1] if NO_END not in document.left_out else None
         return None
 
+    def end_tokens(self, generation_config) -> list[int]:
+        """Return all tokens that end an answer: the tokenizer's, the model's, and the one that training teaches."""
+        configured = generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [self.tokenizer.eos_token_id, self.end_token, *configured] if i is not None})
+
     @functools.cached_property
     def opens_thought(self) -> bool:
         """Whether the prompt for an answer ends with an open <think>."""
