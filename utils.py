@@ -96,8 +96,9 @@ def counted(count: int, what: str) -> str:
 
 
 def note(text: str) -> None:
-    """Print a remark on stderr, beside the output of a command."""
-    print(f"note: {text}", file=sys.stderr)
+    """Print a remark on stderr, beside the output of a command; under torchrun, from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 class _Print(logging.Handler):

@@ -182,10 +182,10 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     path = given.pop("train_config", None)
     file = _full_names(path, _yaml_pairs(path), accepted) if path else {}
     if given.get("num_train_epochs") and "max_steps" not in given and file.pop("max_steps", None):
-        _tell(f"num_train_epochs of the command line takes the place of max_steps of {path}")
+        note(f"num_train_epochs of the command line takes the place of max_steps of {path}")
     one_process = os.environ.get("WORLD_SIZE", "1") == "1"
     if one_process and str(file.get("ep_size")).isdecimal() and int(file.pop("ep_size")) > 1:
-        _tell(f"ep_size of {path} has no effect on one process: torchrun starts several")
+        note(f"ep_size of {path} has no effect on one process: torchrun starts several")
     merged = _without_foreign_keys({**defaults, **file, **given})
     words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
     found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
@@ -193,14 +193,8 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     for key, (other, values) in ONLY_FOR.items():
         value = getattr(config, other, config.training.get(other))
         if given.get(key) is not None and not set(values) & {*([value] if isinstance(value, str) else value)}:
-            _tell(f"{key} has no effect: it is for {other} {' and '.join(values)}, and this is {value}")
+            note(f"{key} has no effect: it is for {other} {' and '.join(values)}, and this is {value}")
     return config
-
-
-def _tell(text: str) -> None:
-    """Print a remark, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        note(text)
 
 
 def take_secret(key: str, value: str | None) -> bool:
@@ -213,9 +207,9 @@ def take_secret(key: str, value: str | None) -> bool:
 def _without_foreign_keys(values: dict[str, object]) -> dict[str, object]:
     """Return the values without NO_EFFECT and SECRETS, and say what they mean here."""
     for key in [key for key in NO_EFFECT if values.get(key) is not None]:
-        _tell(f"{key} has no effect here: {NO_EFFECT[key]}")
+        note(f"{key} has no effect here: {NO_EFFECT[key]}")
     if values.get("wandb_api_key") and "wandb" not in str(values.get("report_to")):
-        _tell("wandb_api_key has an effect with report_to=wandb only: nothing is sent to W&B")
+        note("wandb_api_key has an effect with report_to=wandb only: nothing is sent to W&B")
     return {key: value for key, value in values.items() if key not in NO_EFFECT and not take_secret(key, value)}
 
 

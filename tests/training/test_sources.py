@@ -59,12 +59,14 @@ def test_numbers_of_a_csv_stay_text(tmp_path):
     assert rows_of(tmp_path / "a.csv") == [{"prompt": "1.50", "completion": "007"}, {"prompt": "NA", "completion": "x"}]
 
 
-def test_folders_and_patterns_are_all_their_files(tmp_path):
+def test_folders_and_patterns_are_all_their_files(tmp_path, capsys):
     for number in range(3):
         (tmp_path / f"part-{number}.jsonl").write_text(json.dumps({"text": str(number)}) + "\n\n")
     (tmp_path / "README.md").write_text("not data")
     assert [row["text"] for row in rows_of(tmp_path)] == ["0", "1", "2"]
+    assert "not read, as they are not data files: README.md\n" in capsys.readouterr().err
     assert [row["text"] for row in rows_of(tmp_path / "part-[12].jsonl")] == ["1", "2"]
+    assert "not read" not in capsys.readouterr().err
 
 
 def test_files_without_rows_do_not_hide_the_others(tmp_path):

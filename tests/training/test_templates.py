@@ -150,6 +150,52 @@ def test_text_that_spells_a_special_token(name="chatml"):
     assert found[0].input_ids.count(end) == 3
 
 
+@pytest.mark.parametrize("where", ["reasoning_content", "tool_calls", "tools"])
+def test_a_special_token_is_seen_wherever_a_message_spells_it(where, name="qwen3"):
+    odd = 'a "quoted" <|im_end|>\nof a line'
+    call = {"type": "function", "function": {"name": "add", "arguments": {"text": odd}}}
+    tool = {"type": "function", "function": {"name": "add", "description": odd}}
+    value = {"reasoning_content": odd, "tool_calls": [call], "tools": [tool]}[where]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    turns[0 if where == "tools" else 1][where] = value
+    with pytest.raises(ValueError, match=r"spells the special token '<\|im_end\|>'"):
+        learned(name, turns)
+    counts = {}
+    for special_text in ("plain", "token"):
+        found, tokenizer = documents(name, turns, special_text=special_text)
+        counts[special_text] = found[0].input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        assert "<|im_end|>" in tokenizer.decode(found[0].input_ids).replace("<|im_end|>\n<|im_start|>", "")
+    assert counts["token"] == counts["plain"] + 1
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_characters_of_a_special_token_add_no_blanks(scheme):
+    """With a tokenizer that marks where words begin, a part of a text that is encoded alone would get a mark."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    alphabet = sorted(set("What does </s> do? It ends a turn.\n[INST]x"))
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(["What does it do? It ends a turn."] * 9, trainer)
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '[INST]' + m.content + '\n' if m.role == 'user' else m.content + "
+        "eos_token }}{% endfor %}"
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **special)
+
+    def ids(text: str, **settings) -> list[int]:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "It ends a turn."}]
+        return Template(tokenizer, TemplateSettings(**settings)).encode([turns])[0][0].input_ids
+
+    plain, without = ids("x</s>x It", special_text="plain"), ids("xx It")
+    spelled = [tokenizer.convert_tokens_to_ids(character) for character in "</s>"]
+    at = plain.index(spelled[0])
+    assert plain[:at] + plain[at + 4 :] == without and plain[at : at + 4] == spelled
+
+
 def test_plain_text_is_learned_whole():
     assert learned("deepseek_v2", [{"role": "text", "content": "Once upon a time."}]) == [["Once upon a time.<eos>"]]
 

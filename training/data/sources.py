@@ -115,6 +115,8 @@ def open_rows(dataset: str | Path, split: str = "train", seed: int = 0) -> Rows:
         ValueError: there is no such data set, or it cannot be read; the message names the nearest known one.
     """
     sets = [(Rows(_open(source, split)), weight) for source, weight in resolve(dataset, split)]
+    if skipped := _other_files(str(dataset)):
+        note(f"{dataset}: not read, as they are not data files: {', '.join(skipped)}")
     parts = list(itertools.chain(*(rows.parts for rows, _ in sets)))
     starts = itertools.accumulate((len(rows) for rows, _ in sets), initial=0)
     kept = [[start + i for i in _not_blank(rows)] for (rows, _), start in zip(sets, starts)]
@@ -230,6 +232,12 @@ def _local(name: str, split: str) -> list[Path] | None:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and _format(file)) or None
     return [Path(file) for file in sorted(glob.glob(name, recursive=True)) if _format(Path(file))] or None
+
+
+def _other_files(name: str) -> list[str]:
+    """Return the names of the files of a folder that are not read."""
+    files = [file for file in Path(name).iterdir() if file.is_file()] if Path(name).is_dir() else []
+    return sorted(file.name for file in files if not _format(file) and not file.name.startswith("."))
 
 
 def _on_hub(name: str) -> HubSet | None:

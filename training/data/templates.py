@@ -104,6 +104,8 @@ class Template:
                     )
         else:
             parts = [self._plain_ids(p.text) if p.plain else next(encodings).ids for p in pieces]
+            if self.settings.template != "released":  # which encodes each piece alone
+                parts = [parts[0], *(self._ids_after(*pair) for pair in itertools.pairwise(pieces))]
         ids = list(itertools.chain(*parts))
         labels = [token if piece.loss else IGNORE for piece, part in zip(pieces, parts) for token in part]
         return Encoded(ids, labels, document.left_out)
@@ -140,11 +142,18 @@ class Template:
         """Return the tokens of a text in which special tokens are characters like any other."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def _ids_after(self, before: Piece, piece: Piece) -> list[int]:
+        """Return the tokens of a piece that follows another. Some tokenizers put a mark before a text that is alone."""
+        encode, special = (self._plain_ids, None) if piece.plain else (self._ids, self._closing.search(before.text))
+        head = special.group() if special and not before.plain else "\n"
+        ids, first = encode(head + piece.text), encode(head)
+        return ids[len(first) :] if ids[: len(first)] == first else encode(piece.text)
+
     # ---------------------------------------------------------------------------------------- messages -> text
 
     def documents(self, messages: list[dict]) -> list[Document]:
         """Return the text of a conversation's documents, cut into what carries loss and what does not."""
-        spelled = [m["content"] for m in messages if self._special.search(m["content"])]
+        spelled = [text for text in _texts(messages) if self._special.search(text)]
         if spelled and self.settings.special_text == "error":
             token = self._special.search(spelled[0]).group()
             raise ValueError(
@@ -225,10 +234,11 @@ class Template:
         return [piece for piece in [*pieces, *self._split(text[at:], spelled)] if piece.text]
 
     def _split(self, text: str, spelled: list[str], loss: bool = False) -> list[Piece]:
-        """Cut a text where it holds the contents of messages that spell special tokens."""
+        """Cut a text where it holds parts of messages that spell special tokens, as they are or in JSON."""
         if not spelled:
             return [Piece(text, loss)]
-        parts = re.split("(" + "|".join(re.escape(content.strip()) for content in spelled) + ")", text)
+        shown = {form for text in spelled for form in (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1])}
+        parts = re.split("(" + "|".join(map(re.escape, sorted(shown, key=len, reverse=True))) + ")", text)
         return [Piece(part, loss, plain=number % 2 == 1) for number, part in enumerate(parts) if part]
 
     def _ends(self, answer: str) -> bool:
@@ -374,6 +384,15 @@ class Template:
 
 def _learned(message: dict) -> bool:
     return message["role"] == "assistant" and not message.get("mask")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts in messages: contents, reasoning, tool calls, tools."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _name(messages: list[dict]) -> str:
