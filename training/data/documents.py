@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
 IGNORE = -100  # the label that cross entropy skips
@@ -135,3 +136,19 @@ class Skeleton:
 def content_marks(messages: list[dict]) -> list[str]:
     """Return a text for each message that no template changes, to find out where contents lie."""
     return [f"7340{number}0437" for number in range(len(messages))]
+
+
+def texts_of(messages: list[dict]) -> Iterator[str]:
+    """Yield all texts in messages: contents, reasoning, tool calls, tools."""
+    for message in messages:
+        yield message["content"]
+        for key in message.keys() - {"role", "content", "mask"}:
+            yield from _leaves(message[key])
+
+
+def _leaves(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)

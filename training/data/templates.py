@@ -41,6 +41,7 @@ from training.data.documents import (
     Skeleton,
     TemplateSettings,
     content_marks,
+    texts_of,
 )
 from training.data.shapes import TEXT
 
@@ -153,7 +154,7 @@ class Template:
 
     def documents(self, messages: list[dict]) -> list[Document]:
         """Return the text of a conversation's documents, cut into what carries loss and what does not."""
-        spelled = [text for text in _texts(messages) if self._special.search(text)]
+        spelled = [text for text in texts_of(messages) if self._special.search(text)]
         if spelled and self.settings.special_text == "error":
             token = self._special.search(spelled[0]).group()
             raise ValueError(
@@ -384,15 +385,6 @@ class Template:
 
 def _learned(message: dict) -> bool:
     return message["role"] == "assistant" and not message.get("mask")
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield all texts in messages: contents, reasoning, tool calls, tools."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
 
 
 def _name(messages: list[dict]) -> str:
