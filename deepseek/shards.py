@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import cached_file
 
 from deepseek.adapters import DTYPES
 from deepseek.files import read_json, write_json
@@ -139,10 +141,16 @@ def _scale_names(key: str) -> list[str]:
 
 @contextlib.contextmanager
 def readable_index(base: str | Path) -> Iterator[str | Path]:
-    """Yield a model folder, or links to its files and another index where its own lacks `metadata`.
+    """Yield a model's folder or hub id, or links to its files and another index where its own lacks `metadata`.
 
     transformers asks for `metadata` and makes no use of it that matters here.
     """
+    if not Path(base).exists():
+        found = cached_file(str(base), INDEX, _raise_exceptions_for_missing_entries=False)
+        if found is None or "metadata" in read_json(found):
+            yield base
+            return
+        base = snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
     index = Path(base, INDEX)
     single = Path(base, WEIGHTS).is_file() or not index.is_file()
     if single or isinstance((content := read_json(index)).get("metadata"), dict):

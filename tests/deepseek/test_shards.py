@@ -135,6 +135,8 @@ def test_a_model_in_the_hub_cache_is_checked_too(base, monkeypatch):
     wanted, _ = load_base_model(base)
     model, _ = load_base_model("org/tiny")
     assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+    edit(snapshot / INDEX, lambda index: index.pop("metadata"))
+    assert torch.equal(load_base_model("org/tiny")[0](IDS).logits, wanted(IDS).logits)
     quantize_weights(snapshot)
     with pytest.raises(ValueError, match=r"is quantized \(F8_E4M3\), but config.json does not say how"):
         load_base_model("org/tiny")
