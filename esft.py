@@ -33,12 +33,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepseek.adapters import (  # noqa: F401 (some are for those who import esft)
+from deepseek.adapters import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     adapter_shapes,
     adapter_views,
-    base_note,
     check_base,
     describe_wrong_folder,
     find_adapter_tensors,
@@ -47,10 +46,11 @@ from deepseek.adapters import (  # noqa: F401 (some are for those who import esf
     merge_lora,
     ordinary_parameters,
     read_adapter,
-    router_fingerprint,
+    read_tensors,
 )
 from deepseek.experts import moe_layers, release_experts, train_experts
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
+from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
@@ -331,7 +331,7 @@ class _State:
     training: bool
     implementation: str | None
     frozen: set[str]
-    router: str  # fingerprint of the base's routers
+    base: dict  # the note of the base
     displaced: dict[str, Tensor] | None = None  # the base's values, by adapter name
 
 
@@ -377,7 +377,7 @@ def to_esft(
     for layer in layers:
         store_frozen(layer, config.experts.get(layer.index, ()), frozen_dtype, offload_frozen)
     implementation = IMPLEMENTATION if any(layer.frozen for layer in layers) else model.config._experts_implementation
-    state = _State(config, True, implementation, frozen, router_fingerprint(model))
+    state = _State(config, True, implementation, frozen, base_note(model))
     if keep_base:
         state.displaced = {name: view.to("cpu", copy=True) for name, view in adapter_views(model, config).items()}
     model.requires_grad_(False)
@@ -412,6 +412,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("cannot merge: not all experts are here as in the base. Save the adapter and merge it on "
                          "disk with scripts/merge_adapter.py.")  # fmt: skip
     _release(model, _state(model))
+    model.name_or_path = ""  # it is not that checkpoint any more
     return model
 
 
@@ -451,7 +452,7 @@ def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Ten
     tensors = adapter_tensors(model) if tensors is None else tensors
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file({name: tensors[name] for name in sorted(tensors)}, temporary, metadata={"format": "pt"})
-    write_json(folder / CONFIG_NAME, {**state.config.to_dict(), "base": base_note(model, state.router)})
+    write_json(folder / CONFIG_NAME, {**state.config.to_dict(), "base": state.base})
 
 
 def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -486,14 +487,39 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
+def check_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Raise as `add_adapter` would, and put nothing into `model`, which may be without weights.
+
+    A LoRA adapter is merged all the same, so give it a model that is not used any more.
+    """
+    (merge_lora if is_lora(folder) else find_adapter)(model, folder)
+
+
+def find_adapter(
+    model: nn.Module, folder: str | Path, finite: bool = True
+) -> tuple[ExpertConfig, dict[str, tuple[Path, str]]]:
+    """Check an adapter as `add_adapter` does, and return its config and (file, key in it) of each of its tensors.
+
+    Without `finite`, NaN and infinite values are allowed.
+    """
+    config = ExpertConfig.load(folder)
+    with named(f"adapter {folder}"):
+        config.check(model)
+        check_base(base_note(model), folder)
+        found = find_adapter_tensors(folder, adapter_shapes(model, config))
+        for _ in read_tensors(found, found) if finite else ():
+            pass
+    return config, found
+
+
 def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) -> tuple[_State, dict[str, Tensor]]:
     """Return the model's state, a new one if it has none, and the adapter's tensors, checked against both."""
     config.check(model)
-    check_base(model, folder)
     state = find_state(model)
     if state is None:
         frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-        state = _State(ExpertConfig({}), False, None, frozen, router_fingerprint(model), {})
+        state = _State(ExpertConfig({}), False, None, frozen, base_note(model), {})
+    check_base(state.base, folder)
     if state.training and config != state.config:
         raise ValueError("it holds other experts than this model trains. Call unload first.")
     here = adapter_shapes(model, config, local=True)

@@ -81,12 +81,6 @@ def parse_args(argv: list[str] | None = None) -> EvalConfig:
 # ------------------------------------------------------------------------------------------------ before the model
 
 
-def check_adapter(config: EvalConfig) -> None:
-    if not esft.is_lora(config.adapter_dir):
-        experts = esft.ExpertConfig.load(config.adapter_dir)  # raises where the folder is not an adapter
-        experts.check(empty_model(config.base_model_path))
-
-
 def is_adapter(folder: Path) -> bool:
     return esft.is_lora(folder) or (folder / esft.CONFIG_NAME).is_file()
 
@@ -239,7 +233,7 @@ def run(config: EvalConfig) -> list[dict]:
     What can be checked without the model is checked before it is loaded.
     """
     if config.adapter_dir:
-        check_adapter(config)
+        esft.check_adapter(empty_model(config.base_model_path), config.adapter_dir)
     devices = plan_devices(config.device, config.world_size, config.gpus_per_rank)
     jobs = plan_jobs(config)
     loaded, suite_paths = plan_suites(config, jobs)
@@ -298,7 +292,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise ValueError(f"cannot evaluate {config.base_model_path}: {cause}. Give --eval_dataset or --suite.")
     first, *more = split_by_adapter(config)
     for part in more:  # `run` checks the first before its model answers
-        check_adapter(part)
+        esft.check_adapter(empty_model(part.base_model_path), part.adapter_dir)
         plan_suites(part, plan_jobs(part))
     return [summary for part in (first, *more) for summary in run(part)]
 

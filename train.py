@@ -84,7 +84,7 @@ def run(config: RunConfig) -> dict:
 
     generation = loaded.model.generation_config
     generation.eos_token_id = Template(tokenizer, template_settings(config)).end_tokens(generation)
-    note = {**run_note(config, packs_per_step), "end_token_ids": generation.eos_token_id}
+    note = {**ranks.on_rank_zero(lambda: run_note(config, packs_per_step)), "end_token_ids": generation.eos_token_id}
     note["environment"] = utils.environment()
     trainer = ESFTTrainer(
         method=config.method,

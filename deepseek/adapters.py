@@ -1,13 +1,11 @@
 """The files of an adapter, and the places in a model where its tensors go.
 
-    out/expert_cfg.json        which experts, and a note of the base: model type, layers, fingerprint of its routers
+    out/expert_cfg.json        which experts, and a note of the base (deepseek/fingerprint.py)
     out/adapter.safetensors    model.layers.1.mlp.experts.7.gate_proj.weight (F, D), ...
 
 `config` is an `esft.ExpertConfig` everywhere.
 """
 
-import contextlib
-import hashlib
 import re
 import warnings
 from collections import defaultdict
@@ -15,18 +13,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
 from deepseek.files import read_json
+from deepseek.fingerprint import base_note, difference
 from deepseek.masters import DTYPE_OF_BASE, trained_parameter
+from deepseek.shards import DTYPES, Shard
 
 CONFIG_NAME = "expert_cfg.json"
 WEIGHTS_NAME = "adapter.safetensors"
 BASE_NAME = "base.json"  # the note of the base that train.py puts beside a LoRA adapter
 EXPERT = re.compile(r"(?:^|\.)(?P<layer>\d+)\..*?experts\.(?P<expert>\d+)\.")  # in a tensor's name in an adapter
-DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors, as safetensors names them
 
 # --------------------------------------------------------------------------------------------------------------------
 # in the model
@@ -101,51 +99,20 @@ def find_state(model: nn.Module):
     return getattr(model, "_esft", None)
 
 
-def router_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the routers' weights: the matrices with E rows beside the experts of each MoE block."""
-    names = []
-    for layer in moe_layers(model).values():
-        block = layer.name.rpartition(".")[0]
-        for key, param in sorted(model.get_submodule(block).named_parameters()):
-            if param.ndim == 2 and param.shape[0] == layer.num_experts and not key.startswith("experts"):
-                names.append(f"{block}.{key}")
-    return names
+def read_base_note(path: str | Path) -> dict:
+    """Return the note of the base in an adapter's folder or in an expert config, or {}."""
+    path = Path(path)
+    path = path / (BASE_NAME if is_lora(path) else CONFIG_NAME) if path.is_dir() else path
+    found = read_json(path).get("base") if path.is_file() else None
+    return found if isinstance(found, dict) else {}  # a note that someone else wrote
 
 
-def router_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of the routers' weights in bf16, or "" if there are none or they have no storage."""
-    digest, names = hashlib.sha256(), router_parameters(model)
-    if any(model.get_parameter(name).is_meta for name in names):
-        return ""
-    for name in names:
-        weight = model.get_parameter(name).detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(weight.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() if names else ""
-
-
-def base_note(model: nn.Module, router: str) -> dict:
-    """Return the note of the base that an adapter holds. `router` is the base's `router_fingerprint`."""
-    layers = moe_layers(model)
-    return {
-        "model_type": model.config.model_type,
-        "layers": [min(layers), max(layers)],
-        "num_experts": layers[min(layers)].num_experts,
-        "router": router,
-    }
-
-
-def check_base(model: nn.Module, folder: str | Path) -> None:
-    """Raise ValueError if an adapter's note says that it was made for another base than `model`."""
-    path = Path(folder) / (BASE_NAME if is_lora(folder) else CONFIG_NAME)
-    base = read_json(path).get("base") if path.is_file() else None
-    base = base if isinstance(base, dict) else {}  # a note that someone else wrote
-    state, model_type = find_state(model), model.config.model_type
-    router = state.router if state else router_fingerprint(model)
-    other_type = base.get("model_type", model_type) != model_type
-    if other_type or (router and base.get("router", router) not in ("", router)):
-        how = f"a {base['model_type']} model, this one is {model_type}" if other_type else "the routers' weights differ"
-        name = f" ({base['name']})" if base.get("name") else ""
-        raise ValueError(f"it was trained on another base model{name}: {how}")
+def check_base(base: Mapping, folder: str | Path) -> None:
+    """Raise ValueError if an adapter's note says that it was made for another base than `base`, a `base_note`."""
+    found = read_base_note(folder)
+    if how := difference(base, found):
+        name = f" ({found['name']})" if found.get("name") else ""
+        raise ValueError(f"it was trained on another base model{name}: {how}. Give the one that it was trained on.")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -158,13 +125,18 @@ def read_adapter(folder: str | Path, expected: Mapping[str, torch.Size], names: 
     Raises:
         ValueError: as from `find_adapter_tensors`, and for NaN or infinite values.
     """
-    found, loaded = find_adapter_tensors(folder, expected), {}
+    return dict(read_tensors(find_adapter_tensors(folder, expected), names))
+
+
+def read_tensors(found: Mapping[str, tuple[Path, str]], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the places that `find_adapter_tensors` found. Raise as `read_adapter`."""
     for path in sorted({found[name][0] for name in names}):
-        with _open(path) as file:
-            loaded |= {name: file.get_tensor(found[name][1]) for name in names if found[name][0] == path}
-    if broken := [name for name, tensor in loaded.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} has values that are not finite ({len(broken)} tensors have). Train it anew.")
-    return loaded
+        with Shard(path) as shard:
+            for name in [name for name in names if found[name][0] == path]:
+                tensor = shard.read(found[name][1])
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{name} has values that are not finite. Train it anew.")
+                yield name, tensor
 
 
 def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size]) -> dict[str, tuple[Path, str]]:
@@ -178,12 +150,11 @@ def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size])
     """
     places: dict[str, list[tuple[Path, str]]] = {name: [] for name in expected}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        with _open(path) as file:
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        with Shard(path) as shard:
+            for key, entry in shard.header.items():
                 name = f"model.{key}" if f"model.{key}" in expected else key
                 places.setdefault(name, []).append((path, key))
-                header = file.get_slice(key)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                shape, dtype = tuple(entry["shape"]), entry["dtype"]
                 wanted = tuple(expected.get(name, shape))
                 if shape != wanted or dtype not in DTYPES:
                     known = ", ".join(DTYPES)
@@ -197,15 +168,6 @@ def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size])
                 problem = f"not in its {CONFIG_NAME} or not in this model{like}"
             raise ValueError(f"{name} is {problem} ({files})")
     return {name: found[0] for name, found in places.items()}
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged or truncated ({error}). Fetch or save it again.") from error
 
 
 def describe_wrong_folder(folder: Path) -> str:
@@ -240,13 +202,15 @@ def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         try:
             from peft import PeftModel
 
-            check_base(model, folder)
+            check_base(base_note(model), folder)
             lora = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
             found = lora.load_adapter(str(folder), "default", local_files_only=True)
             if lost := found.unexpected_keys + found.missing_keys:  # peft only warns
                 lora.unload()
                 raise ValueError(f"{lost[0]} is not in both its files and this model ({len(lost)} such tensors)")
-            return lora.merge_and_unload()
+            merged = lora.merge_and_unload()
+            merged.name_or_path = ""  # it is not that checkpoint any more
+            return merged
         except ImportError as error:
             hint = "python -m pip install -c constraints.txt peft"
             raise ValueError(f"cannot merge the LoRA adapter {folder}: {error}. It needs peft: {hint}") from error

@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from deepseek.adapters import router_parameters
 from deepseek.experts import LAYOUT_FLAGS, FusedExperts, MoELayer, moe_layers
+from deepseek.fingerprint import router_parameters
 from deepseek.loading import empty_model
 from deepseek.shards import Stored, read_tensor, stored_tensors
 

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from deepseek.adapters import DTYPES
 from deepseek.files import read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")  # of weights that are not quantized, as safetensors names them
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+TORCH_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,20 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
 
     Where a single file and an index are both there, transformers reads the single file, and so does this.
     """
+    stored = {}
+    for name in sorted(weight_files(base)):
+        with Shard(base / name) as shard:
+            stored |= {key: Stored(name, entry["dtype"], entry["shape"]) for key, entry in shard.header.items()}
+    return stored
+
+
+def weight_files(base: Path) -> set[str]:
+    """Return the names of the safetensors files of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the folder has no weights in this format.
+        ValueError: the index is damaged, or names a file outside the folder.
+    """
     if (base / WEIGHTS).is_file():
         names = {WEIGHTS}
         if (base / INDEX).is_file():
@@ -53,11 +68,7 @@ def stored_tensors(base: Path) -> dict[str, Stored]:
             raise ValueError(f"cannot read {base / INDEX}: it names {outside[0]}, which is not in its folder.")
     else:
         raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
-    stored = {}
-    for name in sorted(names):
-        with Shard(base / name) as shard:
-            stored |= {key: Stored(name, entry["dtype"], entry["shape"]) for key, entry in shard.header.items()}
-    return stored
+    return names
 
 
 class Shard:
@@ -103,6 +114,13 @@ class Shard:
         self.file.readinto(data)
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
+    def read_bytes(self, key: str, start: int, count: int) -> bytes:
+        """Return the bytes of `count` entries of a tensor of any dtype, from entry `start` on."""
+        begin, end = self.header[key]["data_offsets"]
+        width = (end - begin) // max(1, math.prod(self.header[key]["shape"]))
+        self.file.seek(self.start + begin + start * width)
+        return self.file.read(count * width)
+
     def write(self, key: str, tensor: Tensor, row: int | None = None) -> None:
         """Overwrite a tensor, or one row of it, with one of the same shape and dtype."""
         self._seek(key, row)
@@ -122,7 +140,7 @@ def check_quantization(base: Path, method: str | None) -> None:
     }
     packed = [key for key, dtype in weights.items() if dtype not in DTYPES]
     in_fp8 = [key for key in packed if weights[key].startswith("F8")]
-    unscaled = [key for key in in_fp8 if not any(name in stored for name in _scale_names(key))]
+    unscaled = [key for key in in_fp8 if not any(name in stored for name in scale_names(key))]
     cause = None
     if method and not packed:
         cause = f"it is quantized as {method} by its config.json, but not its weights. Remove quantization_config there"
@@ -134,7 +152,7 @@ def check_quantization(base: Path, method: str | None) -> None:
         raise ValueError(f"cannot load model {str(base)!r}: {cause}.")
 
 
-def _scale_names(key: str) -> list[str]:
+def scale_names(key: str) -> list[str]:
     """Return the names that transformers takes for the scales of the weight `key`."""
     return [f"{key}_scale_inv", *(key.removesuffix("weight") + name for name in ("scale", "qscale_weight"))]
 

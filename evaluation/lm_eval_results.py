@@ -202,7 +202,7 @@ def evaluate_suites(
     base: dict[str, SuiteAnswers] = {}
     if config.with_base:
         with named(f"adapter {config.adapter_dir}"):
-            esft.check_base(model, config.adapter_dir)  # before the base answers for hours
+            esft.check_base({"router": esft.router_fingerprint(model)}, config.adapter_dir)  # before the base answers
         for suite in suites:
             base[suite.name] = evaluate_suite(model, tokenizer, suite, config)
             _write(suite, base[suite.name], None, config, paths[suite.name].with_suffix(".base.jsonl"))

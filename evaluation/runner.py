@@ -115,7 +115,7 @@ def _answer_share(
     adapter = config.adapter_dir
     if adapter and jobs[batches[0][0]].base:
         with named(f"adapter {adapter}"):
-            esft.check_base(model, adapter)  # before the base answers for hours
+            esft.check_base({"router": esft.router_fingerprint(model)}, adapter)  # before the base answers for hours
     for done, (number, indices) in enumerate(batches):
         job = jobs[number]
         if adapter and not job.base:

@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepseek.adapters import EXPERT, experts_by_layer
 from deepseek.checkpoint_files import open_base
 from deepseek.shards import Shard
-from esft import CONFIG_NAME, ExpertConfig
+from esft import CONFIG_NAME, ExpertConfig, find_adapter
 from evaluation.run_folder import read_json
-from scripts.merge_adapter import find_tensors
 from utils import command_parser, counted, run_cli
 
 RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         for adapter, info in zip(args.adapters, infos):
             info |= {"fits": True, "why_not": None, "base_parameters": total, "share": info["parameters"] / total}
             try:
-                find_tensors(model, adapter)
+                find_adapter(model, adapter)
             except ValueError as error:
                 info |= {"fits": False, "why_not": str(error)}
     pairs = [compare(a, b) for a, b in itertools.combinations(infos, 2)]

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import esft
 from deepseek.adapters import DTYPES, experts_by_layer
 from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
-from deepseek.files import UMASK, atomic_path, check_output, named, read_json, write_json
+from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
 from utils import command_parser, environment, note, run_cli
@@ -76,7 +76,7 @@ def merge_adapter(
         raise ValueError(f"cannot write {output}: it exists already. Give another --output_dir{hint}.")
     check_output(output, folder=True)
     model, stored = open_base(base)
-    config, sources = read_adapters(model, adapters)
+    config, sources = read_adapters(model, adapters, finite=write_note)  # an unmerge gives back whatever was there
     places = find_places(model, config.experts, sources, stored)
     shapes = esft.adapter_shapes(model, config)
     check_places(stored, places, shapes)
@@ -88,14 +88,13 @@ def merge_adapter(
         if kept:
             kept.parent.mkdir()
             reserve(kept, {name: (stored[among[0].key].dtype, shapes[name]) for name, among in places.items()})
-        # an unmerge gives back whatever was there, also NaN
-        differs = write_tensors(folder, stored, places, sources, kept, check_finite=write_note)
+        differs = write_tensors(folder, stored, places, sources, kept)
         if write_note and not differs:
             note(f"{base} holds the weights of the adapter already: nothing changed")
         if kept:
             load_routers(model, folder, stored)  # what was replaced is an adapter of the model that is written here
-            its_base = esft.base_note(model, esft.router_fingerprint(model))
-            write_json(kept.with_name(CONFIG_NAME), {**config.to_dict(), "base": its_base})
+            model.name_or_path = str(folder)
+            write_json(kept.with_name(CONFIG_NAME), {**config.to_dict(), "base": esft.base_note(model)})
         if write_note:
             write_end_tokens(model, adapters, folder, kept)
             made = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "environment": environment()}
@@ -119,9 +118,9 @@ def unmerge(merged: Path, output: Path, **options: bool) -> int:
 # the adapters
 
 
-def read_adapters(model: nn.Module, adapters: list[Path]) -> tuple[ExpertConfig, Sources]:
+def read_adapters(model: nn.Module, adapters: list[Path], finite: bool = True) -> tuple[ExpertConfig, Sources]:
     """Return the union of the configs of adapters, and where their tensors are. Print what two of them share."""
-    found = {adapter: find_tensors(model, adapter) for adapter in adapters}
+    found = {adapter: esft.find_adapter(model, adapter, finite) for adapter in adapters}
     shared = []
     for (a, (_, of_a)), (b, (_, of_b)) in itertools.combinations(found.items(), 2):
         if names := of_a.keys() & of_b.keys():
@@ -135,15 +134,6 @@ def read_adapters(model: nn.Module, adapters: list[Path]) -> tuple[ExpertConfig,
     for its_config, its_sources in found.values():
         config, sources = esft.union(config, its_config), sources | its_sources
     return config, sources
-
-
-def find_tensors(model: nn.Module, adapter: Path) -> tuple[ExpertConfig, Sources]:
-    """Return the config of an adapter and where its tensors are. Only the routers of `model` need weights."""
-    config = ExpertConfig.load(adapter)
-    with named(f"adapter {adapter}"):
-        config.check(model)
-        esft.check_base(model, adapter)
-        return config, esft.find_adapter_tensors(adapter, esft.adapter_shapes(model, config))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -183,9 +173,7 @@ def copy_base(base: Path, folder: Path, stored: Files, changed: set[str], hard_l
         shutil.copyfile(base / name, folder / name)
 
 
-def write_tensors(
-    folder: Path, stored: Files, places: Places, sources: Sources, kept: Path | None, check_finite: bool
-) -> bool:
+def write_tensors(folder: Path, stored: Files, places: Places, sources: Sources, kept: Path | None) -> bool:
     """Overwrite what the adapters hold in the copied files, in the dtype of the base, one tensor at a time.
 
     What was there before goes to the reserved file `kept`, under its name in an adapter. Return whether anything
@@ -199,8 +187,6 @@ def write_tensors(
         for name in tqdm(sorted(places, key=lambda name: places[name][0].key), desc="merging", unit="tensor"):
             path, key = sources[name]
             value = adapters[path].read(key)
-            if check_finite and not value.isfinite().all():
-                raise ValueError(f"cannot merge {key} of {path}: it has NaN or infinite values. Train it anew.")
             for place in places[name]:
                 shard = shards[folder / stored[place.key].file]
                 tensor = shard.read(place.key, place.row)

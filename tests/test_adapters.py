@@ -305,8 +305,8 @@ SPOILED = {
         rf"{DOWN} has shape \(16, 32\).*\(32, 16\)",
     ),
     "not a number": (lambda f: rewrite(f, lambda t: t[DOWN].view(-1)[3:4].fill_(torch.nan)), f"{DOWN} has values that"),
-    "truncated": (truncate, r"adapter\.safetensors is damaged or truncated"),
-    "empty file": (lambda f: (f / "adapter.safetensors").write_bytes(b""), r"adapter\.safetensors is damaged"),
+    "truncated": (truncate, r"adapter\.safetensors: missing, damaged or truncated"),
+    "empty file": (lambda f: (f / "adapter.safetensors").write_bytes(b""), r"adapter\.safetensors: missing, damaged"),
     "a tensor twice": (twice, r"twice \(adapter\.safetensors, again\.safetensors\)"),
     "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), r"is missing \(\*\.safetensors\)"),
     "whole numbers": (
@@ -399,7 +399,7 @@ def test_a_lora_adapter_is_merged(tmp_path):
     expected = logits(lora.eval())
     lora.save_pretrained(tmp_path / "lora")
     before = logits(base)
-    other = {"base": {**base_note(base, "another"), "model_type": base.config.model_type, "name": "another"}}
+    other = {"base": {**base_note(base), "router": "another", "model_type": base.config.model_type, "name": "another"}}
     (tmp_path / "lora" / "base.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"cannot merge the LoRA .*trained on another base model \(another\): "):
         add_adapter(base, tmp_path / "lora")
@@ -414,3 +414,22 @@ def test_a_lora_adapter_is_merged(tmp_path):
     merged = add_adapter(base, tmp_path / "lora")
     assert torch.allclose(logits(merged), expected, atol=1e-5)
     assert not torch.allclose(before, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_base_with_the_same_routers_and_other_weights(noted, tmp_path):
+    """It is refused by load_esft_model and by add_adapter; not where the adapter has no note of the weights."""
+    make_model().save_pretrained(tmp_path / "base")
+    model = train(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), ExpertConfig({1: (5,)}))
+    save_adapter(model, tmp_path / "adapter")
+    make_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16", max_shard_size="50KB")  # the same base
+    add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "bf16"), tmp_path / "adapter")
+    merge(model).save_pretrained(tmp_path / "base")
+    if noted:
+        with pytest.raises(
+            ValueError, match=r"adapter: it was trained on another base model: the weights differ\. Give"
+        ):
+            add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    else:
+        edit_config(tmp_path / "adapter", lambda config: config["base"].pop("weights"))
+        add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")

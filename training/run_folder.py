@@ -1,9 +1,9 @@
 """The run in an output folder: is there one to go on with, and what is it?
 
-run.json holds the config, the packs that an optimizer step sees, SHA-256 of the files that the run reads, and the
-environment; a finished run adds its results. A run goes on where all of that is the same but LAYOUT, the keys that say
-how it lies on its processes and what it shows. A run with optimizer states can also be made longer (LENGTH), even when
-it is finished.
+run.json holds the config, the packs that an optimizer step sees, SHA-256 of the files that the run reads, the note of
+its base (deepseek/fingerprint.py), and the environment; a finished run adds its results. A run goes on where all of
+that is the same but LAYOUT, the keys that say how it lies on its processes and what it shows. A run with optimizer
+states can also be made longer (LENGTH), even when it is finished.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import esft
 from deepseek.files import check_output, sha256, write_json
+from deepseek.fingerprint import checkpoint_note, difference
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
 from training.data import dataset_files, is_known
@@ -62,8 +63,10 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
         raise ValueError(
             f"cannot use --output_dir {folder}: it is not empty and does not hold a run. Give a fresh one."
         ) from error
-    now = _identity(json.loads(json.dumps(run_note(config, packs_per_step))))
+    note_now = json.loads(json.dumps(run_note(config, packs_per_step)))
+    now = _identity(note_now)
     differing = [key for key in sorted(now.keys() | was.keys()) if now.get(key) != was.get(key) and key != "overwrite"]
+    differing += [f"base_model_path: {how}"] if (how := _other_base(note_now, before)) else []
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: the folder is this run's own
     if config.overwrite and (differing or before.get("results") or not restarted):
         return None, None
@@ -86,6 +89,13 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
     if longer:
         note(f"the run in {folder} is made longer, from step {step_of(checkpoint)} on" + _what_changes(now))
     return checkpoint, None
+
+
+def _other_base(now: dict, was: dict) -> str | None:
+    """Say how the base that is at its path now differs from that of the run. A note before these were kept has none."""
+    here, there = now["base"], was.get("base", {})
+    stored = "it is stored in another dtype" if here.get("dtypes") != there.get("dtypes", here.get("dtypes")) else None
+    return difference(here, there) or stored
 
 
 def _is_longer(differing: list[str], now: dict, was: dict, steps_done: int) -> bool:
@@ -149,6 +159,7 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
     return {
         "config": settings,
         "packs_per_step": packs_per_step,
+        "base": checkpoint_note(config.base_model_path),
         "inputs": {key: sha256(*files) for key, files in paths.items() if files and all(map(Path.is_file, files))},
     }
 

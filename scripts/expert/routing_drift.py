@@ -30,7 +30,7 @@ from benchmarks import load_rows
 from deepseek.experts import MoELayer, moe_layers
 from deepseek.files import check_output, write_json
 from deepseek.loading import empty_model, keeps_documents_apart
-from esft import ExpertConfig, add_adapter, is_lora, load_base_model, load_tokenizer
+from esft import ExpertConfig, add_adapter, check_adapter, is_lora, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import Drift, routed, short_name
@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> dict:
     config = None if whole or is_lora(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)
     empty, tokenizer = empty_model(args.base_model_path), load_tokenizer(args.base_model_path)
-    if config:
-        config.check(empty)
+    if not whole:
+        check_adapter(empty_model(args.base_model_path), adapter)
     if whole and experts_by_layer(empty_model(adapter)) != experts_by_layer(empty):
         raise ValueError(f"cannot compare {adapter}: it has other layers or experts than {args.base_model_path}")
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else None

@@ -337,6 +337,12 @@ def test_an_adapter_of_another_base_is_refused_before_the_base_answers(
                 parameter.add_(1)
     model.save_pretrained(other)
     monkeypatch.setattr(runner, "evaluate", lambda *a, **k: pytest.fail("the base answered"))
-    with pytest.raises(ValueError, match=f"cannot use adapter {adapter_dir}: .*router"):
+    plain = shutil.copytree(adapter_dir, tmp_path / "plain")  # an older adapter: the routers have to be loaded
+    config = json.loads((plain / "expert_cfg.json").read_text())
+    del config["base"]["weights"]
+    (plain / "expert_cfg.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"cannot use adapter {plain}: .*router"):
+        run_eval(str(other), eval_file, tmp_path / "out.jsonl", f"--adapter_dir={plain}", "--with_base")
+    with pytest.raises(ValueError, match=f"cannot use adapter {adapter_dir}: .*weights differ"):
         run_eval(str(other), eval_file, tmp_path / "out.jsonl", f"--adapter_dir={adapter_dir}", "--with_base")
     assert not list(tmp_path.glob("*out*"))

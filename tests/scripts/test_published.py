@@ -158,7 +158,7 @@ SPOILED = {
         rf"{DOWN} has shape \(32, 8\).*\(32, 16\)",
     ),
     "whole numbers": (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), None, rf"{DOWN} has shape .* in I8"),
-    "a truncated shard": (None, cut, r"model-00002-of-000002\.safetensors is damaged or truncated"),
+    "a truncated shard": (None, cut, r"model-00002-of-000002\.safetensors: missing, damaged or truncated"),
     "a missing shard": (None, lambda f: (f / "model-00002-of-000002.safetensors").unlink(), "is missing"),
     "shared experts that its config denies": (
         None,

@@ -76,7 +76,7 @@ def test_lora_adapts_all_but_head_and_routers_and_loads_in_peft(files, start, mo
     result = start("b", method="lora", learning_rate=1e-2)
     model = AutoModelForCausalLM.from_pretrained(files / "m32")
     note = json.loads((start.folder / "b" / "base.json").read_text())
-    assert note == {"base": esft.base_note(model, esft.router_fingerprint(model))} and note["base"]["router"]
+    assert note == {"base": esft.base_note(model)} and note["base"]["router"]
     ids = torch.arange(20)[None]
     base = model(ids).logits
     with warnings.catch_warnings():
