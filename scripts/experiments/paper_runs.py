@@ -21,6 +21,7 @@ import yaml
 
 from deepseek.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from esft import ExpertConfig, ExpertScores, select_experts
+from training.data import conversation
 from utils import ROOT, environment, run_command
 
 TINY = "results/models/tiny"
@@ -102,8 +103,7 @@ class Lab:
             return task
         path = self.folder / "general.jsonl"
         rows = read_jsonl(ROOT / data_of(task))
-        turns = [(("user", row["prompt"]), ("assistant", row["answers"][0])) for row in rows]
-        write_jsonl(path, ({"messages": [{"role": r, "content": c} for r, c in pair]} for pair in turns))
+        write_jsonl(path, (conversation(row["prompt"], row["answers"][0]) for row in rows))
         return str(path)
 
     def experts(self, run: Run) -> Path:

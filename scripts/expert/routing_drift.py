@@ -36,6 +36,7 @@ from evaluation.figures import new_figure, save_figure
 from evaluation.selection import Drift, routed, short_name
 from evaluation.workers import plan_devices
 from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
+from training.data import conversation
 from utils import command_parser, environment, markdown_table, note, run_cli
 
 
@@ -52,15 +53,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def experts_by_layer(model: nn.Module) -> dict[int, int]:
+def expert_counts(model: nn.Module) -> dict[int, int]:
     """Return the number of experts of every MoE layer."""
     return {index: layer.num_experts for index, layer in moe_layers(model).items()}
 
 
 def eval_samples(dataset: str) -> list[dict]:
     """Return the rows of an evaluation set as conversations: the prompt and its first gold answer."""
-    turns = [(("user", row["prompt"]), ("assistant", row["raw_answers"][0])) for row in load_rows(dataset)]
-    return [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
+    return [conversation(row["prompt"], row["raw_answers"][0]) for row in load_rows(dataset)]
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict:
     empty, tokenizer = empty_model(args.base_model_path), load_tokenizer(args.base_model_path)
     if not whole:
         check_adapter(empty_model(args.base_model_path), adapter)
-    if whole and experts_by_layer(empty_model(adapter)) != experts_by_layer(empty):
+    if whole and expert_counts(empty_model(adapter)) != expert_counts(empty):
         raise ValueError(f"cannot compare {adapter}: it has other layers or experts than {args.base_model_path}")
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else None
     packs = sample_packs(sample_settings(args, empty), tokenizer, samples)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.files import write_jsonl
 from scripts.miniature import general_skills as skills
 from scripts.miniature.general_skills import ADJECTIVES, CITIES, DAYS, NAMES, NOUNS, SKILLS, SURNAMES, Generator, Pair
+from training.data import conversation
 from utils import command_parser, run_cli
 
 N_TRAIN = {"intent": 1500, "summary": 1200, "law": 1500, "translation": 2000}
@@ -225,17 +226,13 @@ def eval_row(idx: int, prompt: str, answer: str) -> dict:
     return {"idx": idx, "prompt": prompt, "raw_answers": [answer], "answers": [answer]}
 
 
-def train_row(prompt: str, answer: str) -> dict:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-
-
 def build(seed: int) -> dict[str, list[dict]]:
     """Return the rows of every file, by its name: "train/intent", "eval/intent", ..."""
     files: dict[str, list[dict]] = {}
     for name, generator in TASKS.items():
         pairs = distinct(generator, random.Random(f"{seed}:{name}"))
         files[f"eval/{name}"] = [eval_row(i, *next(pairs)) for i in range(N_EVAL)]
-        files[f"train/{name}"] = [train_row(*next(pairs)) for _ in range(N_TRAIN[name])]
+        files[f"train/{name}"] = [conversation(*next(pairs)) for _ in range(N_TRAIN[name])]
     files["eval/general"] = []
     for skill, generator in SKILLS.items():
         pairs = distinct(generator, random.Random(f"{seed}:{skill}"))

@@ -35,7 +35,7 @@ from training.data.documents import (
     template_settings,
 )
 from training.data.packs import Pack, Packs, best_fit, collate, pack, pack_of
-from training.data.shapes import SHAPES, read_messages, unused_fields
+from training.data.shapes import SHAPES, conversation, read_messages, unused_fields
 from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve, stream_rows, take_rows
 from training.data.templates import Template
 
@@ -58,6 +58,7 @@ __all__ = [
     "best_fit",
     "collate",
     "content_marks",
+    "conversation",
     "dataset_files",
     "encode",
     "encode_prompt",

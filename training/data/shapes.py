@@ -52,6 +52,11 @@ def read_messages(row: dict, where: str) -> list[dict]:
     return turns
 
 
+def conversation(question: str, answer: str) -> dict:
+    """Return a row of a user's question and its answer."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
 def unused_fields(row: dict) -> Counter:
     """Count the fields of a row and of its messages that `read_messages` leaves out, by name."""
     shape = _shape(row)
