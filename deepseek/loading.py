@@ -76,10 +76,10 @@ def load_base_model(
         options["quantization_config"] = UNQUANTIZED[quantized](dequantize=True)
     if attention is not None:
         options["attn_implementation"] = attention
-    from_pretrained = auto_class(config).from_pretrained
+    reader = auto_class(config)
     if experts is not None or frozen is not None:
-        from_pretrained = class_that_reads(type(empty_model(path)), experts, frozen).from_pretrained
-    model = _read(from_pretrained, path, dtype=dtype, **options)
+        reader = class_that_reads(type(empty_model(path)), experts, frozen)
+    model = _read(reader, path, dtype=dtype, **options)
     if not Path(path).exists():  # a hub id: its files are in the cache now
         check_quantization(Path(cached_file(str(path), "config.json")).parent, quantized)
     if len(devices) > 1 and not set(model.hf_device_map.values()) <= set(gpus):
@@ -90,11 +90,11 @@ def load_base_model(
     return model.eval(), tokenizer
 
 
-def _read(from_pretrained, path: str | Path, **options) -> nn.Module:
-    """Call `from_pretrained`. Refuse a checkpoint that does not fill the model."""
+def _read(reader: type, path: str | Path, **options) -> nn.Module:
+    """Call from_pretrained of the class `reader`. Refuse a checkpoint that does not fill the model."""
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with readable_index(path) as folder:
-        model, found = _load(lambda _, **options: from_pretrained(folder, **options), path, **options)
+        model, found = _load(lambda _, **options: reader.from_pretrained(folder, **options), path, **options)
     if folder != path:
         model.name_or_path = model.config.name_or_path = str(path)
     if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):
@@ -118,8 +118,13 @@ def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
 def empty_model(path: str | Path) -> nn.Module:
     """Return the model of a folder or a hub id without weights, on the meta device. Raise as `load_base_model`."""
     config = load_config(path)
+    return _load(lambda _, **options: model_of(config, **options), path)
+
+
+def model_of(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options) -> nn.Module:
+    """Return the model of a config without weights, on the meta device. `options` are those of from_config."""
     with torch.device("meta"):
-        return _load(lambda _, **options: auto_class(config).from_config(config, **options), path)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def load_config(path: str | Path) -> PreTrainedConfig:
@@ -175,4 +180,9 @@ def _load(function, path: str | Path, **kwargs):
         return function(path, trust_remote_code=False, **kwargs)  # left out, it would ask on stdin
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything
         reason = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
-        raise ValueError(f"cannot load model {path!r}: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {reason}"
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it needs the code in its folder, which is never run. Give a model that transformers has a class for."
+            )
+        raise ValueError(f"cannot load model {path!r}: {reason}") from error

@@ -181,7 +181,8 @@ def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteA
     )
     with generation_config(model, greedy), _lm_eval_session(config.allow_code_execution) as warnings:
         batch_size, most = config.eval_batch_size, config.suite_max_new_tokens
-        lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        options = {"tokenizer": tokenizer, "batch_size": batch_size, "softmax_dtype": "float32"}
+        lm = HFLM(model, "causal", trust_remote_code=False, **options)
         warnings.clear()  # lm-eval warns that the model is in memory
         with _errors_of(suite.name):
             results = simple_evaluate(

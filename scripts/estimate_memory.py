@@ -21,14 +21,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
-from deepseek.loading import auto_class
+from deepseek.loading import model_of
 from esft import ExpertConfig
 from training.memory import (
     CONTEXT_BYTES,
@@ -173,8 +172,7 @@ def make_table() -> tuple[str, list[dict]]:
     """Return the table of the published models as Markdown, and its rows as results."""
     lines, rows = [], []
     for name, (config, billions) in published_models().items():
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config)
+        model = model_of(config)
         count = sum(param.numel() for param in model.parameters())
         for method, dtype in (("full", "float32"), ("full", "bfloat16"), ("lora", "bfloat16"), ("esft", "bfloat16")):
             estimator, cells = Estimator(model, method, first_experts(model) if method == "esft" else None), []

@@ -74,9 +74,11 @@ def test_a_printed_command_parses(words, monkeypatch):
     module = load(words[1])
     if words[1] in ("train.py", "train_ep.py"):
         monkeypatch.setitem(module.main.__globals__, "run", lambda config: config)
-        module.main(words[2:])  # an unknown key raises
+        parse = module.main  # an unknown key raises
     else:
-        module.parse_args(words[2:])  # an unknown flag exits
+        parse = module.parse_args  # an unknown flag exits
+    without_dashes = [word.removeprefix("--") if "=" in word else word for word in words[2:]]
+    assert parse(words[2:]) == parse(without_dashes)
 
 
 def test_a_wrong_command_would_not_parse():
@@ -261,6 +263,42 @@ def test_no_function_is_long():
     functions = [(path, node) for path, node in nodes(python_files()) if isinstance(node, ast.FunctionDef)]
     long = {(path, node.name) for path, node in functions if node.end_lineno - node.lineno >= 60}
     assert {name for _, name in long} <= {"parse_args", "backward"}, long
+
+
+LOADERS = {"from_pretrained", "from_config", "HFLM"}  # with a switch for the code in a model's folder
+WITHOUT_SWITCH = {"PeftModel"}  # it takes a model that is loaded already
+
+
+def trusting(tree: ast.AST, path: str = "") -> list[str]:
+    """Where a file uses a library's loader and leaves it to the library whether code of the folder is run.
+
+    What is handed to `_load` in deepseek/loading.py gets its switch there, as tests/deepseek/test_loading.py shows.
+    """
+    told = set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if any(keyword.arg == "trust_remote_code" for keyword in call.keywords):
+            told.add(call.func)
+        if path == "deepseek/loading.py" and getattr(call.func, "id", "") == "_load":
+            told |= set(ast.walk(call))
+    uses = [node for node in ast.walk(tree) if getattr(node, "attr", getattr(node, "id", "")) in LOADERS]
+    return [ast.unparse(node) for node in uses if node not in told]
+
+
+def test_no_loader_decides_by_itself_whether_code_of_a_folder_runs():
+    for text, found in {
+        "AutoConfig.from_pretrained(p)": ["AutoConfig.from_pretrained"],
+        "AutoConfig.from_pretrained(p, trust_remote_code=False)": [],
+        "_load(AutoTokenizer.from_pretrained, p)": ["AutoTokenizer.from_pretrained"],
+        "load = auto_class(config).from_config": ["auto_class(config).from_config"],
+        "from lm_eval import HFLM\nHFLM(model)": ["HFLM"],
+    }.items():
+        assert trusting(ast.parse(text)) == found, text
+    assert not trusting(ast.parse("_load(AutoTokenizer.from_pretrained, p)"), "deepseek/loading.py")
+    trees = {path: ast.parse("\n".join(lines)) for path, lines in python_files().items()}
+    found = {f"{path}: {use}" for path, tree in trees.items() for use in trusting(tree, path)}
+    assert found == {f"deepseek/adapters.py: {name}.from_pretrained" for name in WITHOUT_SWITCH}
+    every = [use for tree in trees.values() for use in ast.walk(tree) if getattr(use, "attr", "") in LOADERS]
+    assert len(every) > 5
 
 
 def test_few_errors_are_raised():

@@ -103,6 +103,7 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
     "n_device": "torchrun --nproc-per-node sets the number of processes",
     "random_concat_ratio": "a pack holds whole samples that do not see each other",
     "include_tokens_per_second": f"{_OLD}: tokens_per_second is always logged",
+    "trust_remote_code": "code in a model's folder is never run, so transformers must have a class for the model",
 }
 
 ONLY_FOR = {  # key: (another key, its values that this key is for)

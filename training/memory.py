@@ -20,7 +20,7 @@ import esft
 from deepseek.expert_parallel import connect_experts
 from deepseek.experts import moe_layers
 from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
-from deepseek.loading import auto_class
+from deepseek.loading import model_of
 from deepseek.placement import Placement, place_layers
 from deepseek.process_groups import Ranks
 from training import dry_run
@@ -228,8 +228,7 @@ class Estimator:
     # ---- the model and its dry run
 
     def _model(self, s: MemorySettings) -> nn.Module:
-        with torch.device("meta"):
-            return auto_class(self.config).from_config(copy.deepcopy(self.config), dtype=getattr(torch, s.dtype))
+        return model_of(copy.deepcopy(self.config), dtype=getattr(torch, s.dtype))
 
     def _held(self, s: MemorySettings) -> dry_run.Resident:
         key = (s.dtype, s.ep_size)

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from deepseek.files import suggest
-from deepseek.loading import auto_class, empty_model
+from deepseek.loading import empty_model, model_of
 from utils import ROOT
 
 
@@ -26,8 +25,7 @@ def open_model(path: str) -> nn.Module:
     known = published_models()
     if not Path(path).exists() and (name := path.rpartition("/")[2]) in known:
         config, _ = known[name]
-        with torch.device("meta"):
-            return auto_class(config).from_config(config)
+        return model_of(config)
     if "/" not in path and not Path(path).exists():
         raise FileNotFoundError(
             f"cannot open model {path!r}: it is neither a folder nor a name of configs/published.json"

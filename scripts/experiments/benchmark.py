@@ -59,7 +59,7 @@ def build_model(args: argparse.Namespace, device: str) -> nn.Module:
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if args.device == "cuda" or args.shape == "v2-lite" else torch.float32
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=dtype, trust_remote_code=False)
     model.set_experts_implementation("grouped_mm")
     return model.train()
 

@@ -139,7 +139,7 @@ def make_model(family: str, **changes) -> tuple[type, nn.Module]:
     torch.manual_seed(0)
     auto, cls = model_class(family)
     config = small_config(cls.config_class, {**EXCEPTIONS.get(family, {}), **changes})
-    model = auto.from_config(config, dtype=torch.float32)
+    model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for _, experts in _experts(model):
             for name in experts.tensor_names:
@@ -324,7 +324,7 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     esft.merge(model)
     model.save_pretrained(folder / "merged")
     check_names(folder / "merged", adapter)
-    reloaded = auto.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    reloaded = auto.from_pretrained(folder / "merged", dtype=torch.float32, trust_remote_code=False).eval()
     reloaded.set_experts_implementation("grouped_mm")
     check(digests(reloaded) == digests(model), "the merged checkpoint, loaded again, is not the trained model")
     reloaded = copy.deepcopy(reloaded)  # aligned memory: tensors of the mapped file would round differently

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from deepseek.files import read_json, write_json, write_text
+from deepseek.loading import load_config, load_tokenizer
 from training.published_models import published_models
 from utils import ROOT, environment, run_command
 
@@ -29,7 +30,7 @@ SMALL_HEADS = {
 def shape_config(shape: str) -> DeepseekV2Config:
     """Return the configuration of results/models/tiny, of DeepSeek-V2-Lite, or of 36m parameters."""
     if shape == "tiny":
-        return AutoConfig.from_pretrained(TINY)
+        return load_config(TINY)
     if shape == "v2-lite":
         return published_models()["DeepSeek-V2-Lite"][0]
     size = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 128}
@@ -51,7 +52,7 @@ def write_model(folder: Path, seed: int = 0) -> int:
     `experts.json` beside it names 8 of the 64 experts of every layer. Returns the bytes of the model's tensors.
     """
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = load_tokenizer(TINY)
     size = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 512)
     size |= {"vocab_size": len(tokenizer), "n_shared_experts": 1, "num_hidden_layers": 7, "v_head_dim": 32}
     model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**LIKE_V2_LITE, **SMALL_HEADS, **size}))

@@ -116,7 +116,7 @@ def measure_trl(path: str) -> dict:
     marked = tokenizer.chat_template.replace("{{ 'Assistant: ' + message['content'] + eos_token }}",
         "{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}")  # fmt: skip
     tokenizer.chat_template = marked
-    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, trust_remote_code=False)
     table = datasets.load_dataset("json", data_files=path, split="train")
     start = time.perf_counter()
     options = {"assistant_only_loss": True, "packing": True, "max_length": 4096, "use_cpu": True, "report_to": "none"}

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import moe_layers
 from deepseek.files import check_output
+from deepseek.loading import model_of
 from esft import ExpertConfig
 from scripts.experiments.common import LIKE_V2_LITE, publish, shape_config
 from training.memory import Estimator, MemoryEstimate, MemorySettings
@@ -97,15 +98,15 @@ def trained_experts(model: nn.Module, method: str) -> ExpertConfig | None:
 
 def estimate(case: dict) -> MemoryEstimate:
     config, settings = open_case(case)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    empty = model_of(config)
     return Estimator(empty, case["method"], trained_experts(empty, case["method"])).estimate(settings)
 
 
 def train(config: PreTrainedConfig, settings: MemorySettings, method: str, steps: int) -> None:
     """Train a random model for some steps in this process, as trainer.py does."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).train()
+    dtype = getattr(torch, settings.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
     model.set_experts_implementation("grouped_mm")
     model = prepare_model(model, method, trained_experts(model, method))
     if settings.activation_checkpointing:
