@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from deepseek.files import read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of weights that are not quantized, as safetensors names them
 TORCH_DTYPES = dict(zip(DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
 TORCH_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
@@ -61,13 +62,19 @@ def weight_files(base: Path) -> set[str]:
         if (base / INDEX).is_file():
             warnings.warn(f"{base} holds {WEIGHTS} and {INDEX}. {WEIGHTS} is read, the index is not.", stacklevel=1)
     elif (base / INDEX).is_file():
-        if not (files := read_json(base / INDEX).get("weight_map")):
-            raise ValueError(f"cannot read {base / INDEX}: it has no weight_map. Fetch it again.")
-        names = {os.path.normpath(name) for name in files.values()}
-        if outside := [name for name in names if name.startswith((os.pardir, os.sep))]:
-            raise ValueError(f"cannot read {base / INDEX}: it names {outside[0]}, which is not in its folder.")
+        names = files_of_index(base / INDEX)
     else:
         raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
+    return names
+
+
+def files_of_index(index: Path) -> set[str]:
+    """Return the files that an index names, relative to its folder. Raise ValueError if one is not below it."""
+    if not (files := read_json(index).get("weight_map")):
+        raise ValueError(f"cannot read {index}: it has no weight_map. Fetch it again.")
+    names = {os.path.normpath(name) for name in files.values()}
+    if outside := [name for name in names if name.startswith((os.pardir, os.sep))]:
+        raise ValueError(f"cannot read {index}: it names {outside[0]}, which is not in its folder. Fetch it again.")
     return names
 
 
@@ -133,6 +140,8 @@ def check_quantization(base: Path, method: str | None) -> None:
     transformers would read other numbers in silence: quantized ones without their scales, or ones rounded anew.
     """
     if not any((base / name).is_file() for name in (WEIGHTS, INDEX)):
+        if (base / TORCH_INDEX).is_file():  # of torch's own files, which transformers reads without running code
+            files_of_index(base / TORCH_INDEX)
         return
     stored = stored_tensors(base)
     weights = {

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import esft
 from deepseek.frozen import Storage
-from deepseek.loading import empty_model, load_base_model
-from deepseek.shards import INDEX, WEIGHTS, Shard, reserve, stored_tensors
+from deepseek.loading import empty_model, load_base_model, load_config
+from deepseek.shards import INDEX, TORCH_INDEX, WEIGHTS, Shard, reserve, stored_tensors
 from scripts import merge_adapter as script
 from tests.helpers import SHARD, assert_same_tensors, make_model, noisy_adapter, tensors_of
 
@@ -166,6 +166,22 @@ def test_files_in_a_folder_of_their_own(base, tmp_path):
     edit(base / INDEX, lambda index: index["weight_map"].update({"x": f"../base/weights/{files[0]}"}))
     with pytest.raises(ValueError, match=r"it names \.\./base/weights/.*, which is not in its folder"):
         load_base_model(base)
+
+
+@pytest.mark.parametrize("name", ["../other/x", "/etc/x", "a/../../x", ".."])
+@pytest.mark.parametrize("index", [INDEX, TORCH_INDEX])
+def test_no_index_leads_out_of_its_folder_in_loading_and_in_merging(index, name, base, tmp_path):
+    """Neither that of safetensors nor that of torch's own files."""
+    if index == TORCH_INDEX:
+        (base / INDEX).rename(base / index)
+    edit(base / index, lambda content: content["weight_map"].update({"x": f"./{next(base.glob('*-of-*')).name}"}))
+    stays_inside = [load_base_model, empty_model, script.open_base] if index == INDEX else [empty_model]
+    for read in stays_inside:
+        read(base)
+    edit(base / index, lambda content: content["weight_map"].update({"x": name}))
+    for read in (load_base_model, empty_model, load_config, script.open_base):
+        with pytest.raises(ValueError, match=rf"cannot read .*{index}: it names .*, which is not in its folder"):
+            read(base)
 
 
 def test_keys_without_the_leading_model(base, tmp_path):
