@@ -52,7 +52,7 @@ from evaluation.rubrics import RUBRICS
 from evaluation.run_folder import read_json
 from evaluation.runner import Job, answer_jobs, answer_key
 from evaluation.workers import plan_devices, run_ranks
-from utils import environment, note, run_cli
+from utils import CommandParser, environment, note, run_cli
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -60,9 +60,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"error: {message}. --help explains the flags.\n")
+class _Parser(CommandParser, HfArgumentParser):
+    pass
 
 
 def parse_args(argv: list[str] | None = None) -> EvalConfig:

@@ -9,7 +9,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -52,16 +51,38 @@ def run_cli(main: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-class _CommandParser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """A parser that reads `key=value` as `--key=value`, and `key=true` as the flag `--key`. An error is one line."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        return super().parse_args(self._with_dashes(args), namespace)
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        return super().parse_intermixed_args(self._with_dashes(args), namespace)
+
+    def _with_dashes(self, words: Sequence[str] | None) -> list[str]:
+        found = []
+        for word in sys.argv[1:] if words is None else words:
+            key, equals, value = word.partition("=")
+            action = self._option_string_actions.get(flag := f"--{key.removeprefix('--')}") if equals else None
+            if action is not None and action.nargs == 0 and value in ("true", "false"):
+                found += [flag] * (value == "true")
+            else:
+                found.append(word if action is None else f"{flag}={value}")
+        return found
+
     def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments:.*?(--\w+)", message):
-            message += suggest(unknown[1], self._option_string_actions)
+        if message.startswith("unrecognized arguments: "):
+            words = message.split()[2:]
+            names = [word.partition("=")[0] for word in words if "=" in word or word.startswith("--")] or words
+            message = f"unrecognized arguments: {' '.join(names)}"  # not the values, as one may be a secret
+            message += suggest(f"--{names[0].removeprefix('--')}", self._option_string_actions)
         self.exit(2, f"error: {message}. --help explains the flags.\n")
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with a module's docstring as its help, no abbreviated flags, and errors of one line."""
-    return _CommandParser(
+    return CommandParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 

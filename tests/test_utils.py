@@ -30,7 +30,7 @@ def test_a_wrong_flag_is_one_sentence(capsys):
     for argv, text in (
         (["--number=0"], "not a whole number"),
         (["--number=1", "x"], "unrecognized"),
-        (["--number=1", "--numb=2"], "unrecognized arguments: --numb=2 (did you mean '--number'?)"),  # no abbreviations
+        (["--number=1", "--numb=2"], "unrecognized arguments: --numb (did you mean '--number'?)"),  # no abbreviations
         (["--number=1", "--zzz"], "unrecognized arguments: --zzz. --help"),
         ([], "required: --number"),
     ):
@@ -40,6 +40,34 @@ def test_a_wrong_flag_is_one_sentence(capsys):
             error = capsys.readouterr().err
             assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and text in error
     assert parser.parse_args(["--count", "2"]).number == 2
+
+
+@pytest.mark.parametrize("words", [["--hf_token=s3cret"], ["hf_token=s3cret"], ["--hf_token", "s3cret"]])
+def test_an_unknown_flag_is_named_without_its_value(words, capsys):
+    with pytest.raises(SystemExit):
+        utils.command_parser("what it does").parse_args(words)
+    error = capsys.readouterr().err
+    assert "hf_token" in error and "s3cret" not in error
+
+
+def test_both_writings_of_a_flag():
+    parser = utils.command_parser("what it does")
+    parser.add_argument("--number", "--count", type=int)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("rest", nargs="*")
+    for parse in (parser.parse_args, parser.parse_intermixed_args):
+        for words in (
+            ["--number=2", "--all"],
+            ["number=2", "all=true"],
+            ["count=2", "--all=true"],
+            ["--all", "--number", "2"],
+        ):
+            assert vars(parse(words)) == {"number": 2, "all": True, "rest": []}
+        assert vars(parse(["all=false", "lr=2", "a=b=number=2"])) == {
+            "number": None, "all": False, "rest": ["lr=2", "a=b=number=2"]
+        }  # fmt: skip
+        with pytest.raises(SystemExit):
+            parse(["all=maybe"])
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):

@@ -173,7 +173,7 @@ def test_a_template_that_rewrites_history(chat):
 
 
 def test_templates_that_cannot_serve_say_so(chat):
-    with pytest.raises(ValueError, match=r"the tokenizer has none\. .*--template=released.*chat_template"):
+    with pytest.raises(ValueError, match=r"the tokenizer has none\. .*template=released.*chat_template"):
         encode(TURNS, chat(None))
     with pytest.raises(ValueError, match=r"refuses .*roles must alternate"):
         encode(TURNS, chat("{{ raise_exception('roles must alternate') }}"))

@@ -9,9 +9,10 @@ import torch
 from transformers import TrainingArguments
 
 import train
+from scripts.push_adapter import SECRET
 from tests.helpers import ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same, trainer_of, weights
-from training.config import read_config
-from training.keys import NO_EFFECT, REFUSED
+from training.config import RunConfig, read_config
+from training.keys import ALIASES, NO_EFFECT, REFUSED, SECRETS
 
 PATHS = ["model=m", "data=d", "output_dir=o"]
 PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
@@ -88,6 +89,12 @@ def test_the_page_lists_every_key_of_transformers_once():
     }
     assert {key: row[1] for row in idle for key in names(row[0])} == NO_EFFECT
     assert "transformers 5.23" in PAGE
+
+
+def test_every_key_that_looks_like_a_secret_is_kept_out_of_files():
+    every = {f.name for cls in (TrainingArguments, RunConfig) for f in dataclasses.fields(cls)} | {*ALIASES, *NO_EFFECT}
+    found = {key for key in every if SECRET.search(key)}
+    assert found and found <= SECRETS.keys()
 
 
 def test_every_key_that_works_is_in_a_run():

@@ -101,7 +101,7 @@ class Template:
                 if self.tokenizer.decode(list(itertools.chain(*parts))) != self.tokenizer.decode(encoding.ids):
                     raise ValueError(
                         f"cannot use the chat template: a token of the sample that begins {document.text[:40]!r} spans "
-                        "the start or end of an answer. Set --template=released."
+                        "the start or end of an answer. Set template=released."
                     )
         else:
             parts = [self._plain_ids(p.text) if p.plain else next(encodings).ids for p in pieces]
@@ -285,7 +285,7 @@ class Template:
                 raise ValueError(
                     f"cannot use the chat template: it changes the text around message {i + 1} of {_name(messages)} "
                     "when more turns follow. Set loss_on=each (a document of each answer), loss_on=last or "
-                    '--template=released, or give the answer "mask": 1.'
+                    'template=released, or give the answer "mask": 1.'
                 )
             spans.append((len(before), end))
         return text, spans
@@ -304,7 +304,7 @@ class Template:
         if not opened.endswith(THINK) or not answer.startswith(THINK) or "</think>" not in answer:
             raise ValueError(
                 f"cannot use the chat template: it does not show the last answer of {_name(messages)} as it asks for "
-                "it. Set --template=released, or other template_kwargs."
+                "it. Set template=released, or other template_kwargs."
             )
         space = before[len(opened) :]
         answer = answer[len(THINK) :].lstrip() if space else answer[len(THINK) :]
@@ -339,7 +339,7 @@ class Template:
                 if key == "content" and _learned(message):
                     raise ValueError(
                         f"cannot use the chat template: it leaves out a part of message {number} of {_name(messages)}. "
-                        "Set loss_on=each, --template=released or other template_kwargs."
+                        "Set loss_on=each, template=released or other template_kwargs."
                     )
                 lost.append(f"{message['role']} {key}")
         if messages[0].get("tools"):
@@ -367,7 +367,7 @@ class Template:
     def _render(self, messages: list[dict], answer_next: bool = False) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError(
-                "cannot use the chat template: the tokenizer has none. Give --template=released, or add "
+                "cannot use the chat template: the tokenizer has none. Give template=released, or add "
                 "a chat_template to the tokenizer."
             )
         plain = [{key: value for key, value in m.items() if key not in ("mask", "tools")} for m in messages]
