@@ -33,7 +33,7 @@ import utils
 from deepseek.files import write_json
 from deepseek.process_groups import SharedError, lost_contact
 from training.config import RunConfig, TrainingArguments, read_config, training_arguments
-from training.data import Template, load_data, template_settings
+from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
@@ -132,10 +132,18 @@ def finish_run(
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
     logger.info(f"{results['steps']} steps{loss}; {kind} in {config.output_dir}")
-    if not os.environ.get("ESFT_STAGE"):  # scripts/pipeline.py evaluates the model itself
-        script = os.path.relpath(utils.ROOT / "eval_multigpu.py")
-        logger.info("next: " + shlex.join(["python", script, f"--model={config.output_dir}"]))
+    if trainer.ranks.rank == 0 and not os.environ.get("ESFT_STAGE"):  # scripts/pipeline.py evaluates the model itself
+        tell_next(note["config"])
     return results
+
+
+def tell_next(run: dict) -> None:
+    """Print the command that evaluates a finished run, if it can run without more flags."""
+    script = os.path.relpath(utils.ROOT / "eval_multigpu.py")
+    if eval_file_of(run["train_dataset"]) or held_out_questions(run)[0]:
+        logger.info("next: " + shlex.join(["python", script, f"--model={run['output_dir']}"]))
+    else:
+        logger.info(f"to evaluate it, give {script} questions of your own: no sample of one question was held out")
 
 
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:

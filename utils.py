@@ -152,9 +152,10 @@ def run_command(
     processes: int = 1,
     quiet: bool = False,
     lock: int | None = None,
+    cwd: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> str:
-    """Run `python WORDS` in the repository's root and wait for its end. Return what it printed, if `quiet`.
+    """Run a script of the repository, the first of `words`, with the others. Return what it printed, if `quiet`.
 
     The command never outlives this one: Ctrl-C, or any other exception here, ends it first. A training that is ended
     writes a checkpoint. Several processes are started by torchrun and share the CPU's cores. `env` is added to the
@@ -165,10 +166,11 @@ def run_command(
         SystemExit: another command failed and has said why. The code is its own, or 128 + the number of a signal.
     """
     words = list(map(str, words))
+    script = ROOT / words[0]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
     process = subprocess.Popen(
-        [sys.executable, *torchrun(processes), *words],
-        cwd=ROOT,
+        [sys.executable, *torchrun(processes), script, *words[1:]],
+        cwd=cwd,
         env={**threads, **os.environ, **(env or {})},
         pass_fds=() if lock is None else (lock,),
         stdout=subprocess.PIPE if quiet else None,

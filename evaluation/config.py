@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from deepseek.files import parse_json, suggest_path, write_jsonl
-from training.data import TemplateSettings, open_rows, read_messages, sample_rows, split_samples
+from training.data import TemplateSettings, eval_file_of, held_out_questions
 from utils import ROOT, note
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
 TINY = ROOT / "results" / "models" / "tiny"
 COUNTS = (
     "world_size", "gpus_per_rank", "max_new_tokens", "eval_batch_size", "n_samples", "judge_parallel",
-    "suite_max_new_tokens",
+    "suite_max_new_tokens", "timeout",
 )  # fmt: skip
 FEW = 20  # samples; a mean of fewer says little
 NEEDS = {  # flag -> flags that have no effect without it
@@ -63,6 +63,7 @@ class EvalConfig:
         1, "processes, each with a whole model; on the CPU give as many as there are cores; results do not change", "N"
     )
     gpus_per_rank: int = _flag(1, "GPUs over which each process spreads its model", "N")
+    timeout: int = _flag(7200, "seconds after which one of several processes that does not answer ends all", "SECONDS")
     max_new_tokens: int = _flag(512, "longest answer, in tokens", "N")
     eval_batch_size: int = _flag(16, "samples per batch and process", "N")
     n_samples: int | None = _flag(None, "draw this many samples of each data set, and of each task of a suite", "N")
@@ -186,25 +187,12 @@ def _eval_dataset_of(run: dict, folder: Path) -> str:
 
     Without one, write the samples that the run held out for validation to held_out.jsonl in its folder.
     """
-    name, path = run["train_dataset"], Path(run["train_dataset"])
-    if (ROOT / "datasets" / "eval" / f"{name}.jsonl").is_file():
-        return name
-    if path.parent.name == "train" and (beside := path.parent.with_name("eval") / path.name).is_file():
-        return str(beside)
-    if run.get("validation_dataset"):
-        held_out = open_rows(run["validation_dataset"])
-    else:
-        seed = run["training"].get("seed", 0)
-        sampled, _ = sample_rows(name, run["n_train_samples"], seed, run.get("streaming", False))
-        held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
-    rows = []
-    for where, row in held_out:
-        question, answer, *more = [*read_messages(row, where), None]
-        if question["role"] == "user" and answer and answer["role"] == "assistant" and more == [None]:
-            rows.append({"prompt": question["content"], "answers": [answer["content"]]})
+    if found := eval_file_of(run["train_dataset"]):
+        return found
+    rows, held_out = held_out_questions(run)
     if not rows:
         raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")
-    some = "" if len(rows) == len(held_out) else f" of {len(held_out)}, those with one question and one answer"
+    some = "" if len(rows) == held_out else f" of {held_out}, those with one question and one answer"
     note(f"evaluating on the samples that training kept for validation ({len(rows)}{some})")
     if len(rows) < FEW:
         note("so few samples say little: give --eval_dataset, or train with a larger validation_fraction")

@@ -8,12 +8,14 @@ A file that is missing leaves its field empty.
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.files import read_jsonl, suggest_path
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
 from evaluation.results import compare
+from utils import ROOT
 
 METHODS = {  # method of pipeline.py -> (score function that selects experts, method of train.py)
     "esft-token": ("token", "esft"),
@@ -52,9 +54,10 @@ class Trained:
 
     @property
     def command(self) -> list[str]:
-        """Return the command that gives these settings again."""
-        paths = ("base_model_path", "train_dataset", "expert_config", "output_dir")
-        flags = (f"--{key}={self.settings[key]}" for key in paths if self.settings.get(key))
+        """Return the command that gives these settings again, in the repository's root."""
+        folder, paths = self.folder.resolve(), ("base_model_path", "train_dataset", "expert_config", "output_dir")
+        settings = self.settings | {"output_dir": folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}
+        flags = (f"--{key}={settings[key]}" for key in paths if settings.get(key))
         keys = {key: value for key, value in self.settings.items() if key not in paths and value is not None}
         world = self.results.get("world_size") or 1
         script = "train_ep.py" if world > 1 and self.settings["method"] in ("esft", "random") else "train.py"
@@ -81,6 +84,7 @@ class Run:
     evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)  # the pipeline's commands, without "python"
     arguments: dict = field(default_factory=dict)  # the pipeline's
+    cwd: str = ""  # where the commands run as they are written; "" is the repository's root
     notes: list[str] = field(default_factory=list)  # what does not agree
 
     @property
@@ -89,7 +93,7 @@ class Run:
         given = {key: value for key, value in self.arguments.items() if value is not None and value is not False}
         overrides = given.pop("overrides", [])
         flags = (f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items())
-        return ["python", "scripts/pipeline.py", *flags, *overrides]
+        return ["python", os.path.relpath(ROOT / "scripts" / "pipeline.py", self.cwd or ROOT), *flags, *overrides]
 
     def change(self, dataset: str, label: str) -> dict | None:
         """Return how a model changed against the base of this run, as `compare` does; None without a base.
@@ -156,7 +160,7 @@ def _read_pipeline(run: Run, prefix: str) -> None:
     folder, table, scores = run.folder, {"rows": []}, None
     if (folder / "table.json").is_file():
         table = read_json(folder / "table.json", "rows", "arguments")
-        run.arguments = table["arguments"]
+        run.arguments, run.cwd = table["arguments"], table.get("cwd", run.cwd)
     if (folder / "stages.json").is_file():
         run.stages = list(read_json(folder / "stages.json").values())
     if (folder / "expert_scores" / "summary.json").is_file():

@@ -16,6 +16,7 @@ Training keys come last: `learning_rate=1e-4` for all methods, `full:learning_ra
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import sys
@@ -44,7 +45,7 @@ from utils import (
 )
 
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
-PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as it is typed in the repository's root
+PYTHON = sys.executable.removeprefix(f"{Path.cwd()}/")  # as it is typed here
 
 
 class Stages:
@@ -63,8 +64,8 @@ class Stages:
         A flag that is None or False is left out, and one that is True has no value.
         """
         given = {key: value for key, value in flags.items() if value is not None and value is not False}
-        words = [script, *(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *keys]
-        command = [*torchrun(processes), *words]
+        words = [*(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *keys]
+        command = [*torchrun(processes), os.path.relpath(ROOT / script), *words]
         shown = shlex.join([PYTHON, *command])
         if output.exists() and self.done.get(str(output)) == command:
             print(f"[done] {shown}", flush=True)
@@ -75,7 +76,7 @@ class Stages:
         if self.note.is_file():
             write_json(self.note, self.done)
         start = time.perf_counter()
-        run_command(words, processes=processes, lock=self.lock, env={"ESFT_STAGE": "1"})
+        run_command([script, *words], processes=processes, lock=self.lock, env={"ESFT_STAGE": "1"})
         print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
         self.done[str(output)] = command
         write_json(self.note, self.done)
@@ -85,7 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
     count = {"type": positive, "metavar": "N"}
-    methods, presets = ", ".join(METHODS), "configs/base.yaml"
+    methods, presets = ", ".join(METHODS), os.path.relpath(ROOT / "configs" / "base.yaml")
     train_help = "a name (file of datasets/train), a path or a hub id"
     eval_help = "names (files of datasets/eval), paths or hub ids (default: the name of the training set, and general)"
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="the base model: a folder or a hub id")
@@ -307,9 +308,15 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
         rows = table_rows(run, methods, [Path(dataset).stem for dataset in datasets])
         text = "\n\n".join(filter(None, [format_table(rows), against_full(rows)]))
         write_text(folder / "table.md", f"{text}\n")
-        write_json(folder / "table.json", {"rows": rows, "arguments": vars(args), "environment": environment()})
+        facts = {
+            "arguments": vars(args),
+            "cwd": "" if Path.cwd() == ROOT else os.getcwd(),
+            "environment": environment(),
+        }
+        write_json(folder / "table.json", {"rows": rows, **facts})
         print(f"\n{text}\n")
-    print(f"All of it is in {folder}")
+    script = os.path.relpath(ROOT / "scripts" / "report.py")
+    print(f"All of it is in {folder}\nnext: {shlex.join([PYTHON, script, str(folder)])} makes a page of it")
 
 
 def main(argv: list[str] | None = None) -> None:

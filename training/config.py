@@ -251,6 +251,8 @@ def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str
 
 def _words(key: str, value: object) -> list[str]:
     """Return a setting as words for argparse."""
+    if isinstance(value, str) and value.startswith("["):
+        value = _parsed(key, value, "a list such as '[a, b]'")
     if isinstance(value, list):
         if key in ("train_dataset", "validation_dataset"):  # several data sets, as in a:0.7,b:0.3
             return [f"--{key}={','.join(map(str, value))}"]
@@ -261,13 +263,17 @@ def _words(key: str, value: object) -> list[str]:
     return [f"--{key}={text.lower() if text in ('True', 'False') else text}"]
 
 
+def _parsed(key: str, text: str, example: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read {key}={text}: it is not {example}.") from error
+
+
 def _stored(key: str, value: object) -> object:
     """Return a value as run.json keeps it."""
     if isinstance(value, str) and value.startswith("{"):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"cannot read {key}={value}: it is not a dict such as '{{\"key\": 1}}'.") from error
+        return _parsed(key, value, "a dict such as '{\"key\": 1}'")
     return int(value) if key.endswith("_steps") and isinstance(value, float) and value.is_integer() else value
 
 

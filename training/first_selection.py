@@ -7,7 +7,6 @@ Two commands of the project do it, with their defaults, each in a process of its
 """
 
 import json
-import os
 from pathlib import Path
 
 from training.config import RunConfig
@@ -23,25 +22,20 @@ def selected_experts(output_dir: str) -> Path:
 
 def score_and_select(config: RunConfig) -> None:
     """Write the expert config of a run: token scores on its training data, selected up to the paper's top_p."""
-    scores, path = Path(config.output_dir).absolute() / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
+    scores, path = Path(config.output_dir) / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
     of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
     switches = [f"--{key}" for key in ("streaming", "append_end") if getattr(config, key)]
     flags = {
-        "get_expert_scores.py": {"base_model_path": _absolute(config.base_model_path), "output_dir": scores, **of_run},
+        "get_expert_scores.py": {"base_model_path": config.base_model_path, "output_dir": scores, **of_run},
         "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path},
     }
     for script, values in flags.items():
-        values |= {"eval_dataset": _absolute(config.train_dataset)}
+        values |= {"eval_dataset": config.train_dataset}
         try:
             words = [*(f"--{key}={value}" for key, value in values.items())]
             words += switches if script == "get_expert_scores.py" else []
             run_command([f"scripts/expert/{script}", *words])
         except SystemExit as stop:  # the command has printed its error
             raise ChildProcessError(f"cannot choose the experts: {script} ended with exit code {stop.code}") from stop
-
-
-def _absolute(name: str) -> str:
-    """Return a path that the repository's root, where commands run, does not change; names stay as they are."""
-    return os.path.abspath(name) if os.path.exists(name) else name

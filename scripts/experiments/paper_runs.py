@@ -73,7 +73,7 @@ class Lab:
         self.used: list[dict] = []  # environments of the results that were read or made
 
     def command(self, *words: object) -> None:
-        run_command(words, quiet=True, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ})
+        run_command(words, quiet=True, cwd=ROOT, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ})
 
     def base(self, experts: int) -> str:
         """Return the folder of a base with this number of experts per layer. Pretrain it if it is missing."""

@@ -159,7 +159,7 @@ def test_several_datasets_get_a_file_each(model_dir, eval_file, tmp_path, monkey
         (0, ["--max_new_tokens=-1"], "--max_new_tokens -1"),
         (0, ["--eval_batch_size=x"], "--eval_batch_size"),
         (0, ["--evaluator=judge"], "cannot score mine: the evaluator judge is none of intent"),
-        (0, ["--eval_data=x"], "unrecognized arguments: --eval_data (did"),
+        (0, ["--eval_data=x"], r"unrecognized arguments: --eval_data \(did"),
         (0, ["--output_path=out.json"], r"must end in \.jsonl"),
         (0, ["--with_base"], "--with_base has an effect only with --adapter_dir"),
         (0, ["--evaluator=code"], "--allow_code_execution"),

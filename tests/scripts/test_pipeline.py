@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,21 +214,21 @@ def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline(tiny_model_dir, tmp_path, capfd):
+def test_the_whole_pipeline_in_another_folder(tiny_model_dir, tmp_path, capfd, monkeypatch):
+    """Relative paths are those of the folder in which it is started, and so are the commands that it prints."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model_dir, "model")
     rows = [
         {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "it is"}]}
         for i in range(40)
     ]
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "seen.jsonl").write_text(json.dumps({"prompt": "1", "answers": ["it is"]}))
-    flags = [
-        f"--model={tiny_model_dir}",
-        f"--data={tmp_path / 'task.jsonl'}",
-        f"--eval_dataset={tmp_path / 'seen.jsonl'}",
-    ]
-    flags += [f"--output_dir={tmp_path / 'out'}", "--methods=esft-token,esft-gate,random,lora,full", "--seq_length=128"]
-    flags += ["--train_config=configs/tiny.yaml", "--max_new_tokens=4", "--n_sample_tokens=256"]
-    flags += ["max_steps=2", "full:learning_rate=1e-4"]
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
+    flags = ["--model=model", "--data=task.jsonl", "--eval_dataset=seen.jsonl", "--output_dir=out", "--seq_length=128"]
+    flags += ["--methods=esft-token,esft-gate,random,lora,full", f"--train_config={ROOT}/configs/tiny.yaml"]
+    flags += ["--max_new_tokens=4", "--n_sample_tokens=256", "max_steps=2", "full:learning_rate=1e-4"]
+    flags += ["validation_dataset=held.jsonl"]
     pipeline.main(flags)
     out = capfd.readouterr().out
     assert all(f"| {method} |" in out for method in ("base", "esft-token", "esft-gate", "random", "lora", "full"))
@@ -235,4 +238,19 @@ def test_the_whole_pipeline(tiny_model_dir, tmp_path, capfd):
     assert run["config"]["training"]["learning_rate"] == 1e-4
     pipeline.main(flags)
     assert f"$ {pipeline.PYTHON}" in out
-    assert f"$ {pipeline.PYTHON}" not in capfd.readouterr().out  # all was there
+    again = capfd.readouterr().out
+    assert f"$ {pipeline.PYTHON}" not in again  # all was there
+    ((_, next_command),) = re.findall(r"(next): (.*) makes a page of it", again)
+    subprocess.run(shlex.split(next_command), check=True)
+    assert (tmp_path / "out" / "report.html").is_file()
+    run = read_run(Path("out"))
+    assert run.cwd == str(tmp_path) and all(Path(words[0]).is_file() for words in run.stages)
+    stages = [shlex.split(line.removeprefix("[done] ")) for line in again.splitlines() if line.startswith("[done]")]
+    assert [words[1:] for words in stages] == run.stages
+    subprocess.run([sys.executable, *run.command[1:]], check=True)
+    for model in (run.trained[0], run.trained[-1]):
+        subprocess.run([sys.executable, *model.command[1:]], cwd=ROOT, check=True)
+    told = capfd.readouterr().out
+    assert told.count("nothing to do") == 2 and told.count("[done]") == len(stages)
+    for words in (stages[0], stages[-1]):
+        subprocess.run(words, check=True)

@@ -43,6 +43,19 @@ def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkey
     assert "next:" not in capsys.readouterr().out
 
 
+def test_no_command_is_told_that_would_be_refused(files, start, capsys, monkeypatch):
+    """Nothing is held out, or only what is not one question and one answer."""
+    turns = [{"role": role, "content": "is it so?"} for role in ("user", "assistant", "user", "assistant")]
+    write_jsonl(start.folder / "turns.jsonl", [{"messages": turns}] * 6)
+    runs = {"none": {"validation_fraction": 0}, "turns": {"train_dataset": start.folder / "turns.jsonl"}}
+    for name, keys in runs.items():
+        start(name, max_steps=1, eval_steps=None, **keys)
+        printed = capsys.readouterr().out
+        assert "next:" not in printed and "eval_multigpu.py" in printed and "no sample of one question" in printed
+        with pytest.raises(ValueError, match="held out no sample of one question"):
+            eval_multigpu.main([f"--model={start.folder / name}"])
+
+
 def test_few_steps_are_told_where_the_epochs_give_them(start, capsys):
     start("short", max_steps=-1, epochs=1)
     assert re.search(r"only \d optimizer steps?: \d+ packs?, \d+ per step, 1 epochs", capsys.readouterr().out)

@@ -63,7 +63,9 @@ __all__ = [
     "encode",
     "encode_prompt",
     "encode_rows",
+    "eval_file_of",
     "features",
+    "held_out_questions",
     "is_known",
     "load_data",
     "load_samples",
@@ -244,6 +246,34 @@ def split_samples(samples: list, fraction: float, seed: int) -> tuple[list, list
     count = min(max(round(fraction * len(samples)), 1), len(samples) - 1) if fraction > 0 and samples else 0
     chosen = set(random.Random(seed).sample(range(len(samples)), count))
     return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
+
+
+def eval_file_of(train_dataset: str) -> str | None:
+    """Return the questions on a training set: datasets/eval/law.jsonl for law, and for datasets/train/law.jsonl."""
+    if is_known(train_dataset, "eval"):
+        return train_dataset
+    path = Path(train_dataset)
+    beside = path.parent.with_name("eval") / path.name if path.parent.name == "train" else None
+    return str(beside) if beside and beside.is_file() else None
+
+
+def held_out_questions(run: dict) -> tuple[list[dict], int]:
+    """Return what a run held out for validation, as rows of an eval file, and the number of samples held out.
+
+    Samples of more than one question and one answer are left out. `run` is the config in a run.json.
+    """
+    if run.get("validation_dataset"):
+        held_out = open_rows(run["validation_dataset"])
+    else:
+        seed = run["training"].get("seed", 0)
+        sampled, _ = sample_rows(run["train_dataset"], run["n_train_samples"], seed, run.get("streaming", False))
+        held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
+    rows = []
+    for where, row in held_out:
+        question, answer, *more = [*read_messages(row, where), None]
+        if question["role"] == "user" and answer and answer["role"] == "assistant" and more == [None]:
+            rows.append({"prompt": question["content"], "answers": [answer["content"]]})
+    return rows, len(held_out)
 
 
 def _pack_rows(documents: Documents, rows: list[int], numbers: np.ndarray, config: "RunConfig") -> Packs:
