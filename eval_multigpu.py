@@ -258,7 +258,8 @@ def run(config: EvalConfig) -> list[dict]:
         try:
             here = min(len(loaded), len(devices)) == 1  # other processes load their suites themselves
             work = functools.partial(evaluate_share, config, suite_paths, loaded if here else None)
-            for summary in stack.enter_context(contextlib.closing(run_ranks(work, list(loaded), devices))):
+            ranks = run_ranks(work, list(loaded), devices, config.timeout, "suite {}".format)
+            for summary in filter(None, stack.enter_context(contextlib.closing(ranks))):
                 summaries[summary["dataset"]] = summary
         finally:  # show what is done, also where a suite fails
             paths = {job.name: job.output_path for job in jobs if not job.base} | suite_paths

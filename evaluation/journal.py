@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 
+from evaluation.workers import still_here
 from utils import note
 
 
@@ -74,3 +76,29 @@ class AnswerJournal:
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
         return records
+
+
+class RequestJournal(AnswerJournal):
+    """The answers of a model of lm-eval to its requests, by a hash of each. They are written every second."""
+
+    def __init__(self, output_path: Path, key: dict):
+        super().__init__(output_path, key)
+        self.waiting: dict[str, object] = {}
+        self.written = time.perf_counter()
+
+    def __exit__(self, *error) -> None:
+        self.flush()
+        super().__exit__(*error)
+
+    def keep_answer(self, request: str, answer: object) -> None:
+        self.waiting[request] = answer
+        if time.perf_counter() - self.written > 1:
+            self.flush()
+
+    def flush(self) -> None:
+        seconds, self.written = time.perf_counter() - self.written, time.perf_counter()
+        if self.waiting:
+            answers = [{"answer": answer} for answer in self.waiting.values()]
+            self.add({"indices": list(self.waiting), "results": answers, "seconds": seconds})
+        self.waiting = {}
+        still_here()

@@ -15,16 +15,18 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from logging.handlers import BufferingHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 from transformers import GenerationConfig
 
 from deepseek.files import suggest
 from evaluation.config import KNOWN, EvalConfig, is_task_file
 from evaluation.generation import generation_config
+from evaluation.journal import RequestJournal
 from training.data import Template
 from utils import import_extra, sentence
 
@@ -164,13 +166,18 @@ class SuiteAnswers:
         return len({sample["doc_id"] for sample in self.results["samples"][task]})
 
 
-def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteAnswers:
-    """Return the model's answers. Raises ValueError if the suite cannot be asked, as when the context is too short."""
+def evaluate_suite(
+    model, tokenizer, suite: Suite, config: EvalConfig, journal: RequestJournal | None = None
+) -> SuiteAnswers:
+    """Return the model's answers. What the journal holds already is not asked again.
+
+    Raises ValueError if the suite cannot be asked, as when the context is too short.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    samples, start = None, time.perf_counter()
+    samples, before, start = None, journal.seconds if journal else 0.0, time.perf_counter()
     if config.n_samples is not None:
         sizes = {name: len(task.eval_docs) for name, task in suite.tasks.items()}
         draw = random.Random(config.seed).sample
@@ -183,6 +190,8 @@ def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteA
         batch_size, most = config.eval_batch_size, config.suite_max_new_tokens
         options = {"tokenizer": tokenizer, "batch_size": batch_size, "softmax_dtype": "float32"}
         lm = HFLM(model, "causal", trust_remote_code=False, **options)
+        if journal is not None:
+            _keep_answers(lm, journal)
         warnings.clear()  # lm-eval warns that the model is in memory
         with _errors_of(suite.name):
             results = simple_evaluate(
@@ -200,7 +209,31 @@ def evaluate_suite(model, tokenizer, suite: Suite, config: EvalConfig) -> SuiteA
         notes = _notes(warnings)
     if config.num_fewshot is not None and set(results["n-shot"].values()) != {config.num_fewshot}:
         notes.append(f"num_fewshot={config.num_fewshot} is ignored where a task fixes its own at 0")
-    return SuiteAnswers(results, time.perf_counter() - start, notes)
+    return SuiteAnswers(results, before + time.perf_counter() - start, notes)
+
+
+def _keep_answers(lm, journal: RequestJournal) -> None:
+    """Let a model of lm-eval answer from the journal what it has answered before, and write down the rest."""
+    from lm_eval.api.model import hash_args
+
+    def keep(kind: str, request: tuple, answer: object) -> None:
+        journal.keep_answer(hash_args(kind, request), answer)
+
+    def answer(kind: str, ask: Callable, requests: list, **options) -> list:
+        keys = [hash_args(kind, request.args) for request in requests]
+        drawn = [kind == "generate_until" and request.args[1].get("do_sample", False) for request in requests]
+        known = [not random and key in journal.results for random, key in zip(drawn, keys)]
+        asked = iter(ask([request for request, here in zip(requests, known) if not here], **options))
+        return [_as_answer(journal.results[key]) if here else next(asked) for here, key in zip(known, keys)]
+
+    lm.set_cache_hook(SimpleNamespace(add_partial=keep))  # called after each answer
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, kind, functools.partial(answer, kind, getattr(lm, kind)))
+
+
+def _as_answer(record: dict) -> object:
+    answer = record["answer"]
+    return tuple(answer) if isinstance(answer, list) else answer
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ unit, and a group weighs its tasks as lm-eval does. The primary metric is the fi
 HellaSwag and ARC, as is usual. Intervals are 95 % bootstrap intervals over samples within each task.
 """
 
+import contextlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +21,12 @@ import numpy as np
 
 import esft
 from deepseek.files import named, write_json, write_jsonl
+from evaluation import generation, lm_eval_harness
 from evaluation.config import EvalConfig
 from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
+from evaluation.journal import RequestJournal
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
+from evaluation.runner import model_key
 from utils import environment, note
 
 PRIMARY = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "arc_easy": "acc_norm"}
@@ -197,20 +202,39 @@ def evaluate_suites(
 ) -> Iterator[dict]:
     """Evaluate a model on suites, write each one's results to its path (.jsonl) as soon as it is done, yield summaries.
 
-    An adapter is put on the model and stays there. `with_base` evaluates the base before that.
+    An adapter is put on the model and stays there. `with_base` evaluates the base before that. Until all suites are
+    done, the answers are kept beside the outputs, and an evaluation that was interrupted goes on from them.
     """
     base: dict[str, SuiteAnswers] = {}
-    if config.with_base:
-        with named(f"adapter {config.adapter_dir}"):
-            esft.check_base({"router": esft.router_fingerprint(model)}, config.adapter_dir)  # before the base answers
+    with contextlib.ExitStack() as stack:
+
+        def ask(suite: Suite, path: Path, of_base: bool) -> SuiteAnswers:
+            key = suite_key(config, suite, of_base, str(model.device))
+            journal = stack.enter_context(RequestJournal(path, key))
+            if journal.results:
+                note(f"{len(journal.results)} answers to {suite.name} are there from an interrupted evaluation")
+            return evaluate_suite(model, tokenizer, suite, config, journal)
+
+        if config.with_base:
+            with named(f"adapter {config.adapter_dir}"):
+                esft.check_base(
+                    {"router": esft.router_fingerprint(model)}, config.adapter_dir
+                )  # before the base answers
+            for suite in suites:
+                path = paths[suite.name].with_suffix(".base.jsonl")
+                base[suite.name] = ask(suite, path, of_base=True)
+                _write(suite, base[suite.name], None, config, path)
+        if config.adapter_dir:
+            model = esft.add_adapter(model, config.adapter_dir)
         for suite in suites:
-            base[suite.name] = evaluate_suite(model, tokenizer, suite, config)
-            _write(suite, base[suite.name], None, config, paths[suite.name].with_suffix(".base.jsonl"))
-    if config.adapter_dir:
-        model = esft.add_adapter(model, config.adapter_dir)
-    for suite in suites:
-        answers = evaluate_suite(model, tokenizer, suite, config)
-        yield _write(suite, answers, base.get(suite.name), config, paths[suite.name])
+            answers = ask(suite, paths[suite.name], of_base=False)
+            yield _write(suite, answers, base.get(suite.name), config, paths[suite.name])
+
+
+def suite_key(config: EvalConfig, suite: Suite, of_base: bool, device: str) -> dict:
+    """Return what decides a model's answers to the requests of a suite. Each request decides its own, too."""
+    key = model_key(config, of_base, device, [lm_eval_harness.__file__, esft.__file__, generation.__file__])
+    return {**key, "suite": suite.name, "version of lm-eval": importlib.metadata.version("lm_eval")}
 
 
 def _write(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, config: EvalConfig, path: Path) -> dict:

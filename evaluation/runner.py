@@ -55,16 +55,23 @@ class Job:
 
 def answer_key(config: EvalConfig, job: Job, device: str) -> dict:
     """Return all that decides the answers to a job and their scores. world_size and gpus_per_rank do not."""
-    folder, adapter = Path(config.base_model_path), None if job.base else config.adapter_dir
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     modules = (code_runner, templates, esft, generation, metrics)
     sources = [inspect.getfile(type(job.evaluator)), *(module.__file__ for module in modules)]
+    return {
+        **model_key(config, job.base, device, sources),
+        "dataset": hashlib.sha256(json.dumps(job.rows, default=str).encode()).hexdigest(),
+        "evaluator": config.evaluator or job.name,
+    }
+
+
+def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -> dict:
+    """Return what decides the answers of a model to any question, with this code (`sources`)."""
+    folder, adapter = Path(config.base_model_path), None if base else config.adapter_dir
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return {
         "model": str(folder.resolve()) if files else config.base_model_path,
         "model files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "adapter": adapter and {path.name: sha256(path) for path in sorted(Path(adapter).iterdir()) if path.is_file()},
-        "dataset": hashlib.sha256(json.dumps(job.rows, default=str).encode()).hexdigest(),
-        "evaluator": config.evaluator or job.name,
         **{name: getattr(config, name) for name in ANSWER_FLAGS},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "version of torch": torch.__version__,
@@ -88,7 +95,10 @@ def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], j
     bar, seconds, tokens = None, 0.0, 0
     with contextlib.ExitStack() as stack:
         work = functools.partial(_answer_share, config, jobs)
-        for part in stack.enter_context(contextlib.closing(run_ranks(work, left, devices))):
+        ranks = run_ranks(
+            work, left, devices, config.timeout, lambda item: f"samples {item[1]} of {jobs[item[0]].label}"
+        )
+        for part in stack.enter_context(contextlib.closing(ranks)):
             if bar is None:  # a model is loaded
                 bar = stack.enter_context(tqdm(total=total, initial=done, unit="sample", desc="evaluating"))
             if part is None:

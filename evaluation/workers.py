@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 
@@ -18,6 +19,9 @@ import transformers
 from tqdm import tqdm
 
 from utils import note, sentence
+
+TIMEOUT = 7200  # seconds
+_to_parent: Connection | None = None  # in a rank
 
 
 def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[str]]:
@@ -41,12 +45,25 @@ def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[
     return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
 
 
-def run_ranks(work: Callable[[list, list[str]], Iterator], items: list, devices: list[list[str]]) -> Iterator:
+def run_ranks(
+    work: Callable[[list, list[str]], Iterator],
+    items: list,
+    devices: list[list[str]],
+    timeout: float = TIMEOUT,
+    name: Callable[[object], str] = str,
+) -> Iterator:
     """Yield the messages of all ranks as they arrive. One rank runs in this process, several in a process each.
 
-    There is a rank for each entry of `devices`, but no more than items. All processes end when one fails, or when this
-    generator is closed. Raises ValueError for an error in a rank, in one sentence that names the rank, and
-    ChildProcessError for a rank that died.
+    There is a rank for each entry of `devices`, but no more than items. A message that is not None stands for the next
+    item of its rank. All processes end when one fails, or when this generator is closed.
+
+    Args:
+        timeout: seconds without a message after which one of several ranks counts as hung.
+        name: what an item is called in the error about a rank that hangs.
+
+    Raises:
+        ValueError: an error in a rank, in one sentence that names the rank.
+        ChildProcessError: a rank that died or hangs.
     """
     shares = [items[rank :: len(devices)] for rank in range(min(len(devices), len(items)))]
     if len(shares) == 1:
@@ -54,30 +71,33 @@ def run_ranks(work: Callable[[list, list[str]], Iterator], items: list, devices:
             yield from work(shares[0], devices[0])
         torch.cuda.empty_cache()  # the caller may load another model next
         return
-    context, processes, ranks = multiprocessing.get_context("spawn"), [], {}
+    context, processes, ranks, heard = multiprocessing.get_context("spawn"), [], {}, {}
+    left = [list(share) for share in shares]
     try:
         for rank, share in enumerate(shares):
             receiver, sender = context.Pipe(duplex=False)
             processes.append(context.Process(target=_run_rank, args=(rank, sender, work, share, devices[rank])))
             processes[rank].start()  # not a daemon: those may not have children, and some metrics start processes
             sender.close()  # the rank has the only copy now, so the pipe ends with the rank
-            ranks[receiver] = rank
+            ranks[receiver], heard[receiver] = rank, time.monotonic()
         while ranks:
-            for receiver in wait(list(ranks)):
+            ready = wait(list(ranks), timeout)
+            heard |= dict.fromkeys(ready, time.monotonic())
+            for receiver, rank in ranks.items():
+                if time.monotonic() - heard[receiver] >= timeout:
+                    raise _hung(rank, timeout, *map(name, left[rank][:1]))
+            for receiver in ready:
                 try:
                     message, error = receiver.recv()
                 except (EOFError, OSError):
                     rank = ranks.pop(receiver)
                     processes[rank].join()
                     if code := processes[rank].exitcode:
-                        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                        raise ChildProcessError(
-                            f"cannot go on: rank {rank} died ({cause}), perhaps of too little memory. Run the same "
-                            "command again, with a lower --world_size if need be: it goes on from what was kept."
-                        ) from None
+                        raise _died(rank, code) from None
                     continue
                 if error:
                     raise ValueError(f"rank {ranks[receiver]}: {error}")
+                del left[ranks[receiver]][: message is not None]
                 yield message
     finally:
         for process in processes:
@@ -85,8 +105,31 @@ def run_ranks(work: Callable[[list, list[str]], Iterator], items: list, devices:
             process.join()
 
 
+def _hung(rank: int, timeout: float, item: str = "its end") -> ChildProcessError:
+    return ChildProcessError(
+        f"cannot go on: rank {rank} has not answered for {timeout} seconds, at {item}. Run the same command again: it "
+        "goes on from what was kept. If it is only slow, give a larger --timeout."
+    )
+
+
+def _died(rank: int, code: int) -> ChildProcessError:
+    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return ChildProcessError(
+        f"cannot go on: rank {rank} died ({cause}), perhaps of too little memory. Run the same command again, with a "
+        "lower --world_size if need be: it goes on from what was kept."
+    )
+
+
+def still_here() -> None:
+    """Send None, the message of a rank that is at work on a long item. In a process without a rank, do nothing."""
+    if _to_parent is not None:
+        _to_parent.send_bytes(pickle.dumps((None, None)))
+
+
 def _run_rank(rank: int, sender: Connection, work: Callable, share: list, devices: list[str]) -> None:
     """Send (message, None) for each message of `work`, or (None, sentence) for its error."""
+    global _to_parent
+    _to_parent = sender
     multiprocessing.set_start_method("fork", force=True)  # the system's default, for metrics that start processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the parent ends this one
     parent = multiprocessing.parent_process()

@@ -1,11 +1,15 @@
 """The runner of several processes: its devices; what a rank sends arrives whole, whenever it is read."""
 
+import multiprocessing
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from evaluation.workers import plan_devices, run_ranks
+from evaluation import workers
+from evaluation.workers import plan_devices, run_ranks, still_here
 
 
 def send_tensors(share, _devices):
@@ -40,3 +44,53 @@ def test_no_gpu_where_one_was_asked_for(monkeypatch, capsys):
     assert not capsys.readouterr().err
     assert plan_devices("auto", 4, 2) == plan_devices("cpu", 4, 2) == [["cpu"]] * 4
     assert capsys.readouterr().err == "note: gpus_per_rank has no effect on the CPU\n" * 2
+
+
+def hang_at_three(share, _devices):
+    yield None  # as when the model is loaded
+    for number in share:
+        if number == 3:
+            time.sleep(600)
+        yield number
+
+
+def work_long(share, _devices):
+    for number in share:
+        for _ in range(3):
+            still_here()
+        yield number
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves by a wait in vain: for the last rank, once `over` is set."""
+
+    class Clock:
+        now, over = 0.0, False
+
+        def wait(self, receivers: list, timeout: float) -> list:
+            if not (self.over and len(receivers) == 1):
+                return wait(receivers)
+            self.now += timeout
+            return []
+
+    clock, wait = Clock(), workers.wait
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(workers, "wait", clock.wait)
+    return clock
+
+
+def test_a_rank_that_hangs_ends_all_and_is_named_with_its_item(clock):
+    found = []
+    sentence = "rank 0 has not answered for 5 seconds, at item 3. Run the same command"
+    with pytest.raises(ChildProcessError, match=re.escape(sentence)):
+        for message in run_ranks(hang_at_three, [1, 2, 3, 4], [["cpu"], ["cpu"]], 5, "item {}".format):
+            found.append(message)
+            clock.over |= message == 1
+    assert sorted(filter(None, found)) == [1, 2, 4] and not multiprocessing.active_children()
+
+
+def test_a_rank_that_works_long_says_so():
+    messages = list(run_ranks(work_long, [1, 2, 3], [["cpu"], ["cpu"]]))
+    assert sorted(filter(None, messages)) == [1, 2, 3] and messages.count(None) == 9
+    assert list(run_ranks(work_long, [1], [["cpu"]])) == [1]  # in this process there is nobody to tell
