@@ -59,7 +59,7 @@ def merge_adapter(
     """Write the checkpoint `base` with `adapters` in it to `output`, and return the number of tensors that changed.
 
     Args:
-        overwrite: replace what an earlier merge wrote there.
+        overwrite: replace an earlier merge there. A file in it that the merge did not write is refused.
         hard_links: link the weight files in which nothing changes to those of the base, where the file system can.
         keep_replaced: write what is overwritten to `output`/replaced.
         write_note: write what was merged to `output`/merged_from.json.
@@ -69,12 +69,7 @@ def merge_adapter(
             is in two of the adapters, or a tensor that the checkpoint does not hold, or holds in another shape or not
             as floating point numbers. Then nothing is written.
     """
-    replaces = overwrite and (output / NOTE).is_file()
-    filled = output.is_dir() and any(output.iterdir())
-    if output.resolve() == base.resolve() or (filled and not replaces):
-        hint = " or --overwrite" * (output / NOTE).is_file()
-        raise ValueError(f"cannot write {output}: it exists already. Give another --output_dir{hint}.")
-    check_output(output, folder=True)
+    replaces = check_free(output, overwrite and output.resolve() != base.resolve())
     model, stored = open_base(base)
     config, sources = read_adapters(model, adapters, finite=write_note)  # an unmerge gives back whatever was there
     places = find_places(model, config.experts, sources, stored)
@@ -98,12 +93,36 @@ def merge_adapter(
         if write_note:
             write_end_tokens(model, adapters, folder, kept)
             made = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "environment": environment()}
-            write_json(folder / NOTE, made)
+            write_json(folder / NOTE, {**made, "files": {name: path.stat().st_size for name, path in files_in(folder)}})
         else:
             restore_end_tokens(adapters[0], folder)
         if replaces:
             output.rename(folder.with_name("before"))  # deleted once the new folder is in its place
     return len(changed)
+
+
+def check_free(output: Path, overwrite: bool) -> bool:
+    """Return whether `output` holds a merge that may be replaced. Raise ValueError if anything else is there."""
+    check_output(output, folder=True)
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    is_merge = (output / NOTE).is_file()
+    if not (overwrite and is_merge):
+        hint = " or --overwrite" * is_merge
+        raise ValueError(f"cannot write {output}: it exists already. Give another --output_dir{hint}.")
+    made = read_json(output / NOTE).get("files", {})
+    if own := [name for name, path in files_in(output) if name != NOTE and made.get(name) != path.lstat().st_size]:
+        raise ValueError(
+            f"cannot overwrite {output}: its {NOTE} does not name {own[0]}, or names it with another size, so the "
+            "merge did not write it. Move it away, or give another --output_dir."
+        )
+    return True
+
+
+def files_in(folder: Path) -> list[tuple[str, Path]]:
+    """Return (name, path) of all that is not a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [(str(path.relative_to(folder)), path) for path in paths]
 
 
 def unmerge(merged: Path, output: Path, **options: bool) -> int:
@@ -233,7 +252,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       "expert, with expert_cfg.json and *.safetensors")  # fmt: skip
     what.add_argument("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
-    add("--overwrite", action="store_true", help="replace what an earlier merge left in --output_dir")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier merge in --output_dir; refused if another file is in it",
+    )
     add("--no_replaced", action="store_true", help="do not keep what the merge overwrites: saves disk space, but the "
         "result cannot be unmerged")  # fmt: skip
     add("--hard_links", action="store_true", help="share the disk space of unchanged weight files with the base, where "

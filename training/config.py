@@ -77,7 +77,7 @@ class RunConfig:
     attn_implementation: str | None = _key(None, "e.g. flash_attention_2; by default transformers chooses")
     save_opt_states: bool = _key(False, "keep optimizer states in checkpoints, to resume exactly")
     verify_frozen: bool = _key(False, "prove by hash that every frozen tensor kept its bits")
-    overwrite: bool = _key(False, "remove an earlier run in output_dir and start afresh")
+    overwrite: bool = _key(False, "remove an earlier run in output_dir and start afresh; other files are refused")
     training: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
 
     def __post_init__(self):

@@ -7,14 +7,17 @@ states can also be made longer (LENGTH), even when it is finished.
 """
 
 import dataclasses
+import fnmatch
 import json
 import os
+import re
 import shutil
 import statistics
 import warnings
 from pathlib import Path
 
 import esft
+from deepseek.adapters import BASE_NAME
 from deepseek.files import check_output, sha256, write_json
 from deepseek.fingerprint import checkpoint_note, difference
 from training.checkpoints import find_damage, list_checkpoints, step_of
@@ -36,6 +39,15 @@ LAYOUT = {
     "resume_from_checkpoint",
     "output_dir",  # a folder that was moved still holds the same run
 }
+WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkpoint; `overwrite` removes nothing else
+    *("run.json", "trainer_state.json", "training_args.bin", "manifest.json", "states/*", "optimizer.*", "scheduler.*"),
+    *("adapter*.safetensors", "adapter_config.json", esft.CONFIG_NAME, BASE_NAME, "config.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".lock", ".staging/*"),
+    *("completions/*.jsonl", "completions/*.json", "completions/.*.partial", ".*.json.*/*", ".*.safetensors.*/*"),
+    *(f"{folder}/*" for folder in SELECTION_FOLDERS),
+)
 PATHS = ("base_model_path", "train_dataset", "validation_dataset", "expert_config", "expert_scores_dir")
 LENGTH = {"max_steps", "num_train_epochs"}
 OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")  # schedules
@@ -69,6 +81,7 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
     differing += [f"base_model_path: {how}"] if (how := _other_base(note_now, before)) else []
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun: the folder is this run's own
     if config.overwrite and (differing or before.get("results") or not restarted):
+        check_removable(folder)
         return None, None
     results, checkpoints = before.get("results"), list_checkpoints(folder)
     longer = bool(checkpoints) and config.save_opt_states and _is_longer(differing, now, was, step_of(checkpoints[-1]))
@@ -177,13 +190,27 @@ def _identity(note: dict) -> dict:
     return kept | {"packs per step": note["packs_per_step"]}
 
 
+def check_removable(folder: Path) -> None:
+    """Raise ValueError if a run's folder holds a file that neither a run nor an evaluation of it writes."""
+    patterns = [*WRITTEN, *(["README.md"] if esft.is_lora(folder) else [])]  # peft's card
+    for path in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
+        name = re.sub(r"^checkpoint-\d+/", "", path.relative_to(folder).as_posix())
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            raise ValueError(
+                f"cannot overwrite {folder}: no run wrote {path.relative_to(folder)} in it. Move that away, or give a "
+                "fresh --output_dir."
+            )
+
+
 def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> None:
     """Remove what an earlier try left and this one does not go on from, and write run.json.
 
     The note of a run that was made longer also gets the steps at which that happened.
     """
     folder = Path(config.output_dir)
-    for path in folder.iterdir() if config.overwrite and not checkpoint else ():
+    if remove := config.overwrite and not checkpoint:
+        check_removable(folder)
+    for path in folder.iterdir() if remove else ():
         if path.name not in SELECTION_FOLDERS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in list_checkpoints(folder):

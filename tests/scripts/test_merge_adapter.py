@@ -67,6 +67,35 @@ def test_overwrite_replaces_what_a_merge_left_and_nothing_else(parts):
         script.merge_adapter(base, [adapter], out, overwrite=True)
 
 
+def grow(path):
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+OWN = {
+    "a file": lambda out: (out / "notes.txt").write_text("mine"),
+    "a card": lambda out: (out / "README.md").write_text("mine"),
+    "a hidden file": lambda out: (out / ".env").write_text("mine"),
+    "in a folder of the merge": lambda out: (out / script.REPLACED / "mine.json").write_text("{}"),
+    "in a folder of its own": lambda out: ((out / "a" / "b").mkdir(parents=True), (out / "a/b/c").write_text("mine")),
+    "a link that leads nowhere": lambda out: (out / "link").symlink_to("nowhere"),
+    "a link to a folder": lambda out: (out / "link").symlink_to(out.parent),
+    "other weights": lambda out: (out / "more.safetensors").write_bytes(b"mine"),
+    "an edited file": lambda out: grow(out / "tokenizer_config.json"),
+    "a note of an older merge": lambda out: (out / script.NOTE).write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_overwrite_does_not_touch_files_of_the_user(what, parts):
+    base, adapter, out = parts
+    script.merge_adapter(base, [adapter], out)
+    OWN[what](out)
+    before = everything_in(out.parent)
+    with pytest.raises(ValueError, match=r"cannot overwrite .* so the merge did not write it\. Move it away"):
+        script.merge_adapter(base, [adapter], out, overwrite=True)
+    assert everything_in(out.parent) == before
+
+
 def test_a_merge_that_changes_nothing_is_told(parts, tmp_path, capsys):
     base, adapter, out = parts
     script.merge_adapter(base, [adapter], out)
