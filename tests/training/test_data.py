@@ -102,7 +102,8 @@ def learned(encoded: Encoded, tokenizer) -> list[str]:
 def test_labels_are_the_answers_and_nothing_else(chat, template, before, end):
     tokenizer = chat(CHATML if template == "released" else template)
     sample = encode(TURNS, tokenizer, "released" if template == "released" else "chat")
-    assert learned(sample, tokenizer) == [before + m["content"] + end for m in TURNS[1::2]]
+    contents = [m["content"].strip() if template == "released" else m["content"] for m in TURNS[1::2]]
+    assert learned(sample, tokenizer) == [before + content + end for content in contents]
     assert len(sample.input_ids) == len(sample.labels) == len(sample)
 
 
@@ -128,8 +129,16 @@ def test_released_format_is_built_of_pieces(data_tokenizer):
     bos, eos = [data_tokenizer.bos_token_id], [data_tokenizer.eos_token_id]
     prompt = bos + ids("Be brief.\n\nUser: What is red?\n\nAssistant:")
     again = ids("User: And two?\n\nAssistant:")
-    answers = [ids(" A colour, 红色。\n\n") + eos, ids(" A number.") + eos]
-    sample = encode(system, data_tokenizer, "released")
+    answers = [
+        ids(" A colour, 红色。") + eos,
+        ids(" A number.") + eos,
+    ]  # without blanks around, as in the released code
+    padded = [message | {"content": f"\n{message['content']} "} for message in system]
+    sample = encode(padded, data_tokenizer, "released")
+    assert sample == encode(system, data_tokenizer, "released")
+    assert data.encode_prompt(" What is red?\n", data_tokenizer, "released") == bos + ids(
+        "User: What is red?\n\nAssistant:"
+    )
     assert sample.input_ids == prompt + answers[0] + again + answers[1]
     assert sample.labels == [IGNORE] * len(prompt) + answers[0] + [IGNORE] * len(again) + answers[1]
 
@@ -152,7 +161,7 @@ def test_prompt_at_generation_is_the_prompt_in_training(chat, template, answer):
         prompt = data.encode_prompt(TURNS[0]["content"], tokenizer, name)
         first = next(i for i, label in enumerate(sample.labels) if label != IGNORE)
         assert sample.input_ids[:first] == prompt
-        assert answer in learned(sample, tokenizer)[0]
+        assert (answer.strip() if name == "released" else answer) in learned(sample, tokenizer)[0]
 
 
 def test_rendered_prompt_is_taken_verbatim(chat):

@@ -190,7 +190,7 @@ class Template:
         if prompt.startswith("User: ") and prompt.endswith("Assistant:"):
             return bos + self._ids(prompt)
         if self.settings.template == "released":
-            return bos + self._ids(f"User: {prompt}\n\nAssistant:")
+            return bos + self._ids(f"User: {prompt.strip()}\n\nAssistant:")
         return self._ids(self._render([{"role": "user", "content": prompt}], answer_next=True))
 
     @functools.cached_property
@@ -352,7 +352,7 @@ class Template:
         eos, text, lost = self.tokenizer.eos_token, "", []
         pieces = [Piece(self.tokenizer.bos_token or "")]
         for message in messages:
-            role, content = message["role"], message["content"]
+            role, content = message["role"], message["content"].strip()
             if role == "assistant":
                 loss = _learned(message)
                 pieces += [*self._split(f"{text}Assistant:", spelled), *self._split(f" {content}", spelled, loss)]
