@@ -52,7 +52,7 @@ from evaluation.rubrics import RUBRICS
 from evaluation.run_folder import read_json
 from evaluation.runner import Job, answer_jobs, answer_key
 from evaluation.workers import plan_devices, run_ranks
-from utils import CommandParser, environment, note, run_cli
+from utils import CommandParser, environment, locked, note, run_cli
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -242,6 +242,8 @@ def run(config: EvalConfig) -> list[dict]:
         note(unjudged)  # now, and again below the table
     bases, summaries, failed = {}, {}, {}
     with contextlib.ExitStack() as stack:
+        for path in {*(job.output_path for job in jobs), *suite_paths.values()}:
+            stack.enter_context(locked(path))
         keys = [answer_key(config, job, devices[0][0]) for job in jobs]
         journals = [stack.enter_context(AnswerJournal(job.output_path, key)) for job, key in zip(jobs, keys)]
         answer_jobs(config, jobs, devices, journals)

@@ -31,14 +31,14 @@ import torch.distributed as dist
 import esft
 import utils
 from deepseek.files import write_json
-from deepseek.process_groups import SharedError, lost_contact
+from deepseek.process_groups import Ranks, SharedError, lost_contact
 from training.config import RunConfig, TrainingArguments, read_config, training_arguments
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
 from training.plan import Plan, join_processes, plan_run
-from training.run_folder import find_run, prepare_folder, results_of, run_note
+from training.run_folder import find_run, owned, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
@@ -56,6 +56,12 @@ def run(config: RunConfig) -> dict:
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
     """
     ranks = join_processes(config)
+    with owned(config.output_dir, ranks):
+        return run_steps(config, ranks)
+
+
+def run_steps(config: RunConfig, ranks: Ranks) -> dict:
+    """Call the steps of a run, one after the other, in a folder that belongs to it alone. Return its results."""
     args = ranks.run_or_fail_together(lambda: training_arguments(config))
     to_select = config.method == "esft" and not config.expert_config
     if to_select:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -88,21 +89,57 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[int]:
-    """Lock `folder` against other runs of `what`, and yield the lock's file descriptor.
+def locked(output: str | Path) -> Iterator[int | None]:
+    """Own a file or a folder that is written, in a `with` block. Yield the lock's file descriptor.
 
-    A child process that inherits the descriptor keeps the lock, even after this process was killed.
+    The lock is a hidden file beside `output`. It ends with this process, even if that is killed. Forks do not keep it,
+    but a command that inherits the descriptor does. A pipe or a device has no lock: None is yielded.
+
+    Raises:
+        ValueError: another process owns it. The message names that process.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"cannot use {folder}: another {what}, or a command it started, is using it. Wait for it, or give "
-                "another folder."
-            ) from None
+    output = Path(output).resolve()
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        yield None
+        return
+    path = output.with_name(f".{output.name}.lock")
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while (file := _lock(path, output)) is None:
+        pass
+    os.register_at_fork(after_in_child=file.close)
+    try:
+        file.truncate(0)
+        file.write(f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}")
+        file.flush()
         yield file.fileno()
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        with contextlib.suppress(OSError):  # a folder that is no longer empty
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(path: Path, output: Path) -> IO | None:
+    """Return the locked file at `path`; None if its owner removed it meanwhile."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        with file:
+            raise ValueError(
+                f"cannot write {output}: another run is at work there ({file.read()}, or a command that it started). "
+                "Wait for its end, or give another path."
+            ) from None
+    except OSError as error:  # some file systems of clusters have no locks
+        note(f"{path} cannot be locked ({error.strerror}): start no second run in {output}")
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    file.close()
+    return None
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

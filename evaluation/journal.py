@@ -1,7 +1,6 @@
 """The finished batches of an evaluation, in a file from which an interrupted evaluation goes on."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -17,7 +16,6 @@ class AnswerJournal:
     They are kept in a hidden file beside the output. Its lines are `key`, which is all that decides the answers, and
     then {"indices", "results", "seconds"} of each batch. A file with another key starts over. A batch with an error in
     it is answered again. The `with` block removes the file at its end, unless an exception ends it or `keep` is set.
-    Raises ValueError where another process uses the file.
     """
 
     keep = False
@@ -28,10 +26,6 @@ class AnswerJournal:
         self.results: dict[int, dict] = {}
         self.seconds = 0.0
         self.file = open(self.path, "a+b")  # noqa: SIM115
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"cannot use {self.path}: another evaluation does. Give another --output_path.") from None
         found, *records = self._read() or [None]
         if found == key:
             for record in records:
@@ -50,7 +44,7 @@ class AnswerJournal:
     def __exit__(self, error_type, *_) -> None:
         if (error_type is None and not self.keep) or not self.results:
             self.path.unlink()
-        self.file.close()  # releases the lock
+        self.file.close()
 
     @property
     def all_failed(self) -> bool:

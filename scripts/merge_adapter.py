@@ -33,7 +33,7 @@ from deepseek.checkpoint_files import Place, find_places, load_routers, open_bas
 from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
-from utils import command_parser, environment, note, run_cli
+from utils import command_parser, environment, locked, note, run_cli
 
 NOTE = "merged_from.json"  # says what was merged, and marks its folder as a merge
 REPLACED = "replaced"  # the folder in it that holds what the merge overwrote
@@ -268,10 +268,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     base, output = args.base_model_path, args.output_dir
     options = {"overwrite": args.overwrite, "hard_links": args.hard_links}
-    if args.unmerge:
-        changed = unmerge(base, output, **options)
-    else:
-        changed = merge_adapter(base, args.adapter_dir, output, keep_replaced=not args.no_replaced, **options)
+    with locked(output):
+        if args.unmerge:
+            changed = unmerge(base, output, **options)
+        else:
+            changed = merge_adapter(base, args.adapter_dir, output, keep_replaced=not args.no_replaced, **options)
     print(f"{output}: {changed} tensors of {base} replaced or edited")
 
 

@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     check(args, methods, datasets)
     keys = training_keys(args, methods)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
-    with locked(folder, "pipeline") as lock:
+    with locked(folder) as lock:
         run_stages(args, Stages(folder, lock), folder, keys, datasets)
         write_results(args, folder, list(keys), datasets)
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepseek.files import check_output, write_text
 from evaluation.figures import BASE, colours_of, draw_experts, figure_to_svg, new_figure, plot_losses, plot_means
 from evaluation.run_folder import Evaluation, Run, Trained, read_run, same_questions
-from utils import command_parser, positive, run_cli
+from utils import command_parser, locked, positive, run_cli
 
 FOLDER = Path(__file__).parent
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -134,9 +134,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
     output = Path(args.output or Path(args.runs[0]) / "report.html")
-    text = page(args.runs, args.n_samples, args.seed)
     check_output(output)
-    write_text(output, text)
+    with locked(output):
+        text = page(args.runs, args.n_samples, args.seed)
+        write_text(output, text)
     print(f"written to {output} ({len(text.encode()) / 1024:,.0f} KiB)")
     return output
 

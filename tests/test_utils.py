@@ -1,11 +1,14 @@
 """utils.py and deepseek/files.py: whole files or none, errors in one sentence, the environment of a result."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -194,3 +197,92 @@ def test_a_warning_is_one_line():
     script = "import utils, warnings\nutils.run_cli(lambda: warnings.warn('the index is not read'))"
     ended = subprocess.run([sys.executable, "-c", script], cwd=utils.ROOT, capture_output=True, text=True, check=True)
     assert ended.stderr == "warning: the index is not read\n"
+
+
+# ---- one owner of an output
+
+OWNER = """
+import os, sys, time, utils
+with utils.locked(sys.argv[1]):
+    if not os.fork():  # as a worker of a DataLoader, which ends some time after the run
+        time.sleep(60)
+    print("at work", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_output_has_one_owner_until_that_ends(tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+    with utils.locked(out):
+        assert not out.exists()
+        for other in (out, tmp_path / "a" / "b" / ".." / "b" / "out"):
+            with pytest.raises(
+                ValueError, match=r"cannot write .*out: another run is at work there \(.*process \d+ on"
+            ):
+                utils.locked(other).__enter__()
+        with utils.locked(out.with_name("other")):
+            pass
+    assert os.listdir(tmp_path) == []  # nor an empty folder that was made for it
+    with pytest.raises(KeyError), utils.locked(out):
+        out.mkdir()
+        raise KeyError
+    with utils.locked(out):
+        assert os.listdir(out) == []
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_an_owner_may_be_known_under_another_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    with utils.locked(tmp_path / "out"), pytest.raises(ValueError, match="another run is at work"):
+        utils.locked(tmp_path / "link").__enter__()
+
+
+def test_an_owner_that_is_killed_leaves_nothing_locked(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / "out"], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "at work\n"
+        (child,) = psutil.Process(owner.pid).children()
+        try:
+            with pytest.raises(ValueError, match=f"process {owner.pid} on"):
+                utils.locked(tmp_path / "out").__enter__()
+            owner.kill()
+            owner.wait()
+            assert child.is_running()
+            with utils.locked(tmp_path / "out"):
+                pass
+        finally:
+            owner.kill()
+            child.kill()
+    assert os.listdir(tmp_path) == []
+
+
+def test_of_two_that_begin_as_an_owner_ends_one_owns(tmp_path, monkeypatch):
+    """The second opened the lock before the first removed it, and must not own a file that is gone."""
+    flock, first = fcntl.flock, utils.locked(tmp_path / "out")
+    first.__enter__()
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.__exit__(None, None, None)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with utils.locked(tmp_path / "out"):
+        assert os.listdir(tmp_path) == [".out.lock"]
+        with pytest.raises(ValueError, match="another run is at work"):
+            utils.locked(tmp_path / "out").__enter__()
+
+
+def test_pipes_and_file_systems_without_locks_are_written_all_the_same(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for pipe in (tmp_path / "pipe", "/dev/null"):
+        with utils.locked(pipe):
+            assert os.listdir(tmp_path) == ["pipe"]
+
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with utils.locked(tmp_path / "out"):
+        pass
+    assert "cannot be locked (Function not implemented): start no second run" in capsys.readouterr().err

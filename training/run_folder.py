@@ -6,6 +6,7 @@ that is the same but LAYOUT, the keys that say how it lies on its processes and 
 states can also be made longer (LENGTH), even when it is finished.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -14,12 +15,14 @@ import re
 import shutil
 import statistics
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import esft
 from deepseek.adapters import BASE_NAME
 from deepseek.files import check_output, sha256, write_json
 from deepseek.fingerprint import checkpoint_note, difference
+from deepseek.process_groups import Ranks
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
 from training.data import dataset_files, is_known
@@ -28,7 +31,7 @@ from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
 from training.trainer import ESFTTrainer
-from utils import note, peak_memory_bytes
+from utils import locked, note, peak_memory_bytes
 
 LAYOUT = {
     *("ep_size", "placement", "expert_scores_dir", "shard_dense", "activation_checkpointing", "ddp_timeout"),
@@ -53,6 +56,18 @@ LENGTH = {"max_steps", "num_train_epochs"}
 OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")  # schedules
 
 
+@contextlib.contextmanager
+def owned(folder: str, ranks: Ranks) -> Iterator[None]:
+    """Own an output folder in a `with` block. Rank 0 locks it, and all ranks raise where that fails.
+
+    Raises:
+        ValueError: no folder can be written there, or another run is at work in it.
+    """
+    with contextlib.ExitStack() as stack:
+        ranks.on_rank_zero(lambda: check_output(folder, folder=True) or stack.enter_context(locked(folder)))
+        yield
+
+
 def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
     """Return (the checkpoint to go on from, the results of a finished run) of what the output folder holds.
 
@@ -60,7 +75,6 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
         ValueError: the folder holds another run, or files that no run of ours wrote.
     """
     folder, asked = Path(config.output_dir), config.training.get("resume_from_checkpoint")
-    check_output(folder, folder=True)
     made = [*folder.iterdir()] if folder.exists() else []
     if all(path.name.startswith(".") or path.name in SELECTION_FOLDERS for path in made):
         if asked not in (None, "false"):

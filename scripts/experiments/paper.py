@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     check_output(args.work_dir, folder=True)
     if args.output:
         check_output(f"{args.output}_a.md")
-    with locked(Path(args.work_dir), "paper.py"):
+    with locked(args.work_dir):
         lab = Lab(args)
         runs = make_runs(lab)
         tables = {}

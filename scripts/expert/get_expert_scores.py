@@ -29,7 +29,7 @@ from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import plan_devices
 from training.data import TemplateSettings, add_template_flags, template_settings
-from utils import command_parser, counted, environment, markdown_table, note, positive, run_cli
+from utils import command_parser, counted, environment, locked, markdown_table, note, positive, run_cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -103,8 +103,14 @@ def note_replaced(path: Path, meta: dict) -> None:
 
 def main(argv: list[str] | None = None) -> ExpertScores:
     args = parse_args(argv)
+    check_output(Path(args.output_dir) / "summary.json")
+    with locked(args.output_dir):
+        return write_scores(args)
+
+
+def write_scores(args: argparse.Namespace) -> ExpertScores:
+    """Score the experts, write and print the scores, and return them."""
     output_path = Path(args.output_dir) / "summary.json"
-    check_output(output_path)
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     model = empty_model(args.base_model_path)
     RouterCapture(model, args.prob)  # raises for a model that it cannot count, before any weight is read

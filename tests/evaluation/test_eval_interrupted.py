@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import esft
-from evaluation.journal import AnswerJournal
 from tests.helpers import ROOT, contents, run_eval, stop_after, untimed, write_rows
-from utils import run_cli
+from utils import locked, run_cli
 
 
 def gone(pid: int) -> bool:
@@ -136,8 +135,11 @@ def test_finished_datasets_are_not_answered_again(model_dir, tmp_path, watched, 
 
 
 def test_two_evaluations_cannot_share_an_output(model_dir, eval_file, tmp_path):
-    with AnswerJournal(tmp_path / "out.jsonl", {}), pytest.raises(ValueError, match="another evalua"):
-        run_eval(model_dir, eval_file, tmp_path / "out.jsonl")
+    with locked(tmp_path / "out.jsonl"):
+        with pytest.raises(ValueError, match="another run is at work there"):
+            run_eval(model_dir, eval_file, tmp_path / "out.jsonl")
+        run_eval(model_dir, eval_file, tmp_path / "other.jsonl")
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == []
 
 
 def test_another_adapter_in_the_same_folder_starts_over(tiny_model, tiny_model_dir, tmp_path, monkeypatch, capsys):

@@ -168,7 +168,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
         patch.setattr(paper_runs, "digest", lambda path: "other" if path.name == "law.jsonl" else "same")
         assert trained() == 2 * 5
         assert [words[0] for words in commands].count("scripts/expert/get_expert_scores.py") == 1  # and experts anew
-    with locked(tmp_path, "paper.py"), pytest.raises(ValueError, match=r"another paper\.py, .* is using it"):
+    with locked(tmp_path), pytest.raises(ValueError, match="another run is at work there"):
         paper.main(flags)
 
 

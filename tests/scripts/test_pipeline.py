@@ -152,13 +152,13 @@ def test_a_folder_has_one_pipeline_at_a_time(killed, at_work, tmp_path, capsys):
         at_work.kill()
         at_work.wait()
     with pytest.raises(SystemExit) as stop:
-        pipeline.run_cli(lambda: pipeline.locked(tmp_path, "pipeline").__enter__())
+        pipeline.run_cli(lambda: pipeline.locked(tmp_path).__enter__())
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "another pipeline" in error and error.count("\n") == 1
+    assert stop.value.code == 2 and "another run is at work there" in error and error.count("\n") == 1
     stage.terminate()
     at_work.stdout.read()  # to its end: the stage is gone
     at_work.wait()
-    with pipeline.locked(tmp_path, "pipeline"):
+    with pipeline.locked(tmp_path):
         pass
 
 
