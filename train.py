@@ -130,11 +130,7 @@ def finish_run(
     trainer.write_on_first(trainer.save_state)
     results = results_of(trainer, loaded, plan, frozen_verified=hashes is not None)
     trainer.write_on_first(lambda: write_json(Path(config.output_dir, "run.json"), {**note, "results": results}))
-    best = (
-        f" at step {results['best_step']}, the best"
-        if trainer.args.load_best_model_at_end and results["best_step"]
-        else ""
-    )
+    best = f" at step {results['best_step']}, the best checkpoint" if results["best_step"] else ""
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
     logger.info(f"{results['steps']} steps{loss}; {kind} in {config.output_dir}")

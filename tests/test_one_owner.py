@@ -39,5 +39,12 @@ def test_a_command_leaves_the_output_of_another_alone(files, tmp_path, capsys, n
     command, words = COMMANDS[name]
     write_rows(files / "eval.jsonl", ["a"] * 6)
     with utils.locked(tmp_path / "out.jsonl"):
-        refused(capsys, command.main, words(files, tmp_path / "out.jsonl"), "cannot write", AT_WORK, f"process {os.getpid()}")
+        refused(
+            capsys,
+            command.main,
+            words(files, tmp_path / "out.jsonl"),
+            "cannot write",
+            AT_WORK,
+            f"process {os.getpid()}",
+        )
     assert os.listdir(tmp_path) == []

@@ -246,7 +246,7 @@ def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_ver
     return {
         **count_trained(loaded.model),
         "steps": state.global_step,
-        "best_step": state.best_global_step,
+        "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,
         "train_loss": statistics.fmean(entry["loss"] for entry in state.log_history if "loss" in entry),
         "eval_loss": trainer.eval_losses.get(state.global_step),
         "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,

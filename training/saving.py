@@ -7,10 +7,16 @@ A checkpoint (checkpoints.py says what is in it) is written in a staging folder 
 
 A rank that cannot write, since its disk is full, still takes part in what the ranks do together. They agree after each
 part, and all end with the error of the one that failed.
+
+The best checkpoint is the one of the lowest validation loss in the run's folder, wherever that was moved to. Trainer
+notes a path instead, and the step of an evaluation that may have no checkpoint.
 """
 
+import functools
 import json
+import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +45,7 @@ class SavingTrainer(Trainer):
         self.eval_losses: dict[int, float] = {}  # by step, of the weights at hand
         self._staging: Path | None = None
         self._failure: str | None = None  # why this rank could not write
+        self._damaged: dict[Path, str] = {}  # checkpoints that cannot be the best, and why
 
     def _get_output_dir(self, trial):
         return str(self._staging or super()._get_output_dir(trial))
@@ -67,9 +74,8 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         run_dir, writes = Path(self.args.output_dir), self.args.should_save
         final = run_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
-        best, self._staging = self.state.best_model_checkpoint, run_dir / ".staging"
+        best = self._note_best(final)
+        self._staging = run_dir / ".staging"
         staged = self._staging / final.name
         try:
             if writes:
@@ -78,22 +84,61 @@ class SavingTrainer(Trainer):
             self._agree(final)
             self._writing(lambda: super(SavingTrainer, self)._save_checkpoint(model, trial))
             self._agree(final)
-            self.state.best_model_checkpoint = best  # Trainer noted the staging folder
+            self.state.best_model_checkpoint = None  # a path, which would be wrong after a move
             if writes:
-                self._writing(lambda: self._publish(staged, final))
+                self._writing(lambda: self._publish(staged, final, best))
             self._agree(final)
         finally:
             if writes:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
-    def _publish(self, staged: Path, final: Path) -> None:
+    def _publish(self, staged: Path, final: Path, best: Path | None) -> None:
         self.state.save_to_json(str(staged / "trainer_state.json"))
         checkpoints.write_manifest(staged)
         if final.exists():  # damaged, or of the same step: it goes when the new one is there
             final.rename(self._staging / "replaced")
         staged.rename(final)
-        rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, best and str(best))
+
+    def _note_best(self, written: Path | None = None, verify: bool = False) -> Path | None:
+        """Note in the state of all ranks which checkpoint is the best, and return its path.
+
+        `written` counts, too: it is about to be there. With `verify`, a damaged checkpoint is not taken.
+        """
+        if self.args.metric_for_best_model is None:
+            return None
+        best, loss = self.ranks.on_rank_zero(functools.partial(self._find_best, written, verify))
+        self.state.best_global_step, self.state.best_metric = best and checkpoints.step_of(best), loss
+        return best
+
+    def _find_best(self, written: Path | None, verify: bool) -> tuple[Path, float] | tuple[None, None]:
+        history = self.state.log_history
+        losses = {entry["step"]: entry["eval_loss"] for entry in history if entry.get("eval_loss", math.nan) < math.inf}
+        saved = {*checkpoints.list_checkpoints(Path(self.args.output_dir)), *([written] if written else [])}
+        by_step = {checkpoints.step_of(path): path for path in saved - self._damaged.keys()}
+        for loss, step in sorted((losses[step], step) for step in by_step.keys() & losses.keys()):
+            path = by_step[step]
+            if not (reason := checkpoints.find_damage(path) if verify else None):
+                return path, loss
+            self._damaged[path] = reason
+        return None, None
+
+    def check_best(self) -> Path | None:
+        """Return the best checkpoint, which is whole. Warn if it takes the place of one that is gone or damaged."""
+        was, best = self.state.best_global_step, self._note_best(verify=True)
+        if was and was != self.state.best_global_step:
+            lost = Path(self.args.output_dir, f"checkpoint-{was}")
+            reason = f"is damaged ({self._damaged[lost]})" if lost in self._damaged else "is missing"
+            instead = f"{best.name} takes its place" if best else "no other takes its place"
+            warnings.warn(f"the best checkpoint, {lost}, {reason}: {instead}", stacklevel=2)
+        return best
+
+    def _finalize_training(self, *args, **kwargs):
+        ended = self.state.global_step >= self.state.max_steps
+        best = self.check_best() if ended and self.args.load_best_model_at_end else None
+        self.state.best_model_checkpoint = best and str(best)
+        return super()._finalize_training(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Let rank 0 write the model, or the adapter after it gathered the tensors of the other ranks."""

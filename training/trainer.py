@@ -218,6 +218,7 @@ class ESFTTrainer(SavingTrainer):
         if self.before_first_step:
             self.write_on_first(self.before_first_step)
             self.before_first_step = None
+            self.check_best()
         self._batches.epoch = kwargs["epoch"]
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)

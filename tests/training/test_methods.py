@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import esft
 from tests.helpers import EXPERTS, arguments, at_step, config_of, fails, losses, make_model, trainer_of, weights
+from tests.rank_helpers import log_worse
 from training.methods import frozen_hashes
 from training.trainer import ESFTTrainer
 
@@ -92,17 +93,11 @@ def test_lora_adapts_all_but_head_and_routers_and_loads_in_peft(files, start, mo
 
 @pytest.mark.parametrize("method", ["esft", "random", "full", "lora"])
 def test_the_best_model_is_what_stays(start, monkeypatch, method):
-    evaluate = ESFTTrainer.evaluate
-
-    def ever_worse(self, *args, **kwargs):
-        metrics = evaluate(self, *args, **kwargs)
-        return {"eval_loss": metrics["eval_loss"] + self.state.global_step}
-
-    monkeypatch.setattr(ESFTTrainer, "evaluate", ever_worse)
+    monkeypatch.setattr(ESFTTrainer, "log", log_worse)
     result = start(method=method, load_best_model_at_end=True, save_total_limit=1, max_steps=4)
     rows = json.loads((start.folder / "out" / "trainer_state.json").read_text())["log_history"]
     second, last, restored = (row["eval_loss"] for row in rows if "eval_loss" in row)
-    assert second == restored == result["eval_loss"] != last
+    assert second - 2 == pytest.approx(restored - 4) == pytest.approx(result["eval_loss"]) != pytest.approx(last - 4)
     assert result["best_step"] == 2
     left, right = weights(start.folder / "out"), weights(start.folder / "out" / "checkpoint-2")
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
