@@ -42,7 +42,7 @@ from training.run_folder import find_run, owned, prepare_folder, results_of, run
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
-FEW_STEPS = 10  # fewer than these are told
+FEW_STEPS = 50  # fewer than these are told
 
 
 def run(config: RunConfig) -> dict:
@@ -85,8 +85,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         packs, eval_packs = packs.split(), eval_packs.split()
     log_model(loaded.model, config, packs)
 
-    if args.max_steps <= 0:
-        tell_few_steps(args, len(packs), packs_per_step)
+    tell_few_steps(args, len(packs), packs_per_step)
 
     generation = loaded.model.generation_config
     generation.eos_token_id = Template(tokenizer, template_settings(config)).end_tokens(generation)
@@ -111,11 +110,19 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
 
 
 def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
-    """Say so if a run that counts in epochs is too short to learn anything."""
-    steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
-    if steps < FEW_STEPS:
+    """Say so if a run is too short to learn much."""
+    how, steps = f"max_steps={args.max_steps}", args.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
         how = f"{utils.counted(packs, 'pack')}, {packs_per_step} per step, {args.num_train_epochs:g} epochs"
-        logger.info(f"  only {utils.counted(steps, 'optimizer step')}: {how}. Raise epochs, or lower batch_size")
+    if steps < FEW_STEPS:
+        more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower batch_size"
+        rate = f"a learning rate of at most {args.learning_rate:g}"
+        logger.info(
+            f"  only {utils.counted(steps, 'optimizer step')} ({how}) at {rate} teach little. {more}, or raise it"
+        )
+    if args.get_warmup_steps(steps) >= steps:
+        logger.info(f"  the warmup takes the whole run, so the learning rate stays below {args.learning_rate:g}")
 
 
 def finish_run(

@@ -21,7 +21,7 @@ from training.config import RunConfig
 from training.data import Packs
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts
-from utils import counted, log_to_stdout
+from utils import counted, log_to_stdout, size
 
 logger = logging.getLogger("esft")
 
@@ -79,6 +79,9 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
     layouts = possible_layouts(config, empty, ranks.world_size)
     plan = Plan(empty, experts, frozen_dtype, args.device, *layouts[0])
     budget = memory_of_a_process(args.device)
+    most = layouts[-1][0]
+    if config.ep_size == "auto" and budget is None and most > 1:
+        logger.info(f"  ep_size=auto is 1 on a CPU: every process holds all experts. ep_size={most} shares them out")
     if len(layouts) == 1 or budget is None:
         return plan
     budget = min(ranks.gather(budget))
@@ -113,17 +116,16 @@ def first_that_fits(
         for ep_size, checkpointing in layouts:
             settings = dataclasses.replace(settings, ep_size=ep_size, activation_checkpointing=checkpointing)
             memory = estimator.estimate(settings)
-            tried.append(
-                f"{memory.peak / 2**30:,.2f} with {ep_size=} activation_checkpointing={str(checkpointing).lower()}"
-            )
+            how = f"{ep_size=} activation_checkpointing={str(checkpointing).lower()}"
+            tried.append(f"{size(memory.peak)} with {how}")
             if memory.peak <= budget:
                 break
         saving = ", ".join(f"{key}={str(value).lower()}" for key, value in estimator.ladder(settings))
     except Exception as error:  # an estimate is advice, and no run fails without it
         logger.info(f"  memory of a process could not be estimated: {(str(error) or repr(error)).splitlines()[0]}")
         return dict(zip(("ep_size", "activation_checkpointing"), layouts[-1]))
-    logger.info(f"  memory of a process (GiB, of {budget / 2**30:,.1f}), estimated: {'; '.join(tried)}")
-    logger.info("    " + ", ".join(f"{kind} {size}" for kind, size in memory.sizes().items()))
+    logger.info(f"  memory of a process, of {size(budget)}, estimated: {'; '.join(tried)}")
+    logger.info("    " + ", ".join(f"{kind} {part}" for kind, part in memory.sizes().items()))
     if memory.peak > budget:
         warnings.warn(f"it may run out of memory; what saves some: {saving}", stacklevel=2)
     return {"ep_size": ep_size, "activation_checkpointing": checkpointing, "memory": memory, "saving": saving}

@@ -131,7 +131,10 @@ def test_on_a_cpu_nothing_is_estimated(plan, monkeypatch):
 
     monkeypatch.setattr(Estimator, "estimate", broken)
     found, said = plan(4, None, ep_size="auto", activation_checkpointing="auto")
-    assert (found.ep_size, found.activation_checkpointing, found.memory, said) == (1, False, None, [])
+    assert (found.ep_size, found.activation_checkpointing, found.memory) == (1, False, None)
+    assert said == ["  ep_size=auto is 1 on a CPU: every process holds all experts. ep_size=4 shares them out"]
+    for world, keys in ((1, {"ep_size": "auto"}), (4, {"ep_size": 1}), (4, {"ep_size": "auto", "method": "full"})):
+        assert not plan(world, None, **keys)[1]
     assert memory_of_a_process(torch.device("cpu")) is None
 
 
