@@ -37,7 +37,7 @@ from training.data import Template, eval_file_of, held_out_questions, load_data,
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
-from training.plan import Plan, join_processes, plan_run
+from training.plan import Plan, join_processes, open_empty, plan_run
 from training.run_folder import find_run, owned, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
@@ -72,12 +72,13 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         logger.info(f"{config.output_dir} holds this run already, finished: nothing to do")
         return results
 
+    empty = ranks.run_or_fail_together(lambda: open_empty(config, ranks))
     tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
     packs, eval_packs = load_data(tokenizer, config, ranks)
     if to_select and not checkpoint:
         ranks.on_rank_zero(lambda: score_and_select(config))
 
-    plan = plan_run(config, args, packs, ranks)
+    plan = plan_run(config, args, packs, ranks, empty)
     args.activation_checkpointing = plan.activation_checkpointing
     ranks = ranks.with_experts(plan.ep_size, config.timeout)
     loaded = load_model(config, plan, ranks)

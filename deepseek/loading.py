@@ -115,10 +115,10 @@ def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
     )
 
 
-def empty_model(path: str | Path) -> nn.Module:
+def empty_model(path: str | Path, attention: str | None = None) -> nn.Module:
     """Return the model of a folder or a hub id without weights, on the meta device. Raise as `load_base_model`."""
-    config = load_config(path)
-    return _load(lambda _, **options: model_of(config, **options), path)
+    config, given = load_config(path), {"attn_implementation": attention} if attention else {}
+    return _load(lambda _, **options: model_of(config, **options), path, **given)
 
 
 def model_of(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options) -> nn.Module:
