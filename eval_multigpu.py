@@ -39,7 +39,7 @@ from transformers import HfArgumentParser
 
 import esft
 from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
-from deepseek.files import check_output, write_json, write_jsonl
+from deepseek.files import check_output, read_json, write_json, write_jsonl
 from deepseek.loading import empty_model, load_config
 from evaluation import code_runner
 from evaluation.config import EvalConfig, fill_from_run
@@ -49,8 +49,7 @@ from evaluation.lm_eval_harness import Suite, load_suites
 from evaluation.lm_eval_results import evaluate_share
 from evaluation.results import compare, format_results, summarize
 from evaluation.rubrics import RUBRICS
-from evaluation.run_folder import read_json
-from evaluation.runner import Job, answer_jobs, answer_key, check_template
+from evaluation.runner import Job, answer_jobs, answer_key
 from evaluation.workers import plan_devices, run_ranks
 from utils import CommandParser, environment, locked, note, run_cli
 
@@ -136,7 +135,6 @@ def plan_jobs(config: EvalConfig) -> list[Job]:
     if any(isinstance(job.evaluator, (CodeEvaluator, EvaluatorByRow)) for job in jobs) and config.allow_code_execution:
         network = "without network" if code_runner.isolated() else "with your network"
         note(f"programs that the model writes are run with your rights, {network}, and limits; this is not a sandbox")
-    check_template(config, jobs)
     base = [dataclasses.replace(j, output_path=j.output_path.with_suffix(".base.jsonl"), base=True) for j in jobs]
     return [*base, *jobs] if config.with_base else jobs
 

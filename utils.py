@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -48,8 +49,19 @@ def run_cli(main: Callable[[], object]) -> None:
         shared, rank = getattr(error, "shared", False), os.environ.get("RANK")
         if not shared or os.environ.get("LOCAL_RANK", "0") == "0":
             who = f"rank {rank}: " if rank and not shared else ""
-            print(f"error: {who}{' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {who}{reason_of(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's text in one line. The system's own errors name a file, but not what cannot be done."""
+    text = str(error)
+    if isinstance(error, shutil.Error):  # of several files
+        source, _, cause = error.args[0][0]
+        text = f"cannot copy {source:.200}: {cause:.200}"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"cannot use {error.filename!s:.200}: {error.strerror}"
+    return " ".join(text.split())
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -153,11 +165,6 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def size(nbytes: float) -> str:
-    """Return "1.25 GiB", or "300.10 MiB" for less than 1 GiB."""
-    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.2f} MiB"
-
-
 def note(text: str) -> None:
     """Print a remark on stderr, beside the output of a command; under torchrun, from rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
@@ -178,8 +185,15 @@ def log_to_stdout(rank: int) -> None:
 
 def positive(text: str) -> int:
     """Convert a flag to a whole number above 0, as argparse's `type`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number above 0 and below 2**31")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    """Convert a flag to a whole number from 0 that every generator takes, as argparse's `type`."""
+    if not text.isdecimal() or not int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 0 and below 2**32")
     return int(text)
 
 
@@ -272,5 +286,5 @@ def peak_memory_bytes() -> int:
 
 def sentence(error: Exception) -> str:
     """Return an error's text in one line, with its type where the text was not written for users."""
-    text = " ".join(str(error).split())
+    text = reason_of(error)
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"

@@ -18,8 +18,12 @@ def check_output(path: str | Path, folder: bool = False) -> None:
     """Raise ValueError if no file (or folder) can be written to `path`. Call this before hours of work."""
     path = Path(path)
     cause, place = None, next(place for place in path.absolute().parents if place.exists())
-    if path.exists() and path.is_dir() != folder:
+    if path.is_symlink() and not path.exists():
+        cause = "it is a link that leads nowhere"
+    elif path.exists() and path.is_dir() != folder:
         cause = f"it is a {'file' if folder else 'folder'}"
+    elif path.is_fifo() and path.resolve().exists():  # /dev/stdout and >(command) are pipes without a name
+        cause = "it is a pipe, which nobody may read"
     elif not (place.is_dir() and os.access(place, os.W_OK)):
         cause = f"{place} is not a writable folder"
     if cause:
@@ -37,10 +41,10 @@ def atomic_path(path: str | Path, folder: bool = False) -> Iterator[Path]:
         ValueError: nothing can be written there.
     """
     path = Path(path)
+    check_output(path, folder)
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
-    check_output(path, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as hidden:
         temporary = Path(hidden, path.name)
@@ -75,22 +79,51 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 
 @contextlib.contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Say in a ValueError about the content of `path` that this cannot be used."""
+    """Say in an error about the content of `path` that this cannot be used.
+
+    A key that is missing, a value of another type and a number out of range become a ValueError, too.
+    """
     try:
         yield
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot use {path}: it does not hold what it should ({reason}). Make it again.") from error
 
 
-def read_json(path: str | Path) -> object:
-    """Return the content of a JSON file. A ValueError names the file, and a key that is repeated."""
+def check_file(path: str | Path) -> None:
+    """Raise FileNotFoundError unless `path` is a file. A pipe could be waited for forever, and a device has no end."""
+    if not Path(path).is_file():
+        what = f"no such file{suggest_path(path)}"
+        if Path(path).exists():
+            what = f"it is not a file, but a {'folder' if Path(path).is_dir() else 'pipe or a device'}"
+        raise FileNotFoundError(f"cannot read {path}: {what}.")
+
+
+def read_json(path: str | Path, *keys: str) -> dict:
+    """Return the object in a JSON file, which has `keys`. A ValueError names the file, and a key that is repeated."""
+    check_file(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except ValueError as error:
+        value = _loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: not valid JSON ({error}). Make it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {path}: an object is expected, found {type(value).__name__}. Move it away.")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"cannot read {path}: it has no {missing[0]!r}, so another program wrote it. Move it away.")
+    return value
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+def _loads(text: str, **options) -> object:
+    value = json.loads(text, **options)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but it is not text
+    return value
+
+
+def unique_keys(pairs: Iterable[tuple[str, object]]) -> dict:
+    """Return a dict of (key, value) pairs. Raise ValueError for a key that is there twice."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
@@ -105,10 +138,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 def parse_json(text: bytes | str, path: str | Path, line: int) -> object:
     """Return what JSON says. A ValueError names the file and the line of a fault in a text that begins at `line`."""
     try:
-        value = json.loads(text)
-        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but a tokenizer fails
-        return value
+        return _loads(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
         reason = str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -119,6 +149,7 @@ def parse_json(text: bytes | str, path: str | Path, line: int) -> object:
 
 def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) of JSON lines, or of the array in a .json file."""
+    check_file(path)
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if path.suffix == ".json" and content.lstrip().startswith(b"["):
         rows = ((f"{path}: row {number}", row) for number, row in enumerate(parse_json(content, path, 1), 1))
@@ -135,6 +166,7 @@ def sha256(*paths: Path) -> str:
     """Return the SHA-256 of a file, or of several, one after the other."""
     digest = hashlib.sha256()
     for path in paths:
+        check_file(path)
         with open(path, "rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
@@ -148,8 +180,12 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def suggest_path(path: str | Path) -> str:
-    """Return a `suggest` for the first part of a path that does not exist, from the names beside it."""
+    """Return what to add to "no such file": what stands there instead, or a `suggest` for the part that is missing."""
     missing = next((part for part in [*reversed(Path(path).parents), Path(path)] if not part.exists()), None)
-    if missing is None or not missing.parent.is_dir():
+    if missing is None:
+        return "" if Path(path).is_file() or Path(path).is_dir() else " (it is a pipe or a device)"
+    if missing.is_symlink():
+        return f" ({missing} is a link that leads nowhere)"
+    if not missing.parent.is_dir():
         return ""
     return suggest(missing.name, (beside.name for beside in missing.parent.iterdir()))

@@ -22,11 +22,13 @@ from transformers.utils import cached_file
 
 from deepseek import modeling  # noqa: F401 (registers model type "deepseek")
 from deepseek.experts import moe_layers
+from deepseek.files import check_file
 from deepseek.frozen import Storage, forbid_state_dict
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.partial_loading import class_that_reads, quantization
 from deepseek.shards import check_quantization, readable_index
 
+MOST_LAYERS, MOST_EXPERTS = 10_000, 65_536
 UNQUANTIZED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}  # formats that transformers can dequantize
 
 
@@ -115,10 +117,16 @@ def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
     )
 
 
-def empty_model(path: str | Path, attention: str | None = None) -> nn.Module:
+def empty_model(path: str | Path) -> nn.Module:
     """Return the model of a folder or a hub id without weights, on the meta device. Raise as `load_base_model`."""
-    config, given = load_config(path), {"attn_implementation": attention} if attention else {}
-    return _load(lambda _, **options: model_of(config, **options), path, **given)
+    config = load_config(path)
+    model = _load(lambda _, **options: model_of(config, **options), path)
+    top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)  # some families have another name for it
+    for layer in moe_layers(model, dense_ok=True).values():
+        _check_size(path, "the number of experts", layer.num_experts, MOST_EXPERTS)
+        if isinstance(top_k, int):
+            _check_size(path, "num_experts_per_tok", top_k, layer.num_experts)
+    return model
 
 
 def model_of(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options) -> nn.Module:
@@ -130,8 +138,20 @@ def model_of(config: PreTrainedConfig, *, trust_remote_code: bool = False, **opt
 def load_config(path: str | Path) -> PreTrainedConfig:
     """Return the config of a folder or a hub id. Refuse a folder with weights that are not quantized as it says."""
     config = _load(AutoConfig.from_pretrained, path)
+    _check_size(path, "num_hidden_layers", config.get_text_config().num_hidden_layers, MOST_LAYERS)
     check_quantization(Path(path), quantization(config))
     return config
+
+
+def _check_size(path: str | Path, name: str, value: int, most: int) -> None:
+    """Refuse a config that no model can have: to build it would take forever, or to run it would fail."""
+    if not 0 < value <= most:
+        raise ValueError(f"cannot load model {str(path)!r}: {name} is {value} in its config.json, not 1 to {most}.")
+
+
+def vocab_size(path: str | Path) -> int:
+    """Return how many tokens the model of a folder or a hub id knows: the rows of its embedding."""
+    return load_config(path).get_text_config().vocab_size
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -176,6 +196,9 @@ def _load(function, path: str | Path, **kwargs):
     if not (Path(path, "config.json").is_file() or (hub_id and not Path(path).exists())):
         why = "it has no config.json" if Path(path).exists() else "no such folder, and not a hub id (owner/name)"
         raise FileNotFoundError(f"cannot load model {path!r}: {why}")
+    for file in Path(path).iterdir() if Path(path).is_dir() else ():
+        if not (file.is_dir() or file.name.startswith(".")):
+            check_file(file)
     try:
         return function(path, trust_remote_code=False, **kwargs)  # left out, it would ask on stdin
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything

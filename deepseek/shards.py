@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from deepseek.files import read_json, write_json
+from deepseek.files import check_file, named, read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -72,7 +72,8 @@ def files_of_index(index: Path) -> set[str]:
     """Return the files that an index names, relative to its folder. Raise ValueError if one is not below it."""
     if not (files := read_json(index).get("weight_map")):
         raise ValueError(f"cannot read {index}: it has no weight_map. Fetch it again.")
-    names = {os.path.normpath(name) for name in files.values()}
+    with named(index):
+        names = {os.path.normpath(name) for name in files.values()}
     if outside := [name for name in names if name.startswith((os.pardir, os.sep))]:
         raise ValueError(f"cannot read {index}: it names {outside[0]}, which is not in its folder. Fetch it again.")
     return names
@@ -87,6 +88,7 @@ class Shard:
 
     def __init__(self, path: Path, mode: str = "rb"):
         try:
+            check_file(path)
             with safe_open(path, "pt"):  # checks that all of it is there
                 pass
         except (SafetensorError, OSError) as error:

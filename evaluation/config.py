@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from deepseek.files import parse_json, suggest_path, write_jsonl
+from deepseek.files import parse_json, read_json, suggest_path, write_jsonl
 from training.data import TemplateSettings, eval_file_of, held_out_questions
 from utils import ROOT, note
 
@@ -148,7 +148,7 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
     """
     folder, found, general = Path(config.base_model_path), {}, config.with_general
     if (folder / "run.json").is_file():
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+        run = read_json(folder / "run.json", "config")["config"]
         if run["method"] != "full":
             base = run["base_model_path"]
             if base.count("/") != 1 and not Path(base).exists():  # so it is not a hub id, either
@@ -172,7 +172,7 @@ def _with_template_of_run(config: EvalConfig) -> EvalConfig:
     path = next((path for path in (folder / "run.json", folder.parent / "run.json") if path.is_file()), None)
     if path is None or (config.suites and not config.datasets):
         return config
-    run, found = json.loads(path.read_text(encoding="utf-8"))["config"], {}
+    run, found = read_json(path, "config")["config"], {}
     if config.template == usual and run["template"] != usual:
         found["template"] = run["template"]
     if config.template_kwargs is None and run.get("template_kwargs"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.files import atomic_path
+from deepseek.files import atomic_path, check_output
 from esft import ExpertConfig, ExpertScores, select_experts
 from utils import import_extra
 
@@ -26,6 +26,17 @@ def new_figure(width: float, height: float, ncols: int = 2, nrows: int = 1, **op
     """Return a figure and its axes, side by side; sizes are in inches. Raise ValueError if matplotlib is missing."""
     figure = import_extra("matplotlib.figure", "plot").Figure(figsize=(width, height), dpi=150, layout="constrained")
     return figure, figure.subplots(nrows, ncols, **options)
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise ValueError if no picture can be written to `path`, or matplotlib is missing. Call this before the work."""
+    check_output(path)
+    figure, _ = new_figure(1, 1)
+    known = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in known:
+        raise ValueError(
+            f"cannot write {path}: no such kind of picture. Give a name that ends in .{', .'.join(known)}."
+        )
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -155,10 +166,7 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
         axes.set_yscale("log")
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    if steps := [step for points in curves.values() for step, _ in points]:
-        pad = 0.5 if max(steps) - min(steps) < 40 else 0  # there is no step 0
-        axes.set_xlim(min(steps) - pad, max(steps) + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set(xlabel="optimizer step", ylabel="loss (nats per label token)", title=title)
     axes.grid(alpha=0.25)
     if losses:

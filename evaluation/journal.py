@@ -42,7 +42,7 @@ class AnswerJournal:
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        if (error_type is None and not self.keep) or not self.results:
+        if (error_type is None and not self.keep) or self.all_failed:
             self.path.unlink()
         self.file.close()
 

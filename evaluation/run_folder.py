@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepseek.files import read_jsonl, suggest_path
+from deepseek.files import named, read_json, read_jsonl, suggest_path
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
 from evaluation.results import compare
 from utils import ROOT
@@ -116,15 +116,6 @@ def same_questions(a: list[dict], b: list[dict]) -> bool:
     return bool(a) and [x["example"]["prompt"] for x in a] == [x["example"]["prompt"] for x in b]
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """Return the JSON object in a file. Raise ValueError if it is damaged or lacks one of `keys`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return value | {key: value[key] for key in keys}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read {path}: damaged or of another program ({error!r}). Move it away.") from error
-
-
 def read_run(folder: Path, name: str = "", prefix: str = "") -> Run:
     """Read a folder of pipeline.py or train.py. A model's label is `prefix` and its method, or `name` for train.py.
 
@@ -195,6 +186,10 @@ def read_trained(
             scores = ExpertScores.load(source)
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
     states += folder.glob("trainer_state.json")
+    history = []
+    for path in states[-1:]:
+        with named(path):
+            history = [{**entry, "step": int(entry["step"])} for entry in read_json(path, "log_history")["log_history"]]
     return Trained(
         label=label,
         folder=folder,
@@ -202,7 +197,7 @@ def read_trained(
         results=note.get("results") or {},
         environment=note["environment"],
         data=note.get("inputs", {}).get("train_dataset", settings["train_dataset"]),
-        history=read_json(states[-1], "log_history")["log_history"] if states else [],
+        history=history,
         experts=ExpertConfig.load(folder) if (folder / CONFIG_NAME).is_file() else None,
         scores=scores,
         function=function,
@@ -214,4 +209,8 @@ def read_evaluation(path: Path) -> Evaluation:
     """Read a summary of eval_multigpu.py, and the answers beside it, if they are there."""
     answers = path.with_name(path.name.replace(".summary.json", ".jsonl"))
     summary = read_json(path, "dataset", "primary", "n", "mean", "ci95", "groups", "arguments")
-    return Evaluation(summary, read_jsonl(answers) if answers.is_file() else [])
+    lines = read_jsonl(answers) if answers.is_file() else []
+    with named(answers):
+        for line in lines:
+            _ = line["example"]["prompt"], line["score"]
+    return Evaluation(summary, lines)

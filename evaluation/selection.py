@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepseek.files import atomic_path
+from deepseek.files import atomic_path, check_file
 from deepseek.routing import RouterCounts, read_logs
 from esft import SCORE_FILES, ExpertConfig, ExpertScores, score_decimals, select_experts
 
@@ -81,6 +81,7 @@ class PackCounts:
         if not path.is_file() and any(folder.rglob("expert_weights_*.txt")):
             return cls.of(read_logs(folder))
         try:
+            check_file(path)
             tensors = load_file(path)
             sums = {kind: tensors[kind].long() for kind in KINDS.values() if kind in tensors}
             packs = cls(int(tensors["top_k"]), tensors["layers"].tolist(), tensors["tokens"], sums)

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.adapters import EXPERT, experts_by_layer
 from deepseek.checkpoint_files import open_base
+from deepseek.files import read_json
 from deepseek.shards import Shard
 from esft import CONFIG_NAME, ExpertConfig, find_adapter
-from evaluation.run_folder import read_json
 from utils import command_parser, counted, run_cli
 
 RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")

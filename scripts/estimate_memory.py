@@ -39,7 +39,7 @@ from training.memory import (
     MemorySettings,
 )
 from training.published_models import open_model, published_models
-from utils import command_parser, counted, environment, markdown_table, positive, run_cli, size
+from utils import command_parser, counted, environment, markdown_table, positive, run_cli
 
 GIB = 2**30
 COLUMNS = [(gpus, card) for gpus in (1, 8) for card in (24, 48, 80, 141)]  # of the table
@@ -100,8 +100,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.gpu_gb > 0 and 0 < args.label_share <= 1):
         parser.error("--gpu_gb must be above 0, and --label_share above 0 and at most 1")
-    if args.base_model_path and bool(args.expert_config or args.experts_per_layer) != (args.method == "esft"):
-        parser.error("method esft, and no other, needs --expert_config or --experts_per_layer")
+    if args.base_model_path and args.method == "esft" and not (args.expert_config or args.experts_per_layer):
+        parser.error("method esft needs --expert_config or --experts_per_layer")
+    if args.method != "esft" and (args.expert_config or args.experts_per_layer):
+        parser.error(f"--expert_config and --experts_per_layer are for method esft, not {args.method}")
     shared = args.ep_size not in (1, "auto") or args.shard_dense
     if args.method != "esft" and (shared or args.frozen_dtype or args.offload_frozen):
         parser.error("--ep_size, --shard_dense, --frozen_dtype and --offload_frozen are for method esft")
@@ -154,14 +156,14 @@ def format_report(settings: MemorySettings, memory: MemoryEstimate, limit: int, 
     gpus = counted(settings.world_size, "GPU")
     lines = [f"  {kind:<20}{size:>14}" for kind, size in memory.sizes().items()]
     lines.append(
-        f"{'fits' if fits else 'does not fit'}: {size(memory.peak)} of {limit / GIB:g} GiB on each of {gpus} "
+        f"{'fits' if fits else 'does not fit'}: {memory.peak / GIB:,.1f} of {limit / GIB:g} GiB on each of {gpus} "
         f"with ep_size={settings.ep_size} activation_checkpointing={checkpointing}"
     )
     if advice and not fits:
         lines.append("what fits:")
         for other, needed in advice:
-            host = f", {size(needed.host)} in host memory per process" if needed.host else ""
-            lines.append(f"  {size(needed.peak):>12}  {other.changed_from(settings)}{host}")
+            host = f", {needed.host / GIB:,.1f} GiB in host memory per process" if needed.host else ""
+            lines.append(f"  {needed.peak / GIB:>8,.1f} GiB  {other.changed_from(settings)}{host}")
     return "\n".join([*lines, *(f"note: {note}" for note in assumptions(settings))])
 
 

@@ -15,7 +15,6 @@ Training keys come last: `learning_rate=1e-4` for all methods, `full:learning_ra
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -27,11 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
-from deepseek.files import check_output, suggest, write_json, write_text
-from esft import load_tokenizer
+from deepseek.files import check_output, read_json, suggest, write_json, write_text
 from evaluation.figures import colours_of, new_figure, plot_losses, save_figure
 from evaluation.run_folder import METHODS, Run, read_run
-from training.data import Template, TemplateSettings, load_samples
+from training.data import load_samples
 from utils import (
     ROOT,
     command_parser,
@@ -42,6 +40,7 @@ from utils import (
     positive,
     run_cli,
     run_command,
+    seed_number,
     torchrun,
 )
 
@@ -57,7 +56,7 @@ class Stages:
 
     def __init__(self, folder: Path, lock: int | None = None):
         self.note, self.lock = folder / "stages.json", lock
-        self.done: dict[str, list[str]] = json.loads(self.note.read_text()) if self.note.is_file() else {}
+        self.done: dict[str, list[str]] = read_json(self.note) if self.note.is_file() else {}
 
     def run(self, output: Path, script: str, *, processes: int = 1, keys: tuple = (), **flags: object) -> None:
         """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already.
@@ -110,7 +109,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--nproc_per_node", **count, default=1, help=nproc_help)
     add("--gpus_per_rank", **count, default=1, help="GPUs per process of scoring and evaluation (default: 1)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights (default: as stored)")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling, selection and training (default: 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of sampling, selection and training (default: 0)")
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
     add("overrides", nargs="*", metavar="[METHOD:]KEY=VALUE", help="training keys, see train.py --help")
     return parser.parse_intermixed_args(argv)
@@ -183,17 +182,13 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
             raise ValueError(f"cannot use --{name} {top_p}: it is above 0 and at most 1.")
     if "lora" in methods and find_spec("peft") is None:
         raise ValueError(f"cannot run lora: it needs peft. Run {PYTHON} -m pip install -c constraints.txt peft.")
-    samples = load_samples(args.train_dataset)
+    load_samples(args.train_dataset)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"cannot use --eval_dataset {args.eval_dataset}: two have one name. Rename one.")
-    rows = [load_rows(dataset)[0] for dataset in datasets]
-    for name in names:
+    for name, dataset in zip(names, datasets):
+        load_rows(dataset)
         get_evaluator(name)  # and the libraries of its metrics
-    template = Template(load_tokenizer(args.base_model_path), TemplateSettings(args.template))
-    template.encode([samples[0]["messages"]])
-    for row in rows:
-        template.encode_prompt(row["prompt"])
 
 
 def run_stages(

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepseek.files import check_output, write_text
 from evaluation.figures import BASE, colours_of, draw_experts, figure_to_svg, new_figure, plot_losses, plot_means
 from evaluation.run_folder import Evaluation, Run, Trained, read_run, same_questions
-from utils import command_parser, locked, positive, run_cli
+from utils import command_parser, locked, positive, run_cli, seed_number
 
 FOLDER = Path(__file__).parent
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -127,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", metavar="RUN", help="folders of scripts/pipeline.py or train.py")
     add("--output", metavar="FILE.html", help="the page (default: report.html in the first RUN)")
     add("--n_samples", type=positive, default=2, metavar="N", help=count_help)
-    add("--seed", type=int, default=0, metavar="N", help="of the random questions (default: 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of the random questions (default: 0)")
     return parser.parse_args(argv)
 
 

@@ -226,7 +226,7 @@ LOG = "0\t1\t1\t2\t\t0.5\t0.2\t0.4\t0.3\n2\t0\t\t0.3\t0.2\n"  # three tokens, to
         ({}, ["no summary.json", "expert_weights"]),
         ({"summary.json": ""}, ["summary.json", "not valid JSON"]),
         ({"summary.json": '{"token_scores": {"1": {"0": 0.5'}, ["summary.json", "not valid JSON"]),
-        ({"summary.json": "[1]"}, ["summary.json", "not a summary"]),
+        ({"summary.json": "[1]"}, ["summary.json", "an object is expected"]),
         ({"summary.json": {}}, ["summary.json", "no layer has scores"]),
         ({"summary.json": {"token_scores": {}}}, ["summary.json", "no layer has scores"]),
         ({"summary.json": {"token_scores": {"1": {"0": math.nan, "1": 1}}}}, ["layer 1, expert 0: found nan"]),

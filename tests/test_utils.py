@@ -150,7 +150,7 @@ def test_suggest_path(tmp_path, path, near):
     [
         ("print('fine')", "", 0, ""),
         ("raise ValueError('key a:\\n  wrong')", "", 2, "error: key a: wrong\n"),
-        ("open('/no/such')", "", 2, "error: [Errno 2] No such file or directory: '/no/such'\n"),
+        ("open('/no/such')", "", 2, "error: cannot use /no/such: No such file or directory\n"),
         ("raise ValueError('wrong')", "1", 1, "Traceback"),
         ("raise RuntimeError('ours')", "", 1, "Traceback"),
         ("raise KeyboardInterrupt", "", 130, "interrupted\n"),

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
-from deepseek.files import set_modes, sha256, write_json
+from deepseek.files import read_json, set_modes, sha256, write_json
 
 MANIFEST = "manifest.json"
 STATES = "states"
@@ -52,13 +52,13 @@ def write_manifest(checkpoint: Path) -> None:
 def find_damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None where every file is the one that the manifest names."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST)
         for name, digest in manifest.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
             if sha256(checkpoint / name) != digest:
                 return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return str(error)
     return None
 

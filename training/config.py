@@ -11,6 +11,7 @@ the environment, and no file of a run holds them.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ from typing import Literal
 
 import torch
 import yaml
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from deepseek.files import suggest, suggest_path
+from deepseek.files import check_file, suggest, suggest_path, unique_keys
 from training.checkpoints import by_row
 from training.config_parser import make_parser
 from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, NO_EFFECT, ONLY_FOR, REFUSED, SECRETS
@@ -97,6 +99,11 @@ class RunConfig:
 def _complaints(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a run's settings, beside the type of each."""
     values = {**vars(config), **config.training}
+    for key, value in values.items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**32:
+            yield f"{key}={value} is not a finite number below 2**32"
+    if config.seed < 0:
+        yield f"seed={config.seed} is below 0"
     for key in POSITIVE:
         value = values.get(key)
         if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
@@ -114,6 +121,9 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         yield f"eval_strategy={values['eval_strategy']} needs a validation set. Raise validation_fraction"
     if config.streaming and not config.n_train_samples:
         yield "streaming needs to know how many samples to take. Give n_train_samples"
+    if config.expert_scores_dir and not Path(config.expert_scores_dir).exists():
+        path = config.expert_scores_dir
+        yield f"expert_scores_dir={path} is not there{suggest_path(path)}"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
     if config.global_batch_size and "gradient_accumulation_steps" in config.training:
@@ -225,12 +235,22 @@ def _pairs(argv: list[str]) -> Iterator[tuple[str, str | None]]:
         yield name.removeprefix("--").replace("-", "_"), None if value in ("null", "~", "") else value
 
 
+class _YamlLoader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few lines of these can stand for more than fits into memory
+            raise ValueError(f"*{self.peek_event().anchor} stands for another value. Write that value")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        unique_keys((str(key.value), value) for key, value in node.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_pairs(path: str) -> Iterator[tuple[str, object]]:
+    check_file(path)
     try:
-        yield from (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).items()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"cannot read {path}: no such file{suggest_path(path)}") from error
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        yield from (yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader) or {}).items()
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: it does not hold `key: value` lines ({error})") from error
 
 
@@ -259,15 +279,15 @@ def _words(key: str, value: object) -> list[str]:
         return [f"--{key}", *map(str, value)]
     if value is False and key.endswith("_strategy"):  # YAML 1.1 reads no as false
         value = "no"
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    text = json.dumps(value, default=str) if isinstance(value, dict) else str(value)
     return [f"--{key}={text.lower() if text in ('True', 'False') else text}"]
 
 
 def _parsed(key: str, text: str, example: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read {key}={text}: it is not {example}.") from error
+        return yaml.load(text, _YamlLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot read {key}={text:.99}: it is not {example}.") from error
 
 
 def _stored(key: str, value: object) -> object:
@@ -318,8 +338,13 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             save_only_model=not config.save_opt_states,
         )
         optimizer = _try_optimizer(args, by_expert=config.method in ("esft", "random"))
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs)
-    except (TypeError, ValueError, ImportError) as error:
+        schedule = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
+        )
+        for factor in schedule.lr_lambdas if isinstance(schedule, LambdaLR) else ():
+            if not all(math.isfinite(factor(step)) for step in range(101)):
+                raise ValueError("the learning rate of its schedule is not finite. Change lr_scheduler_kwargs")
+    except (TypeError, ValueError, ImportError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise ValueError(f"cannot start this run: {error}") from error
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for torchrun, never for nn.DataParallel
     return args

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import esft
 from deepseek.adapters import BASE_NAME
-from deepseek.files import check_output, sha256, write_json
+from deepseek.files import check_output, read_json, sha256, write_json
 from deepseek.fingerprint import checkpoint_note, difference
 from deepseek.process_groups import Ranks
 from training.checkpoints import find_damage, list_checkpoints, step_of
@@ -47,9 +47,8 @@ WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkp
     *("adapter*.safetensors", "adapter_config.json", esft.CONFIG_NAME, BASE_NAME, "config.json"),
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".*.lock", ".staging/*"),
-    *("completions/*.jsonl", "completions/*.json", "completions/.*.partial", "completions/.*.lock"),
-    *(".*.json.*/*", ".*.safetensors.*/*"),  # half-written
+    *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".lock", ".staging/*"),
+    *("completions/*.jsonl", "completions/*.json", "completions/.*.partial", ".*.json.*/*", ".*.safetensors.*/*"),
     *(f"{folder}/*" for folder in SELECTION_FOLDERS),
 )
 PATHS = ("base_model_path", "train_dataset", "validation_dataset", "expert_config", "expert_scores_dir")
@@ -84,7 +83,7 @@ def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict 
             )
         return None, None
     try:
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        before = read_json(folder / "run.json")
         was = _identity(before)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import check_output, read_json
+from deepseek.files import read_json
 from esft import CONFIG_NAME, ExpertConfig, ExpertScores, select_experts
-from evaluation.figures import draw_matrix, heat_map, new_figure, save_figure
+from evaluation.figures import check_picture, draw_matrix, heat_map, new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
 from scripts.expert.generate_expert_config import add_score_flags, default_top_p, split_list
-from utils import command_parser, markdown_table, note, positive, run_cli
+from utils import command_parser, markdown_table, note, positive, run_cli, seed_number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "the released raw logs; or several scores, expert configs (.json) or adapters")  # fmt: skip
     add_score_flags(parser)
     add("--n_bootstrap", type=positive, default=1000, metavar="N", help="one folder: draws (default: 1000)")
-    add("--seed", type=int, default=0, metavar="N", help="one folder: seed of the draws (default: 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="one folder: seed of the draws (default: 0)")
     add("--num_experts", type=positive, metavar="N", help="several: experts of a layer, if all are expert configs")
     add("--output_path", metavar="FILE", help="a picture to write (.png; default: none)")
     add("--json", action="store_true", help="print JSON")
@@ -206,8 +206,7 @@ def draw_overlap(found: dict):
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.output_path:
-        check_output(args.output_path)
-        new_figure(1, 1)  # raises if matplotlib is missing
+        check_picture(args.output_path)
     sources = args.expert_scores_dir
     if len(sources) == 1:
         folder = Path(sources[0])

@@ -18,8 +18,7 @@ expert's best rank in one of them. A tie goes to the lower id. The controls are 
 the config says what it is made of. With --output_dir each task gets a config of its own, <output_dir>/<task>.json, and
 its scores are looked for in <expert_scores_dir>/<task>.
 
-With --base_model_path the config is checked against the model: its layers, its experts, and whether the scores are of
-its weights. The config notes the base of its scores, and training says so if it gets another one.
+With --base_model_path the config is checked against the model's architecture. No weights are read.
 """
 
 import argparse
@@ -34,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import moe_layers
 from deepseek.files import write_text
-from deepseek.fingerprint import difference
 from deepseek.loading import empty_model
-from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, base_note, select_experts
+from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, select_experts
 from evaluation.selection import even_counts, ranked_experts, union_of
-from utils import command_parser, markdown_table, note, run_cli
+from utils import command_parser, markdown_table, note, run_cli, seed_number
 
 TAKES = {"cumulative": ("top_p",), "fraction": ("fraction",), "topk": ("top_k",)}  # strategy -> its options
 TAKES |= {"random": ("top_p", "seed"), "uniform": ("top_p",)}  # these controls take as many experts as cumulative
@@ -62,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_score_flags(parser)
     add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1")
     add("--top_k", type=int, metavar="N", help="topk: experts per layer")
-    add("--seed", type=int, metavar="N", help="random: seed of the draw (default: 0)")
+    add("--seed", type=seed_number, metavar="N", help="random: seed of the draw (default: 0)")
     add("--train_shared_experts", action="store_true", help="also train the shared experts (default: frozen)")
     add("--train_non_expert_modules", action="store_true", help="also train everything but experts: attention, norms, "
         "embeddings, head, dense layers, routers (default: frozen)")  # fmt: skip
@@ -80,11 +78,14 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
 
 def split_list(text: str) -> list[str]:
     """Return the parts between commas, or the text itself if that is a path."""
-    return [text] if Path(text).exists() else [part for part in text.split(",") if part]
+    parts = [text] if Path(text).exists() else [part for part in text.split(",") if part]
+    if not parts:
+        raise ValueError(f"cannot read {text!r}: it names nothing. Give a name or a path, or several with commas.")
+    return parts
 
 
 def load_scores(folders: list[str], model: nn.Module | None = None) -> list[ExpertScores]:
-    """Return the scores of each task. All must have the layers, experts and weights of `model`, or of the first one."""
+    """Return the scores of each task. They must have the layers and experts of `model`, or those of the first task."""
 
     def sizes(scores: ExpertScores) -> dict[int, int]:
         return {layer: len(score_E) for layer, score_E in next(iter(scores.by_function.values())).items()}
@@ -95,10 +96,6 @@ def load_scores(folders: list[str], model: nn.Module | None = None) -> list[Expe
         if sizes(scores) != expected:
             other = "the base model" if model else folders[0]
             raise ValueError(f"cannot use {folder}: it has scores of other layers or experts than {other} has")
-    bases = ([base_note(model)] if model else []) + [scores.meta.get("base", {}) for scores in every]
-    for folder, base in zip(folders, bases[-len(folders) :]):
-        if how := difference(bases[0], base):
-            raise ValueError(f"cannot use {folder}: its scores are of another base model: {how}. Compute them again.")
     return every
 
 
@@ -189,8 +186,6 @@ def write_config(every: list[ExpertScores], config: ExpertConfig, args: argparse
         total = sum(param.numel() for param in model.parameters())
         share = f"\n{trained:,} of {total:,} parameters ({trained / total:.1%})"
     written = config.to_dict()
-    if base := every[0].meta.get("base"):  # of released scores it is not known
-        written["base"] = base
     if len(every) > 1:  # one task's config keeps the released form
         paths = split_list(args.expert_scores_dir)
         tasks = [{"dataset": name, "expert_scores": path} for name, path in zip(names, paths)]

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import ExpertConfig, ExpertScores
-from evaluation.figures import draw_experts, save_figure
+from evaluation.figures import check_picture, draw_experts, save_figure
 from scripts.expert.generate_expert_config import add_score_flags, default_top_p
 from utils import command_parser, run_cli
 
@@ -32,11 +32,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
-    scores = ExpertScores.load(args.expert_scores_dir)
-    config = ExpertConfig.load(args.expert_config) if args.expert_config else None
     source = Path(args.expert_scores_dir)
     folder = source if source.is_dir() else source.parent
     output_path = Path(args.output_path or folder / f"{args.score_function}_scores.png")
+    check_picture(output_path)
+    scores = ExpertScores.load(args.expert_scores_dir)
+    config = ExpertConfig.load(args.expert_config) if args.expert_config else None
     title = args.title or f"Expert scores ({args.score_function}) on {Path(scores.meta.get('dataset') or folder).stem}"
     save_figure(draw_experts(scores, config, args.score_function, default_top_p(args), title), output_path)
     print(f"written to {output_path}")

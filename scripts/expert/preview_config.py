@@ -41,7 +41,7 @@ from evaluation.selection import short_name
 from scripts.expert.generate_expert_config import load_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, Estimator, MemorySettings
 from training.published_models import open_model
-from utils import command_parser, markdown_table, positive, run_cli, size
+from utils import command_parser, markdown_table, positive, run_cli
 
 STEP = 0.01  # of top_p, in the search for what fits
 
@@ -191,12 +191,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def format_preview(result: dict) -> str:
     """Return the tables."""
-    settings, full, budget = result["settings"], size(result["full_peak_bytes"]), result["budget"]
+    settings, full, budget = result["settings"], result["full_peak_bytes"] / 2**30, result["budget"]
     how = f"{settings['dtype']}, {settings['seq_length']} tokens a pack, {settings['optim']}, {settings['device']}"
     lines = [
         f"{result['model']}, {result['parameters']:,} parameters; {how}\n",
         f"{format_rows(result['rows'])}\n",
-        f"full fine-tuning, on one device: a peak of {full} in the same dtype",
+        f"full fine-tuning, on one device: a peak of {full:,.2f} GiB in the same dtype",
         "step time: FLOPs of matrix products, full fine-tuning is 1 (see --help)",
     ]
     if budget:

@@ -156,7 +156,7 @@ def test_a_spoiled_adapter_is_refused_by_name(how, folder, tmp_path):
     [
         (lambda f: (f / "model-00002-of-00002.safetensors").write_bytes(b"x"), r"00002.safetensors.* damaged"),
         (lambda f: (f / "expert_cfg.json").unlink(), "no expert_cfg.json"),
-        (lambda f: (f / "run.json").write_text("[]"), "run.json: damaged"),
+        (lambda f: (f / "run.json").write_text("[]"), "run.json: an object is expected"),
         (lambda f: (f / "expert_cfg.json").rename(f / "adapter_config.json"), "holds a LoRA"),
         (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "its files hold 0 tensors"),
     ],

@@ -365,7 +365,7 @@ def test_lora_is_estimated(folder):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ([], "method esft, and no other, needs --expert_config or --experts_per_layer"),
+        ([], "method esft needs --expert_config or --experts_per_layer"),
         (["--experts_per_layer=2", "--method=full"], "method esft, and no other, needs"),
         (["--experts_per_layer=2", "--ep_size=3", "--gpus=4"], "--ep_size 3 does not divide --gpus 4"),
         (["--method=full", "--shard_dense"], "--offload_frozen are for method esft"),

@@ -137,7 +137,7 @@ def _message(turn: dict, at: str) -> dict:
     for key, out in MARKS.items():
         if (value := turn.get(key, 1 - out)) not in (0, 1):
             part = ": a weight between 0 and 1 is not supported" if isinstance(value, float) else ""
-            raise ValueError(f'{at}: "{key}" must be 0 or 1, not {value!r}{part}')
+            raise ValueError(f'{at}: "{key}" must be 0 or 1, not {value!r:.60}{part}')
         if value == out:
             message["mask"] = 1
     return message
@@ -177,7 +177,7 @@ def _parsed(value: object, what: str) -> object:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be JSON ({error})") from error
 
 

@@ -231,7 +231,9 @@ def _local(name: str, split: str) -> list[Path] | None:
         return [path] if _format(path) else None
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and _format(file)) or None
-    return [Path(file) for file in sorted(glob.glob(name, recursive=True)) if _format(Path(file))] or None
+    return [
+        Path(file) for file in sorted(glob.glob(name, recursive=True)) if _format(Path(file)) and Path(file).is_file()
+    ] or None
 
 
 def _other_files(name: str) -> list[str]:
