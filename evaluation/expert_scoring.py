@@ -72,12 +72,15 @@ class MaskedPack:
         return [MaskedPack(document, self.mask[end - len(document) : end]) for document, end in zip(documents, ends)]
 
 
-def sample_packs(settings: SampleSettings, tokenizer, samples: list[dict] | None = None) -> list[MaskedPack]:
+def sample_packs(
+    settings: SampleSettings, tokenizer, vocab_size: int | None = None, samples: list[dict] | None = None
+) -> list[MaskedPack]:
     """Pack whole documents in a seeded order until they have `n_sample_tokens`, or all documents if they have fewer.
 
-    `samples` replaces the training data of `settings.dataset`.
+    vocab_size: tokens that the model knows; any other is refused.
+    samples: conversations in place of the training data of `settings.dataset`.
     """
-    template, tokens = Template(tokenizer, settings.template), 0
+    template, tokens = Template(tokenizer, settings.template, vocab_size), 0
     documents: list[Encoded] = []
     numbers: list[int] = []  # of the rows, from 1
     masks: list[list[bool]] = []

@@ -45,9 +45,13 @@ class Completion(NamedTuple):
 
 
 def make_batches(prompts: list[str], template: Template, batch_size: int) -> list[list[int]]:
-    """Cut the indices of the prompts into batches, longest first: what does not fit in memory fails at once."""
-    lengths = [len(template.encode_prompt(prompt)) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    """Cut the indices of the prompts into batches, longest first: what does not fit in memory fails at once.
+
+    Raises ValueError where every prompt holds a token that the model does not know.
+    """
+    encoded = [template.encode_prompt(prompt) for prompt in prompts]
+    template.check_ids(min(encoded, key=max, default=[]))  # refused here if no prompt can be asked, else one by one
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
@@ -87,6 +91,8 @@ def complete(
     Raises ValueError where a prompt fills the model's context.
     """
     tokenizer, encoded = template.tokenizer, [template.encode_prompt(prompt) for prompt in prompts]
+    for ids in encoded:
+        template.check_ids(ids)
     width = max(map(len, encoded))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and width >= context:
@@ -94,7 +100,8 @@ def complete(
     if context:
         max_new_tokens = min(max_new_tokens, context - width)
     eos = template.end_tokens(model.generation_config)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
+    rows = model.get_input_embeddings().weight.shape[0]
+    pad = next(i for i in (tokenizer.pad_token_id, *eos, 0) if i is not None and i < rows)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos or None, pad_token_id=pad
     )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import esft
 from deepseek.files import named, sha256
+from deepseek.loading import vocab_size
 from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate, make_batches
@@ -80,16 +81,10 @@ def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -
     }
 
 
-def check_template(config: EvalConfig, jobs: list[Job]) -> None:
-    """Raise ValueError if the first question of a job cannot be asked, as with a tokenizer without a chat template."""
-    template = Template(esft.load_tokenizer(config.base_model_path), config.template_settings)
-    for job in jobs:
-        template.encode_prompt(job.rows[0]["prompt"])
-
-
 def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], journals: list[AnswerJournal]) -> None:
     """Add to the journals of the jobs the batches that they lack, under one progress bar."""
-    template = Template(esft.load_tokenizer(config.base_model_path), config.template_settings)
+    tokenizer, known = esft.load_tokenizer(config.base_model_path), vocab_size(config.base_model_path)
+    template = Template(tokenizer, config.template_settings, known)
     left = [
         (number, batch)
         for number, (job, journal) in enumerate(zip(jobs, journals))
@@ -128,7 +123,7 @@ def _answer_share(
     put on before the first job that needs it, and stays. The jobs of the base come first.
     """
     model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
-    template = Template(tokenizer, config.template_settings)
+    template = Template(tokenizer, config.template_settings, vocab_size(config.base_model_path))
     adapter = config.adapter_dir
     if adapter and jobs[batches[0][0]].base:
         with named(f"adapter {adapter}"):

@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepseek.loading import vocab_size
 from esft import load_tokenizer
 from training.data import (
     IGNORE,
@@ -78,7 +79,8 @@ def format_counts(turns: Counter, documents: Documents, seq_length: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = take_rows(args.dataset, args.n_rows) if args.n_rows else open_rows(args.dataset)
-    template = Template(load_tokenizer(args.base_model_path), template_settings(args))
+    model = args.base_model_path
+    template = Template(load_tokenizer(model), template_settings(args), vocab_size(model))
     documents = encode_rows(rows, template)
     for number in range(min(args.n_samples, len(documents))):
         where, _ = rows[int(documents.rows[number])]

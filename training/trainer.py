@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -101,8 +102,14 @@ class ESFTTrainer(SavingTrainer):
         self, *, method: str, ranks: Ranks, before_first_step: Callable[[], object], memory_advice: str, **kwargs
     ):
         pad_token_id = kwargs["processing_class"].pad_token_id or 0
+        if pad_token_id >= kwargs["model"].get_input_embeddings().weight.shape[0]:
+            pad_token_id = 0
         collator = functools.partial(collate, pad_token_id=pad_token_id)
+        folder = Path(kwargs["args"].output_dir).absolute()
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         super().__init__(method=method, ranks=ranks, data_collator=collator, **kwargs)
+        for path in missing if self.args.should_save else ():  # Trainer has made them, and training may be refused yet
+            path.rmdir()
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._loss_shifts_labels = True

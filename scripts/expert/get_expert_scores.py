@@ -24,12 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
 from deepseek.loading import empty_model
-from esft import TOP_P, ExpertScores, RouterCapture, base_note, load_tokenizer, select_experts
+from esft import TOP_P, ExpertScores, RouterCapture, load_tokenizer, select_experts
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import plan_devices
 from training.data import TemplateSettings, add_template_flags, template_settings
-from utils import command_parser, counted, environment, locked, markdown_table, note, positive, run_cli
+from utils import (
+    command_parser,
+    counted,
+    environment,
+    locked,
+    markdown_table,
+    note,
+    positive,
+    run_cli,
+    seed_number,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +72,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
         "(default: auto, as stored)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, the GPUs if there are any")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the documents' order (default: 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="seed of the documents' order (default: 0)")
 
 
 def sample_settings(args: argparse.Namespace, model: nn.Module) -> SampleSettings:
@@ -122,14 +132,13 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
     usual = asdict(TemplateSettings())
     meta |= {name: value for name, value in asdict(settings.template).items() if value != usual[name]}
     note_replaced(output_path, meta)
-    packs = sample_packs(settings, load_tokenizer(args.base_model_path))
+    packs = sample_packs(settings, load_tokenizer(args.base_model_path), model.config.get_text_config().vocab_size)
     if len(packs) < len(devices):
         note(f"the sample has {counted(len(packs), 'pack')}, so {len(packs)} of the {len(devices)} processes are used")
         devices = devices[: len(packs)]
 
     counts = count_packs(packs, args.base_model_path, devices=devices, dtype=args.dtype, prob=args.prob)
     meta |= {"documents": sum(len(p.pack.samples) for p in packs), "packs": len(packs), "environment": environment()}
-    meta["base"] = base_note(model)
     scores = ExpertScores.from_counts(counts.total(), **meta)
     counts.save(output_path.with_name(PACKS_NAME))
     scores.save(output_path)

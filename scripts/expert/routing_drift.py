@@ -162,7 +162,8 @@ def main(argv: list[str] | None = None) -> dict:
     if whole and expert_counts(empty_model(adapter)) != expert_counts(empty):
         raise ValueError(f"cannot compare {adapter}: it has other layers or experts than {args.base_model_path}")
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else None
-    packs = sample_packs(sample_settings(args, empty), tokenizer, samples)
+    known = empty.config.get_text_config().vocab_size
+    packs = sample_packs(sample_settings(args, empty), tokenizer, known, samples)
 
     place = {"dtype": args.dtype, "device": device if len(device) > 1 else device[0]}
     base, _ = load_base_model(args.base_model_path, **place)

@@ -1,6 +1,7 @@
 """What a run is refused for, before long work begins and before any file is changed."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -32,6 +33,29 @@ def bad(files, tmp_path_factory) -> Path:
     folder.joinpath("empty.jsonl").write_text(good + "\n" + row(("user", "x"), ("assistant", "")))
     folder.joinpath("long.jsonl").write_text("\n".join([good] * 6 + [long]))
     folder.joinpath("file").touch()
+    folder.joinpath("twice.yaml").write_text("seed: 1\nlr: 1e-3\nseed: 2\n")
+    folder.joinpath("inner.yaml").write_text("lr_scheduler_kwargs: {min_lr: 1, min_lr: 2}\n")
+    folder.joinpath("alias.yaml").write_text("lr_scheduler_kwargs: &a {x: 1}\noptim_args: *a\n")
+    folder.joinpath("deep.yaml").write_text("{a: " * 3000)
+    folder.joinpath("deep.json").write_text("[" * 200_000)
+    folder.joinpath("deep.jsonl").write_text(f"{good}\n{'[' * 200_000}\n")
+    folder.joinpath("huge.jsonl").write_text(f'{good}\n{{"messages": {"9" * 5000}}}\n')
+    for name in ("pipe.yaml", "pipe.jsonl"):
+        os.mkfifo(folder / name)
+    folder.joinpath("link.yaml").symlink_to("nothing")
+    folder.joinpath("loop").symlink_to("loop")
+    changes = {"many": {"num_experts_per_tok": 9}, "none_routed": {"num_experts_per_tok": 0}}
+    changes |= {"tall": {"num_hidden_layers": 10**6}, "wide": {"n_routed_experts": 10**9}, "piped": {}}
+    templates = {"dividing": "{{ 1 / 0 }}", "counting": "{{ range(9 ** 9) }}"}
+    templates |= {"recursing": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}
+    for name in changes | templates:
+        shutil.copytree(files / "m32", folder / name)
+        config = json.loads((files / "m32" / "config.json").read_text())
+        write_json(folder / name / "config.json", config | changes.get(name, {}))
+        if name in templates:
+            (folder / name / "chat_template.jinja").write_text(templates[name])
+    (folder / "piped" / "tokenizer_config.json").unlink()
+    os.mkfifo(folder / "piped" / "tokenizer_config.json")
     write_json(folder / "layer9.json", {"experts": {"9": [1]}})
     write_json(folder / "expert8.json", {"experts": {"1": [8]}})
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, **HEADS))
@@ -71,6 +95,49 @@ WRONG = [
     ({"adam_beta1": 2}, "Invalid beta parameter"),
     ({"optim": "lomo"}, "install `lomo_optim`"),
     ({"optim": "ademamix", "save_opt_states": True}, "state1 cannot be split by expert"),
+    ({"learning_rate": "nan"}, "learning_rate=nan is not a finite number"),
+    ({"learning_rate": "1e400"}, "learning_rate=inf is not a finite number"),
+    ({"seq_length": 10**23}, "seq_length=1000.*is not a finite number below"),
+    ({"save_steps": "nan"}, "save_steps=nan is not a finite number"),
+    ({"max_grad_norm": "-inf"}, "max_grad_norm=-inf is not a finite number"),
+    ({"ddp_timeout": 10**12}, "ddp_timeout=1000.*is not a finite number below"),
+    ({"seed": -1}, "seed=-1 is below 0"),
+    ({"adam_beta1": -1}, "Invalid beta parameter"),
+    ({"dataloader_num_workers": -1}, "num_workers"),
+    ({"dataloader_prefetch_factor": 2}, "prefetch_factor"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": "x"}'}, "unsupported operand"),
+    ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": '{"timescale": -1}'}, "division by zero"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": ' + "[" * 9999}, "lr_scheduler_kwargs="),
+    ({"parallelism_config": 3}, "parallelism_config"),
+    ({"expert_scores_dir": "nowhere"}, "expert_scores_dir=nowhere is not there"),
+    ({"train_config": "twice.yaml"}, r"twice.yaml: .* \(the key 'seed' is there twice\)"),
+    ({"train_config": "inner.yaml"}, r"inner.yaml: .* \(the key 'min_lr' is there twice\)"),
+    ({"train_config": "alias.yaml"}, r"alias.yaml: .* \(\*a stands for another value"),
+    ({"train_config": "deep.yaml"}, r"deep.yaml: .*recursion"),
+    ({"train_config": "pipe.yaml"}, r"cannot read .*pipe.yaml: it is not a file, but a pipe"),
+    (
+        {"train_config": "link.yaml"},
+        r"cannot read .*link.yaml: no such file \(.*link.yaml is a link that leads nowhere",
+    ),
+    ({"train_config": "layer9.json/x"}, r"cannot read .*layer9.json/x"),
+    ({"train_dataset": "pipe.jsonl"}, r"cannot find data set .*pipe.jsonl' \(it is a pipe or a device\)"),
+    ({"train_dataset": "deep.jsonl"}, r"deep.jsonl:2: not valid JSON \(.*recursion"),
+    ({"train_dataset": "huge.jsonl"}, r"huge.jsonl:2: not valid JSON \(Exceeds the limit"),
+    ({"expert_config": "deep.json"}, r"cannot read .*deep.json: not valid JSON"),
+    ({"expert_config": "pipe.yaml"}, r"cannot read .*pipe.yaml: no such expert config.* \(it is a pipe or a device\)"),
+    ({"output_dir": "link.yaml"}, r"cannot write .*link.yaml: it is a link that leads nowhere"),
+    ({"output_dir": "loop"}, r"cannot write .*loop: it is a link that leads nowhere"),
+    (
+        {"base_model_path": "many"},
+        r"cannot load model .*many': num_experts_per_tok is 9 in its config.json, not 1 to 8",
+    ),
+    ({"base_model_path": "none_routed"}, r"num_experts_per_tok is 0 in its config.json, not 1 to 8"),
+    ({"base_model_path": "tall"}, r"num_hidden_layers is 1000000 in its config.json, not 1 to 10000"),
+    ({"base_model_path": "wide"}, r"the number of experts is 1000000000 in its config.json, not 1 to 65536"),
+    ({"base_model_path": "piped"}, r"cannot read .*tokenizer_config.json: it is not a file, but a pipe"),
+    ({"base_model_path": "dividing"}, r"data.jsonl:1: cannot use the chat template: .* \(division by zero\)"),
+    ({"base_model_path": "recursing"}, r"data.jsonl:1: cannot use the chat template: .* \(maximum recursion"),
+    ({"base_model_path": "counting"}, r"data.jsonl:1: cannot use the chat template: .*Range too big"),
     ({"metric_for_best_model": "eval_accuracy", "load_best_model_at_end": True}, "gives the loss alone"),
     ({"torch_compile": True}, "torch.compile cannot trace"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": None}, "requires an eval strategy"),
@@ -88,7 +155,7 @@ WRONG = [
 
 @pytest.mark.parametrize("changes, text", WRONG)
 def test_an_error_is_one_sentence_and_leaves_nothing_behind(files, bad, tmp_path, capsys, changes, text):
-    paths = ("train_dataset", "output_dir", "base_model_path", "expert_config")
+    paths = ("train_dataset", "output_dir", "base_model_path", "expert_config", "train_config")
     changes = {key: bad / value if key in paths and value else value for key, value in changes.items()}
     message = fails(arguments(files, tmp_path / "out", **changes), capsys)
     assert re.search(text, message), message

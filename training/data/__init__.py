@@ -25,6 +25,7 @@ import numpy as np
 from filelock import FileLock
 
 from deepseek.files import sha256
+from deepseek.loading import vocab_size
 from training.data.documents import (
     IGNORE,
     Encoded,
@@ -208,7 +209,8 @@ def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Pa
 
 
 def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
-    template, quiet = Template(tokenizer, template_settings(config)), config.training.get("disable_tqdm", False)
+    template = Template(tokenizer, template_settings(config), vocab_size(config.base_model_path))
+    quiet = config.training.get("disable_tqdm", False)
     rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed, config.streaming)
     documents = encode_rows(rows, template, quiet=quiet)
     every = list(range(len(rows)))

@@ -1,17 +1,30 @@
 """The parts of a rendered conversation: settings, pieces of text, documents, and the skeleton of a template."""
 
 import argparse
+import contextlib
 import functools
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+
+import jinja2
+
+from deepseek.files import parse_json
 
 IGNORE = -100  # the label that cross entropy skips
 NO_END = "an end of answers, which the template does not write (append_end=true adds one)"
 LOSS_ON = ("all", "last", "each")
 SPECIAL_TEXT = ("error", "plain", "token")
 THINK = "<think>"
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # a template is code
 REACH = 48  # characters before a cut that are encoded again to see whether the cut changes them
 
 
@@ -59,7 +72,10 @@ class TemplateSettings:
 def template_settings(values: object) -> TemplateSettings:
     """Return the settings among the fields of a config, or the flags of a command."""
     found = {f.name: getattr(values, f.name) for f in fields(TemplateSettings)}
-    return TemplateSettings(**found | {"template_kwargs": found["template_kwargs"] or {}})
+    kwargs = found["template_kwargs"] or {}
+    if isinstance(kwargs, str):
+        kwargs = parse_json(kwargs, "template_kwargs", 1)
+    return TemplateSettings(**found | {"template_kwargs": kwargs})
 
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +83,7 @@ def add_template_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--template", choices=("chat", "released"), default="chat", help="how messages become tokens: the tokenizer's "
         "chat template, or the one of the released checkpoints (default: chat)")  # fmt: skip
-    add("--template_kwargs", type=json.loads, default={}, metavar="JSON", help="variables of the chat template, such "
+    add("--template_kwargs", default="{}", metavar="JSON", help="variables of the chat template, such "
         'as {"enable_thinking": false}')  # fmt: skip
     add("--loss_on", choices=LOSS_ON, default="all", help="which answers of a conversation carry loss; each: every one "
         "in a document of its own (default: all)")  # fmt: skip
@@ -152,3 +168,20 @@ def _leaves(value: object) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner)
+
+
+@contextlib.contextmanager
+def numbered(where: list[str] | None, number: int) -> Iterator[None]:
+    """Name a conversation in its errors, if there are names."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where[number]}: {error}" if where else str(error)) from error
+
+
+def lacking(token: str, number: int, vocab_size: int) -> str:
+    """Return the error about a token that a model lacks."""
+    return (
+        f"cannot encode the text: token {token!r} has id {number}, and the model knows {vocab_size} tokens. The "
+        "tokenizer is not the model's, or one of its files (such as tokenizer_config.json) is missing. Fetch it again."
+    )

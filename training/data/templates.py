@@ -29,11 +29,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
-import jinja2
-
 from training.data.documents import (
     IGNORE,
     NO_END,
+    TEMPLATE_ERRORS,
     THINK,
     Document,
     Encoded,
@@ -41,6 +40,8 @@ from training.data.documents import (
     Skeleton,
     TemplateSettings,
     content_marks,
+    lacking,
+    numbered,
     texts_of,
 )
 from training.data.shapes import TEXT
@@ -49,8 +50,9 @@ from training.data.shapes import TEXT
 class Template:
     """Renders and encodes conversations for one tokenizer and one `TemplateSettings`."""
 
-    def __init__(self, tokenizer, settings: TemplateSettings | None = None):
-        self.tokenizer, self.settings = tokenizer, settings or TemplateSettings()
+    def __init__(self, tokenizer, settings: TemplateSettings | None = None, vocab_size: int | None = None):
+        """`vocab_size`: tokens that the model knows, which may be fewer than the tokenizer has. None: not checked."""
+        self.tokenizer, self.settings, self.vocab_size = tokenizer, settings or TemplateSettings(), vocab_size
         added = tokenizer.added_tokens_decoder.values()
         special = sorted({str(token) for token in added if token.special}, key=len, reverse=True)
         pattern = "|".join(map(re.escape, special)) or r"(?!)"
@@ -62,7 +64,7 @@ class Template:
         """What tells this tokenizer and its template from others."""
         tokenizer = self.tokenizer
         text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-        parts = (text, str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token)
+        parts = (text, str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token, self.vocab_size)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # ---------------------------------------------------------------------------------------- text -> tokens
@@ -74,20 +76,26 @@ class Template:
 
         Raises:
             ValueError: the answers cannot be found exactly in the template's text, the template refuses the messages,
-                or a message spells a special token (`special_text`).
+                a message spells a special token (`special_text`), or a token is not one of the model.
         """
-        found = []
+        found, encoded = [], []
         for number, messages in enumerate(conversations):
-            try:
+            with numbered(where, number):
                 found.append(self.documents(messages))
-            except ValueError as error:
-                raise ValueError(f"{where[number]}: {error}" if where else str(error)) from error
         documents = list(itertools.chain(*found))
         texts = [t for d in documents for t in ([d.text] if d.whole else [p.text for p in d.pieces if not p.plain])]
         endings = {ending for d in documents if d.whole and self.tokenizer.is_fast for ending in d.endings()}
         ending_ids = dict(zip(endings, (encoding.ids[-2:] for encoding in self._encode_texts(list(endings)))))
         encodings = iter(self._encode_texts(texts))
-        return [[self._encoded(d, encodings, ending_ids) for d in documents] for documents in found]
+        for number, documents in enumerate(found):
+            with numbered(where, number):
+                encoded.append([self._encoded(document, encodings, ending_ids) for document in documents])
+        return encoded
+
+    def check_ids(self, ids: list[int]) -> None:
+        """Raise ValueError for a token that the model lacks: its embedding has no row for that."""
+        if self.vocab_size is not None and (largest := max(ids, default=0)) >= self.vocab_size:
+            raise ValueError(lacking(self.tokenizer.decode([largest]), largest, self.vocab_size))
 
     def _encoded(self, document: Document, encodings: Iterator, ending_ids: dict[str, list[int]]) -> Encoded:
         pieces = document.pieces
@@ -108,6 +116,7 @@ class Template:
             if self.settings.template != "released":  # which encodes each piece alone
                 parts = [parts[0], *(self._ids_after(*pair) for pair in itertools.pairwise(pieces))]
         ids = list(itertools.chain(*parts))
+        self.check_ids(ids)
         labels = [token if piece.loss else IGNORE for piece, part in zip(pieces, parts) for token in part]
         return Encoded(ids, labels, document.left_out)
 
@@ -379,7 +388,7 @@ class Template:
                 add_generation_prompt=answer_next,
                 **self.settings.template_kwargs,
             )
-        except (jinja2.TemplateError, TypeError, RecursionError) as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(f"cannot use the chat template: it refuses {_name(messages)} ({error})") from error
 
 
