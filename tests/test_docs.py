@@ -59,6 +59,16 @@ def rewrite_line_numbers() -> None:
             print(f"{page.relative_to(ROOT)}: line numbers written")
 
 
+def test_every_promise_has_a_test_that_is_there():
+    page = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("| ") and not row.endswith("| test |")]
+    assert len(rows) > 40
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.rpartition(" | ")[2])
+        assert named, row
+        assert not [f"{path}::{name}" for path, name in named if line_of(f"tests/{path}", name) is None]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_reference_points_at_the_definition(page):
     wrong = [f"{path}:{line} ({name})" for path, line, name in references(page) if line_of(path, name) != line]
