@@ -37,12 +37,12 @@ from training.data import Template, eval_file_of, held_out_questions, load_data,
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
-from training.plan import Plan, join_processes, plan_run
+from training.plan import Plan, join_processes, open_empty, plan_run
 from training.run_folder import find_run, owned, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
-FEW_STEPS = 10  # fewer than these are told
+FEW_STEPS = 50  # fewer than these are told
 
 
 def run(config: RunConfig) -> dict:
@@ -72,12 +72,13 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         logger.info(f"{config.output_dir} holds this run already, finished: nothing to do")
         return results
 
+    empty = ranks.run_or_fail_together(lambda: open_empty(config, ranks))
     tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
     packs, eval_packs = load_data(tokenizer, config, ranks)
     if to_select and not checkpoint:
         ranks.on_rank_zero(lambda: score_and_select(config))
 
-    plan = plan_run(config, args, packs, ranks)
+    plan = plan_run(config, args, packs, ranks, empty)
     args.activation_checkpointing = plan.activation_checkpointing
     ranks = ranks.with_experts(plan.ep_size, config.timeout)
     loaded = load_model(config, plan, ranks)
@@ -85,8 +86,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         packs, eval_packs = packs.split(), eval_packs.split()
     log_model(loaded.model, config, packs)
 
-    if args.max_steps <= 0:
-        tell_few_steps(args, len(packs), packs_per_step)
+    tell_few_steps(args, len(packs), packs_per_step)
 
     generation = loaded.model.generation_config
     generation.eos_token_id = Template(tokenizer, template_settings(config)).end_tokens(generation)
@@ -111,11 +111,19 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
 
 
 def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
-    """Say so if a run that counts in epochs is too short to learn anything."""
-    steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
-    if steps < FEW_STEPS:
+    """Say so if a run is too short to learn much."""
+    how, steps = f"max_steps={args.max_steps}", args.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
         how = f"{utils.counted(packs, 'pack')}, {packs_per_step} per step, {args.num_train_epochs:g} epochs"
-        logger.info(f"  only {utils.counted(steps, 'optimizer step')}: {how}. Raise epochs, or lower batch_size")
+    if steps < FEW_STEPS:
+        more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower batch_size"
+        rate = f"a learning rate of at most {args.learning_rate:g}"
+        logger.info(
+            f"  only {utils.counted(steps, 'optimizer step')} ({how}) at {rate} teach little. {more}, or raise it"
+        )
+    if args.get_warmup_steps(steps) >= steps:
+        logger.info(f"  the warmup takes the whole run, so the learning rate stays below {args.learning_rate:g}")
 
 
 def finish_run(

@@ -165,6 +165,11 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def size(nbytes: float) -> str:
+    """Return "1.25 GiB", or "300.10 MiB" for less than 1 GiB."""
+    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.2f} MiB"
+
+
 def note(text: str) -> None:
     """Print a remark on stderr, beside the output of a command; under torchrun, from rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":

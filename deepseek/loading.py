@@ -117,10 +117,10 @@ def _spread(path: str | Path, free: dict[int, int]) -> dict[str, int | str]:
     )
 
 
-def empty_model(path: str | Path) -> nn.Module:
+def empty_model(path: str | Path, attention: str | None = None) -> nn.Module:
     """Return the model of a folder or a hub id without weights, on the meta device. Raise as `load_base_model`."""
-    config = load_config(path)
-    model = _load(lambda _, **options: model_of(config, **options), path)
+    config, given = load_config(path), {"attn_implementation": attention} if attention else {}
+    model = _load(lambda _, **options: model_of(config, **options), path, **given)
     top_k = getattr(config.get_text_config(), "num_experts_per_tok", None)  # some families have another name for it
     for layer in moe_layers(model, dense_ok=True).values():
         _check_size(path, "the number of experts", layer.num_experts, MOST_EXPERTS)

@@ -89,17 +89,20 @@ class Ranks:
         self.raise_on_all(error)
         return result
 
+    def check_ep_size(self, ep_size: int) -> None:
+        if ep_size < 1 or self.world_size % ep_size:
+            raise SharedError(
+                f"cannot use ep_size={ep_size}: it does not divide the {self.world_size} processes. Start a "
+                "multiple with torchrun --nproc-per-node, or change ep_size."
+            )
+
     def with_experts(self, ep_size: int, timeout: timedelta) -> "Ranks":
         """Return these ranks with the groups of expert parallelism. Consecutive ranks make a replica.
 
         Raises:
             ValueError: ep_size does not divide world_size.
         """
-        if ep_size < 1 or self.world_size % ep_size:
-            raise SharedError(
-                f"cannot use ep_size={ep_size}: it does not divide the {self.world_size} processes. Start a "
-                "multiple with torchrun --nproc-per-node, or change ep_size."
-            )
+        self.check_ep_size(ep_size)
         if self.world_size == 1:
             return self
         blocks, groups = torch.arange(self.world_size).view(-1, ep_size), {}

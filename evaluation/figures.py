@@ -166,7 +166,10 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
         axes.set_yscale("log")
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    if steps := [step for points in curves.values() for step, _ in points]:
+        pad = 0.5 if max(steps) - min(steps) < 40 else 0  # there is no step 0
+        axes.set_xlim(min(steps) - pad, max(steps) + pad)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per label token)", title=title)
     axes.grid(alpha=0.25)
     if losses:

@@ -81,6 +81,13 @@ def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -
     }
 
 
+def check_template(config: EvalConfig, jobs: list[Job]) -> None:
+    """Raise ValueError if the first question of a job cannot be asked, as with a tokenizer without a chat template."""
+    template = Template(esft.load_tokenizer(config.base_model_path), config.template_settings)
+    for job in jobs:
+        template.encode_prompt(job.rows[0]["prompt"])
+
+
 def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], journals: list[AnswerJournal]) -> None:
     """Add to the journals of the jobs the batches that they lack, under one progress bar."""
     tokenizer, known = esft.load_tokenizer(config.base_model_path), vocab_size(config.base_model_path)

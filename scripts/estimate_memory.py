@@ -39,7 +39,7 @@ from training.memory import (
     MemorySettings,
 )
 from training.published_models import open_model, published_models
-from utils import command_parser, counted, environment, markdown_table, positive, run_cli
+from utils import command_parser, counted, environment, markdown_table, positive, run_cli, size
 
 GIB = 2**30
 COLUMNS = [(gpus, card) for gpus in (1, 8) for card in (24, 48, 80, 141)]  # of the table
@@ -156,14 +156,14 @@ def format_report(settings: MemorySettings, memory: MemoryEstimate, limit: int, 
     gpus = counted(settings.world_size, "GPU")
     lines = [f"  {kind:<20}{size:>14}" for kind, size in memory.sizes().items()]
     lines.append(
-        f"{'fits' if fits else 'does not fit'}: {memory.peak / GIB:,.1f} of {limit / GIB:g} GiB on each of {gpus} "
+        f"{'fits' if fits else 'does not fit'}: {size(memory.peak)} of {limit / GIB:g} GiB on each of {gpus} "
         f"with ep_size={settings.ep_size} activation_checkpointing={checkpointing}"
     )
     if advice and not fits:
         lines.append("what fits:")
         for other, needed in advice:
-            host = f", {needed.host / GIB:,.1f} GiB in host memory per process" if needed.host else ""
-            lines.append(f"  {needed.peak / GIB:>8,.1f} GiB  {other.changed_from(settings)}{host}")
+            host = f", {size(needed.host)} in host memory per process" if needed.host else ""
+            lines.append(f"  {size(needed.peak):>12}  {other.changed_from(settings)}{host}")
     return "\n".join([*lines, *(f"note: {note}" for note in assumptions(settings))])
 
 

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, read_json, suggest, write_json, write_text
+from esft import load_tokenizer
 from evaluation.figures import colours_of, new_figure, plot_losses, save_figure
 from evaluation.run_folder import METHODS, Run, read_run
-from training.data import load_samples
+from training.data import Template, TemplateSettings, load_samples
 from utils import (
     ROOT,
     command_parser,
@@ -182,13 +183,17 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
             raise ValueError(f"cannot use --{name} {top_p}: it is above 0 and at most 1.")
     if "lora" in methods and find_spec("peft") is None:
         raise ValueError(f"cannot run lora: it needs peft. Run {PYTHON} -m pip install -c constraints.txt peft.")
-    load_samples(args.train_dataset)
+    samples = load_samples(args.train_dataset)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"cannot use --eval_dataset {args.eval_dataset}: two have one name. Rename one.")
-    for name, dataset in zip(names, datasets):
-        load_rows(dataset)
+    rows = [load_rows(dataset)[0] for dataset in datasets]
+    for name in names:
         get_evaluator(name)  # and the libraries of its metrics
+    template = Template(load_tokenizer(args.base_model_path), TemplateSettings(args.template))
+    template.encode([samples[0]["messages"]])
+    for row in rows:
+        template.encode_prompt(row["prompt"])
 
 
 def run_stages(

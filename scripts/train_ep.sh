@@ -6,8 +6,9 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 MODEL=... DATA=... bash scripts/train_ep.sh    # NODE_RANK=1 on the other
 #
 # When a process dies, torchrun ends the others. The same command, on all nodes, continues from the last whole checkpoint.
-# MAX_RESTARTS=3 makes torchrun do this by itself. It then waits ten minutes for a lost node (not node 0), which comes
-# back by the same command. When a process hangs, the others give up after ddp_timeout seconds (a key, 1800 by default).
+# MAX_RESTARTS=3 makes torchrun do this by itself, and after a wrong setting (exit code 2), too. It then waits ten
+# minutes for a lost node (not node 0), which comes back by the same command. When a process hangs, the others give up
+# after ddp_timeout seconds (a key, 1800 by default).
 # The reason stands above torchrun's traceback: "error: rank 3: ...", or a line of NCCL.
 # SIGTERM to torchrun ends a run after the current step, with a checkpoint.
 set -euo pipefail

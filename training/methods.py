@@ -11,9 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import esft
-from deepseek.adapters import read_base_note
 from deepseek.experts import TrainedExperts, moe_layers
-from deepseek.fingerprint import difference
 from deepseek.frozen import FrozenExperts
 from deepseek.process_groups import Ranks
 from utils import import_extra
@@ -31,8 +29,6 @@ def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.
     named = esft.ExpertConfig.load(expert_config)
     named.check(model)
     if method == "esft":
-        if how := difference(esft.base_note(model), read_base_note(expert_config)):
-            warnings.warn(f"the experts of {expert_config} were chosen on another base model: {how}", stacklevel=2)
         return named
     generator, sizes = random.Random(seed), {index: layer.num_experts for index, layer in moe_layers(model).items()}
     drawn = {index: tuple(generator.sample(range(sizes[index]), len(ids))) for index, ids in named.experts.items()}

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,15 +14,19 @@ from transformers import TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 import esft
+from deepseek.adapters import read_base_note
 from deepseek.experts import moe_layers
+from deepseek.fingerprint import difference
+from deepseek.frozen import quantize
 from deepseek.loading import empty_model
 from deepseek.partial_loading import quantization
 from deepseek.process_groups import Ranks, SharedError, join
 from training.config import RunConfig
 from training.data import Packs
+from training.first_selection import selected_experts
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts
-from utils import counted, log_to_stdout
+from utils import counted, import_extra, log_to_stdout, size
 
 logger = logging.getLogger("esft")
 
@@ -59,26 +64,50 @@ def join_processes(config: RunConfig) -> Ranks:
     return ranks
 
 
-def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ranks) -> Plan:
+def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
+    """Return the model of a run without weights.
+
+    All that can be refused without weights and data is refused here, before data are encoded and experts are scored.
+
+    Raises:
+        ValueError, OSError, ImportError: the model, its experts, or a library that the config needs.
+    """
+    empty = empty_model(config.base_model_path, config.attn_implementation)
+    if quantization(empty.config) == "fp8" and config.method in ("full", "lora"):
+        raise ValueError(
+            f"cannot train {config.base_model_path} by method {config.method}: it is stored in fp8. Give its bfloat16 "
+            "form, or method=esft."
+        )
+    if config.ep_size != "auto":
+        ranks.check_ep_size(int(config.ep_size))
+    if config.method == "lora":
+        import_extra("peft", "lora")
+    if config.expert_config and Path(config.expert_config) != selected_experts(config.output_dir):
+        choose_experts(config.method, config.expert_config, config.seed, empty)
+    layer = next(iter(moe_layers(empty).values()))
+    for name in layer.weight_names if config.frozen_dtype else ():
+        quantize(torch.zeros(1, *layer.tensor(name).shape[1:]), config.frozen_dtype)
+    return empty
+
+
+def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ranks, empty: nn.Module) -> Plan:
     """Choose the experts, and ep_size and activation_checkpointing where they are auto.
 
     On a GPU the first layout that is expected to fit is taken, or the most saving one. Elsewhere nothing is estimated:
     auto means whole copies (ep_size=1) and saved activations (false).
     """
-    empty = ranks.run_or_fail_together(lambda: empty_model(config.base_model_path))
-    stored = quantization(empty.config)
-    if stored == "fp8" and config.method in ("full", "lora"):
-        raise SharedError(
-            f"cannot train {config.base_model_path} by method {config.method}: it is stored in fp8. Give its bfloat16 "
-            "form, or method=esft."
-        )
     experts = ranks.run_or_fail_together(
         lambda: choose_experts(config.method, config.expert_config, config.seed, empty)
     )
-    frozen_dtype = config.frozen_dtype or ("fp8" if stored == "fp8" else None)
+    if config.method == "esft" and (how := difference(esft.base_note(empty), read_base_note(config.expert_config))):
+        warnings.warn(f"the experts of {config.expert_config} were chosen on another base model: {how}", stacklevel=2)
+    frozen_dtype = config.frozen_dtype or ("fp8" if quantization(empty.config) == "fp8" else None)
     layouts = possible_layouts(config, empty, ranks.world_size)
     plan = Plan(empty, experts, frozen_dtype, args.device, *layouts[0])
     budget = memory_of_a_process(args.device)
+    most = layouts[-1][0]
+    if config.ep_size == "auto" and budget is None and most > 1:
+        logger.info(f"  ep_size=auto is 1 on a CPU: every process holds all experts. ep_size={most} shares them out")
     if len(layouts) == 1 or budget is None:
         return plan
     budget = min(ranks.gather(budget))
@@ -113,17 +142,16 @@ def first_that_fits(
         for ep_size, checkpointing in layouts:
             settings = dataclasses.replace(settings, ep_size=ep_size, activation_checkpointing=checkpointing)
             memory = estimator.estimate(settings)
-            tried.append(
-                f"{memory.peak / 2**30:,.2f} with {ep_size=} activation_checkpointing={str(checkpointing).lower()}"
-            )
+            how = f"{ep_size=} activation_checkpointing={str(checkpointing).lower()}"
+            tried.append(f"{size(memory.peak)} with {how}")
             if memory.peak <= budget:
                 break
         saving = ", ".join(f"{key}={str(value).lower()}" for key, value in estimator.ladder(settings))
     except Exception as error:  # an estimate is advice, and no run fails without it
         logger.info(f"  memory of a process could not be estimated: {(str(error) or repr(error)).splitlines()[0]}")
         return dict(zip(("ep_size", "activation_checkpointing"), layouts[-1]))
-    logger.info(f"  memory of a process (GiB, of {budget / 2**30:,.1f}), estimated: {'; '.join(tried)}")
-    logger.info("    " + ", ".join(f"{kind} {size}" for kind, size in memory.sizes().items()))
+    logger.info(f"  memory of a process, of {size(budget)}, estimated: {'; '.join(tried)}")
+    logger.info("    " + ", ".join(f"{kind} {part}" for kind, part in memory.sizes().items()))
     if memory.peak > budget:
         warnings.warn(f"it may run out of memory; what saves some: {saving}", stacklevel=2)
     return {"ep_size": ep_size, "activation_checkpointing": checkpointing, "memory": memory, "saving": saving}

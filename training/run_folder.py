@@ -47,8 +47,9 @@ WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkp
     *("adapter*.safetensors", "adapter_config.json", esft.CONFIG_NAME, BASE_NAME, "config.json"),
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".lock", ".staging/*"),
-    *("completions/*.jsonl", "completions/*.json", "completions/.*.partial", ".*.json.*/*", ".*.safetensors.*/*"),
+    *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".*.lock", ".staging/*"),
+    *("completions/*.jsonl", "completions/*.json", "completions/.*.partial", "completions/.*.lock"),
+    *(".*.json.*/*", ".*.safetensors.*/*"),  # half-written
     *(f"{folder}/*" for folder in SELECTION_FOLDERS),
 )
 PATHS = ("base_model_path", "train_dataset", "validation_dataset", "expert_config", "expert_scores_dir")

@@ -18,7 +18,8 @@ expert's best rank in one of them. A tie goes to the lower id. The controls are 
 the config says what it is made of. With --output_dir each task gets a config of its own, <output_dir>/<task>.json, and
 its scores are looked for in <expert_scores_dir>/<task>.
 
-With --base_model_path the config is checked against the model's architecture. No weights are read.
+With --base_model_path the config is checked against the model: its layers, its experts, and whether the scores are of
+its weights. The config notes the base of its scores, and training says so if it gets another one.
 """
 
 import argparse
@@ -33,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import moe_layers
 from deepseek.files import write_text
+from deepseek.fingerprint import difference
 from deepseek.loading import empty_model
-from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, select_experts
+from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, base_note, select_experts
 from evaluation.selection import even_counts, ranked_experts, union_of
 from utils import command_parser, markdown_table, note, run_cli, seed_number
 
@@ -85,7 +87,7 @@ def split_list(text: str) -> list[str]:
 
 
 def load_scores(folders: list[str], model: nn.Module | None = None) -> list[ExpertScores]:
-    """Return the scores of each task. They must have the layers and experts of `model`, or those of the first task."""
+    """Return the scores of each task. All must have the layers, experts and weights of `model`, or of the first one."""
 
     def sizes(scores: ExpertScores) -> dict[int, int]:
         return {layer: len(score_E) for layer, score_E in next(iter(scores.by_function.values())).items()}
@@ -96,6 +98,10 @@ def load_scores(folders: list[str], model: nn.Module | None = None) -> list[Expe
         if sizes(scores) != expected:
             other = "the base model" if model else folders[0]
             raise ValueError(f"cannot use {folder}: it has scores of other layers or experts than {other} has")
+    bases = ([base_note(model)] if model else []) + [scores.meta.get("base", {}) for scores in every]
+    for folder, base in zip(folders, bases[-len(folders) :]):
+        if how := difference(bases[0], base):
+            raise ValueError(f"cannot use {folder}: its scores are of another base model: {how}. Compute them again.")
     return every
 
 
@@ -186,6 +192,8 @@ def write_config(every: list[ExpertScores], config: ExpertConfig, args: argparse
         total = sum(param.numel() for param in model.parameters())
         share = f"\n{trained:,} of {total:,} parameters ({trained / total:.1%})"
     written = config.to_dict()
+    if base := every[0].meta.get("base"):  # of released scores it is not known
+        written["base"] = base
     if len(every) > 1:  # one task's config keeps the released form
         paths = split_list(args.expert_scores_dir)
         tasks = [{"dataset": name, "expert_scores": path} for name, path in zip(names, paths)]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
 from deepseek.loading import empty_model
-from esft import TOP_P, ExpertScores, RouterCapture, load_tokenizer, select_experts
+from esft import TOP_P, ExpertScores, RouterCapture, base_note, load_tokenizer, select_experts
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import plan_devices
@@ -139,6 +139,7 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
 
     counts = count_packs(packs, args.base_model_path, devices=devices, dtype=args.dtype, prob=args.prob)
     meta |= {"documents": sum(len(p.pack.samples) for p in packs), "packs": len(packs), "environment": environment()}
+    meta["base"] = base_note(model)
     scores = ExpertScores.from_counts(counts.total(), **meta)
     counts.save(output_path.with_name(PACKS_NAME))
     scores.save(output_path)

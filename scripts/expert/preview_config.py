@@ -192,12 +192,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def format_preview(result: dict) -> str:
     """Return the tables."""
-    settings, full, budget = result["settings"], result["full_peak_bytes"] / 2**30, result["budget"]
+    settings, full, budget = result["settings"], size(result["full_peak_bytes"]), result["budget"]
     how = f"{settings['dtype']}, {settings['seq_length']} tokens a pack, {settings['optim']}, {settings['device']}"
     lines = [
         f"{result['model']}, {result['parameters']:,} parameters; {how}\n",
         f"{format_rows(result['rows'])}\n",
-        f"full fine-tuning, on one device: a peak of {full:,.2f} GiB in the same dtype",
+        f"full fine-tuning, on one device: a peak of {full} in the same dtype",
         "step time: FLOPs of matrix products, full fine-tuning is 1 (see --help)",
     ]
     if budget:

@@ -20,6 +20,16 @@ def test_a_curve_has_its_points_and_a_long_one_its_running_mean():
     assert len(raw.get_xdata()) <= figures.MAX_POINTS and mean.get_ydata()[1:] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("steps", [[12], [1, 2, 3], [6, 12], range(1, 13), range(100, 2000, 100), [1, 1001]])
+def test_axes_show_the_steps_that_there_are_and_the_losses_closely(steps):
+    _, axes = figures.new_figure(4, 3, ncols=1)
+    figures.plot_losses(axes, {"a": [(step, 7.2 + 0.01 * (step % 3)) for step in steps]}, "loss", {"a": "red"})
+    (low, high), ticks = axes.get_xlim(), axes.get_xticks()
+    assert min(steps) - 0.5 <= low <= min(steps) and max(steps) <= high <= max(steps) + 0.5
+    assert all(float(tick).is_integer() for tick in ticks if low <= tick <= high)
+    assert axes.get_ylim()[0] > 6
+
+
 def test_a_curve_without_points_is_left_out():
     assert not drawn([])
 

@@ -110,7 +110,7 @@ from scripts import pipeline
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path(sys.argv[1])
 pipeline.run_stages = lambda args, stages, *_: stages.run(folder / "out", str(folder / "stage.py"))
-pipeline.run_cli(lambda: pipeline.main(["--model=m", "--data=intent", f"--output_dir={folder}"]))
+pipeline.run_cli(lambda: pipeline.main(["--model=results/models/tiny", "--data=intent", f"--output_dir={folder}"]))
 """
 STAGE = """
 import pathlib, signal, sys, time
@@ -191,12 +191,36 @@ def test_what_is_wrong_is_refused_before_anything_runs(what, tmp_path, monkeypat
         monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         flags = [flag.format(tmp=tmp_path) for flag in flags]
-        pipeline.main(["--model=m", "--data=intent", f"--output_dir={tmp_path / 'out'}", *flags])
+        pipeline.main(["--model=results/models/tiny", "--data=intent", f"--output_dir={tmp_path / 'out'}", *flags])
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_without_a_chat_template_is_told_before_anything_runs(tmp_path, monkeypatch):
+    """In a sentence that names the setting as this command takes it."""
+    shutil.copytree(ROOT / "results" / "models" / "tiny", tmp_path / "model")
+    for path in tmp_path.glob("model/chat_template*"):
+        path.unlink()
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    write_json(tmp_path / "model" / "tokenizer_config.json", settings)
+    monkeypatch.setattr(pipeline, "run_command", lambda *_, **__: (_ for _ in ()).throw(SystemExit("a stage ran")))
+    words = [f"--model={tmp_path / 'model'}", "--data=intent", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=r"the tokenizer has none\. Give template=released") as error:
+        pipeline.main(words)
+    (told,) = re.findall(r"Give (\S+),", str(error.value))
+    for setting in (told, f"--{told}"):
+        with pytest.raises(SystemExit, match="a stage ran"):
+            pipeline.main([*words, setting])
+
+
 def test_a_key_for_one_method_wins_and_training_can_be_resumed():
-    flags = ["--model=m", "--data=intent", "--train_config=configs/tiny.yaml", "full:learning_rate=1e-3", "lr=2e-3"]
+    flags = [
+        "--model=results/models/tiny",
+        "--data=intent",
+        "--train_config=configs/tiny.yaml",
+        "full:learning_rate=1e-3",
+        "lr=2e-3",
+    ]
     args = pipeline.parse_args([*flags, "full:save_opt_states=false"])
     keys = pipeline.training_keys(args, ["esft-token", "full"])
     assert {"method=esft", "learning_rate=2e-3", "save_opt_states=true"} <= set(keys["esft-token"])
@@ -207,7 +231,7 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
 @pytest.mark.parametrize("key", ["wandb_api_key", "full:wandb_api_key"])
 def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "old")  # restored after the test
-    args = pipeline.parse_args(["--model=m", "--data=intent", f"{key}=s3cret", "lr=2e-3"])
+    args = pipeline.parse_args(["--model=results/models/tiny", "--data=intent", f"{key}=s3cret", "lr=2e-3"])
     keys = pipeline.training_keys(args, ["esft-token", "full"])
     assert os.environ["WANDB_API_KEY"] == "s3cret" and "s3cret" not in f"{args} {keys}"
     assert args.overrides == ["lr=2e-3"]

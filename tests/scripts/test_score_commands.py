@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from esft import ExpertScores
+from deepseek.fingerprint import checkpoint_note
+from esft import ExpertConfig, ExpertScores
 from evaluation import expert_scoring
 from evaluation.selection import PackCounts
-from scripts.expert import get_expert_scores, plot_expert_scores
+from scripts.expert import generate_expert_config, get_expert_scores, plot_expert_scores, preview_config
 from tests.helpers import make_model, refused
 from training.data import Encoded, Template, TemplateSettings
 
@@ -165,3 +166,31 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "summary.json").write_text('{"token_scores": {"1": {"0": 1.0}}}')
     refused(capsys, plot_expert_scores.main, ["--expert_scores_dir", tmp_path], "matplotlib")
+
+
+def test_a_config_notes_the_base_of_its_scores(data, tiny_model_dir, tmp_path, capsys):
+    """Scores of two bases make no union, and scores of one no config of the other."""
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] += 1  # the routing is the same
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for name, base in (("one", tiny_model_dir), ("two", other), ("three", tiny_model_dir)):
+        score(data, base, tmp_path / name, "--n_sample_tokens", 500, "--seed", len(name))
+    scores = {name: f"--expert_scores_dir={tmp_path / name}" for name in ("one", "two", "three")}
+    output = f"--output_path={tmp_path / 'config.json'}"
+    why = "its scores are of another base model: the weights differ"
+    refused(
+        capsys,
+        generate_expert_config.main,
+        [f"{scores['one']},{tmp_path / 'two'}", output],
+        f"{tmp_path / 'two'}: {why}",
+    )
+    refused(capsys, generate_expert_config.main, [scores["one"], output, f"--base_model_path={other}"], why)
+    refused(capsys, preview_config.main, [scores["one"], f"--base_model_path={other}"], why)
+    assert not (tmp_path / "config.json").exists()
+    generate_expert_config.main(
+        [f"{scores['one']},{tmp_path / 'three'}", output, f"--base_model_path={tiny_model_dir}"]
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["base"]["weights"] == checkpoint_note(tiny_model_dir)["weights"] and config["meta"]["union_of"]
+    assert ExpertConfig.load(tmp_path / "config.json").experts

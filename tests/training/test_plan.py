@@ -13,7 +13,7 @@ from tests.helpers import config_of, make_model
 from training.config import training_arguments
 from training.data import Packs
 from training.memory import Estimator
-from training.plan import memory_of_a_process, memory_settings, plan_run
+from training.plan import memory_of_a_process, memory_settings, open_empty, plan_run
 from training.trainer import ESFTTrainer
 
 DOCUMENTS = SimpleNamespace(lengths=np.array([120, 80, 1]), labels=np.array([20, 80, 1]))
@@ -36,7 +36,13 @@ def plan(files, tmp_path, monkeypatch, caplog):
         config = config_of(files, tmp_path / "out", **keys)
         caplog.clear()
         with caplog.at_level("INFO", "esft"):
-            found = plan_run(config, training_arguments(config), PACKS, Several(rank=0, world_size=world))
+            found = plan_run(
+                config,
+                training_arguments(config),
+                PACKS,
+                ranks := Several(rank=0, world_size=world),
+                open_empty(config, ranks),
+            )
         return found, caplog.messages
 
     return make
@@ -131,7 +137,10 @@ def test_on_a_cpu_nothing_is_estimated(plan, monkeypatch):
 
     monkeypatch.setattr(Estimator, "estimate", broken)
     found, said = plan(4, None, ep_size="auto", activation_checkpointing="auto")
-    assert (found.ep_size, found.activation_checkpointing, found.memory, said) == (1, False, None, [])
+    assert (found.ep_size, found.activation_checkpointing, found.memory) == (1, False, None)
+    assert said == ["  ep_size=auto is 1 on a CPU: every process holds all experts. ep_size=4 shares them out"]
+    for world, keys in ((1, {"ep_size": "auto"}), (4, {"ep_size": 1}), (4, {"ep_size": "auto", "method": "full"})):
+        assert not plan(world, None, **keys)[1]
     assert memory_of_a_process(torch.device("cpu")) is None
 
 
@@ -146,7 +155,7 @@ def test_the_settings_are_those_of_the_run(files, tmp_path):
     keys = {"dtype": "bfloat16", "offload_frozen": True, "batch_size": 3, "accumulation_steps": 4, "optim": "sgd"}
     config = config_of(files, tmp_path / "out", **keys)
     args = training_arguments(config)
-    found = memory_settings(config, args, plan_run(config, args, PACKS, Ranks()), PACKS, 1)
+    found = memory_settings(config, args, plan_run(config, args, PACKS, Ranks(), open_empty(config, Ranks())), PACKS, 1)
     wanted = {"seq_length": 200, "batch_size": 3, "label_share": 1.0, "packed": True, "accumulation": True}
     wanted |= {"dtype": "bfloat16", "offload_frozen": True, "optim": "sgd", "device": "cpu", "frozen_dtype": None}
     assert wanted.items() <= dataclasses.asdict(found).items()

@@ -13,6 +13,7 @@ import pytest
 
 import esft
 import eval_multigpu
+import train
 from deepseek.files import write_json, write_jsonl
 from deepseek.process_groups import Ranks
 from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same
@@ -56,11 +57,17 @@ def test_no_command_is_told_that_would_be_refused(files, start, capsys, monkeypa
             eval_multigpu.main([f"--model={start.folder / name}"])
 
 
-def test_few_steps_are_told_where_the_epochs_give_them(start, capsys):
-    start("short", max_steps=-1, epochs=1)
-    assert re.search(r"only \d optimizer steps?: \d+ packs?, \d+ per step, 1 epochs", capsys.readouterr().out)
-    start("asked", max_steps=1)
-    assert "optimizer step" not in capsys.readouterr().out
+def test_few_steps_are_told(start, capsys, monkeypatch):
+    start("short", max_steps=-1, epochs=1, warmup_steps=0)
+    out = capsys.readouterr().out
+    assert re.search(r"only \d optimizer steps? \(\d+ packs?, \d+ per step, 1 epochs\) at a learning rate of", out)
+    assert "Raise epochs, lower batch_size" in out and "warmup" not in out
+    start("asked", max_steps=3, warmup_steps=3)
+    out = capsys.readouterr().out
+    assert "only 3 optimizer steps (max_steps=3)" in out and "the warmup takes the whole run" in out
+    monkeypatch.setattr(train, "FEW_STEPS", 3)
+    start("enough", max_steps=3, warmup_steps=1)
+    assert not re.search("optimizer step|warmup", capsys.readouterr().out)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start, monkeypatch, capsys, tiny_tokenizer):
