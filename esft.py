@@ -26,6 +26,7 @@ import math
 import operator
 import random
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,7 +248,11 @@ class ExpertConfig:
         }
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError if the config names a layer or an expert that `model` does not have."""
+        """Warn if `model` has no shared experts to train.
+
+        Raises:
+            ValueError: the config names a layer or an expert that `model` does not have, or nothing that it has.
+        """
         layers = moe_layers(model)
         first, last = min(layers), max(layers)
         for index, ids in self.experts.items():
@@ -257,6 +262,13 @@ class ExpertConfig:
                     f"the expert config names expert {highest} of layer {index}, and this model's MoE layers are "
                     f"{first} to {last}, with experts 0 to {num_experts - 1}"
                 )
+        none = self.shared_experts and not ordinary_parameters(model, ExpertConfig({}, shared_experts=True))
+        lack = "the expert config names shared experts, and this model has none"
+        if not any(self.experts.values()) and not ordinary_parameters(model, self):
+            cause = lack if none else "the expert config names nothing"
+            raise ValueError(f"{cause}: nothing would be trained. Name experts of its MoE layers, {first} to {last}.")
+        if none:
+            warnings.warn(lack, stacklevel=1)
 
 
 def _by_layer(data: Mapping | Iterable) -> dict[int, tuple[int, ...]]:

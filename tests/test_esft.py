@@ -1,6 +1,7 @@
 """Test to_esft on whole models: what moves, gradients against full fine-tuning, and the bits of the forward."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -249,6 +250,26 @@ def test_generation_with_a_cache_agrees(family):
     wanted = model.generate(IDS[:, :6], max_new_tokens=5, do_sample=False)
     to_esft(model, ExpertConfig(pick(model)))
     assert torch.equal(model.generate(IDS[:, :6], max_new_tokens=5, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2"])
+def test_a_config_of_what_the_model_lacks(family):
+    """deepseek_v2 has shared experts."""
+    model, lacks = make_model(family), "names shared experts, and this model has none"
+    for config in ({"experts": {}, "shared_experts": True}, {"experts": {"1": [], "2": []}, "shared_experts": True}):
+        if family == "deepseek_v2":
+            unload(to_esft(model, config))
+        else:
+            with pytest.raises(ValueError, match=f"{lacks}: nothing would be trained"):
+                to_esft(model, config)
+    with pytest.raises(ValueError, match="names nothing: nothing would be trained"):
+        to_esft(model, ExpertConfig({}))
+    assert all(param.requires_grad for param in model.parameters())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        unload(to_esft(model, {"experts": {"1": [3]}, "shared_experts": True}))
+        unload(to_esft(model, {"experts": {"1": [3]}, "non_expert_modules": True}))
+    assert [lacks in str(warning.message) for warning in told] == [True] * (family != "deepseek_v2")
 
 
 def test_requires_grad_comes_back():

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek.files import write_json
 from deepseek.shards import WEIGHTS
-from tests.helpers import EXPERTS, arguments, fails, weights
+from tests.helpers import EXPERTS, arguments, fails, make_model, weights
 
 SMALL = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -58,10 +58,13 @@ def bad(files, tmp_path_factory) -> Path:
     os.mkfifo(folder / "piped" / "tokenizer_config.json")
     write_json(folder / "layer9.json", {"experts": {"9": [1]}})
     write_json(folder / "expert8.json", {"experts": {"1": [8]}})
+    write_json(folder / "shared.json", {"experts": {"1": []}, "shared_experts": True})
+    make_model("qwen3_moe").save_pretrained(folder / "qwen")
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, **HEADS))
     dense.save_pretrained(folder / "dense")
     for path in [*files.joinpath("m32").glob("*token*"), files / "m32" / "chat_template.jinja"]:
         shutil.copy(path, folder / "dense")
+        shutil.copy(path, folder / "qwen")
     shutil.copytree(files / "m32", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
     shutil.copytree(files / "m32", folder / "fp8")
     config = json.loads((folder / "fp8" / "config.json").read_text())
@@ -88,6 +91,8 @@ WRONG = [
     ({"expert_config": "none.json"}, "no such expert config"),
     ({"expert_config": "layer9.json"}, "of layer 9"),
     ({"expert_config": "expert8.json"}, "names expert 8 of layer 1"),
+    ({"expert_config": "shared.json", "base_model_path": "qwen"}, "names shared experts, and this model has none"),
+    ({"expert_config": "shared.json", "base_model_path": "qwen", "method": "random"}, "nothing would be trained"),
     ({"expert_config": None, "method": "random"}, "needs --expert_config"),
     ({"eval_steps": 2, "validation_fraction": 0}, "needs a validation set"),
     ({"load_best_model_at_end": True, "save_steps": 3}, "not a round multiple"),
