@@ -190,6 +190,23 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     return not grad_TD[:4].any()
 
 
+def draws_in_training(model: nn.Module) -> bool:
+    """Return whether `model` draws random numbers in training: its routers sample or add noise, or it has dropout.
+
+    The test is a forward of four tokens, after which the state of the random numbers is as before.
+    """
+    device = model.get_input_embeddings().weight.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        before = torch.cuda.get_rng_state(device) if devices else torch.get_rng_state()
+        model.train()
+        try:
+            model.base_model(input_ids=torch.arange(4, device=device)[None], use_cache=False)
+        finally:
+            model.eval()
+        return not torch.equal(before, torch.cuda.get_rng_state(device) if devices else torch.get_rng_state())
+
+
 def _load(function, path: str | Path, **kwargs):
     """Call a loading function of transformers, without remote code. An error is one sentence with the path in it."""
     path, hub_id = str(path), re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))

@@ -12,7 +12,7 @@ import esft
 from deepseek.expert_parallel import connect_experts, shard_dense
 from deepseek.experts import moe_layers
 from deepseek.frozen import Storage
-from deepseek.loading import keeps_documents_apart
+from deepseek.loading import draws_in_training, keeps_documents_apart
 from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.process_groups import Ranks
 from training.config import RunConfig
@@ -63,6 +63,12 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
         warnings.warn(
             f"in a {base.config.model_type} the documents of a pack would see each other, so every sample becomes a "
             "pack of its own: batch sizes count samples",
+            stacklevel=2,
+        )
+    if draws_in_training(base):
+        warnings.warn(
+            f"this {base.config.model_type} draws random numbers in training (in its routers, or for dropout): its "
+            "losses depend on per_device_train_batch_size and on the number of processes, by more than rounding",
             stacklevel=2,
         )
     if config.shard_dense and ranks.world_size > 1:

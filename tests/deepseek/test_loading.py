@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek import loading
 from deepseek.files import write_json
-from tests.helpers import make_model
+from tests.helpers import FAMILIES, SMALL, make_model
 
 
 def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir):
@@ -121,3 +122,37 @@ def test_code_of_a_model_folder_is_not_run_whatever_is_answered(tmp_path, monkey
     with pytest.raises(ValueError, match=r"cannot load model .*: it needs the code in its folder, which is never run"):
         getattr(loading, opened)(tmp_path)
     assert not ran.exists()
+
+
+EIGHT = {**SMALL, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "draws"),
+    [
+        ("phimoe", EIGHT, True),
+        ("phimoe", {**EIGHT, "input_jitter_noise": 0.1}, True),
+        ("mixtral", {**EIGHT, "router_jitter_noise": 0.1}, True),
+        ("mixtral", EIGHT, False),
+        ("minimax_m2", {**FAMILIES["mixtral"], "router_jitter_noise": 0.1}, True),
+        ("minimax_m2", FAMILIES["mixtral"], False),
+        ("qwen3_moe", {**FAMILIES["qwen3_moe"], "attention_dropout": 0.1}, True),
+        *((family, changes, False) for family, changes in FAMILIES.items()),
+    ],
+)
+def test_a_model_that_draws_random_numbers_in_training_is_known(family, changes, draws):
+    """It is one that gives other logits with another seed, and the test itself changes nothing."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **changes)).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(std=0.3)
+    tensors, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    assert loading.draws_in_training(model) is draws
+    assert not model.training and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(tensors[name], t) for name, t in model.state_dict().items())
+    logits = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        logits.append(model.train()(torch.arange(3, 40)[None]).logits)
+    assert torch.equal(*logits) is not draws
