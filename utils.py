@@ -190,15 +190,17 @@ def log_to_stdout(rank: int) -> None:
 
 def positive(text: str) -> int:
     """Convert a flag to a whole number above 0, as argparse's `type`."""
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number above 0 and below 2**31")
-    return int(text)
+    return _whole(text, 1, 2**31, "above 0 and below 2**31")
 
 
 def seed_number(text: str) -> int:
     """Convert a flag to a whole number from 0 that every generator takes, as argparse's `type`."""
-    if not text.isdecimal() or not int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number from 0 and below 2**32")
+    return _whole(text, 0, 2**32, "from 0 and below 2**32")
+
+
+def _whole(text: str, least: int, end: int, range: str) -> int:
+    if not (text.isdecimal() and len(text) < 20 and least <= int(text) < end):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number {range}")
     return int(text)
 
 

@@ -18,7 +18,7 @@ def check_output(path: str | Path, folder: bool = False) -> None:
     """Raise ValueError if no file (or folder) can be written to `path`. Call this before hours of work."""
     path = Path(path)
     cause, place = None, next(place for place in path.absolute().parents if place.exists())
-    if path.is_symlink() and not path.exists():
+    if folder and path.is_symlink() and not path.exists():
         cause = "it is a link that leads nowhere"
     elif path.exists() and path.is_dir() != folder:
         cause = f"it is a {'file' if folder else 'folder'}"
@@ -107,7 +107,7 @@ def read_json(path: str | Path, *keys: str) -> dict:
     try:
         value = _loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: not valid JSON ({error}). Make it again.") from error
+        raise ValueError(f"cannot read {path}: not valid JSON ({error}). Make it again, or move it away.") from error
     if not isinstance(value, dict):
         raise ValueError(f"cannot read {path}: an object is expected, found {type(value).__name__}. Move it away.")
     if missing := [key for key in keys if key not in value]:

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,19 @@ import pytest
 import torch
 
 import utils
-from deepseek.files import atomic_path, check_output, read_jsonl, suggest, suggest_path, write_json, write_jsonl
+from deepseek.files import (
+    atomic_path,
+    check_file,
+    check_output,
+    named,
+    read_json,
+    read_jsonl,
+    sha256,
+    suggest,
+    suggest_path,
+    write_json,
+    write_jsonl,
+)
 
 
 def test_an_output_that_cannot_be_is_refused_and_nothing_is_made(tmp_path):
@@ -143,6 +157,93 @@ def test_suggest_path(tmp_path, path, near):
     (tmp_path / "runs" / "law").mkdir(parents=True)
     (tmp_path / "runs" / "law" / "file").touch()
     assert suggest_path(tmp_path / path) == (f" (did you mean {near!r}?)" if near else "")
+
+
+@pytest.fixture
+def odd(tmp_path) -> Path:
+    """A folder with a pipe, a link to nothing, a link to itself, a link to a device, and a folder."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("pipe", "it is not a file, but a pipe or a device"),
+        ("zero", "it is not a file, but a pipe or a device"),
+        ("folder", "it is not a file, but a folder"),
+        ("link", "no such file (PLACE/link is a link that leads nowhere)"),
+        ("link/below", "no such file (PLACE/link is a link that leads nowhere)"),
+        ("loop", "no such file (PLACE/loop is a link that leads nowhere)"),
+        ("folde", "no such file (did you mean 'folder'?)"),
+        ("xyz", "no such file"),
+    ],
+)
+@pytest.mark.parametrize("read", [check_file, sha256, read_json, read_jsonl])
+def test_what_is_not_a_file_is_not_read(odd, read, name, told):
+    with pytest.raises(FileNotFoundError) as error:
+        read(odd / name)
+    assert str(error.value) == f"cannot read {odd / name}: {told.replace('PLACE', str(odd))}."
+
+
+def test_an_output_may_be_a_device_and_no_pipe(odd):
+    write_json(odd / "link", {})  # a file takes the place of a link
+    assert not (odd / "link").is_symlink()
+    for name, folder in (("pipe", False), ("pipe", True), ("loop", True), ("zero", True)):
+        with pytest.raises(ValueError, match=f"cannot write .*{name}: it is"):
+            check_output(odd / name, folder)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("[1]", "an object is expected, found list"),
+        ("{}", "it has no 'config'"),
+        ('{"config": 1, "config": 2}', "the key 'config' is there twice"),
+        ('{"config": {"a": 1, "a": 2}}', "the key 'a' is there twice"),
+        ('{"config": ' * 99_999, "recursion"),
+        ('{"config": ' + "9" * 9999 + "}", "Exceeds the limit"),
+        ('{"config": "\\ud800"}', "surrogates"),
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+    ],
+)
+def test_what_is_not_the_json_that_is_expected_is_told_with_its_file(tmp_path, text, told):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_json(path, "config")
+    assert str(error.value).startswith(f"cannot read {path}: ") and told in str(error.value)
+    path.write_text('{"config": 1, "more": "\\ud83d\\ude00"}')
+    assert read_json(path, "config") == {"config": 1, "more": "\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    "use", [lambda: {}["x"], lambda: [][1], lambda: None.x, lambda: 1 / 0, lambda: int(1e400), lambda: "x" + 1]
+)
+def test_what_the_content_of_a_file_causes_is_told_with_its_file(use):
+    told = r"^cannot use summary.json: it does not hold what it should \(\w+Error: "
+    with pytest.raises(ValueError, match=told), named("summary.json"):
+        use()
+    with pytest.raises(RuntimeError, match="ours"), named("summary.json"):
+        raise RuntimeError("ours")
+
+
+def test_errors_of_the_system_say_what_cannot_be_used(tmp_path):
+    for cause, told in (
+        (lambda: (tmp_path / "x" / "y").read_text(), f"cannot use {tmp_path / 'x' / 'y'}: No such file or directory"),
+        (lambda: (tmp_path / ("n" * 999)).read_text(), "cannot use .*nnn: File name too long"),
+        (lambda: shutil.copytree(tmp_path, tmp_path.with_name("copy")), "cannot copy .*loop: .*symbolic links"),
+    ):
+        (tmp_path / "loop").unlink(missing_ok=True)
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(OSError) as error:
+            cause()
+        assert re.fullmatch(told + ".*", utils.reason_of(error.value)), utils.reason_of(error.value)
 
 
 @pytest.mark.parametrize(

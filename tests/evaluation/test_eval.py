@@ -108,6 +108,7 @@ def test_when_every_sample_fails_the_command_does(model_dir, eval_file, tmp_path
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and not (tmp_path / "out.jsonl").exists()
     assert error == "error: cannot evaluate: every sample of mine failed, the first: OutOfMemoryError: no memory left"
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]  # nothing to go on from
 
 
 def test_a_gpu_that_has_failed_ends_the_command(model_dir, eval_file, tmp_path, monkeypatch):
@@ -205,8 +206,8 @@ def test_without_an_output_path_no_other_evaluation_is_overwritten(model_dir, ad
         eval_multigpu.main([*flags, f"--adapter_dir={tmp_path / 'mine' / adapter}"])
     summary = tmp_path / "results" / "completions" / f"{model}.one.summary.json"
     for text, sentence in (
-        ("[]", "Move it away"),
-        ("{", "Move it away"),
+        ("[]", "[Mm]ove it away"),
+        ("{", "[Mm]ove it away"),
         ('{"arguments": {}}', "Give an --output_path"),
     ):
         summary.write_text(text)

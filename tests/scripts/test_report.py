@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shlex
 import shutil
@@ -347,6 +348,10 @@ def test_the_command_writes_one_file(run, tmp_path, capsys):
     assert report.main([str(run)]) == run / "report.html"
 
 
+def change_state(run, **values):
+    change_json(run / "checkpoints" / "full" / "trainer_state.json", **values)
+
+
 @pytest.mark.parametrize(
     "break_it, sentence",
     [
@@ -359,6 +364,11 @@ def test_the_command_writes_one_file(run, tmp_path, capsys):
         (lambda run: (run / "checkpoints" / "full" / "run.json").write_text("{}"), "another program wrote it"),
         (lambda run: (run / "completions" / "base.law.summary.json").write_text("[]"), "an object is expected"),
         (lambda run: (run / "completions" / "base.law.jsonl").write_text('{"a"\n'), "base.law.jsonl:1"),
+        (lambda run: (run / "completions" / "base.law.jsonl").write_text("{}\n"), "base.law.jsonl: it does not hold"),
+        (lambda run: change_state(run, log_history=3), "trainer_state.json: it does not hold"),
+        (lambda run: change_state(run, log_history=[{"loss": 1}]), "trainer_state.json: it does not hold"),
+        (lambda run: change_state(run, log_history=[{"step": math.inf, "loss": 1}]), "trainer_state.json: it does not"),
+        (lambda run: (run / "table.json").write_text("[" * 200_000), "table.json: not valid JSON"),
         (lambda run: (run / "expert_scores" / "summary.json").write_text("{}"), "no layer has scores"),
         (lambda run: change_json(run / "checkpoints/esft-token/expert_cfg.json", experts={"1": [99]}), "expert 99"),
     ],

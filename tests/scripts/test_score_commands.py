@@ -13,7 +13,13 @@ from deepseek.fingerprint import checkpoint_note
 from esft import ExpertConfig, ExpertScores
 from evaluation import expert_scoring
 from evaluation.selection import PackCounts
-from scripts.expert import generate_expert_config, get_expert_scores, plot_expert_scores, preview_config
+from scripts.expert import (
+    compare_scores,
+    generate_expert_config,
+    get_expert_scores,
+    plot_expert_scores,
+    preview_config,
+)
 from tests.helpers import make_model, refused
 from training.data import Encoded, Template, TemplateSettings
 
@@ -146,6 +152,19 @@ def test_truncated_documents_keep_their_mask(data, tiny_model_dir, tmp_path):
     with pytest.warns(UserWarning, match="longer than seq_length"):
         short = score(data, tiny_model_dir, tmp_path, "--seq_length", 40, "--overlong", "truncate")
     assert short.meta["seq_length"] == 40
+
+
+@pytest.mark.parametrize("command", [generate_expert_config, compare_scores], ids=lambda module: module.__name__)
+def test_a_list_of_nothing_is_refused(command, tmp_path, capsys):
+    output = f"--output_path={tmp_path / 'out.png'}"
+    refused(capsys, command.main, ["--expert_scores_dir=,", output], "cannot read ',': it names nothing")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["-1", "9" * 30, "1e3", "nan", "", "9" * 9999])
+def test_a_seed_that_no_generator_takes_is_refused(text, tmp_path, capsys):
+    argv = [f"--expert_scores_dir={tmp_path}", f"--seed={text}"]
+    refused(capsys, compare_scores.main, argv, "--seed", "is not a whole number from 0 and below 2**32")
 
 
 # ------------------------------------------------------------------------------------------------------ the picture

@@ -366,7 +366,10 @@ def test_lora_is_estimated(folder):
     ("flags", "told"),
     [
         ([], "method esft needs --expert_config or --experts_per_layer"),
-        (["--experts_per_layer=2", "--method=full"], "method esft, and no other, needs"),
+        (["--experts_per_layer=2", "--method=full"], "are for method esft, not full"),
+        (["--expert_config=a.json", "--experts_per_layer=2"], "not allowed with argument --expert_config"),
+        (["--expert_config=a.json"], "cannot read a.json: no such expert config"),
+        (["--experts_per_layer=9999999999999"], "is not a whole number above 0 and below 2**31"),
         (["--experts_per_layer=2", "--ep_size=3", "--gpus=4"], "--ep_size 3 does not divide --gpus 4"),
         (["--method=full", "--shard_dense"], "--offload_frozen are for method esft"),
         (["--experts_per_layer=2", "--label_share=2"], "--label_share above 0 and at most 1"),
