@@ -134,11 +134,16 @@ class SavingTrainer(Trainer):
             warnings.warn(f"the best checkpoint, {lost}, {reason}: {instead}", stacklevel=2)
         return best
 
-    def _finalize_training(self, *args, **kwargs):
+    def _init_training_state(self, *args):
+        where = super()._init_training_state(*args)
+        self.check_best()
+        return where
+
+    def _finalize_training(self, *args):
         ended = self.state.global_step >= self.state.max_steps
         best = self.check_best() if ended and self.args.load_best_model_at_end else None
         self.state.best_model_checkpoint = best and str(best)
-        return super()._finalize_training(*args, **kwargs)
+        return super()._finalize_training(*args)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Let rank 0 write the model, or the adapter after it gathered the tensors of the other ranks."""

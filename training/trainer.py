@@ -225,12 +225,15 @@ class ESFTTrainer(SavingTrainer):
         if self.before_first_step:
             self.write_on_first(self.before_first_step)
             self.before_first_step = None
-            self.check_best()
         self._batches.epoch = kwargs["epoch"]
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
         else:  # resumed from the very last checkpoint, where Trainer would take one step more
             self.control.should_training_stop = True
+
+    def _finalize_training(self, *args):
+        self.progress.bar.close()  # a warning is a line of its own
+        return super()._finalize_training(*args)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._start = time.perf_counter()
