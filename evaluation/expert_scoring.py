@@ -23,7 +23,7 @@ from tqdm import tqdm
 from deepseek.loading import keeps_documents_apart, load_base_model
 from deepseek.routing import RouterCapture, RouterCounts
 from evaluation.selection import PackCounts
-from evaluation.workers import run_ranks
+from evaluation.workers import TIMEOUT, run_ranks
 from training.data import (
     Encoded,
     Pack,
@@ -162,12 +162,22 @@ def _text_and_spans(document: Encoded, tokenizer) -> tuple[str, list[tuple[int, 
 
 
 def count_packs(
-    packs: list[MaskedPack], base_model_path: str, *, devices: list[list[str]], dtype: str = "auto", prob: bool = False
+    packs: list[MaskedPack],
+    base_model_path: str,
+    *,
+    devices: list[list[str]],
+    dtype: str = "auto",
+    prob: bool = False,
+    timeout: float = TIMEOUT,
 ) -> PackCounts:
-    """Count the routing of every pack under a progress bar, with a process and a model for each entry of `devices`."""
+    """Count the routing of every pack under a progress bar, with a process and a model for each entry of `devices`.
+
+    One of several processes that counts no pack for `timeout` seconds ends all.
+    """
     work = functools.partial(count_share, base_model_path, dtype, prob)
     bar, counts_P = None, {}
-    with contextlib.closing(run_ranks(work, list(enumerate(packs)), devices)) as messages:
+    ranks = run_ranks(work, list(enumerate(packs)), devices, timeout, lambda item: f"pack {item[0] + 1}")
+    with contextlib.closing(ranks) as messages:
         for message in messages:
             bar = bar or tqdm(total=sum(map(len, packs)), unit="tok", unit_scale=True, desc="scoring")
             if message is not None:

@@ -27,7 +27,7 @@ from deepseek.loading import empty_model
 from esft import TOP_P, ExpertScores, RouterCapture, base_note, load_tokenizer, select_experts
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
-from evaluation.workers import plan_devices
+from evaluation.workers import TIMEOUT, plan_devices
 from training.data import TemplateSettings, add_template_flags, template_settings
 from utils import (
     command_parser,
@@ -52,6 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prob", action="store_true", help="also score the mean router probability over all experts")
     add("--world_size", type=positive, default=1, metavar="N", help="processes, each with a whole model; on the CPU "
         "each computes with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
+    add("--timeout", type=positive, default=TIMEOUT, metavar="SECONDS", help="after which one of several processes "
+        "that does not answer ends all (default: %(default)s)")  # fmt: skip
     add_shared_flags(parser)
     return parser.parse_args(argv)
 
@@ -137,7 +139,8 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
         note(f"the sample has {counted(len(packs), 'pack')}, so {len(packs)} of the {len(devices)} processes are used")
         devices = devices[: len(packs)]
 
-    counts = count_packs(packs, args.base_model_path, devices=devices, dtype=args.dtype, prob=args.prob)
+    options = {name: getattr(args, name) for name in ("dtype", "prob", "timeout")}
+    counts = count_packs(packs, args.base_model_path, devices=devices, **options)
     meta |= {"documents": sum(len(p.pack.samples) for p in packs), "packs": len(packs), "environment": environment()}
     meta["base"] = base_note(model)
     scores = ExpertScores.from_counts(counts.total(), **meta)
