@@ -221,7 +221,8 @@ was estimated, not run. The estimates were checked by measurement on the CPU (re
 
 
 def write_table(output: str) -> None:
-    check_output(f"{output}.md")
+    for suffix in (".md", ".json"):
+        check_output(f"{output}{suffix}")
     text, rows = make_table()
     worst = max(abs(row["parameters"] / 1e9 / row["published_billions"] - 1) for row in rows)
     facts = environment()

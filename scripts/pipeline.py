@@ -27,10 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, read_json, suggest, write_json, write_text
+from deepseek.process_groups import Ranks
 from esft import load_tokenizer
 from evaluation.figures import colours_of, new_figure, plot_losses, save_figure
 from evaluation.run_folder import METHODS, Run, read_run
-from training.data import Template, TemplateSettings, load_samples
+from evaluation.workers import plan_devices
+from scripts.merge_adapter import check_free
+from training.data import Template, TemplateSettings, load_data
 from utils import (
     ROOT,
     command_parser,
@@ -150,6 +153,8 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
         ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
     """
     from training.config import ALIASES, read_config, take_secret, training_arguments  # slow; --help can do without
+    from training.first_selection import selected_experts
+    from training.plan import open_empty
 
     named = [(*word.partition("=")[::2], word) for word in args.overrides]
     args.overrides = [word for key, value, word in named if not take_secret(key.rpartition(":")[2], value)]
@@ -170,9 +175,11 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
         keys |= {"save_opt_states": "true"} | given[""] | given[method]
         words[method] = [f"{key}={value}" for key, value in keys.items()]
         paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
-        paths |= {"expert_config": "later"} if function else {}
+        paths |= {"expert_config": selected_experts("later")} if function else {}
         config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *words[method]])
         training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
+        open_empty(config, Ranks(world_size=args.nproc_per_node))
+        load_data(load_tokenizer(args.base_model_path), config, Ranks())  # the stages find them encoded
     return words
 
 
@@ -181,9 +188,7 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
     for name, top_p in flags(args, "top_p_token top_p_gate").items():
         if not 0 < top_p <= 1:
             raise ValueError(f"cannot use --{name} {top_p}: it is above 0 and at most 1.")
-    if "lora" in methods and find_spec("peft") is None:
-        raise ValueError(f"cannot run lora: it needs peft. Run {PYTHON} -m pip install -c constraints.txt peft.")
-    samples = load_samples(args.train_dataset)
+    plan_devices("auto", args.world_size, args.gpus_per_rank)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"cannot use --eval_dataset {args.eval_dataset}: two have one name. Rename one.")
@@ -191,7 +196,6 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
     for name in names:
         get_evaluator(name)  # and the libraries of its metrics
     template = Template(load_tokenizer(args.base_model_path), TemplateSettings(args.template))
-    template.encode([samples[0]["messages"]])
     for row in rows:
         template.encode_prompt(row["prompt"])
 
@@ -331,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
     check_output(folder, folder=True)
     datasets = eval_datasets(args)
     check(args, methods, datasets)
+    if not args.no_merge and any(METHODS[method][1] == "esft" for method in methods):
+        check_free(folder / "merged", overwrite=True)
     keys = training_keys(args, methods)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder) as lock:

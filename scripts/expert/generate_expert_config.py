@@ -33,7 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.experts import moe_layers
-from deepseek.files import write_text
+from deepseek.files import check_output, write_text
 from deepseek.fingerprint import difference
 from deepseek.loading import empty_model
 from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, base_note, select_experts
@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> list[ExpertConfig]:
         every = load_scores(folders, model)
         if task.eval_dataset and (found := len(split_list(task.eval_dataset))) != len(folders):
             raise ValueError(f"--eval_dataset has {found} tasks and --expert_scores_dir {len(folders)}. Give as many")
+        check_output(task.output_path)
         chosen.append((every, select(every, task), task))
     for every, config, task in chosen:  # none is written unless all are right
         write_config(every, config, task, model)

@@ -115,7 +115,8 @@ def note_replaced(path: Path, meta: dict) -> None:
 
 def main(argv: list[str] | None = None) -> ExpertScores:
     args = parse_args(argv)
-    check_output(Path(args.output_dir) / "summary.json")
+    for name in ("summary.json", PACKS_NAME):
+        check_output(Path(args.output_dir) / name)
     with locked(args.output_dir):
         return write_scores(args)
 

@@ -24,6 +24,7 @@ import bisect
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -165,6 +166,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     model = open_model(args.base_model_path)
     (scores,) = load_scores([args.expert_scores_dir], model)
+    if args.budget_gb is not None and not 0 < args.budget_gb < math.inf:
+        raise ValueError(f"cannot use --budget_gb {args.budget_gb:g}: it is not a size above 0.")
+    for top_p in args.top_p:  # raises for a wrong one, before the estimates of the others
+        select_experts(scores, score_function=next(iter(scores.by_function)), top_p=top_p)
     known = {field.name for field in dataclasses.fields(MemorySettings)}
     settings = MemorySettings(world_size=args.ep_size, **{k: v for k, v in vars(args).items() if k in known})
     row_of = {name: functools.partial(preview, model, scores, settings, name) for name in scores.by_function}

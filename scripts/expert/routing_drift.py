@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     output, adapter = Path(args.output_dir) / "drift.json", Path(args.adapter_dir)
     check_output(output)
+    check_output(output.with_suffix(".png"))
     whole = (adapter / "config.json").is_file()
     config = None if whole or is_lora(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)

@@ -177,7 +177,7 @@ WRONG = {
     "training rows": (["--train_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
     "evaluation rows": (["--eval_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
     "same names": (["--eval_dataset=law,{tmp}/law.jsonl"], "two have one name"),
-    "no peft": (["--methods=lora"], "lora: it needs peft. Run .*python.* -m pip install -c constraints.txt"),
+    "no peft": (["--methods=lora"], "cannot import peft"),
 }
 
 
@@ -188,7 +188,7 @@ def test_what_is_wrong_is_refused_before_anything_runs(what, tmp_path, monkeypat
     (tmp_path / "law.jsonl").write_text('{"prompt": "?", "answers": ["!"]}')
     monkeypatch.setattr(pipeline, "run_command", lambda *_, **__: pytest.fail("a stage ran"))
     if what == "no peft":
-        monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         flags = [flag.format(tmp=tmp_path) for flag in flags]
         pipeline.main(["--model=results/models/tiny", "--data=intent", f"--output_dir={tmp_path / 'out'}", *flags])
