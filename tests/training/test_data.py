@@ -492,16 +492,3 @@ def test_a_validation_set_of_its_own(files, tiny_tokenizer, tmp_path):
     assert sorted(i for pack in train for i in pack.samples) == list(range(1, 31))  # all of them
     found = [tiny_tokenizer.decode(document.input_ids) for pack in validation for document in pack.documents()]
     assert len(found) == 3 and all(any(row["prompt"] in text for text in found) for row in rows)
-
-
-@pytest.mark.parametrize("keys", [{"loss_on": "each"}, {"append_end": True}, {"template_kwargs": {"a": 1}}])
-def test_settings_without_effect_on_the_released_template_are_refused(keys):
-    (key,) = keys
-    with pytest.raises(ValueError, match=f"cannot use {key}=.* with template=released"):
-        data.TemplateSettings("released", **keys)
-    data.TemplateSettings("chat", **keys)
-
-
-def test_template_kwargs_are_an_object():
-    with pytest.raises(ValueError, match="it must be a JSON object"):
-        data.TemplateSettings(template_kwargs=[1])

@@ -225,3 +225,16 @@ def test_the_end_of_an_answer_is_known(name):
     tokenizer = tokenizer_of(name)
     end = FAMILIES[name].end
     assert Template(tokenizer).end_token == (tokenizer.convert_tokens_to_ids(end) if end else None)
+
+
+@pytest.mark.parametrize("keys", [{"loss_on": "each"}, {"append_end": True}, {"template_kwargs": {"a": 1}}])
+def test_settings_without_effect_on_the_released_template_are_refused(keys):
+    (key,) = keys
+    with pytest.raises(ValueError, match=f"cannot use {key}=.* with template=released"):
+        TemplateSettings("released", **keys)
+    TemplateSettings("chat", **keys)
+
+
+def test_template_kwargs_are_an_object():
+    with pytest.raises(ValueError, match="it must be a JSON object"):
+        TemplateSettings(template_kwargs=[1])
