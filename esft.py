@@ -49,7 +49,7 @@ from deepseek.adapters import (
     read_adapter,
     read_tensors,
 )
-from deepseek.experts import moe_layers, release_experts, train_experts
+from deepseek.experts import moe_layers, release_experts, train_experts, whole
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
@@ -447,12 +447,10 @@ def _release(model: nn.Module, state: _State) -> None:
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return copies in host memory of what was trained, by adapter name, in the dtype in which the model computes."""
     state = _state(model)
-    for layer in moe_layers(model).values():
-        if layer.trained:
-            layer.trained.write_back()
-    tensors = adapter_views(model, state.config)
+    dtype = next(iter(moe_layers(model).values())).tensor("down_proj").dtype
+    tensors = {name: view.to(dtype) for name, view in adapter_views(model, state.config).items()}
     tensors |= {name: computed_value(model, name) for name in ordinary_parameters(model, state.config)}
-    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -493,9 +491,6 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         model._esft = state
     for name, view in views.items():
         view.copy_(loaded[name])
-    for layer in layers:
-        if layer.trained:
-            layer.trained.read_in()
     return model
 
 

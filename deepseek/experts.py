@@ -15,11 +15,10 @@ tensor. The S trained experts come first:
     trained         ^     ^ ^       ->         2 5 6 | 0 1 3 4 7
                                                ^^^^^ prefix: one slice W[:S], and of the routed rows one slice [:n]
 
-The trained rows become fp32 parameters of their own, in the child module `trained`. In an fp32 model they share the
-storage of W[:S], and no weight is copied. In a bf16 model they are fp32 masters, and W[:S] follows them. The parameter
-always holds the true value. A move, a cast, a deep copy or an optimizer step on a master can separate the two.
-`TrainedExperts.write_back` joins them again, and every forward calls it. The state dict shows none of this: its names,
-shapes and expert order are those of the base.
+The trained rows become fp32 masters, parameters of their own in the child module `trained`. They hold the true values,
+and W[:S] follows: every forward begins with a copy (`TrainedExperts.write_back`). This is so in fp32, too. Parameters
+that shared the storage of W[:S] would part from it under FSDP, in averages of weights, and in deep copies. The state
+dict shows none of this: its names, shapes and expert order are those of the base.
 
 Legend: D hidden, F expert hidden, E experts, e of them on this rank, S trained experts of the layer.
 """
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
     from deepseek.expert_parallel import Shard
@@ -107,19 +107,19 @@ class FusedExperts:
         return {key: view for name, one in slices.items() for key, view in self._split(name, one).items()}
 
     def expert_views(self, expert: int) -> dict[str, Tensor]:
-        """Return the projections of one local expert as views of the fused tensors. Write them with `copy_`.
+        """Return the projections of one local expert as views of where its true values are. Write them with `copy_`.
 
-        The shapes are {"gate_proj.weight": (F, D), "up_proj.weight": (F, D), "down_proj.weight": (D, F)} in every
-        layout, with a ".bias" each where the layer has biases. Where the layer has trained experts, call
-        `trained.write_back()` before reading and `trained.read_in()` after writing. Experts in other storage
-        (frozen.py) have no views.
+        That is the master of a trained expert, in fp32, and the fused tensors for any other. The shapes are
+        {"gate_proj.weight": (F, D), "up_proj.weight": (F, D), "down_proj.weight": (D, F)} in every layout, with a
+        ".bias" each where the layer has biases. Experts in other storage (frozen.py) have no views.
         """
         row = self.local_ids.index(expert)
         if self.row_order is not None:
             row = self.row_order.row_of_e[row].item()
+        source = self.trained if row < self.num_trained else self.module
         views: dict[str, Tensor] = {}
         for name in self.tensor_names:
-            views |= self._split(name, self.tensor(name).data[row])
+            views |= self._split(name, getattr(source, name).data[row])
         return views
 
     def _split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ class TrainedExperts(nn.Module):
         _reorder(layer, order_e if before is None else before.row_of_e[order_e])
         for name in layer.tensor_names:
             rows = layer.tensor(name).data[: self.num_trained]
-            self.register_parameter(name, nn.Parameter(rows.float()))
+            self.register_parameter(name, nn.Parameter(rows.to(torch.float32, copy=True)))
 
     @property
     def expert_ids(self) -> list[int]:
@@ -214,7 +214,7 @@ class TrainedExperts(nn.Module):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Make W[:S] hold what the parameters hold. This is free in fp32 and a copy in bf16.
+        """Make W[:S] hold what the parameters hold.
 
         The copy is made at every call. A fused optimizer, or a write to `param.data`, does not raise the version
         counter of a parameter. So no cheap test can tell whether it changed.
@@ -222,18 +222,7 @@ class TrainedExperts(nn.Module):
         for param, rows in self._pairs():
             if param.dtype != torch.float32:
                 param.data = param.data.float()
-            if rows.dtype != torch.float32:
-                rows.copy_(param.data)
-            elif rows.data_ptr() != param.data_ptr():
-                param.data = rows.copy_(param.data)
-
-    @torch.no_grad()
-    def read_in(self) -> None:
-        """Make the parameters hold what W[:S] holds, after the fused tensor was written to."""
-        for param, rows in self._pairs():
-            if rows.data_ptr() != param.data_ptr():
-                param.copy_(rows)
-        self.write_back()
+            rows.copy_(param)
 
 
 def _reorder(layer: FusedExperts, rows_e: Tensor) -> None:
@@ -250,7 +239,6 @@ def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
     if not set(experts) & set(layer.local_ids):
         return
     module.trained = TrainedExperts(layer, experts)
-    module.trained.write_back()
     module._trained_hooks = (
         module.register_state_dict_post_hook(_state_dict_in_base_order),
         module.register_load_state_dict_pre_hook(_load_in_base_order),
@@ -268,17 +256,32 @@ def release_experts(layer: FusedExperts) -> None:
     del module.trained, module._trained_hooks
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that FSDP2 has sharded as a whole one. All ranks call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+
+
+@torch.no_grad()
 def _state_dict_in_base_order(module: nn.Module, state_dict: dict, prefix: str, _metadata) -> None:
-    module.trained.write_back()
+    trained = module.trained
     for name in FusedExperts(module).tensor_names:
         state_dict.pop(f"{prefix}trained.{name}", None)
         if f"{prefix}{name}" in state_dict:
-            state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"][module.trained.row_of_e]
+            fused = state_dict[f"{prefix}{name}"]
+            rows = whole(fused)[trained.row_of_e.to(fused.device)]
+            rows[trained.order_e[: trained.num_trained].to(fused.device)] = whole(getattr(trained, name).data).to(rows)
+            state_dict[f"{prefix}{name}"] = _sharded_like(rows, fused)
 
 
 def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    trained = module.trained
     for name in FusedExperts(module).tensor_names:
         if f"{prefix}{name}" in state_dict:
-            ordered = state_dict[f"{prefix}{name}"][module.trained.order_e.to(state_dict[f"{prefix}{name}"].device)]
-            state_dict[f"{prefix}{name}"] = ordered
-            state_dict[f"{prefix}trained.{name}"] = ordered[: module.trained.num_trained]
+            loaded = state_dict[f"{prefix}{name}"]
+            rows = whole(loaded)[trained.order_e.to(loaded.device)]
+            state_dict[f"{prefix}{name}"] = _sharded_like(rows, loaded)
+            state_dict[f"{prefix}trained.{name}"] = _sharded_like(rows[: trained.num_trained], loaded)

@@ -114,7 +114,6 @@ def test_views_write_through_and_follow_the_order(family):
     untouched = logits(model)
     for view in layer.expert_views(5).values():
         view.mul_(3)
-    layer.trained.read_in()
     assert not torch.equal(logits(model), untouched)
     found = model.state_dict()
     unload(model)
@@ -164,7 +163,7 @@ def test_training_reaches_the_forward_after_a_move(move, dtype, flags):
     for name, param in module.trained.named_parameters():
         fused = getattr(module, name)
         assert param.dtype == torch.float32
-        assert (param.data_ptr() == fused.data_ptr()) == (fused.dtype == torch.float32)
+        assert param.untyped_storage().data_ptr() != fused.untyped_storage().data_ptr()
     if dtype == torch.bfloat16:
         assert {param.dtype for param in moved.parameters() if param.requires_grad} == {torch.float32}
     step(moved)

@@ -137,7 +137,7 @@ def test_frozen_experts_take_what_they_really_do(kind):
         train_experts(layer, ids)
     model.set_experts_implementation("esft")
     stored = sum(layer.frozen.nbytes() for layer in layers)
-    shared = sum(param.nbytes for layer in layers for param in layer.trained.parameters())  # aliases, in fp32
+    shared = sum(param.nbytes for layer in layers for param in layer.trained.parameters())  # the masters
     found = estimator(ids=ids, **sizes).estimate(settings)
     assert found.experts + found.dense == pytest.approx(
         sum(p.nbytes for p in model.parameters()) - shared + stored, rel=0.01
@@ -193,7 +193,7 @@ def test_what_is_held_is_what_a_prepared_model_holds(family, dtype):
     assert found.experts + found.dense == pytest.approx(weights + buffers, rel=0.01)
     assert found.gradients == counted["gradient_bytes"]
     assert found.optimizer == counted["optimizer_bytes"]
-    assert found.masters == (counted["gradient_bytes"] if dtype == "bfloat16" else 0)
+    assert found.masters == counted["gradient_bytes"]
 
 
 def test_parts_add_up_to_the_peak(wide):

@@ -1,0 +1,115 @@
+"""Tools of torch that copy, average or shard parameters find the true values in them."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import esft
+from tests.helpers import join_world, make_model, run_ranks
+
+DTYPES = [torch.float32, torch.bfloat16]
+CONFIG = {"experts": {"1": [5, 2], "2": [7]}}
+IDS = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def steps(model, ids, n: int = 3) -> list[torch.Tensor]:
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(n):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_average_of_weights_is_what_the_formula_gives(dtype, evaluated):
+    model = esft.to_esft(make_model(dtype=dtype), CONFIG)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    wanted = None
+    for _ in range(3):
+        steps(model, IDS, 1)
+        average.update_parameters(model)
+        now = trained(model)
+        wanted = now if wanted is None else {name: 0.5 * wanted[name] + 0.5 * now[name] for name in now}
+        if evaluated:
+            average.module(IDS)
+    found = trained(average.module)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
+        assert not torch.equal(value, now[name])
+    fused = average.module.model.layers[1].mlp.experts
+    average.module(IDS)
+    assert torch.equal(fused.down_proj[:2], fused.trained.down_proj.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_goes_half_way_when_it_is_told_to(dtype):
+    """As a reference model follows the policy: every parameter of the one is interpolated towards the other's."""
+    model = esft.to_esft(make_model(dtype=dtype), CONFIG)
+    reference = copy.deepcopy(model)
+    before = trained(reference)
+    steps(model, IDS, 1)
+    with torch.no_grad():
+        for one, other in zip(reference.parameters(), model.parameters()):
+            one.lerp_(other, 0.5)
+    after = trained(model)
+    for name, value in trained(reference).items():
+        torch.testing.assert_close(value, (before[name] + after[name]) / 2)
+    reference(IDS)
+    assert trained(reference).keys() == after.keys()
+
+
+def sharded(rank: int, dtype: torch.dtype) -> tuple[list, dict, dict, dict]:
+    """Train on a share of the rows under FSDP2. Return losses, state dict, adapter, and the state dict loaded anew."""
+    ranks = join_world()
+    model = esft.to_esft(make_model(dtype=dtype), CONFIG)
+    mesh = torch.distributed.init_device_mesh("cpu", (ranks.world_size,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    losses = torch.stack(steps(model, IDS.chunk(ranks.world_size)[rank]))
+    dist.all_reduce(losses)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    adapter = esft.adapter_tensors(model)
+    set_model_state_dict(model, make_model(dtype=dtype).state_dict(), options=StateDictOptions(full_state_dict=True))
+    again = esft.adapter_tensors(model)
+    return (losses / ranks.world_size).tolist(), state, adapter, again
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fsdp_trains_the_chosen_rows_and_gives_whole_state_dicts(dtype):
+    base = make_model(dtype=dtype)
+    alone = esft.to_esft(make_model(dtype=dtype), CONFIG)
+    losses = torch.stack(steps(alone, IDS)).tolist()
+    (found, state, adapter, again), (_, _, other, _) = run_ranks(2, sharded, dtype)
+    assert found == pytest.approx(losses, rel=1e-3 if dtype == torch.float32 else 2e-2) and losses[2] < losses[0]
+    assert list(state) == list(base.state_dict())
+    views = esft.adapter_views(base, esft.ExpertConfig.from_dict(CONFIG))
+    base.load_state_dict(state)
+    assert adapter.keys() == other.keys() == views.keys()
+    for name, tensor in adapter.items():
+        assert torch.equal(views[name], tensor) and torch.equal(tensor, other[name])
+    frozen = make_model(dtype=dtype)
+    start = {
+        name: view.clone() for name, view in esft.adapter_views(frozen, esft.ExpertConfig.from_dict(CONFIG)).items()
+    }
+    assert all(torch.equal(start[name], tensor) for name, tensor in again.items())
+    for name, view in views.items():
+        assert not torch.equal(view, start[name])
+        view.copy_(start[name])
+    wanted = frozen.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in base.state_dict().items())
