@@ -1,7 +1,8 @@
 """Open a model: on one device, over several GPUs by whole layers, with only some of its experts, or without weights."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from deepseek.files import check_file
 from deepseek.frozen import Storage, forbid_state_dict
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.partial_loading import class_that_reads, quantization
+from deepseek.process_groups import lost_contact
 from deepseek.shards import check_quantization, readable_index
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 65_536
@@ -164,6 +166,21 @@ def auto_class(config: PreTrainedConfig) -> type:
     return AutoModelForCausalLM
 
 
+@contextlib.contextmanager
+def first_forward(model: nn.Module) -> Iterator[None]:
+    """Turn what a bad value of config.json causes when the model first runs into a ValueError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or lost_contact(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        name = model.config.name_or_path or model.config.model_type
+        raise ValueError(
+            f"cannot run model {name!r}: {type(error).__name__}: {reason}. Look at the values in its config.json."
+        ) from error
+
+
 def keeps_documents_apart(model: nn.Module) -> bool:
     """Return whether `model` masks attention between the documents of a pack.
 
@@ -181,7 +198,7 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     handle = embeddings.register_forward_hook(hook)
     positions_BT = torch.arange(4).repeat(2)[None].to(embeddings.weight.device)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), first_forward(model):
             out = model.base_model(input_ids=positions_BT, position_ids=positions_BT, use_cache=False)
             second_TD = out.last_hidden_state[0, 4:]
             (grad_TD,) = torch.autograd.grad(second_TD.float().pow(2).sum(), kept)[0]
@@ -197,7 +214,7 @@ def draws_in_training(model: nn.Module) -> bool:
     """
     device = model.get_input_embeddings().weight.device
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), first_forward(model):
         before = torch.cuda.get_rng_state(device) if devices else torch.get_rng_state()
         model.train()
         try:

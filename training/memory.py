@@ -20,7 +20,7 @@ import esft
 from deepseek.expert_parallel import connect_experts
 from deepseek.experts import moe_layers
 from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
-from deepseek.loading import model_of
+from deepseek.loading import first_forward, model_of
 from deepseek.placement import Placement, place_layers
 from deepseek.process_groups import Ranks
 from training import dry_run
@@ -241,7 +241,9 @@ class Estimator:
         counted = {"world_size": s.ep_size, "shard_dense": False, "frozen_dtype": None, "offload_frozen": False}
         key = dataclasses.replace(s, **counted, optim="sgd")
         if key not in self._runs:
-            self._runs[key] = dry_run.trace_step(self._prepared(key), key)
+            model = self._prepared(key)
+            with first_forward(model):
+                self._runs[key] = dry_run.trace_step(model, key)
         return self._runs[key]
 
     def _prepared(self, s: MemorySettings) -> nn.Module:

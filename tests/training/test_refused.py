@@ -46,6 +46,7 @@ def bad(files, tmp_path_factory) -> Path:
     folder.joinpath("loop").symlink_to("loop")
     changes = {"many": {"num_experts_per_tok": 9}, "none_routed": {"num_experts_per_tok": 0}}
     changes |= {"tall": {"num_hidden_layers": 10**6}, "wide": {"n_routed_experts": 10**9}, "piped": {}}
+    changes |= {"routing": {"topk_method": "null"}, "dropping": {"attention_dropout": 7.0}}
     templates = {"dividing": "{{ 1 / 0 }}", "counting": "{{ range(9 ** 9) }}"}
     templates |= {"recursing": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}
     for name in changes | templates:
@@ -139,6 +140,8 @@ WRONG = [
     ({"base_model_path": "none_routed"}, r"num_experts_per_tok is 0 in its config.json, not 1 to 8"),
     ({"base_model_path": "tall"}, r"num_hidden_layers is 1000000 in its config.json, not 1 to 10000"),
     ({"base_model_path": "wide"}, r"the number of experts is 1000000000 in its config.json, not 1 to 65536"),
+    ({"base_model_path": "routing"}, r"cannot run model .*routing': UnboundLocalError: .* in its config.json"),
+    ({"base_model_path": "dropping"}, r"cannot run model .*dropping': .*dropout probability"),
     ({"base_model_path": "piped"}, r"cannot read .*tokenizer_config.json: it is not a file, but a pipe"),
     ({"base_model_path": "dividing"}, r"data.jsonl:1: cannot use the chat template: .* \(division by zero\)"),
     ({"base_model_path": "recursing"}, r"data.jsonl:1: cannot use the chat template: .* \(maximum recursion"),
