@@ -13,7 +13,8 @@ and number of processes (training/trainer.py).
 The output folder is itself a loadable adapter (for `method=full`, a model). It also holds run.json (config, versions,
 results), trainer_state.json (all losses) and checkpoint-<step> folders. If you repeat the
 command, an interrupted run continues from its last complete checkpoint (only with --save_opt_states). A finished run is
-not repeated. SIGTERM and Ctrl-C end a run after the current step, with a checkpoint and exit code 143 or 130.
+not repeated. SIGTERM and Ctrl-C end a run after the current step, with a checkpoint and exit code 143 or 130. While a
+run is at work in a folder, a second one there is refused.
 """
 
 import dataclasses

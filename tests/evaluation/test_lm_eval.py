@@ -17,7 +17,7 @@ from evaluation.config import EvalConfig
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.lm_eval_results import evaluate_suites, summarize_suite
 from tests.helpers import ROOT
-from utils import run_cli
+from utils import locked, run_cli
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -326,7 +326,10 @@ def test_what_is_done_is_shown_where_a_suite_ends_the_rest(suite_dir, tmp_path, 
 
 
 def test_one_suite_alone_has_the_name_that_was_given(suite_dir, tmp_path):
-    (summary,) = command(suite_dir, tmp_path / "out.jsonl", f"--suite={suite_dir}/mine_choices.yaml")
+    words = (suite_dir, tmp_path / "out.jsonl", f"--suite={suite_dir}/mine_choices.yaml")
+    with locked(tmp_path / "out.jsonl"), pytest.raises(ValueError, match="another run is at work there"):
+        command(*words)
+    (summary,) = command(*words)
     assert (summary["dataset"], summary["n"]) == ("mine_choices", 4) and (tmp_path / "out.jsonl").is_file()
 
 
