@@ -14,6 +14,7 @@ with checkpoints of that format alone.
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def checkpoint_note(path: str | Path) -> dict:
         ValueError: a file is damaged.
     """
     folder, note = Path(path), {}
-    if path and not folder.is_dir() and str(path).count("/") == 1:
+    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):  # a hub id
         cached = try_to_load_from_cache(str(path), "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
         note = {"revision": folder.name} if isinstance(cached, str) else {}
@@ -110,15 +111,15 @@ def checkpoint_note(path: str | Path) -> dict:
         files = set()
     if not files or not all((folder / name).is_file() for name in files):
         return note
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    quantization = config.get("quantization_config") or {}
+    quantization = read_json(folder / "config.json").get("quantization_config") or {}
     form, block = quantization.get("quant_method") or "values", quantization.get("weight_block_size")
     stored, digests = stored_tensors(folder), {}
     in_fp8 = [key for key, one in stored.items() if one.dtype.startswith("F8_E")] if form == "fp8" else []
     scale_of = {key: name for key in in_fp8 for name in scale_names(key) if name in stored}
+    scales = set(scale_of.values())
     for file in sorted(files):
         with Shard(folder / file) as shard:
-            for key in shard.header.keys() - set(scale_of.values()):
+            for key in shard.header.keys() - scales:
                 scale = None
                 if name := scale_of.get(key):
                     scale = shard.read(name) if stored[name].file == file else read_tensor(folder, stored, name)

@@ -3,10 +3,10 @@
     python scripts/adapter_info.py results/checkpoints/law
     python scripts/adapter_info.py law summary translation --base_model_path=M --json
 
-Only the headers of the adapter's files are read, and with --base_model_path the routers of the base, for the
-fingerprint. The exit code is 2 if an adapter does not fit that base. The Jaccard index of two adapters is the number of
-experts in both over the number of experts in either. Adapters that share no expert and no other parameter can be loaded
-and merged together.
+Only the headers of the adapter's files are read. With --base_model_path the adapter is checked as loading checks it,
+and the exit code is 2 if it does not fit that base. The base is not loaded. The Jaccard index of two adapters is the
+number of experts in both over the number of experts in either. Adapters that share no expert and no other parameter can
+be loaded and merged together.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepseek.adapters import EXPERT, experts_by_layer
 from deepseek.checkpoint_files import open_base
 from deepseek.files import read_json
+from deepseek.fingerprint import difference
 from deepseek.shards import Shard
 from esft import CONFIG_NAME, ExpertConfig, find_adapter
 from utils import command_parser, counted, run_cli
@@ -106,8 +107,7 @@ def compare(a: dict, b: dict) -> dict:
     for key in ("shared_experts", "non_expert_modules"):
         if a[key] and b[key]:
             reasons.append(f"both hold {key.replace('_', ' ')}")
-    bases = [one["base"] or {} for one in (a, b)]
-    if any(len({base[key] for base in bases if base.get(key)}) > 1 for key in ("model_type", "router")):
+    if difference(*(one["base"] or {} for one in (a, b))):
         reasons.append("they are for different bases")
     return {
         "pair": [a["adapter"], b["adapter"]],

@@ -1,11 +1,13 @@
 """scripts/adapter_info.py: what it tells is what is in the files, and what it says of a base is what loading does."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from esft import ExpertConfig, add_adapter, read_adapter
+from esft import ExpertConfig, add_adapter, merge, read_adapter
 from scripts import adapter_info
 from tests.helpers import RUN, make_model, noisy_adapter
 from utils import run_cli
@@ -106,6 +108,31 @@ def test_overlap_and_whether_they_go_together(folder, capsys):
 def test_a_base_that_it_does_not_fit(changes, why, folder, tmp_path, capsys):
     make_model(**changes).save_pretrained(tmp_path)
     assert why in refused(capsys, folder / "a", f"--base_model_path={tmp_path}")
+
+
+def noted(folder, name):
+    """An adapter of the base of the folder, with a note of its weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    noisy_adapter(model, ExpertConfig({1: (5,)}), folder / name)
+    return folder / name
+
+
+def test_a_base_with_the_same_routers_and_other_weights(folder, tmp_path, capsys):
+    adapter = noted(folder, "noted")
+    assert told(capsys, adapter, f"--base_model_path={folder / 'base'}")["adapters"][0]["fits"]
+    merge(add_adapter(make_model(), adapter)).save_pretrained(tmp_path / "merged")
+    assert "the weights differ" in refused(capsys, adapter, f"--base_model_path={tmp_path / 'merged'}")
+    noisy_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ExpertConfig({1: (0,)}), tmp_path / "next")
+    (pair,) = told(capsys, adapter, tmp_path / "next")["pairs"]
+    assert pair["why_not"] == "they are for different bases" and pair["jaccard"] == 0
+
+
+def test_an_adapter_whose_values_are_not_finite_does_not_fit(folder, tmp_path, capsys):
+    shutil.copytree(folder / "a", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter.safetensors")
+    tensors[min(tensors)][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "a" / "adapter.safetensors")
+    assert "not finite" in refused(capsys, tmp_path / "a", f"--base_model_path={folder / 'base'}")
 
 
 def copied(folder, tmp_path, change=lambda tensors: None):
