@@ -120,9 +120,8 @@ def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> 
     if steps < FEW_STEPS:
         more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower batch_size"
         rate = f"a learning rate of at most {args.learning_rate:g}"
-        logger.info(
-            f"  only {utils.counted(steps, 'optimizer step')} ({how}) at {rate} teach little. {more}, or raise it"
-        )
+        few = f"only {utils.counted(steps, 'optimizer step')} ({how}) at {rate}"
+        logger.info(f"  {few}: little is learned. {more}, or raise the rate")
     if args.get_warmup_steps(steps) >= steps:
         logger.info(f"  the warmup takes the whole run, so the learning rate stays below {args.learning_rate:g}")
 

@@ -25,6 +25,7 @@ from deepseek.placement import Placement, place_layers
 from deepseek.process_groups import Ranks
 from training import dry_run
 from training.methods import prepare_model
+from utils import size
 
 CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, kernels, and workspaces of cuBLAS and NCCL
 FRAGMENTATION = 0.05  # the share of a GPU's memory in use that the caching allocator holds and cannot use
@@ -38,7 +39,7 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {
     **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), lambda _: 4),
     **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), lambda _: 12),
     **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), lambda _: 3 + 12 / 256),
-    **dict.fromkeys(("rmsprop", "adagrad"), lambda size: size),
+    **dict.fromkeys(("rmsprop", "adagrad"), lambda n: n),
     "paged_adamw_32bit": lambda _: 8,
     "adamw_torch_4bit": lambda _: 1 + 8 / 128,
     "sgd": lambda _: 0,
@@ -90,9 +91,8 @@ class MemoryEstimate:
         return sum(dataclasses.astuple(self)) - self.host
 
     def sizes(self) -> dict[str, str]:
-        """Return the kinds that take memory, and their peak, as text: in GiB, or in MiB if the peak is below 1 GiB."""
-        unit, name = (2**30, "GiB") if self.peak >= 2**30 else (2**20, "MiB")
-        sizes = {
+        """Return the kinds that take memory, and their peak, as text."""
+        kinds = {
             "weights, experts": self.experts,
             "weights, all else": self.dense,
             "fp32 masters": self.masters,
@@ -105,7 +105,7 @@ class MemoryEstimate:
             "peak": self.peak,
             "in host memory": self.host,
         }
-        return {label: f"{size / unit:,.2f} {name}" for label, size in sizes.items() if size}
+        return {kind: size(nbytes) for kind, nbytes in kinds.items() if nbytes}
 
 
 class Estimator:

@@ -137,19 +137,17 @@ def largest(row_of: Callable[[float], dict], budget: int) -> dict | None:
 
 
 def format_rows(rows: list[dict]) -> str:
-    """Return a line per row, with memory in GiB, or in MiB if all peaks are below 1 GiB."""
-    small = max(row["peak_bytes"] for row in rows) < 2**30
-    unit, name = (2**20, "MiB") if small else (2**30, "GiB")
-    heads = ["score", "p", "experts", "per layer", "parameters", "share"]
-    heads += [f"{what} ({name})" for what in ("adapter", "gradients", "optimizer", "peak")]
+    """Return a line per row."""
+    memory = ["adapter", "gradients", "optimizer", "peak"]
+    heads = ["score", "p", "experts", "per layer", "parameters", "share", *memory]
     lines = []
     for row in rows:
         each = " to ".join(map(str, sorted({row["experts_min"], row["experts_max"]})))
         counts = [row["experts"], each, f"{row['trained_parameters']:,}"]
-        sizes = [row[key] / unit for key in ("adapter_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")]
+        sizes = [size(row[f"{what.removesuffix('s')}_bytes"]) for what in memory]
         time = row["relative_step_time"]
         start = [row["score_function"], f"{row['top_p']:g}", *counts, f"{row['share']:.1%}"]
-        lines.append([*start, *(f"{size:,.2f}" for size in sizes), f"{time:.2f}" if time else "-"])
+        lines.append([*start, *sizes, f"{time:.2f}" if time else "-"])
     return markdown_table([*heads, "step time of full"], lines)
 
 

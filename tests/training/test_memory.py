@@ -21,7 +21,7 @@ from scripts.experiments import memory as experiment
 from tests.helpers import FAMILIES, make_model, run_ranks
 from training import memory
 from training.dry_run import StorageTracker, record_step
-from training.memory import FROZEN_BYTES, Estimator, MemorySettings
+from training.memory import FROZEN_BYTES, Estimator, MemoryEstimate, MemorySettings
 from training.methods import count_trained
 from training.published_models import open_model, published_models
 from utils import run_cli
@@ -194,6 +194,12 @@ def test_what_is_held_is_what_a_prepared_model_holds(family, dtype):
     assert found.gradients == counted["gradient_bytes"]
     assert found.optimizer == counted["optimizer_bytes"]
     assert found.masters == counted["gradient_bytes"]
+
+
+def test_a_small_kind_beside_a_large_one_is_not_0():
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(MemoryEstimate)), 0)
+    found = MemoryEstimate(**nothing | {"experts": 3 * 2**30, "gradients": 5 * 2**20}).sizes()
+    assert found == {"weights, experts": "3.00 GiB", "gradients": "5.00 MiB", "peak": "3.00 GiB"}
 
 
 def test_parts_add_up_to_the_peak(wide):
