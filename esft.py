@@ -27,7 +27,7 @@ import operator
 import random
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +49,7 @@ from deepseek.adapters import (
     read_adapter,
     read_tensors,
 )
-from deepseek.experts import moe_layers, release_experts, train_experts, whole
+from deepseek.experts import inner_model, moe_layers, release_experts, train_experts, whole
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
@@ -353,11 +353,24 @@ def _state(model: nn.Module) -> _State:
     return state
 
 
+def _on_inner_model(function: Callable) -> Callable:
+    """Let a function of a model take a wrapped one, too (DDP, FSDP, torch.compile, peft)."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args, **kwargs):
+        result = function(inner_model(model), *args, **kwargs)
+        return model if isinstance(result, nn.Module) else result
+
+    return call
+
+
+@_on_inner_model
 def trained_config(model: nn.Module) -> ExpertConfig | None:
     """Return what `to_esft` made trainable, or what the loaded adapters hold; None for any other model."""
     return (state := find_state(model)) and state.config
 
 
+@_on_inner_model
 def to_esft(
     model: nn.Module,
     config: ExpertConfig | Mapping,
@@ -403,6 +416,7 @@ def to_esft(
     return model
 
 
+@_on_inner_model
 def unload(model: nn.Module) -> nn.Module:
     """Give the base model back, bit for bit. Whatever was trained or loaded is gone."""
     state = _state(model)
@@ -414,6 +428,7 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
+@_on_inner_model
 def merge(model: nn.Module) -> nn.Module:
     """Make what was trained or loaded part of a plain model. Its `save_pretrained` writes a plain checkpoint.
 
@@ -444,6 +459,7 @@ def _release(model: nn.Module, state: _State) -> None:
 # adapters
 
 
+@_on_inner_model
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return copies in host memory of what was trained, by adapter name, in the dtype in which the model computes."""
     state = _state(model)
@@ -453,6 +469,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
+@_on_inner_model
 def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write `adapter.safetensors` and `expert_cfg.json`, each whole or not at all.
 
@@ -465,6 +482,7 @@ def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Ten
     write_json(folder / CONFIG_NAME, {**state.config.to_dict(), "base": state.base})
 
 
+@_on_inner_model
 def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the experts of an adapter into the model. All of it is checked first, and if it is refused nothing changes.
 
@@ -494,6 +512,7 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
+@_on_inner_model
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
     """Raise as `add_adapter` would, and put nothing into `model`, which may be without weights.
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from deepseek.expert_parallel import Shard
@@ -146,6 +147,11 @@ class MoELayer(FusedExperts):
 
     index: int
     name: str
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside the wrappers of DDP, FSDP, torch.compile or peft, or the model itself."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:

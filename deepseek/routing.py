@@ -45,7 +45,8 @@ class RouterCapture:
 
     A pre-hook on each experts module sees the ids and gate weights that reach the experts. So group limits, bias
     correction, normalization and scaling are included. With a 2-D `attention_mask`, padding is not counted. To choose
-    the tokens yourself, set `token_mask` (B, T) before a forward; it takes precedence.
+    the tokens yourself, set `token_mask` (B, T) before a forward; it takes precedence. The model may be wrapped (DDP,
+    FSDP, torch.compile, peft), and `generate` may call it.
 
     With `prob`, router probabilities are summed too, if transformers records the family's router logits. Logits go
     through a softmax. Routers that return probabilities already are taken as they are.
@@ -58,7 +59,7 @@ class RouterCapture:
     def __init__(self, model: nn.Module, prob: bool = False):
         self.layers = moe_layers(model)
         self.token_mask: Tensor | None = None
-        self._model, self._mask = model, None
+        self._decoder, self._mask = _decoder(model, self.layers), None
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._top_k: dict[int, int] = {}
         self._routers = _routers(model, self.layers) if prob else {}
@@ -70,7 +71,7 @@ class RouterCapture:
             )
 
     def __enter__(self) -> "RouterCapture":
-        self._handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._handles = [self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for layer in self.layers.values():
             self._handles.append(layer.module.register_forward_pre_hook(self._count(layer)))
             if router := self._routers.get(layer.index):
@@ -82,10 +83,10 @@ class RouterCapture:
             handle.remove()
 
     def _begin(self, module, args, kwargs) -> None:
-        mask = self.token_mask
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        if mask is None and given is not None and given.ndim == 2:
-            mask = given
+        mask, given = self.token_mask, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        padding, tokens = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
+        if mask is None and padding is not None and padding.ndim == 2:
+            mask = padding[:, -tokens.shape[1] :]  # while an answer is generated, the mask also covers what is cached
         self._mask = None if mask is None else mask.reshape(-1).bool()
 
     def _count(self, layer: MoELayer):
@@ -137,6 +138,16 @@ class RouterCapture:
         kinds = ("slots", "gates", *(["probs"] if self._routers else []))
         sums = {kind: torch.stack([self._sums[kind, index].cpu() for index in self.layers]) for kind in kinds}
         return RouterCounts(max(self._top_k.values()), max(tokens.values()), list(self.layers), sums)
+
+
+def _decoder(model: nn.Module, layers: dict[int, MoELayer]) -> nn.Module:
+    """Return the innermost transformers model that holds all layers. Every call of a model around it calls it."""
+    holders = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and all(f".{one.name}".startswith(f".{name}") for one in layers.values())
+    ]
+    return max(holders, key=lambda holder: len(holder[0]))[1]
 
 
 def _routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[nn.Module, int]]:

@@ -1,10 +1,12 @@
 """Tools of torch that copy, average or shard parameters find the true values in them."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -113,3 +115,71 @@ def test_fsdp_trains_the_chosen_rows_and_gives_whole_state_dicts(dtype):
         view.copy_(start[name])
     wanted = frozen.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in base.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------------- wrappers
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "q_b_proj"]))
+
+
+WRAPPERS = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "torch.compile": functools.partial(torch.compile, backend="eager"),
+    "peft": with_lora,
+}
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9, [0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+
+
+def counts(model, call):
+    with torch.no_grad(), esft.RouterCapture(model) as capture:
+        call()
+    return capture.counts()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_an_adapter_is_saved_from_and_put_into_a_wrapped_model(name, one_process, tmp_path):
+    model = esft.to_esft(make_model(), CONFIG)
+    steps(model, IDS, 1)
+    esft.save_adapter(model, tmp_path / "plain")
+    wrapped = WRAPPERS[name](model)
+    esft.save_adapter(wrapped, tmp_path / "wrapped")
+    assert (tmp_path / "plain" / "adapter.safetensors").read_bytes() == (
+        tmp_path / "wrapped" / "adapter.safetensors"
+    ).read_bytes()
+    fresh = make_model()
+    outer = WRAPPERS[name](fresh.train())
+    assert esft.add_adapter(outer, tmp_path / "wrapped") is outer
+    assert torch.equal(fresh.eval()(IDS).logits, model(IDS).logits)
+    assert esft.unload(outer) is outer and torch.equal(fresh(IDS).logits, make_model()(IDS).logits)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("captured", ["outer", "inner"])
+def test_padding_is_not_counted_in_a_wrapped_model(name, captured, one_process):
+    wanted = counts(model := make_model(), lambda: model(IDS, attention_mask=MASK))
+    assert wanted.tokens == MASK.sum() < MASK.numel()
+    inner = make_model()
+    outer = WRAPPERS[name](inner.requires_grad_(True))
+    found = counts(outer if captured == "outer" else inner, lambda: outer(IDS, attention_mask=MASK))
+    assert found.tokens == wanted.tokens and torch.equal(found.sums["slots"], wanted.sums["slots"])
+
+
+def test_padding_is_not_counted_below_the_head_or_while_answers_are_generated():
+    model = make_model()
+    wanted = counts(model, lambda: model(IDS, attention_mask=MASK))
+    below = counts(model, lambda: model.model(IDS, attention_mask=MASK))
+    assert torch.equal(below.sums["slots"], wanted.sums["slots"])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = counts(model, lambda: model.generate(IDS, attention_mask=MASK, **options))
+    assert found.tokens == wanted.tokens + 3 * len(IDS)
