@@ -25,7 +25,10 @@ COMMANDS = {
         ],
     ),
     "merging": (merge_adapter, lambda files, out: [f"--model={files}/m32", "--adapter_dir=a", f"--output_dir={out}"]),
-    "pipeline": (pipeline, lambda files, out: ["--model=m", "--data=intent", f"--output_dir={out}"]),
+    "pipeline": (
+        pipeline,
+        lambda files, out: [f"--model={files}/m32", f"--data={files}/data.jsonl", f"--output_dir={out}"],
+    ),
     "report": (report, lambda files, out: [str(files), f"--output={out}"]),
     "evaluation": (
         eval_multigpu,
