@@ -2,7 +2,7 @@
 
 Our own keys are the fields of RunConfig. Every key of transformers' TrainingArguments is accepted beside them, and so
 are the short names in ALIASES. A key on the command line wins over the file, and `key=null` takes the file's away. Of a
-key that is given twice, the last value counts.
+key that is given twice on the command line, the last value counts. In the file it is refused.
 
 The configs of the released ESFT code are read as they are. NO_EFFECT has its keys that mean nothing here. SECRETS go to
 the environment, and no file of a run holds them.
