@@ -30,7 +30,6 @@ DEFAULTS = {  # of TrainingArguments, where ours differ
 
 _COMPILE = "torch.compile cannot trace the grouped product of the experts"
 _SHARDING = "the experts are shared out by ep_size, the other weights by shard_dense"
-_ONE_METRIC = "an evaluation gives the loss alone, and the lowest is the best"
 _LIGER = "it would replace layers of the model"
 _AUTOCAST = "autocast would round the routers (dtype=bfloat16 does not, and has fp32 masters)"
 
@@ -48,8 +47,7 @@ REFUSED = {  # key: (the values that work, why no other does)
     "torch_compile_mode": ((), _COMPILE),
     "use_liger_kernel": ((False,), _LIGER),
     "liger_kernel_config": ((), _LIGER),
-    "metric_for_best_model": (("loss", "eval_loss"), _ONE_METRIC),
-    "greater_is_better": ((False,), _ONE_METRIC),
+    "metric_for_best_model": (("loss", "eval_loss"), "an evaluation gives the loss alone"),
     "save_on_each_node": ((False,), "all nodes share the output folder"),
     "push_to_hub": ((False,), "upload the folder afterwards, with `hf upload`"),
     "ignore_data_skip": ((False,), "a run goes on with the batch after the checkpoint"),

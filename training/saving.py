@@ -117,10 +117,11 @@ class SavingTrainer(Trainer):
         losses = {entry["step"]: entry["eval_loss"] for entry in history if entry.get("eval_loss", math.nan) < math.inf}
         saved = {*checkpoints.list_checkpoints(Path(self.args.output_dir)), *([written] if written else [])}
         by_step = {checkpoints.step_of(path): path for path in saved - self._damaged.keys()}
-        for loss, step in sorted((losses[step], step) for step in by_step.keys() & losses.keys()):
+        sign = -1 if self.args.greater_is_better else 1
+        for _, step in sorted((sign * losses[step], step) for step in by_step.keys() & losses.keys()):
             path = by_step[step]
             if not (reason := checkpoints.find_damage(path) if verify else None):
-                return path, loss
+                return path, losses[step]
             self._damaged[path] = reason
         return None, None
 

@@ -119,6 +119,11 @@ def test_an_evaluation_without_a_checkpoint_is_not_the_best(start, silent, capsy
     assert "at step 4, the best checkpoint" in capsys.readouterr().out
 
 
+def test_the_highest_loss_is_the_best_where_that_is_asked_for(start):
+    result = start(**{**KEYS, "greater_is_better": True, "save_total_limit": 9})
+    assert result["best_step"] == 10 and is_of(start.folder / "out", 10)  # the losses grow with every step
+
+
 def test_without_load_best_model_at_end_no_step_is_the_best(start, capsys):
     result = start(**{**KEYS, "load_best_model_at_end": False, "save_strategy": "best", "save_steps": None})
     assert result["best_step"] is None and "the best" not in capsys.readouterr().out

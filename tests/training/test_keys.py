@@ -47,6 +47,7 @@ RUNS = [
         **{
             "save_total_limit": 1,
             "load_best_model_at_end": True,
+            "greater_is_better": True,
             "save_only_model": False,
             "debug": "underflow_overflow",
         },
