@@ -84,9 +84,10 @@ class RouterCapture:
 
     def _begin(self, module, args, kwargs) -> None:
         mask, given = self.token_mask, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        padding, tokens = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
+        padding, ids = given.get("attention_mask"), given.get("input_ids")
         if mask is None and padding is not None and padding.ndim == 2:
-            mask = padding[:, -tokens.shape[1] :]  # while an answer is generated, the mask also covers what is cached
+            T = (given["inputs_embeds"] if ids is None else ids).shape[1]
+            mask = padding[:, -T:]  # while an answer is generated, the mask also covers what is cached
         self._mask = None if mask is None else mask.reshape(-1).bool()
 
     def _count(self, layer: MoELayer):

@@ -183,3 +183,13 @@ def test_padding_is_not_counted_below_the_head_or_while_answers_are_generated():
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     found = counts(model, lambda: model.generate(IDS, attention_mask=MASK, **options))
     assert found.tokens == wanted.tokens + 3 * len(IDS)
+
+
+def test_padding_is_not_counted_where_embeddings_or_ready_masks_are_given():
+    model = make_model()
+    wanted = counts(model, lambda: model(IDS, attention_mask=MASK))
+    embeds = model.get_input_embeddings()(IDS).detach()
+    found = counts(model, lambda: model(input_ids=None, inputs_embeds=embeds, attention_mask=MASK))
+    assert torch.equal(found.sums["slots"], wanted.sums["slots"])
+    causal = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
+    assert counts(model, lambda: model(IDS, attention_mask=causal)).tokens == IDS.numel()
