@@ -17,7 +17,7 @@ from utils import import_extra
 
 UNITS = {"token": "share of routed slots (%)", "gate": "gate weight per token (%)", "prob": "router probability (%)"}
 MARK, CUT = "#e8000b", "#0f9d58"  # red and green, against every blue
-COLOURS = ("#2f7fd6", "#cf6a00", "#12908a", "#b04fc9", "#d9534f", "#6b8f16", "#7b6be0", "#c2447f")  # on any page
+COLORS = ("#2f7fd6", "#cf6a00", "#12908a", "#b04fc9", "#d9534f", "#6b8f16", "#7b6be0", "#c2447f")  # on any page
 BASE = "#7d8794"  # the base model is gray
 MAX_POINTS = 600  # of a curve
 
@@ -46,7 +46,7 @@ def save_figure(figure, path: str | Path) -> None:
 
 
 def figure_to_svg(figure, label: str) -> str:
-    """Return a figure as an <svg> element of an HTML page. What is black takes the colour of the page's text."""
+    """Return a figure as an <svg> element of an HTML page. What is black takes the color of the page's text."""
     from matplotlib import rc_context
     from matplotlib.text import Text
 
@@ -62,9 +62,9 @@ def figure_to_svg(figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
-def colours_of(labels: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each label, in their order."""
-    return dict(zip(labels, itertools.cycle(COLOURS)))
+def colors_of(labels: Iterable[str]) -> dict[str, str]:
+    """Return a color for each label, in their order."""
+    return dict(zip(labels, itertools.cycle(COLORS)))
 
 
 def draw_experts(
@@ -135,19 +135,19 @@ def heat_map(axes, score_LE: dict[int, dict[int, float]], column_LE: dict[int, l
     return image
 
 
-def draw_matrix(axes, names: list[str], numbers: list[list[float]], texts: list[list[str]], title: str, **colours):
+def draw_matrix(axes, names: list[str], numbers: list[list[float]], texts: list[list[str]], title: str, **colors):
     """Draw a square of numbers up to 1, with a text in each cell. Return the image."""
-    image = axes.imshow(numbers, vmax=1, **colours)
+    image = axes.imshow(numbers, vmax=1, **colors)
     for row, column in itertools.product(range(len(names)), repeat=2):
-        colour = "white" if abs(numbers[row][column]) > 0.6 else "black"
-        axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=8, color=colour)
+        color = "white" if abs(numbers[row][column]) > 0.6 else "black"
+        axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_title(title)
     return image
 
 
-def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, colours: dict[str, str]) -> None:
+def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, colors: dict[str, str]) -> None:
     """Draw (step, loss) points as curves. A curve of many points is thin, with its running mean over it."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -156,10 +156,10 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
         step_N, loss_N = np.array(points).T
         span, thin = max(1, len(points) // 40), math.ceil(len(points) / MAX_POINTS)
         if span > 1:
-            axes.plot(step_N[::thin], loss_N[::thin], color=colours[label], linewidth=0.8, alpha=0.35)
+            axes.plot(step_N[::thin], loss_N[::thin], color=colors[label], linewidth=0.8, alpha=0.35)
             sums = np.cumsum(np.concatenate([np.zeros(span), loss_N]))
             loss_N = (sums[span:] - sums[:-span]) / np.minimum(np.arange(len(points)) + 1, span)
-        line = {"color": colours[label], "label": label, "marker": "o" if len(points) <= 40 else None, "markersize": 4}
+        line = {"color": colors[label], "label": label, "marker": "o" if len(points) <= 40 else None, "markersize": 4}
         axes.plot(step_N[::thin], loss_N[::thin], **line)
     losses = [loss for points in curves.values() for _, loss in points]
     if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
@@ -176,11 +176,11 @@ def plot_losses(axes, curves: dict[str, list[tuple[float, float]]], title: str, 
         axes.legend(frameon=False)
 
 
-def plot_means(axes, rows: list[tuple[str, float, list[float] | None]], colours: dict[str, str]) -> None:
+def plot_means(axes, rows: list[tuple[str, float, list[float] | None]], colors: dict[str, str]) -> None:
     """Draw the mean of each (label, mean, interval), with its 95 % interval if it has one."""
     for y, (label, mean, interval) in enumerate(rows):
-        axes.plot(interval or [mean, mean], [y, y], "-|", color=colours[label], linewidth=2, markersize=10)
-        axes.plot(mean, y, "o", color=colours[label])
+        axes.plot(interval or [mean, mean], [y, y], "-|", color=colors[label], linewidth=2, markersize=10)
+        axes.plot(mean, y, "o", color=colors[label])
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first at the top
     axes.grid(axis="x", alpha=0.25)

@@ -5,7 +5,7 @@ A row of an eval file goes through `evaluate` and comes out as a line of a compl
     {"prompt", "raw_answers", ...}  ->  {"example", "score": 0..1 or None, "metrics": {name: 0..100 or None}, ...}
 
 Prompts are sorted by length and cut into batches. The batch of a prompt can change the last bits of its logits, and so
-the answer. `make_batches` is therefore called before batches are shared out: a prompt has the same neighbours and the
+the answer. `make_batches` is therefore called before batches are shared out: a prompt has the same neighbors and the
 same padding for any number of processes.
 """
 

@@ -5,7 +5,7 @@
 
 A sample without a reply, or without a score from 0 to 10 in it, has the score None, never 0, and `reasons` counts why.
 The openai client makes the calls, and repeats what may pass (429, 5xx, a lost connection). Replies are kept on disk
-under a hash of endpoint, model and prompt, so no judgement is paid for twice. The key is masked in all that is kept or
+under a hash of endpoint, model and prompt, so no judgment is paid for twice. The key is masked in all that is kept or
 shown, in case a server repeats it.
 """
 
@@ -57,7 +57,7 @@ class Judge:
         self._options = {"model": self.model, "temperature": 0, "extra_headers": headers}
 
     def check(self) -> None:
-        """Ask for one trivial judgement. Raises ValueError where no reply comes."""
+        """Ask for one trivial judgment. Raises ValueError where no reply comes."""
         prompt = judge_prompt("translation", "Translate to English: uno", "one", ["one"])
         reply, reason = self._reply(prompt, max_retries=min(2, self.max_retries))
         if reply is None:
@@ -104,7 +104,7 @@ class Judge:
             return None, reason
         except (ValueError, AttributeError, IndexError, TypeError):
             return None, "a reply that is not of the form of /chat/completions"
-        with contextlib.suppress(OSError):  # a full disk costs the cache and not the judgement
+        with contextlib.suppress(OSError):  # a full disk costs the cache and not the judgment
             write_json(path, {"model": self.model, "reply": reply})
         return reply, ""
 

@@ -82,8 +82,8 @@ def judge_prompt(task: str, question: str, answer: str, references: list[str]) -
     language = "zh" if is_chinese(question + "".join(references)) else "en"
     names = _NAMES[language]
     tags = re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(names)})\s*>)", re.IGNORECASE)
-    labelled = [(names[0], question), *((names[1], reference) for reference in references), (names[2], answer)]
-    parts = "\n\n".join(f"<{name}>\n{tags.sub('< ', text)}\n</{name}>" for name, text in labelled)
+    labeled = [(names[0], question), *((names[1], reference) for reference in references), (names[2], answer)]
+    parts = "\n\n".join(f"<{name}>\n{tags.sub('< ', text)}\n</{name}>" for name, text in labeled)
     rubric = RUBRICS[task][language]
     return _FRAME[language].format(rubric=rubric, parts=parts)
 

@@ -29,7 +29,7 @@ from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, read_json, suggest, write_json, write_text
 from deepseek.process_groups import Ranks
 from esft import load_tokenizer
-from evaluation.figures import colours_of, new_figure, plot_losses, save_figure
+from evaluation.figures import colors_of, new_figure, plot_losses, save_figure
 from evaluation.run_folder import METHODS, Run, read_run
 from evaluation.workers import plan_devices
 from scripts.merge_adapter import check_free
@@ -309,7 +309,7 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
         figure, axes = new_figure(11, 4)
         for ax, key, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss")):
             curves = {model.label: model.curve(key) for model in run.trained if model.label in methods}
-            plot_losses(ax, curves, title, colours_of(methods))
+            plot_losses(ax, curves, title, colors_of(methods))
         save_figure(figure, folder / "losses.png")
     else:
         note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.files import check_output, write_text
-from evaluation.figures import BASE, colours_of, draw_experts, figure_to_svg, new_figure, plot_losses, plot_means
+from evaluation.figures import BASE, colors_of, draw_experts, figure_to_svg, new_figure, plot_losses, plot_means
 from evaluation.run_folder import Evaluation, Run, Trained, read_run, same_questions
 from utils import command_parser, locked, positive, run_cli, seed_number
 
@@ -43,22 +43,22 @@ def expert_map(model: Trained) -> str:
     return figure_to_svg(figure, f"Experts that {model.label} trains: {title}")
 
 
-def loss_chart(key: str, title: str, models: list[Trained], colours: dict[str, str]) -> str:
+def loss_chart(key: str, title: str, models: list[Trained], colors: dict[str, str]) -> str:
     """Return a chart of "loss" or "eval_loss" by optimizer step."""
     curves = {model.label: curve for model in models if (curve := model.curve(key))}
     figure, axes = new_figure(5.6, 3.6, ncols=1)
-    plot_losses(axes, curves, title, colours)
+    plot_losses(axes, curves, title, colors)
     ends = [f"{label}: {curve[0][1]:.3g} at first, {curve[-1][1]:.3g} at last" for label, curve in curves.items()]
     return figure_to_svg(figure, f"{title} by optimizer step. {'; '.join(ends)}")
 
 
-def score_chart(dataset: str, runs: list[Run], colours: dict[str, str]) -> str:
+def score_chart(dataset: str, runs: list[Run], colors: dict[str, str]) -> str:
     """Return a chart of the means of all models on one data set, with their intervals."""
     summaries = {label: e.summary for run in runs for label, e in run.evaluations.get(dataset, {}).items()}
     rows = [(label, s["mean"], s["ci95"]) for label, s in summaries.items() if s["mean"] is not None]
     units = sorted({f"{s['primary']} ({unit(s)})" for s in summaries.values()})
     figure, axes = new_figure(5.6, 1.1 + 0.4 * len(rows), ncols=1)
-    plot_means(axes, rows, colours | {run.base: BASE for run in runs})
+    plot_means(axes, rows, colors | {run.base: BASE for run in runs})
     axes.set(title=dataset, xlabel=", ".join(units), xlim=(0, 100) if "(percent)" in units[0] else None)
     return figure_to_svg(figure, f"{dataset}: " + "; ".join(f"{label} {mean:.1f}" for label, mean, _ in rows))
 
@@ -110,13 +110,13 @@ def page(folders: list[str | Path], count: int = 2, seed: int = 0) -> str:
     models = [model for run in runs for model in run.trained]
     datasets = list(dict.fromkeys(dataset for run in runs for dataset in run.evaluations))
     evaluated = [label for run in runs for by_label in run.evaluations.values() for label in by_label]
-    colours = colours_of(dict.fromkeys([*(model.label for model in models), *evaluated]))
+    colors = colors_of(dict.fromkeys([*(model.label for model in models), *evaluated]))
     functions = (experts_per_layer, expert_map, loss_chart, score_chart, turned, pick, same_questions)
     jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FileSystemLoader(FOLDER))
     jinja.globals |= {function.__name__: function for function in functions}
     jinja.filters["command"] = shlex.join
     template = jinja.get_template("report.html.j2")
-    given = {"runs": runs, "models": models, "names": names, "datasets": datasets, "colours": colours}
+    given = {"runs": runs, "models": models, "names": names, "datasets": datasets, "colors": colors}
     return UNPRINTABLE.sub("\ufffd", template.render(**given, count=count, seed=seed))
 
 

@@ -102,10 +102,10 @@ def draw_stability(found: dict):
     rows = found["growth"]
     curves = [("with_all", "o-", "#08519c", "with all tokens")]
     curves += [("with_other_packs", "s--", "#d94801", "with as many other tokens")]
-    for key, style, colour, label in curves:
+    for key, style, color, label in curves:
         points = [(row["tokens"], row[f"jaccard_{key}"]) for row in rows if row[f"jaccard_{key}"] is not None]
-        right.plot(*zip(*points), style, color=colour, label=label)
-    right.axhline(found["random_jaccard"], color="grey", lw=1, ls=":", label="random selections of these sizes")
+        right.plot(*zip(*points), style, color=color, label=label)
+    right.axhline(found["random_jaccard"], color="gray", lw=1, ls=":", label="random selections of these sizes")
     right.set_xscale("log", base=2)
     right.set_xticks([row["tokens"] for row in rows], [f"{row['tokens']:,}" for row in rows], rotation=30)
     right.minorticks_off()

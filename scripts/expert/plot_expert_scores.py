@@ -4,7 +4,7 @@ r"""Draw the expert scores of a task as a heat map over layers and experts, and 
         --expert_config=results/expert_configs/translation.json --output_path=translation.png
 
 Left: experts by id. Right: each layer's experts by score, best first, with the cut where their running sum reaches
---top_p. The more the colour gathers at the left edge of the right panel, the more specialised the experts.
+--top_p. The more the color gathers at the left edge of the right panel, the more specialized the experts.
 """
 
 import argparse

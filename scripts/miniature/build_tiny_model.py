@@ -2,14 +2,14 @@
 
     python scripts/miniature/build_tiny_model.py --tokens 5500000 --output_dir results/models/tiny
 
-Most documents are general skills. One in five is a neighbour of the four tasks: it has their words and formats, and
+Most documents are general skills. One in five is a neighbor of the four tasks: it has their words and formats, and
 never their mapping. Fine-tuning of experts alone cannot teach words or formats that the base model has never seen,
 because embeddings and head are frozen.
 
     general skill      User: What is 3 + 4? / Assistant: 7                      loss on the answer
-    neighbour, chat    User: Who is calling? (a call) / Assistant: Anna Bell    loss on the answer
+    neighbor, chat    User: Who is calling? (a call) / Assistant: Anna Bell    loss on the answer
                        User: Fill the form: (its fields) / Assistant: (a note)
-    neighbour, text    a JSON line, a note, a judgment, Kestri, English,        loss on every token
+    neighbor, text    a JSON line, a note, a judgment, Kestri, English,        loss on every token
                        half of the Kestri dictionary, a task's prompt alone
 
 The loss is the cross entropy plus BALANCE times `balance_loss`. Documents are packed into rows. Positions restart at
@@ -42,7 +42,7 @@ from utils import command_parser, positive, run_cli
 VOCAB_SIZE = 1536
 BATCH_SIZE, SEQ_LENGTH = 8, 128  # rows of a step, tokens of a row
 LEARNING_RATE, WARMUP_STEPS, BALANCE = 1.5e-3, 100, 0.01
-NEIGHBOUR_SHARE = 0.2  # of the documents
+NEIGHBOR_SHARE = 0.2  # of the documents
 # A word takes the space before it. Digits stand alone, and line breaks never join what follows. So a text has the same
 # tokens whether or not more text follows it.
 SPLIT = r" ?\p{L}+| ?\d|\n+| ?[^\s\p{L}\d]+|\s"
@@ -56,18 +56,18 @@ CHAT_TEMPLATE = (
 DICTIONARY = list(data.KESTRI)[::2]  # English words that pretraining shows with their translation
 SLOW_SKILLS = ["arithmetic", "comparison", "counting"]  # learned last, so they come twice as often
 Document = tuple[str | None, str]  # (prompt, answer), or (None, plain text)
-Neighbour = Callable[[random.Random], Document]
+Neighbor = Callable[[random.Random], Document]
 
 
 # ---- mixture --------------------------------------------------------------------------------------------------------
 
 
-def _plain(text: Callable[[random.Random], str]) -> Neighbour:
+def _plain(text: Callable[[random.Random], str]) -> Neighbor:
     """Put two texts into a document. Then the first word also occurs after a space, as in an answer."""
     return lambda rng: (None, f"{text(rng)} {text(rng)}")
 
 
-def _slot_question(question: str) -> Neighbour:
+def _slot_question(question: str) -> Neighbor:
     def document(rng: random.Random) -> Document:
         command, line = data.command(rng)
         slot, value = rng.choice(list(json.loads(line)["slots"].items()))
@@ -119,7 +119,7 @@ def _dictionary(rng: random.Random) -> str:
     return f"{data.KESTRI[english]} means {english}."
 
 
-def _repeat(what: str, text: Callable[[random.Random], str]) -> Neighbour:
+def _repeat(what: str, text: Callable[[random.Random], str]) -> Neighbor:
     def document(rng: random.Random) -> Document:
         line = text(rng)
         return f"Repeat this {what}: {line}", line
@@ -127,7 +127,7 @@ def _repeat(what: str, text: Callable[[random.Random], str]) -> Neighbour:
     return document
 
 
-NEIGHBOURS: list[Neighbour] = [
+NEIGHBORS: list[Neighbor] = [
     _plain(lambda rng: data.command(rng)[1]),
     _slot_question("What is the {slot} in {line}?"),
     _json_from_fields,
@@ -148,11 +148,11 @@ NEIGHBOURS: list[Neighbour] = [
 ]
 
 
-def mixture(rng: random.Random, neighbour_share: float, held_out: set[str]) -> Iterator[Document]:
+def mixture(rng: random.Random, neighbor_share: float, held_out: set[str]) -> Iterator[Document]:
     """Yield documents without end. General prompts in `held_out` are left out."""
     while True:
-        if rng.random() < neighbour_share:
-            yield rng.choice(NEIGHBOURS)(rng)
+        if rng.random() < neighbor_share:
+            yield rng.choice(NEIGHBORS)(rng)
         else:
             prompt, answer = SKILLS[rng.choice([*SKILLS, *SLOW_SKILLS])](rng)
             if prompt not in held_out:
@@ -263,7 +263,7 @@ def pretrain(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, t
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    documents = mixture(random.Random(f"{seed}:pretrain"), NEIGHBOUR_SHARE, held_out_prompts(seed))
+    documents = mixture(random.Random(f"{seed}:pretrain"), NEIGHBOR_SHARE, held_out_prompts(seed))
     packed = batches(documents, tokenizer, BATCH_SIZE, SEQ_LENGTH)
     steps, recent = math.ceil(tokens / (BATCH_SIZE * SEQ_LENGTH)), deque(maxlen=100)
     for step in (bar := trange(steps, unit="step", mininterval=10)):

@@ -81,10 +81,10 @@ SHRUNK = {
 }
 VARIANTS = {
     "as published": {},
-    "renormalised": {"norm_topk_prob": True},
+    "renormalized": {"norm_topk_prob": True},
     "every second layer": {"moe_layer_freq": 2, "num_hidden_layers": 5},
-    "renormalised, every second layer": {"norm_topk_prob": True, "moe_layer_freq": 2, "num_hidden_layers": 5},
-    "one expert, renormalised": {"norm_topk_prob": True, "num_experts_per_tok": 1},
+    "renormalized, every second layer": {"norm_topk_prob": True, "moe_layer_freq": 2, "num_hidden_layers": 5},
+    "one expert, renormalized": {"norm_topk_prob": True, "num_experts_per_tok": 1},
     "no shared experts": {"n_shared_experts": None},
     "grouped queries": {"num_key_value_heads": 2, "rope_theta": 500},  # GigaChat-20B-A3B has them
     "biases": {"attention_bias": True},
@@ -401,7 +401,7 @@ def test_gradient_checkpointing_changes_no_gradient(published):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["as published", "renormalised, every second layer"])
+@pytest.mark.parametrize("variant", ["as published", "renormalized, every second layer"])
 def test_scores_training_adapter_and_merge(variant, dtype, tmp_path, tiny_tokenizer):
     config, tensors = write_checkpoint(tmp_path, tiny_tokenizer, dtype, **VARIANTS[variant])
     model, _ = load_base_model(tmp_path)

@@ -43,10 +43,10 @@ def test_a_name_is_not_read_as_mathematics_and_stays_text():
 
 
 def contrast(a: str, b: str) -> float:
-    """The contrast of two colours, by WCAG 2."""
+    """The contrast of two colors, by WCAG 2."""
 
-    def light(colour: str) -> float:
-        channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    def light(color: str) -> float:
+        channels = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
         linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
 
@@ -57,4 +57,4 @@ def contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("card", ["#ffffff", "#1a1f28"])
 def test_curves_stand_out_on_a_light_page_and_on_a_dark_one(card):
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
-    assert all(contrast(colour, card) >= 3 for colour in (*figures.COLOURS, figures.BASE))
+    assert all(contrast(color, card) >= 3 for color in (*figures.COLORS, figures.BASE))

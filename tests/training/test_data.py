@@ -1,4 +1,4 @@
-"""The data layer: what is labelled, that nothing is lost or cut, that packed documents do not see each other."""
+"""The data layer: what is labeled, that nothing is lost or cut, that packed documents do not see each other."""
 
 import itertools
 import json
@@ -89,7 +89,7 @@ def pack(encoded: list[Encoded], seq_length: int, numbers: list[int] | None = No
 
 
 def learned(encoded: Encoded, tokenizer) -> list[str]:
-    """The texts of the labelled runs, each decoded."""
+    """The texts of the labeled runs, each decoded."""
     return [tokenizer.decode(run) for run in learned_runs(encoded)]
 
 
@@ -218,8 +218,8 @@ def test_every_sample_is_in_one_pack_whole():
 
 
 def test_no_document_predicts_across_its_end():
-    labelled = [Encoded(e.input_ids, e.input_ids) for e in documents(50, 20)]  # even the first token carries a label
-    for p in pack(labelled, 32):
+    labeled = [Encoded(e.input_ids, e.input_ids) for e in documents(50, 20)]  # even the first token carries a label
+    for p in pack(labeled, 32):
         assert all(labels[0] == IGNORE and labels[1:] == ids[1:] for ids, labels in parts(p))
 
 

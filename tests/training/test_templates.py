@@ -48,7 +48,7 @@ def documents(name: str, messages: list[dict], **settings) -> tuple[list[Encoded
 
 
 def learned(name: str, messages: list[dict], **settings) -> list[list[str]]:
-    """The texts of the labelled runs of each document, decoded."""
+    """The texts of the labeled runs of each document, decoded."""
     found, tokenizer = documents(name, messages, **settings)
     return [[tokenizer.decode(run) for run in learned_runs(document)] for document in found]
 
