@@ -33,6 +33,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from deepseek.adapters import (
     CONFIG_NAME,
@@ -560,3 +561,22 @@ def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, **kwar
     """Return (model, tokenizer) of a base with an adapter in it. `kwargs` are those of `load_base_model`."""
     model, tokenizer = load_base_model(base_model_path, **kwargs)
     return add_adapter(model, adapter_dir), tokenizer
+
+
+class ESFTCallback(TrainerCallback):
+    """Makes the checkpoints of transformers' Trainer, and of TRL's, hold what was trained, and nothing else.
+
+    Trainer writes the whole model with the names of single experts, and cannot read these names back. With this
+    callback `model.safetensors` of a checkpoint holds the trained parameters as they are, in fp32. So Trainer resumes
+    exactly, and finds its best model. The folder `adapter` in it is an adapter.
+    """
+
+    def on_save(self, args, state, control, model: nn.Module, **_) -> None:
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        for path in folder.glob("model*.safetensors*"):
+            path.unlink()
+        trained = {name: param.data for name, param in model.named_parameters() if param.requires_grad}
+        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+        save_adapter(model, folder / "adapter")

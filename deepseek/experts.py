@@ -286,6 +286,12 @@ def _state_dict_in_base_order(module: nn.Module, state_dict: dict, prefix: str, 
 def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     trained = module.trained
     for name in FusedExperts(module).tensor_names:
+        here = {f"{prefix}{name}", f"{prefix}trained.{name}"} & state_dict.keys()
+        if not here and any(re.search(r"experts\.\d+\.", key) for key in state_dict):
+            raise ValueError(
+                "cannot load the trained experts: this state dict names single experts, as save_pretrained writes "
+                "them. Train with esft.ESFTCallback(), so that checkpoints can be loaded."
+            )
         if f"{prefix}{name}" in state_dict:
             loaded = state_dict[f"{prefix}{name}"]
             rows = whole(loaded)[trained.order_e.to(loaded.device)]
