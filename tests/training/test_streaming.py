@@ -76,7 +76,13 @@ def test_a_set_of_the_hub_is_streamed(monkeypatch):
 
 def test_training_and_scoring_take_a_part_of_a_stream(folder, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "WINDOW", 50)
-    words = ["base_model_path=x", "output_dir=y", f"train_dataset={folder}", "streaming=true", "seq_length=64"]
+    words = [
+        "base_model_path=results/models/tiny",
+        "output_dir=y",
+        f"train_dataset={folder}",
+        "streaming=true",
+        "seq_length=64",
+    ]
     with pytest.raises(ValueError, match="Give n_train_samples"):
         read_config(words)
     config = read_config([*words, "n_train_samples=40", "template=released", "validation_fraction=0.25"])
