@@ -165,6 +165,11 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def split_names(text: str) -> list[str]:
+    """Return the names between commas, without blanks around them and without empty ones."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def size(nbytes: float) -> str:
     """Return "1.25 GiB", or "300.10 MiB" for less than 1 GiB."""
     return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.2f} MiB"
@@ -198,9 +203,9 @@ def seed_number(text: str) -> int:
     return _whole(text, 0, 2**32, "from 0 and below 2**32")
 
 
-def _whole(text: str, least: int, end: int, range: str) -> int:
+def _whole(text: str, least: int, end: int, bounds: str) -> int:
     if not (text.isdecimal() and len(text) < 20 and least <= int(text) < end):
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number {range}")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number {bounds}")
     return int(text)
 
 

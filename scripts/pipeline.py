@@ -45,6 +45,7 @@ from utils import (
     run_cli,
     run_command,
     seed_number,
+    split_names,
     torchrun,
 )
 
@@ -119,10 +120,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
 def known_method(name: str) -> str:
     """Return a name of METHODS. Raise ValueError for any other."""
     if name not in METHODS:
@@ -133,7 +130,7 @@ def known_method(name: str) -> str:
 def eval_datasets(args: argparse.Namespace) -> list[str]:
     """Return the data sets to evaluate on. The default is the one named as the training set, and `general`."""
     if args.eval_dataset:
-        return split(args.eval_dataset)
+        return split_names(args.eval_dataset)
     folder = ROOT / "datasets" / "eval"
     names = [name for name in (Path(args.train_dataset).stem, "general") if (folder / f"{name}.jsonl").is_file()]
     if len(names) < 2:
@@ -330,7 +327,7 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    methods = [known_method(name) for name in split(args.methods)]
+    methods = [known_method(name) for name in split_names(args.methods)]
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)
     datasets = eval_datasets(args)

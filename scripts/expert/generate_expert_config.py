@@ -38,7 +38,7 @@ from deepseek.fingerprint import difference
 from deepseek.loading import empty_model
 from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, base_note, select_experts
 from evaluation.selection import even_counts, ranked_experts, union_of
-from utils import command_parser, markdown_table, note, run_cli, seed_number
+from utils import command_parser, markdown_table, note, run_cli, seed_number, split_names
 
 TAKES = {"cumulative": ("top_p",), "fraction": ("fraction",), "topk": ("top_k",)}  # strategy -> its options
 TAKES |= {"random": ("top_p", "seed"), "uniform": ("top_p",)}  # these controls take as many experts as cumulative
@@ -80,7 +80,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
 
 def split_list(text: str) -> list[str]:
     """Return the parts between commas, or the text itself if that is a path."""
-    parts = [text] if Path(text).exists() else [part for part in text.split(",") if part]
+    parts = [text] if Path(text).exists() else split_names(text)
     if not parts:
         raise ValueError(f"cannot read {text!r}: it names nothing. Give a name or a path, or several with commas.")
     return parts
@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> list[ExpertConfig]:
         folders = split_list(task.expert_scores_dir)
         every = load_scores(folders, model)
         if task.eval_dataset and (found := len(split_list(task.eval_dataset))) != len(folders):
-            raise ValueError(f"--eval_dataset has {found} tasks and --expert_scores_dir {len(folders)}. Give as many")
+            raise ValueError(
+                f"cannot name the tasks: --eval_dataset has {found}, --expert_scores_dir {len(folders)}. Give as many."
+            )
         check_output(task.output_path)
         chosen.append((every, select(every, task), task))
     for every, config, task in chosen:  # none is written unless all are right
