@@ -107,7 +107,7 @@ def get_evaluator(
     for name in asked:
         if name is not None and (not isinstance(name, str) or name not in EVALUATORS):
             known = f"{', '.join(EVALUATORS)}{suggest(name, EVALUATORS)}"
-            raise ValueError(f"cannot score {dataset_name}: the evaluator {name} is none of {known}")
+            raise ValueError(f"cannot score {dataset_name}: the evaluator {name} is none of {known}.")
     usual = OTHER_NAMES.get(dataset_name, dataset_name)
     usual = usual if usual in EVALUATORS else ANY_TEXT
     names = [name or usual for name in asked]
@@ -156,7 +156,7 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
             )
         rows.append({**row, "raw_answers": answers})
     if not rows:
-        raise ValueError(f"{dataset} holds no row to evaluate on")
+        raise ValueError(f"cannot evaluate on {dataset}: it holds no row. Give another --eval_dataset.")
     if n_samples is not None and n_samples < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), n_samples))]
     return rows

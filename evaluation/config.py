@@ -8,7 +8,7 @@ from typing import Literal
 
 from deepseek.files import parse_json, read_json, suggest_path, write_jsonl
 from training.data import TemplateSettings, eval_file_of, held_out_questions
-from utils import ROOT, note
+from utils import ROOT, note, split_names
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
 TINY = ROOT / "results" / "models" / "tiny"
@@ -102,28 +102,29 @@ class EvalConfig:
 
     @property
     def datasets(self) -> list[str]:
-        return _split(self.eval_dataset)
+        return split_names(self.eval_dataset)
 
     @property
     def suites(self) -> list[str]:
-        return _split(self.suite)
+        return split_names(self.suite)
 
     def check(self) -> None:
         """Raise ValueError for values out of range, for flags that contradict and for files that are missing."""
         for name, least in {**dict.fromkeys(COUNTS, 1), "num_fewshot": 0}.items():
             if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"cannot evaluate with --{name} {value}: it must be at least {least}")
+                raise ValueError(f"cannot evaluate with --{name} {value}: it must be at least {least}.")
         if self.output_path and Path(self.output_path).suffix != ".jsonl":
-            raise ValueError(f"cannot write --output_path {self.output_path}: it must end in .jsonl")
+            raise ValueError(f"cannot write --output_path {self.output_path}: it must end in .jsonl.")
         if self.output_path and self.output_dir:
             raise ValueError("cannot write to --output_path and --output_dir. Give one of them.")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.judge_key_env):  # not shown: it may be the key itself
-            raise ValueError("--judge_key_env is the NAME of an environment variable (capitals, digits, _), not a key")
+            cause = "it is not the NAME of an environment variable (capitals, digits, _)"
+            raise ValueError(f"cannot use --judge_key_env: {cause}. Give a name, and not the key itself.")
         default = {flag.name: flag.default for flag in fields(self)}
         for needed, names in NEEDS.items():
             unused = [name for name in names if getattr(self, name) != default[name]]
             if unused and not getattr(self, needed):
-                raise ValueError(f"--{unused[0]} has an effect only with --{needed}. Give that too, or leave it out")
+                raise ValueError(f"cannot use --{unused[0]}: it has an effect only with --{needed}. Give that, too.")
         for path in [self.adapter_dir, self.task_dir, *filter(is_task_file, self.suites)]:
             if path and not Path(path).exists():
                 raise ValueError(f"cannot read {path}: no such file or folder{suggest_path(path)}")
@@ -132,10 +133,6 @@ class EvalConfig:
 def is_task_file(suite: str) -> bool:
     """Return whether a suite is given by the path of a task's YAML file, and not by a name."""
     return suite.endswith((".yaml", ".yml"))
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 # ------------------------------------------------------------------------------------------------ the folder of a run

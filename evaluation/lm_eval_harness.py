@@ -100,12 +100,12 @@ def _load(manager, name: str, allow_code_execution: bool) -> list[Suite]:
     with _errors_of(name):
         written = load_yaml(Path(name), resolve_func=False) if is_task_file(name) else name
         if is_task_file(name) and "group" in written:
-            raise ValueError("it is a group. Give its name, and its folder with --task_dir")
+            raise ValueError("it is a group. Give its name, and its folder with --task_dir.")
         unsafe = any(config.get("unsafe_code") for config in _task_configs(manager.task_index, written))
         if unsafe and not allow_code_execution:
             raise ValueError(
                 "it runs the code that the model writes, with your rights. Give --allow_code_execution, best in a "
-                "container without a network"
+                "container without a network."
             )
         loaded = manager.load([name])
     tops = list(loaded["groups"].values())[:1] or loaded["tasks"].values()  # a group comes before its members
