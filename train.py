@@ -24,7 +24,6 @@ import math
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -158,7 +157,6 @@ def tell_next(run: dict) -> None:
 
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:
     """Run the command. `defaults` are keys that neither the config file nor the command line gives."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         config = read_config(sys.argv[1:] if argv is None else argv, defaults, description)
     except (ValueError, OSError) as error:  # all processes see the same here
