@@ -105,11 +105,11 @@ class ESFTTrainer(SavingTrainer):
         if pad_token_id >= kwargs["model"].get_input_embeddings().weight.shape[0]:
             pad_token_id = 0
         collator = functools.partial(collate, pad_token_id=pad_token_id)
-        folder = Path(kwargs["args"].output_dir).absolute()
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder = Path(kwargs["args"].output_dir)
+        was_there = folder.exists()
         super().__init__(method=method, ranks=ranks, data_collator=collator, **kwargs)
-        for path in missing if self.args.should_save else ():  # Trainer has made them, and training may be refused yet
-            path.rmdir()
+        if self.args.should_save and not was_there:  # Trainer has made it, and training may be refused yet
+            folder.rmdir()
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._loss_shifts_labels = True
