@@ -26,7 +26,7 @@ def score_and_select(config: RunConfig) -> None:
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
     of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
-    switches = [f"--{key}" for key in ("streaming", "append_end") if getattr(config, key)]
+    of_run |= {key: "true" for key in ("streaming", "append_end") if getattr(config, key)}
     flags = {
         "get_expert_scores.py": {"base_model_path": config.base_model_path, "output_dir": scores, **of_run},
         "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path},
@@ -34,8 +34,6 @@ def score_and_select(config: RunConfig) -> None:
     for script, values in flags.items():
         values |= {"eval_dataset": config.train_dataset}
         try:
-            words = [*(f"--{key}={value}" for key, value in values.items())]
-            words += switches if script == "get_expert_scores.py" else []
-            run_command([f"scripts/expert/{script}", *words])
+            run_command([f"scripts/expert/{script}", *(f"--{key}={value}" for key, value in values.items())])
         except SystemExit as stop:  # the command has printed its error
             raise ChildProcessError(f"cannot choose the experts: {script} ended with exit code {stop.code}") from stop
