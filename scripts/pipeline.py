@@ -174,6 +174,8 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
         paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
         paths |= {"expert_config": selected_experts("later")} if function else {}
         config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *words[method]])
+        if config.streaming and "streaming=true" not in words[method]:  # the file says so: scoring must know it, too
+            words[method].append("streaming=true")
         training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
         open_empty(config, Ranks(world_size=args.nproc_per_node))
         load_data(load_tokenizer(args.base_model_path), config, Ranks())  # the stages find them encoded
@@ -207,6 +209,7 @@ def run_stages(
     base, task = {"base_model_path": args.base_model_path}, {"eval_dataset": args.train_dataset}
     if configs:
         settings = flags(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
+        settings["streaming"] = any("streaming=true" in words for words in keys.values())
         script = "scripts/expert/get_expert_scores.py"
         stages.run(scores / "summary.json", script, **task, **base, output_dir=scores, **settings)
     for name, config in configs.items():

@@ -228,6 +228,22 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
     assert len(keys["full"]) == len({key.partition("=")[0] for key in keys["full"]})
 
 
+def test_scoring_streams_where_training_does(tmp_path):
+    asked = {}
+
+    class Stages:
+        def run(self, output, script, **flags):
+            asked[script] = flags
+
+    (tmp_path / "keys.yaml").write_text("streaming: true\nn_train_samples: 5\n")
+    words = ["--base_model_path=results/models/tiny", "--train_dataset=intent", "--template=released"]
+    by_file, by_word = [f"--train_config={tmp_path / 'keys.yaml'}"], ["streaming=true", "n_train_samples=5"]
+    for more, streams in ([], False), (by_word, True), (by_file, True):
+        args = pipeline.parse_args([*words, *more])
+        pipeline.run_stages(args, Stages(), tmp_path, pipeline.training_keys(args, ["esft-token"]), [])
+        assert asked["scripts/expert/get_expert_scores.py"]["streaming"] is streams
+
+
 @pytest.mark.parametrize("key", ["wandb_api_key", "full:wandb_api_key"])
 def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "old")  # restored after the test
