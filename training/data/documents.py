@@ -16,6 +16,7 @@ NO_END = "an end of answers, which the template does not write (append_end=true 
 LOSS_ON = ("all", "last", "each")
 SPECIAL_TEXT = ("error", "plain", "token")
 THINK = "<think>"
+# a template is code
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -24,7 +25,7 @@ TEMPLATE_ERRORS = (
     RecursionError,
     TypeError,
     ValueError,
-)  # a template is code
+)
 REACH = 48  # characters before a cut that are encoded again to see whether the cut changes them
 
 

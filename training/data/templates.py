@@ -44,7 +44,7 @@ from training.data.documents import (
     numbered,
     texts_of,
 )
-from training.data.shapes import TEXT
+from training.data.shapes import TEXT, conversation
 
 
 class Template:
@@ -83,7 +83,7 @@ class Template:
             with numbered(where, number):
                 found.append(self.documents(messages))
         documents = list(itertools.chain(*found))
-        texts = [t for d in documents for t in ([d.text] if d.whole else [p.text for p in d.pieces if not p.plain])]
+        texts = [text for document in documents for text in self._batched(document)]
         endings = {ending for d in documents if d.whole and self.tokenizer.is_fast for ending in d.endings()}
         ending_ids = dict(zip(endings, (encoding.ids[-2:] for encoding in self._encode_texts(list(endings)))))
         encodings = iter(self._encode_texts(texts))
@@ -91,6 +91,13 @@ class Template:
             with numbered(where, number):
                 encoded.append([self._encoded(document, encodings, ending_ids) for document in documents])
         return encoded
+
+    def _batched(self, document: Document) -> list[str]:
+        """Return the texts of a document that are encoded together with those of others."""
+        if document.whole:
+            return [document.text]
+        alone = self.settings.template == "released"  # encodes each piece alone
+        return [piece.text for piece in document.pieces if alone and not piece.plain]
 
     def check_ids(self, ids: list[int]) -> None:
         """Raise ValueError for a token that the model lacks: its embedding has no row for that."""
@@ -101,8 +108,7 @@ class Template:
         pieces = document.pieces
         if document.whole:
             encoding = next(encodings)
-            starts = self._starts(encoding, document, ending_ids)
-            if starts:
+            if starts := self._starts(encoding, document, ending_ids):
                 parts = [encoding.ids[a:b] for a, b in itertools.pairwise([*starts, len(encoding.ids)])]
             else:
                 parts = [self._ids(piece.text) for piece in pieces]
@@ -111,10 +117,11 @@ class Template:
                         f"cannot use the chat template: a token of the sample that begins {document.text[:40]!r} spans "
                         "the start or end of an answer. Set template=released."
                     )
-        else:
+        elif self.settings.template == "released":
             parts = [self._plain_ids(p.text) if p.plain else next(encodings).ids for p in pieces]
-            if self.settings.template != "released":  # which encodes each piece alone
-                parts = [parts[0], *(self._ids_after(*pair) for pair in itertools.pairwise(pieces))]
+        else:
+            first = self._plain_ids if pieces[0].plain else self._ids
+            parts = [first(pieces[0].text), *(self._ids_after(*pair) for pair in itertools.pairwise(pieces))]
         ids = list(itertools.chain(*parts))
         self.check_ids(ids)
         labels = [token if piece.loss else IGNORE for piece, part in zip(pieces, parts) for token in part]
@@ -208,9 +215,7 @@ class Template:
         alone = Template(self.tokenizer, replace(self.settings, loss_on="last"))
         for answer in ("7", f"{THINK}\n7\n</think>\n\n7"):  # some prompts open a thought
             with contextlib.suppress(ValueError):
-                (document,) = alone.encode(
-                    [[{"role": "user", "content": "7"}, {"role": "assistant", "content": answer}]]
-                )[0]
+                (document,) = alone.encode([conversation("7", answer)["messages"]])[0]
                 learned = [label for label in document.labels if label != IGNORE]
                 return learned[-1] if NO_END not in document.left_out else None
         return None
@@ -231,8 +236,7 @@ class Template:
     @functools.cached_property
     def final_channel(self) -> list[int]:
         """The tokens before the answer proper where a model writes into channels (gpt-oss); empty elsewhere."""
-        known = "<|channel|>" in self.tokenizer.get_vocab()
-        return self._ids("<|channel|>final<|message|>") if known else []
+        return self._ids("<|channel|>final<|message|>") if "<|channel|>" in self.tokenizer.get_vocab() else []
 
     def _pieces(self, text: str, spans: list[tuple[int, int]], spelled: list[str]) -> list[Piece]:
         pieces, at = [], 0
@@ -381,13 +385,9 @@ class Template:
             )
         plain = [{key: value for key, value in m.items() if key not in ("mask", "tools")} for m in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                plain,
-                tools=messages[0].get("tools") if messages else None,
-                tokenize=False,
-                add_generation_prompt=answer_next,
-                **self.settings.template_kwargs,
-            )
+            tools = messages[0].get("tools") if messages else None
+            options = {"tokenize": False, "add_generation_prompt": answer_next, **self.settings.template_kwargs}
+            return self.tokenizer.apply_chat_template(plain, tools=tools, **options)
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"cannot use the chat template: it refuses {_name(messages)} ({error})") from error
 
