@@ -50,7 +50,7 @@ def make_batches(prompts: list[str], template: Template, batch_size: int) -> lis
     Raises ValueError where every prompt holds a token that the model does not know.
     """
     encoded = [template.encode_prompt(prompt) for prompt in prompts]
-    template.check_ids(min(encoded, key=max, default=[]))  # refused here if no prompt can be asked, else one by one
+    template.check_ids(min(encoded, key=lambda ids: max(ids, default=0), default=[]))  # those of one prompt: later
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
