@@ -49,7 +49,7 @@ from evaluation.lm_eval_harness import Suite, load_suites
 from evaluation.lm_eval_results import evaluate_share
 from evaluation.results import compare, format_results, summarize
 from evaluation.rubrics import RUBRICS
-from evaluation.runner import Job, answer_jobs, answer_key, check_template
+from evaluation.runner import Job, answer_jobs, answer_key, check_prompts
 from evaluation.workers import plan_devices, run_ranks
 from utils import CommandParser, environment, locked, note, run_cli
 
@@ -135,7 +135,7 @@ def plan_jobs(config: EvalConfig) -> list[Job]:
     if any(isinstance(job.evaluator, (CodeEvaluator, EvaluatorByRow)) for job in jobs) and config.allow_code_execution:
         network = "without network" if code_runner.isolated() else "with your network"
         note(f"programs that the model writes are run with your rights, {network}, and limits; this is not a sandbox")
-    check_template(config, jobs)
+    check_prompts(config.base_model_path, config.template_settings, [job.rows[0] for job in jobs])
     base = [dataclasses.replace(j, output_path=j.output_path.with_suffix(".base.jsonl"), base=True) for j in jobs]
     return [*base, *jobs] if config.with_base else jobs
 

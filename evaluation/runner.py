@@ -25,7 +25,7 @@ from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate, make_batches
 from evaluation.journal import AnswerJournal
 from evaluation.workers import run_ranks
-from training.data import Template, templates
+from training.data import Template, TemplateSettings, templates
 from utils import note
 
 ANSWER_FLAGS = ("template", "template_kwargs", "keep_reasoning", "max_new_tokens", "eval_batch_size", "dtype")
@@ -81,11 +81,11 @@ def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -
     }
 
 
-def check_template(config: EvalConfig, jobs: list[Job]) -> None:
-    """Raise ValueError if the first question of a job cannot be asked, as with a tokenizer without a chat template."""
-    template = Template(esft.load_tokenizer(config.base_model_path), config.template_settings)
-    for job in jobs:
-        template.encode_prompt(job.rows[0]["prompt"])
+def check_prompts(base_model_path: str, settings: TemplateSettings, rows: list[dict]) -> None:
+    """Raise ValueError if a question cannot be asked, as with a tokenizer without a chat template."""
+    template = Template(esft.load_tokenizer(base_model_path), settings)
+    for row in rows:
+        template.encode_prompt(row["prompt"])
 
 
 def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], journals: list[AnswerJournal]) -> None:

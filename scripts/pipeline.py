@@ -31,9 +31,10 @@ from deepseek.process_groups import Ranks
 from esft import load_tokenizer
 from evaluation.figures import colors_of, new_figure, plot_losses, save_figure
 from evaluation.run_folder import METHODS, Run, read_run
+from evaluation.runner import check_prompts
 from evaluation.workers import plan_devices
 from scripts.merge_adapter import check_free
-from training.data import Template, TemplateSettings, load_data
+from training.data import TemplateSettings, load_data
 from utils import (
     ROOT,
     command_parser,
@@ -194,9 +195,7 @@ def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> 
     rows = [load_rows(dataset)[0] for dataset in datasets]
     for name in names:
         get_evaluator(name)  # and the libraries of its metrics
-    template = Template(load_tokenizer(args.base_model_path), TemplateSettings(args.template))
-    for row in rows:
-        template.encode_prompt(row["prompt"])
+    check_prompts(args.base_model_path, TemplateSettings(args.template), rows)
 
 
 def run_stages(
@@ -317,12 +316,8 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
         rows = table_rows(run, methods, [Path(dataset).stem for dataset in datasets])
         text = "\n\n".join(filter(None, [format_table(rows), against_full(rows)]))
         write_text(folder / "table.md", f"{text}\n")
-        facts = {
-            "arguments": vars(args),
-            "cwd": "" if Path.cwd() == ROOT else os.getcwd(),
-            "environment": environment(),
-        }
-        write_json(folder / "table.json", {"rows": rows, **facts})
+        facts = {"cwd": "" if Path.cwd() == ROOT else os.getcwd(), "environment": environment()}
+        write_json(folder / "table.json", {"rows": rows, "arguments": vars(args), **facts})
         print(f"\n{text}\n")
     script = os.path.relpath(ROOT / "scripts" / "report.py")
     print(f"All of it is in {folder}\nnext: {shlex.join([PYTHON, script, str(folder)])} makes a page of it")
