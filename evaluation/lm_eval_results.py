@@ -217,9 +217,7 @@ def evaluate_suites(
 
         if config.with_base:
             with named(f"adapter {config.adapter_dir}"):
-                esft.check_base(
-                    {"router": esft.router_fingerprint(model)}, config.adapter_dir
-                )  # before the base answers
+                esft.check_base({"router": esft.router_fingerprint(model)}, config.adapter_dir)  # before hours of it
             for suite in suites:
                 path = paths[suite.name].with_suffix(".base.jsonl")
                 base[suite.name] = ask(suite, path, of_base=True)

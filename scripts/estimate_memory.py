@@ -154,7 +154,7 @@ def format_report(settings: MemorySettings, memory: MemoryEstimate, limit: int, 
     fits = memory.peak <= limit
     checkpointing = str(settings.activation_checkpointing).lower()
     gpus = counted(settings.world_size, "GPU")
-    lines = [f"  {kind:<20}{size:>14}" for kind, size in memory.sizes().items()]
+    lines = [f"  {kind:<20}{part:>14}" for kind, part in memory.sizes().items()]
     lines.append(
         f"{'fits' if fits else 'does not fit'}: {size(memory.peak)} of {limit / GIB:g} GiB on each of {gpus} "
         f"with ep_size={settings.ep_size} activation_checkpointing={checkpointing}"

@@ -252,11 +252,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       "expert, with expert_cfg.json and *.safetensors")  # fmt: skip
     what.add_argument("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier merge in --output_dir; refused if another file is in it",
-    )
+    again = "replace an earlier merge in --output_dir; refused if another file is in it"
+    add("--overwrite", action="store_true", help=again)
     add("--no_replaced", action="store_true", help="do not keep what the merge overwrites: saves disk space, but the "
         "result cannot be unmerged")  # fmt: skip
     add("--hard_links", action="store_true", help="share the disk space of unchanged weight files with the base, where "

@@ -45,12 +45,8 @@ def losses(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     run_command(["scripts/expert/generate_expert_config.py", task, f"--expert_scores_dir={scores}",
                  f"--output_path={experts}", "--score_function=token", "--top_p=0.2"], quiet=True)  # fmt: skip
     keys = [base, f"--train_dataset={args.train_dataset}", f"--expert_config={experts}", f"max_steps={args.steps}"]
-    keys += [
-        f"--train_config={ROOT}/configs/tiny.yaml",
-        "load_best_model_at_end=false",
-        "save_strategy=no",
-        "--verify_frozen",
-    ]
+    keys += [f"--train_config={ROOT}/configs/tiny.yaml", "load_best_model_at_end=false", "save_strategy=no"]
+    keys += ["--verify_frozen"]
     found: dict[str, list[float]] = {dtype: [] for dtype in ("none", *DTYPES)}
     for seed in args.seeds:
         for dtype, values in found.items():

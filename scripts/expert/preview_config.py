@@ -55,14 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert_scores_dir", required=True, metavar="DIR", help="folder of scores, or a summary or flat JSON file")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="a folder with config.json, a hub id, or "
         "a name of configs/published.json")  # fmt: skip
-    add(
-        "--top_p",
-        type=float,
-        nargs="+",
-        default=sweep,
-        metavar="P",
-        help="sums of scores to reach (default: %(default)s)",
-    )
+    reach = "sums of scores to reach (default: %(default)s)"
+    add("--top_p", type=float, nargs="+", default=sweep, metavar="P", help=reach)
     add("--budget_gb", type=float, metavar="GB", help="memory of a GPU in GiB: find the largest top_p that fits")
     add("--seq_length", type=positive, default=4096, metavar="N", help="tokens of a pack (default: 4096)")
     add("--per_device_train_batch_size", "--batch_size", dest="batch_size", type=positive, default=1,
