@@ -13,6 +13,7 @@ with checkpoints of that format alone.
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
-from deepseek.files import read_json
+from deepseek.files import named
 from deepseek.shards import TORCH_DTYPES, Shard, read_tensor, scale_names, stored_tensors, weight_files
 
 SAMPLE = 256
@@ -55,7 +56,7 @@ def difference(here: Mapping, there: Mapping) -> str | None:
     if differ("router"):
         return "the routers' weights differ"
     revisions = f" (revision {there['revision']}, this one is {here['revision']})" if differ("revision") else ""
-    (form, digest), (its_form, its_digest) = (str(note.get("weights", ":")).split(":", 1) for note in (here, there))
+    (form, _, digest), (its_form, _, its_digest) = (str(n.get("weights", "")).partition(":") for n in (here, there))
     if form and form == its_form:
         return f"the weights differ{revisions}" if digest != its_digest else None
     return f"it is another revision{revisions}" if revisions and not (form and its_form) else None
@@ -111,7 +112,9 @@ def checkpoint_note(path: str | Path) -> dict:
         files = set()
     if not files or not all((folder / name).is_file() for name in files):
         return note
-    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    with named(folder / "config.json"):  # which may repeat a key: transformers takes the last
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config") or {}
     form, block = quantization.get("quant_method") or "values", quantization.get("weight_block_size")
     stored, digests = stored_tensors(folder), {}
     in_fp8 = [key for key, one in stored.items() if one.dtype.startswith("F8_E")] if form == "fp8" else []
@@ -125,8 +128,8 @@ def checkpoint_note(path: str | Path) -> dict:
                     scale = shard.read(name) if stored[name].file == file else read_tensor(folder, stored, name)
                 content = _sample(shard, key, scale, block or stored[key].shape)
                 digests[key.removeprefix("model.")] = hashlib.sha256(content).hexdigest()
-    named = {digest: name for name, digest in sorted(digests.items())}  # the last name of what is stored twice
-    total = hashlib.sha256(repr(sorted(named.items())).encode()).hexdigest()
+    by_digest = {digest: name for name, digest in sorted(digests.items())}  # the last name of what is stored twice
+    total = hashlib.sha256(repr(sorted(by_digest.items())).encode()).hexdigest()
     dtypes = sorted({one.dtype for one in stored.values()})
     return {"weights": f"{'values' if form == 'fp8' else form}:{total}", "dtypes": dtypes, **note}
 

@@ -152,6 +152,20 @@ def test_what_is_not_known_is_not_compared(base, tmp_path):
     assert checkpoint_note(base) == {} and difference({}, note) is None is difference(note, {})
 
 
+def test_a_config_that_repeats_a_key_is_read_as_transformers_reads_it(base):
+    before, config = checkpoint_note(base), base / "config.json"
+    config.write_text(config.read_text().replace("{", '{"use_cache": true, ', 1))
+    assert config.read_text().count('"use_cache"') == 2 and empty_model(base).config.use_cache
+    assert checkpoint_note(base) == before
+
+
+@pytest.mark.parametrize("weights", ["abc", "", None, 7, "values:"])
+def test_a_note_of_another_form_is_not_an_error(weights, base):
+    here = checkpoint_note(base)
+    found = difference(here, {"weights": weights}), difference({"weights": weights}, here)
+    assert found == (("the weights differ",) * 2 if weights == "values:" else (None, None))
+
+
 def test_a_damaged_file_is_named(base):
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
