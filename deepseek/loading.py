@@ -153,7 +153,7 @@ def _check_size(path: str | Path, name: str, value: int, most: int) -> None:
 
 def vocab_size(path: str | Path) -> int:
     """Return how many tokens the model of a folder or a hub id knows: the rows of its embedding."""
-    return load_config(path).get_text_config().vocab_size
+    return _load(AutoConfig.from_pretrained, path).get_text_config().vocab_size
 
 
 def auto_class(config: PreTrainedConfig) -> type:
@@ -236,10 +236,8 @@ def _load(function, path: str | Path, **kwargs):
     try:
         return function(path, trust_remote_code=False, **kwargs)  # left out, it would ask on stdin
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything
-        reason = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
-        reason = f"{type(error).__name__}: {reason}"
+        told = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
+        reason = f"{type(error).__name__}: {told}"
         if "trust_remote_code" in str(error):
-            reason = (
-                "it needs the code in its folder, which is never run. Give a model that transformers has a class for."
-            )
+            reason = "the code in its folder is never run. Give a model that transformers has a class for."
         raise ValueError(f"cannot load model {path!r}: {reason}") from error

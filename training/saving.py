@@ -191,9 +191,8 @@ class SavingTrainer(Trainer):
         elif checkpoint is not None:
             checkpoints.load_states(self.model, self.optimizer, Path(checkpoint) / checkpoints.STATES)
             self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
-        if isinstance(
-            schedule := self.lr_scheduler, LambdaLR
-        ):  # in a run that was made longer it is another than saved
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):  # in a run that was made longer it is another than the saved one
             factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
             schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors)]
             for group, rate in zip(self.optimizer.param_groups, schedule._last_lr):

@@ -119,7 +119,7 @@ def test_code_of_a_model_folder_is_not_run_whatever_is_answered(tmp_path, monkey
     write_json(tmp_path / "config.json", {"model_type": "odd", "auto_map": code})
     write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "OddTokenizer", "auto_map": code})
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match=r"cannot load model .*: it needs the code in its folder, which is never run"):
+    with pytest.raises(ValueError, match=r"cannot load model .*: the code in its folder is never run"):
         getattr(loading, opened)(tmp_path)
     assert not ran.exists()
 

@@ -133,8 +133,8 @@ def take_rows(dataset: str, n_rows: int, split: str = "train", seed: int = 0) ->
     """Return the first rows of a stream as a table, which a second call opens again."""
     import datasets
 
-    files = [path for source, _ in resolve(dataset, split) if isinstance(source, list) for path in source]
-    taken = {"dataset": dataset, "split": split, "seed": seed, "n_rows": n_rows, "stamps": " ".join(map(_stamp, files))}
+    taken = {"dataset": dataset, "split": split, "seed": seed, "n_rows": n_rows}
+    taken["stamps"] = " ".join(map(_stamp, dataset_files(dataset, split)))
     features = datasets.Features({WHERE: datasets.Value("string"), ROW: datasets.Value("string")})
     table = _read(dataset, lambda: datasets.Dataset.from_generator(_taken, features=features, gen_kwargs=taken))
     if len(table) < n_rows:
@@ -231,9 +231,8 @@ def _local(name: str, split: str) -> list[Path] | None:
         return [path] if _format(path) else None
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and _format(file)) or None
-    return [
-        Path(file) for file in sorted(glob.glob(name, recursive=True)) if _format(Path(file)) and Path(file).is_file()
-    ] or None
+    found = map(Path, sorted(glob.glob(name, recursive=True)))
+    return [file for file in found if file.is_file() and _format(file)] or None
 
 
 def _other_files(name: str) -> list[str]:
