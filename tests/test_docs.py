@@ -6,6 +6,7 @@ python tests/test_docs.py       # write the line numbers anew, after code has mo
 import ast
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import textwrap
@@ -156,6 +157,26 @@ def test_training_examples_learn_and_save_the_selected_experts(name, experts, tm
     saved = json.loads((tmp_path / "expert_cfg.json").read_text())
     assert saved["experts"] == config["experts"]
     assert len(load_file(tmp_path / "adapter.safetensors")) == 3 * sum(map(len, config["experts"].values()))
+
+
+def test_sft_with_trl_goes_on_where_it_was_broken_off(experts, tmp_path):
+    pytest.importorskip("trl")
+    sft = load_example("sft_with_trl").main
+    whole = sft(TINY, LAW, experts, str(tmp_path / "whole"), num_steps=20)
+    sft(TINY, LAW, experts, str(tmp_path / "out"), num_steps=10)  # with another schedule: the data go on
+    resumed = sft(TINY, LAW, experts, str(tmp_path / "out"), num_steps=20)
+    assert len(resumed) == len(whole) == 2 and whole[1] < whole[0] and resumed[1] < resumed[0]
+    again = sft(TINY, LAW, experts, str(tmp_path / "out"), num_steps=20)
+    assert again == resumed  # nothing is left to do
+    assert len(load_file(tmp_path / "out" / "adapter.safetensors")) > 0
+
+
+def test_dpo_with_trl_begins_at_the_base_and_learns_the_preference(experts, tmp_path):
+    pytest.importorskip("trl")
+    losses = load_example("dpo_with_trl").main(TINY, LAW, experts, str(tmp_path), num_steps=6)
+    assert losses[0] == pytest.approx(math.log(2), abs=5e-3) and losses[-1] < 0.9 * losses[0]
+    adapter = load_file(tmp_path / "adapter.safetensors")
+    assert len(adapter) == 3 * sum(map(len, json.loads(Path(experts).read_text())["experts"].values()))
 
 
 def test_merge_and_save_gives_a_plain_model_with_the_adapter_s_weights(experts, tmp_path):
