@@ -47,7 +47,6 @@ from deepseek.adapters import (
     is_lora,
     merge_lora,
     ordinary_parameters,
-    read_adapter,
     read_tensors,
 )
 from deepseek.experts import inner_model, moe_layers, release_experts, train_experts, whole
@@ -550,7 +549,7 @@ def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) ->
     if state.training and config != state.config:
         raise ValueError("it holds other experts than this model trains. Call unload first.")
     here = adapter_shapes(model, config, local=True)
-    loaded = read_adapter(folder, adapter_shapes(model, config), here)
+    loaded = dict(read_tensors(find_adapter_tensors(folder, adapter_shapes(model, config)), here))
     taken = [] if state.training else sorted(here.keys() & state.displaced.keys())
     if taken:
         raise ValueError(f"{taken[0]} is held by an adapter loaded before ({len(taken)} are). Call unload first.")

@@ -119,17 +119,8 @@ def check_base(base: Mapping, folder: str | Path) -> None:
 # files
 
 
-def read_adapter(folder: str | Path, expected: Mapping[str, torch.Size], names: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors `names` of an adapter folder, which must hold those of `expected`.
-
-    Raises:
-        ValueError: as from `find_adapter_tensors`, and for NaN or infinite values.
-    """
-    return dict(read_tensors(find_adapter_tensors(folder, expected), names))
-
-
 def read_tensors(found: Mapping[str, tuple[Path, str]], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the places that `find_adapter_tensors` found. Raise as `read_adapter`."""
+    """Yield (name, tensor) of some of what `find_adapter_tensors` found. Raise ValueError for values not finite."""
     for path in sorted({found[name][0] for name in names}):
         with Shard(path) as shard:
             for name in [name for name in names if found[name][0] == path]:

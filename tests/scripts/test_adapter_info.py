@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from esft import ExpertConfig, add_adapter, merge, read_adapter
+from deepseek.adapters import find_adapter_tensors
+from esft import ExpertConfig, add_adapter, merge
 from scripts import adapter_info
 from tests.helpers import RUN, make_model, noisy_adapter
 from utils import run_cli
@@ -175,7 +176,7 @@ def test_a_spoiled_adapter_is_refused_by_name(how, folder, tmp_path):
         adapter_info.describe(copied(folder, tmp_path, change))
     shapes = {key: tensor.shape for key, tensor in load_file(folder / "a/adapter.safetensors").items()}
     with pytest.raises(ValueError):  # and so it is by what loads it
-        read_adapter(tmp_path, shapes, shapes)
+        find_adapter_tensors(tmp_path, shapes)
 
 
 @pytest.mark.parametrize(
