@@ -69,7 +69,9 @@ def merge_adapter(
             is in two of the adapters, or a tensor that the checkpoint does not hold, or holds in another shape or not
             as floating point numbers. Then nothing is written.
     """
-    replaces = check_free(output, overwrite and output.resolve() != base.resolve())
+    if output.resolve() == base.resolve():
+        raise ValueError(f"cannot write {output}: it is the base itself. Give another --output_dir.")
+    replaces = check_free(output, overwrite)
     model, stored = open_base(base)
     config, sources = read_adapters(model, adapters, finite=write_note)  # an unmerge gives back whatever was there
     places = find_places(model, config.experts, sources, stored)
