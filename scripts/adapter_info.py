@@ -26,7 +26,7 @@ from deepseek.files import read_json
 from deepseek.fingerprint import difference
 from deepseek.shards import Shard
 from esft import CONFIG_NAME, ExpertConfig, find_adapter
-from utils import command_parser, counted, run_cli
+from utils import command_parser, counted, run_cli, size
 
 RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
 RUN_KEYS += ("learning_rate", "lr_scheduler_type", "seed", "steps", "best_step", "train_loss", "eval_loss")
@@ -144,7 +144,7 @@ def format_adapter(info: dict) -> str:
         f"  base        {known}{of_layers}{fingerprint}",
         f"  experts     {info['num_experts']} in {info['num_layers']} layers{per_layer}{also}",
         f"  parameters  {info['parameters']:,}{share}",
-        f"  on disk     {info['bytes'] / 2**20:,.2f} MiB, {', '.join(info['dtypes'])}, {files}",
+        f"  on disk     {size(info['bytes'])}, {', '.join(info['dtypes'])}, {files}",
     ]
     if info["run"]:
         lines.append(f"  run         {format_run(info['run'])}")

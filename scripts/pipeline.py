@@ -46,6 +46,7 @@ from utils import (
     run_cli,
     run_command,
     seed_number,
+    size,
     split_names,
     torchrun,
 )
@@ -274,8 +275,8 @@ def format_table(rows: list[dict]) -> str:
             cost = [
                 f"{row['trained_parameters'] / row['parameters']:.1%}",
                 f"{row['step_seconds']:.2f}",
-                f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
-                f"{row['saved_bytes'] / 2**20:,.2f} MiB",
+                size(row["peak_memory_bytes"]),
+                size(row["saved_bytes"]),
             ]
         lines.append([*cells, *cost])
     return markdown_table(["method", *rows[0]["scores"], "trained", "step (s)", "peak memory", "saved"], lines)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepseek.files import read_json, write_json
 from esft import CONFIG_NAME
 from scripts.adapter_info import describe
-from utils import ROOT, command_parser, counted, run_cli
+from utils import ROOT, command_parser, counted, run_cli, size
 
 PUSHED = [CONFIG_NAME, "*.safetensors", "run.json", "README.md"]
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)(_|$)", re.IGNORECASE)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             print((staged / "README.md").read_text(encoding="utf-8"))
             print(f"would be pushed to {args.repo_id}:")
-            print("\n".join(f"  {file.name}  {file.stat().st_size / 2**20:,.2f} MiB" for file in files))
+            print("\n".join(f"  {file.name}  {size(file.stat().st_size)}" for file in files))
         else:
             print(f"{counted(len(files), 'file')} pushed: {push(staged, args.repo_id, args.private, HfApi())}")
 

@@ -14,7 +14,7 @@ import esft
 from deepseek.experts import TrainedExperts, moe_layers
 from deepseek.frozen import FrozenExperts
 from deepseek.process_groups import Ranks
-from utils import import_extra
+from utils import import_extra, size
 
 logger = logging.getLogger("esft")
 
@@ -123,12 +123,11 @@ def format_trained(model: nn.Module, method: str) -> str:
                 lines.append(f"  layer {layer.index:>3}: {len(ids):>3} of {layer.num_experts} experts  {ids}")
     if stored := [layer.frozen for layer in moe_layers(model).values() if layer.frozen] if selected else []:
         where = ", in host memory" if stored[0].offload else ""
-        size = counts["frozen_expert_bytes"] / 2**20
-        lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {size:,.1f} MiB")
+        frozen = size(counts["frozen_expert_bytes"])
+        lines.append(f"  frozen experts as {stored[0].dtype or 'they are'}{where}: {frozen}")
     share = counts["trained_parameters"] / counts["parameters"]
     lines.append(f"  trained parameters {counts['trained_parameters']:,} of {counts['parameters']:,} ({share:.2%})")
-    gradients, states = counts["gradient_bytes"] / 2**20, counts["optimizer_bytes"] / 2**20
-    lines.append(f"  gradients {gradients:,.1f} MiB, AdamW states {states:,.1f} MiB")
+    lines.append(f"  gradients {size(counts['gradient_bytes'])}, AdamW states {size(counts['optimizer_bytes'])}")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from training.config import RunConfig
 from training.data import Packs
 from training.methods import format_trained, prepare_model
 from training.plan import Plan
-from utils import counted
+from utils import counted, size
 
 logger = logging.getLogger("esft")
 
@@ -58,7 +58,7 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
     if placements:
         connect_experts(model, placements, plan.experts.experts, ranks)
         read = ranks.gather(read_bytes)
-        logger.info(f"  each process reads at most {max(read) / 2**20:,.1f} MiB of weights")
+        logger.info(f"  each process reads at most {size(max(read))} of weights")
     if not (documents_apart := keeps_documents_apart(base)):
         warnings.warn(
             f"in a {base.config.model_type} the documents of a pack would see each other, so every sample becomes a "

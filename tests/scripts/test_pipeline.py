@@ -39,7 +39,7 @@ def test_the_table_holds_what_the_stages_wrote(tmp_path):
     write_run(tmp_path, "full", 80.0, 70.0)
     rows = pipeline.table_rows(read_run(tmp_path), ["esft-token", "full"], ["intent", "general"])
     text = pipeline.format_table(rows)
-    assert "| esft-token | 76.0 [75.0, 77.0] | 87.0 [86.0, 88.0] | 7.0% | 0.50 | 1,024 MiB | 1.00 MiB |" in text
+    assert "| esft-token | 76.0 [75.0, 77.0] | 87.0 [86.0, 88.0] | 7.0% | 0.50 | 1.00 GiB | 1.00 MiB |" in text
     assert "| base | 0.0 [-1.0, 1.0] | 90.0 [89.0, 91.0] | - | - | - | - |" in text
     assert pipeline.against_full(rows) == (
         "esft-token: 95% of full fine-tuning's intent score; general -3.0 where full fine-tuning (learning rate 0.001, "
