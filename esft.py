@@ -464,9 +464,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return copies in host memory of what was trained, by adapter name, in the dtype in which the model computes."""
     state = _state(model)
     dtype = next(iter(moe_layers(model).values())).tensor("down_proj").dtype
-    tensors = {name: view.to(dtype) for name, view in adapter_views(model, state.config).items()}
-    tensors |= {name: computed_value(model, name) for name in ordinary_parameters(model, state.config)}
-    return {name: whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    others = set(ordinary_parameters(model, state.config))
+    found = {}
+    for name, view in adapter_views(model, state.config).items():  # one at a time: a GPU may have no room for all
+        tensor = computed_value(model, name) if name in others else view.to(dtype)
+        found[name] = whole(tensor).to("cpu", copy=True).contiguous()
+    return found
 
 
 @_on_inner_model
