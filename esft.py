@@ -577,8 +577,10 @@ class ESFTCallback(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        for path in folder.glob("model*.safetensors*"):
-            path.unlink()
         trained = {name: param.data for name, param in model.named_parameters() if param.requires_grad}
-        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file(trained, temporary, metadata={"format": "pt"})
+        for path in folder.glob("model-*.safetensors"):
+            path.unlink()
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         save_adapter(model, folder / "adapter")

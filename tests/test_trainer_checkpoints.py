@@ -1,6 +1,7 @@
 """Runs of transformers' Trainer and of TRL's that go on from a checkpoint are those that were never broken off."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,3 +80,25 @@ def test_without_the_callback_resuming_is_refused(tmp_path, tiny_tokenizer):
     again = trainer_of("transformers", fresh(torch.float32), tmp_path / "out", tiny_tokenizer, 6, callbacks=[])
     with pytest.raises(ValueError, match=r"cannot load the trained experts: .*esft\.ESFTCallback"):
         again.train(resume_from_checkpoint=True)
+
+
+def test_a_write_that_fails_leaves_the_files_of_trainer(tmp_path, monkeypatch):
+    written = {"model-00001-of-00002.safetensors": "a", "model.safetensors.index.json": "b"}
+    (tmp_path / "checkpoint-1").mkdir()
+    for name, text in written.items():
+        (tmp_path / "checkpoint-1" / name).write_text(text)
+    model = esft.to_esft(make_model(), CONFIG)
+
+    def save():
+        args = SimpleNamespace(output_dir=tmp_path, should_save=True)
+        esft.ESFTCallback().on_save(args, SimpleNamespace(global_step=1), None, model=model)
+        return {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(esft, "save_file", full)
+        save()
+    assert {path.name: path.read_text() for path in (tmp_path / "checkpoint-1").iterdir()} == written
+    assert save() == {"model.safetensors", "adapter"}
