@@ -152,7 +152,8 @@ def tell_next(run: dict) -> None:
     if eval_file_of(run["train_dataset"]) or held_out_questions(run)[0]:
         logger.info("next: " + shlex.join(["python", script, f"--model={run['output_dir']}"]))
     else:
-        logger.info(f"to evaluate it, give {script} questions of your own: no sample of one question was held out")
+        only = "it asks held-out samples only if they are one question and one answer"
+        logger.info(f"to evaluate it, give {script} questions of your own: {only}")
 
 
 def main(argv: list[str] | None = None, defaults: dict | None = None, description: str | None = __doc__) -> dict:

@@ -59,7 +59,7 @@ class RouterCapture:
     def __init__(self, model: nn.Module, prob: bool = False):
         self.layers = moe_layers(model)
         self.token_mask: Tensor | None = None
-        self._decoder, self._mask = _decoder(model, self.layers), None
+        self._holders, self._depth, self._mask = _holders(model, self.layers), 0, None
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._top_k: dict[int, int] = {}
         self._routers = _routers(model, self.layers) if prob else {}
@@ -71,7 +71,9 @@ class RouterCapture:
             )
 
     def __enter__(self) -> "RouterCapture":
-        self._handles = [self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for module in self._holders:
+            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
         for layer in self.layers.values():
             self._handles.append(layer.module.register_forward_pre_hook(self._count(layer)))
             if router := self._routers.get(layer.index):
@@ -81,14 +83,22 @@ class RouterCapture:
     def __exit__(self, *_) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
     def _begin(self, module, args, kwargs) -> None:
-        mask, given = self.token_mask, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        """Take the first 2-D mask on the way from the model that is called to its layers."""
+        if self._depth == 0:
+            self._mask = None if self.token_mask is None else self.token_mask.reshape(-1).bool()
+        self._depth += 1
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         padding, ids = given.get("attention_mask"), given.get("input_ids")
-        if mask is None and padding is not None and padding.ndim == 2:
-            T = (given["inputs_embeds"] if ids is None else ids).shape[1]
-            mask = padding[:, -T:]  # while an answer is generated, the mask also covers what is cached
-        self._mask = None if mask is None else mask.reshape(-1).bool()
+        tokens = given.get("inputs_embeds") if ids is None else ids
+        if self._mask is None and isinstance(padding, Tensor) and padding.ndim == 2:
+            # while an answer is generated, the mask also covers what is cached
+            self._mask = padding[:, -tokens.shape[1] :].reshape(-1).bool()
+
+    def _end(self, *_) -> None:
+        self._depth -= 1
 
     def _count(self, layer: MoELayer):
         def hook(_module, args) -> None:
@@ -141,14 +151,14 @@ class RouterCapture:
         return RouterCounts(max(self._top_k.values()), max(tokens.values()), list(self.layers), sums)
 
 
-def _decoder(model: nn.Module, layers: dict[int, MoELayer]) -> nn.Module:
-    """Return the innermost transformers model that holds all layers. Every call of a model around it calls it."""
-    holders = [
-        (name, module)
+def _holders(model: nn.Module, layers: dict[int, MoELayer]) -> list[nn.Module]:
+    """Return the transformers models that hold all layers: one inside the other, below any wrapper."""
+    names = [f".{layer.name}" for layer in layers.values()]
+    return [
+        module
         for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and all(f".{one.name}".startswith(f".{name}") for one in layers.values())
+        if isinstance(module, PreTrainedModel) and all(one.startswith(f".{name}") for one in names)
     ]
-    return max(holders, key=lambda holder: len(holder[0]))[1]
 
 
 def _routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[nn.Module, int]]:

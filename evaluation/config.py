@@ -188,7 +188,9 @@ def _eval_dataset_of(run: dict, folder: Path) -> str:
         return found
     rows, held_out = held_out_questions(run)
     if not rows:
-        raise ValueError(f"cannot evaluate {folder}: it held out no sample of one question. Give --eval_dataset.")
+        raise ValueError(
+            f"cannot evaluate {folder}: it held out no sample that is one question and one answer. Give --eval_dataset."
+        )
     some = "" if len(rows) == held_out else f" of {held_out}, those with one question and one answer"
     note(f"evaluating on the samples that training kept for validation ({len(rows)}{some})")
     if len(rows) < FEW:

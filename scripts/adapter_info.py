@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers import TrainingArguments
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.adapters import EXPERT, experts_by_layer
@@ -95,7 +97,8 @@ def read_run(path: Path) -> dict | None:
         return None
     note = read_json(path, "config", "environment")
     results = note.get("results") or {}
-    known = {**note["config"], **note["config"]["training"], **results, **note["environment"]}
+    usual = {"learning_rate": TrainingArguments.learning_rate}  # run.json holds what was given
+    known = {**usual, **note["config"], **note["config"]["training"], **results, **note["environment"]}
     return {key: known.get(key) for key in RUN_KEYS} | {"finished": bool(results)}
 
 
@@ -119,7 +122,7 @@ def compare(a: dict, b: dict) -> dict:
 
 
 def format_run(run: dict) -> str:
-    text = f"{run['method']} on {run['train_dataset']}, learning rate {run['learning_rate'] or 0:g}"
+    text = f"{run['method']} on {run['train_dataset']}, learning rate {run['learning_rate']:g}"
     if not run["finished"]:
         return f"{text}, not finished"
     text += f", {run['steps']} steps"

@@ -225,7 +225,7 @@ def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> No
     folder = Path(config.output_dir)
     if remove := config.overwrite and not checkpoint:
         check_removable(folder)
-    for path in folder.iterdir() if remove else ():
+    for path in list(folder.glob("*")) if remove else ():
         if path.name not in SELECTION_FOLDERS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in list_checkpoints(folder):

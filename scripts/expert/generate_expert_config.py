@@ -183,9 +183,15 @@ def split_tasks(args: argparse.Namespace) -> list[argparse.Namespace]:
     return tasks
 
 
+def task_names(eval_dataset: str | None, every: list[ExpertScores]) -> list[str]:
+    """Return the name of each task. Several data sets that were scored together are one task."""
+    known = [scores.meta.get("dataset") for scores in every]
+    return known if eval_dataset is None or [eval_dataset] == known else split_list(eval_dataset)
+
+
 def write_config(every: list[ExpertScores], config: ExpertConfig, args: argparse.Namespace, model: nn.Module | None):
     """Write a config and print what it selects."""
-    names = split_list(args.eval_dataset) if args.eval_dataset else [scores.meta.get("dataset") for scores in every]
+    names = task_names(args.eval_dataset, every)
     share = ""
     if model:
         trained = sum(view.numel() for view in adapter_views(model, config).values())
@@ -212,7 +218,7 @@ def main(argv: list[str] | None = None) -> list[ExpertConfig]:
     for task in split_tasks(args):
         folders = split_list(task.expert_scores_dir)
         every = load_scores(folders, model)
-        if task.eval_dataset and (found := len(split_list(task.eval_dataset))) != len(folders):
+        if (found := len(task_names(task.eval_dataset, every))) != len(folders):
             raise ValueError(
                 f"cannot name the tasks: --eval_dataset has {found}, --expert_scores_dir {len(folders)}. Give as many."
             )

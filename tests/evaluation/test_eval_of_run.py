@@ -141,7 +141,7 @@ def test_the_eval_file_beside_the_training_data_comes_first(run_folder, tmp_path
     for nothing in ({"validation_fraction": 0}, {"train_dataset": str(tmp_path / "long.jsonl")}):
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
         write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 9)
-        with pytest.raises(ValueError, match=r"held out no sample of one question\. Give"):
+        with pytest.raises(ValueError, match=r"held out no sample that is one question and one answer\. Give"):
             task_of(nothing)
 
 

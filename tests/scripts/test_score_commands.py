@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek.files import write_jsonl
 from deepseek.fingerprint import checkpoint_note
 from esft import ExpertConfig, ExpertScores
 from evaluation import expert_scoring
@@ -213,3 +214,19 @@ def test_a_config_notes_the_base_of_its_scores(data, tiny_model_dir, tmp_path, c
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["base"]["weights"] == checkpoint_note(tiny_model_dir)["weights"] and config["meta"]["union_of"]
     assert ExpertConfig.load(tmp_path / "config.json").experts
+
+
+def test_several_data_sets_that_were_scored_together_are_one_task(tmp_path, tiny_model_dir):
+    for name in "ab":
+        rows = [{"prompt": f"what is {name} {i}?", "completion": "yes"} for i in range(9)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    for number, data in enumerate(
+        (f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"{tmp_path}/a.jsonl:2,{tmp_path}/b.jsonl:1")
+    ):
+        out, path = tmp_path / str(number), tmp_path / f"{number}.json"
+        get_expert_scores.main([f"--eval_dataset={data}", f"--base_model_path={tiny_model_dir}", f"--output_dir={out}"])
+        words = [f"--expert_scores_dir={out}", f"--output_path={path}"]
+        (config,) = generate_expert_config.main([f"--eval_dataset={data}", *words])
+        assert any(config.experts.values()) and path.is_file()
+    with pytest.raises(ValueError, match="cannot name the tasks: --eval_dataset has 2, --expert_scores_dir 1"):
+        generate_expert_config.main(["--eval_dataset=a,b", *words])

@@ -66,7 +66,7 @@ def test_a_full_disk_ends_a_run_of_another_method_in_one_sentence(files, disk, t
 @pytest.mark.parametrize(
     "victim, place, nth",
     [
-        (0, "training.trainer.BeforeFirstStep.on_train_begin", 1),
+        (0, "train.prepare_folder", 1),
         (0, "training.trainer.ESFTTrainer._save_checkpoint", 1),
         (0, "esft.save_adapter", 1),
         (1, "training.checkpoints.save_states", 1),

@@ -75,3 +75,8 @@ def test_what_a_run_wrote_is_removed(method, start):
     start(**keys, **KEYS, max_steps=2)
     assert not any(path.exists() for path in completions)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_folder_that_is_not_there_is_made(start):
+    start("new", overwrite=True, max_steps=1)
+    assert (start.folder / "new" / "adapter.safetensors").is_file()

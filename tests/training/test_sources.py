@@ -133,6 +133,9 @@ def test_a_bad_line_is_named(tmp_path, content, told):
 def test_an_unknown_name_is_told_with_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'law'"):
         resolve("lav")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"cannot read data set .*a\.txt'.*does not end in \.jsonl"):
+        resolve(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="did you mean 'law'"):
         resolve("lav:0.5,summary:0.5")
     with pytest.raises(ValueError, match="weight"):

@@ -52,8 +52,8 @@ def test_no_command_is_told_that_would_be_refused(files, start, capsys, monkeypa
     for name, keys in runs.items():
         start(name, max_steps=1, eval_steps=None, **keys)
         printed = capsys.readouterr().out
-        assert "next:" not in printed and "eval_multigpu.py" in printed and "no sample of one question" in printed
-        with pytest.raises(ValueError, match="held out no sample of one question"):
+        assert "next:" not in printed and "eval_multigpu.py" in printed and "one question and one answer" in printed
+        with pytest.raises(ValueError, match="held out no sample that is one question"):
             eval_multigpu.main([f"--model={start.folder / name}"])
 
 

@@ -248,6 +248,8 @@ def _on_hub(name: str) -> HubSet | None:
 
 def _not_found(name: str, split: str) -> str:
     known = _known(split)
+    if Path(name).is_file():
+        return f"cannot read data set {name!r}: its name does not end in {', '.join(FORMATS)}. Convert or rename it."
     return (
         f"cannot find data set {name!r}{suggest(name, known) or suggest_path(name)}. Give one of those in "
         f"datasets/{split} ({', '.join(known) or 'none there'}), a file ({', '.join(FORMATS)}, also compressed), a "
