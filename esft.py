@@ -21,6 +21,9 @@ The experts of a layer are taken best first until their scores sum to `top_p`.
 Legend: E experts, L MoE layers; score_E maps expert -> score, and score_LE maps layer -> expert -> score.
 """
 
+import deepseek  # noqa: F401 (before transformers' callbacks, as they load bitsandbytes)
+
+# isort: split
 import functools
 import math
 import operator

@@ -89,7 +89,7 @@ class PackCounts:
                 raise ValueError("summary.json beside it has other scores")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             again = "Score the experts again with scripts/expert/get_expert_scores.py"
-            raise ValueError(f"cannot read the counts of packs in {path}: {error}. {again}") from error
+            raise ValueError(f"cannot read the counts of packs in {path}: {str(error).rstrip('.')}. {again}") from error
         return packs
 
 
