@@ -51,6 +51,7 @@ def files_of(folder: Path) -> dict[str, object]:
     return found | {path.name: untimed(json.loads(path.read_text())) for path in folder.glob("*.summary.json")}
 
 
+@pytest.mark.slow
 def test_interrupted_suites_ask_only_what_is_missing(model_dir, adapter_dir, suite_dir, tmp_path, forwards, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     evaluate(model_dir, adapter_dir, suite_dir, whole)

@@ -62,7 +62,7 @@ def silent():
         yield
 
 
-@pytest.mark.parametrize("limit", [1, 2, 5])
+@pytest.mark.parametrize("limit", [2, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (1, 5))])
 @pytest.mark.parametrize("how", ["moved", "linked", "relative", "unbroken"])
 def test_the_best_checkpoint_is_found_wherever_the_run_is(start, stopped, silent, monkeypatch, how, limit):
     out = stopped(6 if how != "unbroken" else 1, save_total_limit=limit)
