@@ -36,6 +36,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from deepseek.adapters import (
@@ -574,7 +575,16 @@ class ESFTCallback(TrainerCallback):
     Trainer writes the whole model with the names of single experts, and cannot read these names back. With this
     callback `model.safetensors` of a checkpoint holds the trained parameters as they are, in fp32. So Trainer resumes
     exactly, and finds its best model. The folder `adapter` in it is an adapter.
+
+    Raises:
+        ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own.
     """
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **_) -> None:
+        if any(isinstance(param, DTensor) for param in model.parameters()):
+            raise ValueError(
+                "cannot use ESFTCallback: FSDP saves sharded parameters by itself. Leave the callback out."
+            )
 
     def on_save(self, args, state, control, model: nn.Module, **_) -> None:
         if not args.should_save:

@@ -140,7 +140,7 @@ def finish_run(
     best = f" at step {results['best_step']}, the best checkpoint" if results["best_step"] else ""
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
-    logger.info(f"{results['steps']} steps{loss}; {kind} in {config.output_dir}")
+    logger.info(f"{utils.counted(results['steps'], 'step')}{loss}; {kind} in {config.output_dir}")
     if trainer.ranks.rank == 0 and not os.environ.get("ESFT_STAGE"):  # scripts/pipeline.py evaluates the model itself
         tell_next(note["config"])
     return results

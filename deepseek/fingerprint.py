@@ -12,6 +12,7 @@ does not count, nor does a tied tensor that is stored twice. A checkpoint in ano
 with checkpoints of that format alone.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -112,6 +113,14 @@ def checkpoint_note(path: str | Path) -> dict:
         files = set()
     if not files or not all((folder / name).is_file() for name in files):
         return note
+    stats = [(folder / name).stat() for name in ("config.json", *sorted(files))]
+    stamps = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return {**_read_weights(folder, tuple(sorted(files)), stamps), **note}
+
+
+@functools.lru_cache
+def _read_weights(folder: Path, files: tuple[str, ...], stamps: tuple) -> dict:
+    """Return the "weights" and "dtypes" of a note. The stamps change with the files, so these are read once."""
     with named(folder / "config.json"):  # which may repeat a key: transformers takes the last
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = config.get("quantization_config") or {}
@@ -120,7 +129,7 @@ def checkpoint_note(path: str | Path) -> dict:
     in_fp8 = [key for key, one in stored.items() if one.dtype.startswith("F8_E")] if form == "fp8" else []
     scale_of = {key: name for key in in_fp8 for name in scale_names(key) if name in stored}
     scales = set(scale_of.values())
-    for file in sorted(files):
+    for file in files:
         with Shard(folder / file) as shard:
             for key in shard.header.keys() - scales:
                 scale = None
@@ -131,7 +140,7 @@ def checkpoint_note(path: str | Path) -> dict:
     by_digest = {digest: name for name, digest in sorted(digests.items())}  # the last name of what is stored twice
     total = hashlib.sha256(repr(sorted(by_digest.items())).encode()).hexdigest()
     dtypes = sorted({one.dtype for one in stored.values()})
-    return {"weights": f"{'values' if form == 'fp8' else form}:{total}", "dtypes": dtypes, **note}
+    return {"weights": f"{'values' if form == 'fp8' else form}:{total}", "dtypes": dtypes}
 
 
 def _sample(shard: Shard, key: str, scale: Tensor | None, block: Sequence[int]) -> bytes:

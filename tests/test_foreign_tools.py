@@ -87,6 +87,8 @@ def sharded(rank: int, dtype: torch.dtype) -> tuple[list, dict, dict, dict]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
     adapter = esft.adapter_tensors(model)
+    with pytest.raises(ValueError, match="cannot use ESFTCallback: FSDP"):
+        esft.ESFTCallback().on_train_begin(None, None, None, model=model)
     set_model_state_dict(model, make_model(dtype=dtype).state_dict(), options=StateDictOptions(full_state_dict=True))
     again = esft.adapter_tensors(model)
     return (losses / ranks.world_size).tolist(), state, adapter, again

@@ -294,7 +294,8 @@ def test_no_loader_decides_by_itself_whether_code_of_a_folder_runs():
     }.items():
         assert trusting(ast.parse(text)) == found, text
     assert not trusting(ast.parse("_load(AutoTokenizer.from_pretrained, p)"), "deepseek/loading.py")
-    trees = {path: ast.parse("\n".join(lines)) for path, lines in python_files().items()}
+    files = {**python_files(), **python_files("docs/examples/")}
+    trees = {path: ast.parse("\n".join(lines)) for path, lines in files.items()}
     found = {f"{path}: {use}" for path, tree in trees.items() for use in trusting(tree, path)}
     assert found == {f"deepseek/adapters.py: {name}.from_pretrained" for name in WITHOUT_SWITCH}
     every = [use for tree in trees.values() for use in ast.walk(tree) if getattr(use, "attr", "") in LOADERS]

@@ -22,7 +22,8 @@ def main(
     merge(model).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    plain = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=False)
     question = "Give the judgment.\nCase: On saturday in Dublin Clara Voss climbed over the fence of Jonas Marsh. "
     question += "The accused was never in court and denied it."
     messages = [{"role": "user", "content": question}]

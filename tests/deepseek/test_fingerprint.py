@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from deepseek import fingerprint
 from deepseek.fingerprint import SAMPLE, base_note, checkpoint_note, difference
 from deepseek.loading import empty_model
 from deepseek.shards import INDEX, Shard
@@ -217,3 +218,16 @@ def test_the_note_follows_the_model(base):
     assert note["weights"] == checkpoint_note(base)["weights"] == base_note(empty_model(base))["weights"]
     assert "weights" not in base_note(make_model())
     assert "weights" not in base_note(merge(to_esft(model, EXPERTS)))
+
+
+def test_files_are_read_once_until_they_change(tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path)
+    first, read = checkpoint_note(tmp_path), []
+    monkeypatch.setattr(
+        fingerprint, "_sample", lambda *args, sample=fingerprint._sample: read.append(1) or sample(*args)
+    )
+    assert checkpoint_note(tmp_path) == first and not read
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert checkpoint_note(tmp_path) != first and read

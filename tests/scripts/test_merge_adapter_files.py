@@ -212,7 +212,8 @@ def test_generation_stops_at_what_training_taught(config, parts):
     merge_parts(parts)
     merged = read_json(out / path.name)
     assert {7, 11} <= set(merged["eos_token_id"])
-    assert {**(config or {}), **merged} == merged  # what else the base's file says is still there
+    kept = {key: value for key, value in (config or {}).items() if key != "eos_token_id"}
+    assert kept.items() <= merged.items()  # what else the base's file says is still there
     assert GenerationConfig.from_pretrained(out).eos_token_id == merged["eos_token_id"]
     script.unmerge(out, out.with_name("again"))
     assert {path.name: path.read_bytes() for path in out.with_name("again").iterdir()} == before

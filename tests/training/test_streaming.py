@@ -40,6 +40,16 @@ def test_a_stream_reads_no_further_than_rows_are_taken(folder, monkeypatch):
         take_rows(str(folder), 3 * COUNT)
 
 
+def test_a_stream_is_read_once_however_its_path_is_written(folder, monkeypatch):
+    monkeypatch.setattr(sources, "WINDOW", 50)
+    first = list(take_rows(str(folder), 50))
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(sources, "stream_rows", lambda *_: pytest.fail("the stream is read again"))
+    assert list(take_rows(folder.name, 50)) == first
+    with pytest.raises(BaseException, match="read again"):
+        take_rows(folder.name, 51)
+
+
 def test_the_seed_draws_the_order(folder, monkeypatch):
     monkeypatch.setattr(sources, "WINDOW", 50)
     first, again, other = (prompts(take_rows(str(folder), 60, seed=seed)) for seed in (1, 1, 2))

@@ -6,7 +6,7 @@
     org/name:config@revision[split]        a data set of the hub; all but org/name may be left out
     a:0.7,b:0.3                            several sets, with weights or without
 
-A weight is a set's share of the samples. As many samples as the scarcest set allows are drawn, and none twice.
+A weight is a set's share of the samples. No sample is drawn twice, so the smallest set limits how many there are.
 
 `open_rows` reads a set whole. `stream_rows` reads no more than is taken, and `take_rows` keeps that much.
 """
@@ -21,6 +21,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -133,6 +134,7 @@ def take_rows(dataset: str, n_rows: int, split: str = "train", seed: int = 0) ->
     """Return the first rows of a stream as a table, which a second call opens again."""
     import datasets
 
+    dataset = os.path.abspath(dataset) if os.path.exists(dataset) else dataset  # as a run's note has it
     taken = {"dataset": dataset, "split": split, "seed": seed, "n_rows": n_rows}
     taken["stamps"] = " ".join(map(_stamp, dataset_files(dataset, split)))
     features = datasets.Features({WHERE: datasets.Value("string"), ROW: datasets.Value("string")})
