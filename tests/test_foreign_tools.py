@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import esft
 from tests.helpers import join_world, make_model, run_ranks
 
+pytestmark = pytest.mark.clients
 DTYPES = [torch.float32, torch.bfloat16]
 CONFIG = {"experts": {"1": [5, 2], "2": [7]}}
 IDS = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ import datasets
 import esft
 from tests.helpers import make_model
 
+pytestmark = pytest.mark.clients
 CONFIG = {"experts": {"1": [5, 2], "2": [7]}, "shared_experts": True}
 IDS = torch.randint(3, 128, (12, 9), generator=torch.Generator().manual_seed(0)).tolist()
 ROWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
