@@ -10,7 +10,7 @@ from tests.fuzz_inputs import COMMANDS, break_one, copy_world, outcome, world
 
 SEED = 12
 EACH = 60  # odd inputs of a command in the slow test
-FEW = 3  # in the fast one
+FEW = 2  # in the fast one
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,9 @@ from utils import run_cli
 def test_any_number_of_processes_writes_the_same(model_dir, eval_file, tmp_path, capsys):
     (one,) = run_eval(model_dir, eval_file, tmp_path / "one.jsonl")
     text = (tmp_path / "one.jsonl").read_text()
-    for world_size in (2, 3):
-        path = tmp_path / "new" / f"{world_size}.jsonl"
-        (other,) = run_eval(model_dir, eval_file, path, f"--world_size={world_size}")
-        assert path.read_text() == text and untimed(other) == untimed(one)
+    path = tmp_path / "new" / "three.jsonl"
+    (three,) = run_eval(model_dir, eval_file, path, "--world_size=3")
+    assert path.read_text() == text and untimed(three) == untimed(one)
     assert [json.loads(line)["example"]["prompt"] for line in text.splitlines()] == PROMPTS
     saved = json.loads((tmp_path / "one.summary.json").read_text())
     assert saved == one and saved["n"] == 6 and saved["tokens"] == 24 and saved["truncated"] == 6

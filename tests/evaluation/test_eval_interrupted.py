@@ -32,6 +32,7 @@ def wait_for(condition, seconds: float = 600) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_where_it_stopped(model_dir, tmp_path, watched, capsys):
     answers = ["a", "b", "hang", "x", "y", "z"]  # "hang" is in the first batch
     eval_file = write_rows(tmp_path / "mine.jsonl", answers)

@@ -294,6 +294,7 @@ def test_data_sets_and_suites_in_one_table(adapter, suite_dir, tmp_path, capsys)
     assert json.loads((path.parent / "out.mine_written.summary.json").read_text()) == found[2]
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same(adapter, suite_dir, tmp_path):
     (tmp_path / "starts.py").write_text(  # as the metric of humaneval does
         "import multiprocessing\n"

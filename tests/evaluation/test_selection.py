@@ -382,6 +382,7 @@ def test_step_time_by_hand(tasks):
     assert upper < preview_config.relative_time(model, scores, config, False)
 
 
+@pytest.mark.slow
 def test_the_budget_is_used_up_and_kept(tasks, tiny_model_dir, capsys, tmp_path):
     rows = preview(tasks, tiny_model_dir, "--top_p", 0.3, 0.9)["rows"]
     budget = (rows[0]["peak_bytes"] + rows[1]["peak_bytes"]) // 2

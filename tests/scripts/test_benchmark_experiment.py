@@ -42,6 +42,7 @@ def test_lora_is_a_method_too():
     assert memory_needed("floor", args) < memory_needed("lora", args) < memory_needed("full", args)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_per_method(finished):
     stdout, report = finished
     lines = stdout.splitlines()
@@ -52,6 +53,7 @@ def test_the_table_has_a_line_per_method(finished):
     assert "RouterCapture adds" in stdout
 
 
+@pytest.mark.slow
 def test_the_report_is_complete_and_adds_up(finished):
     _, report = finished
     assert report["environment"]["torch"] and report["seed"] == 0 and report["side_by_side"] is True

@@ -105,6 +105,7 @@ def commands(monkeypatch) -> list[list[str]]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
     flags = ["--parts=r,a,b,c,d,e,f", "--seeds", "0", "1", "2"]
     whole = paper.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/paper", "--jobs=1"])
