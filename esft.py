@@ -24,16 +24,18 @@ Legend: E experts, L MoE layers; score_E maps expert -> score, and score_LE maps
 import deepseek  # noqa: F401 (before transformers' callbacks, as they load bitsandbytes)
 
 # isort: split
+import contextlib
 import functools
 import math
 import operator
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -445,6 +447,67 @@ def merge(model: nn.Module) -> nn.Module:
     _release(model, _state(model))
     model.name_or_path = ""  # it is not that checkpoint any more
     return model
+
+
+@_on_inner_model
+@contextlib.contextmanager
+def base_values(model: nn.Module) -> Iterator[None]:
+    """Let the model compute as its base, bit for bit, while open. Then what was trained or loaded is back.
+
+    A backward of an earlier forward may come after it. While open, the device holds the trained values once more.
+
+    Raises:
+        ValueError: the base's values were not kept, or FSDP holds them in shards.
+    """
+    state = _state(model)
+    if state.displaced is None:
+        raise ValueError(
+            "cannot use the base's values: they were not kept. Use to_esft(model, config, keep_base=True)."
+        )
+    views = adapter_views(model, state.config)
+    if any(isinstance(view, DTensor) for view in views.values()):
+        raise ValueError("cannot use the base's values: FSDP has sharded them. Compute what you need of the base "
+                         "before `fully_shard`, in TRL with precompute_ref_log_probs=True.")  # fmt: skip
+    trained = {name: view.clone() for name, view in views.items()}
+    for name, view in views.items():
+        view.copy_(state.displaced[name], non_blocking=True)
+    try:
+        yield
+    finally:
+        for name, view in views.items():
+            view.copy_(trained[name])
+        for layer in moe_layers(model).values():
+            if layer.trained:
+                layer.trained.write_back()  # a backward reads the fused rows
+
+
+class ReferenceModel(nn.Module):
+    """The base of a model in training, as the reference of DPO or GRPO: `ref_model` of TRL's DPOTrainer.
+
+    It is the same model with the base's values put in during a call (`base_values`), in evaluation mode and without
+    gradients. It has no parameters of its own, so nothing is trained, saved, or moved twice. A call takes and returns
+    what a call of the model does.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._model = (inner_model(model),)  # a tuple, so that it is no submodule
+        self.config = self._model[0].config
+
+    def __call__(self, *args, **kwargs):  # TRL replaces `forward` here as it does in the model itself
+        (model,) = self._model
+        in_training = [module for module in model.modules() if module.training]
+        with base_values(model), torch.no_grad():
+            model.eval()
+            try:
+                return model(*args, **kwargs)
+            finally:
+                for module in in_training:
+                    module.training = True
+
+    def state_dict(self, *args, **kwargs):
+        raise ValueError("cannot give the state of a reference model: it has none of its own. With "
+                         "precompute_ref_log_probs=True, give TRL no ref_model.")  # fmt: skip
 
 
 def _release(model: nn.Module, state: _State) -> None:

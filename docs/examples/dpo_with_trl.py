@@ -1,7 +1,7 @@
 """Prefer one answer to another (DPO), on selected experts, with TRL's DPOTrainer.
 
-A row holds a prompt, the chosen answer, and the rejected one. The reference of DPO is the base. Its log-probabilities
-are computed before the first step, when the model still is the base, so no second model is held.
+A row holds a prompt, the chosen answer, and the rejected one. The reference of DPO is the base: the same model with the
+base's values put in for a moment. So no second model is held.
 
 pip install trl
 python docs/examples/score_and_select.py
@@ -14,7 +14,7 @@ import json
 from trl import DPOConfig, DPOTrainer
 
 from datasets import Dataset
-from esft import ExpertConfig, load_base_model, save_adapter, to_esft
+from esft import ExpertConfig, ReferenceModel, load_base_model, save_adapter, to_esft
 
 
 def main(
@@ -39,7 +39,7 @@ def main(
         per_device_train_batch_size=batch_size,
         learning_rate=5e-4,
         max_length=256,
-        precompute_ref_log_probs=True,
+        router_aux_loss_coef=0.0,  # the routers are frozen
         gradient_checkpointing=False,
         bf16=False,  # the model is in bf16 already; autocast would round the routers
         logging_steps=1,
@@ -47,7 +47,8 @@ def main(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    dataset = Dataset.from_list(rows)
+    trainer = DPOTrainer(model, ReferenceModel(model), args, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
     save_adapter(model, output)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
