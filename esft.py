@@ -63,11 +63,12 @@ from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
 from deepseek.masters import computed_value, release_parameters, train_parameters
 from deepseek.routing import RouterCapture, RouterCounts, read_logs  # noqa: F401
+from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
 
-SCORE_FUNCTIONS = ("token", "gate", "prob")
-TOP_P = {"token": 0.2, "gate": 0.1, "prob": 0.2}  # the paper's; prob sums to 1 as token does
+SCORE_FUNCTIONS = ("token", "gate", "prob", "gradient", "reap")
+TOP_P = {**dict.fromkeys(SCORE_FUNCTIONS, 0.2), "gate": 0.1}  # the paper's for token and gate
+UNBOUNDED = ("gradient", "reap")  # they have no sum of their own in a layer, so `top_p` is a share of their layer's
 SCORE_FILES = ("summary.json", "expert_scores.json")  # in a folder of scores
-STRATEGIES = ("cumulative", "fraction", "topk", "random")
 
 # --------------------------------------------------------------------------------------------------------------------
 # scores
@@ -80,7 +81,7 @@ def score_decimals(num_experts: int) -> int:
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Scores by function ("token", "gate", "prob"), layer and expert. All are finite and >= 0, and none is missing."""
+    """Scores by function (`SCORE_FUNCTIONS`), layer and expert. All are finite and >= 0, and none is missing."""
 
     by_function: dict[str, dict[int, dict[int, float]]]
     meta: dict = field(default_factory=dict)
@@ -99,7 +100,7 @@ class ExpertScores:
                     if expert < 0 or not isinstance(score, (int, float)) or not 0 <= score < math.inf:
                         raise ValueError(f"{where}, expert {expert}: found {score}, expected a number from 0")
                 total = sum(score_E.values())
-                if total == 0 or (function != "gate" and abs(total - 1) > rounding):
+                if total == 0 or (function in ("token", "prob") and abs(total - 1) > rounding):
                     raise ValueError(f"{where}: the experts' scores sum to {total:g}, not to 1. Compute them again.")
 
     def __getitem__(self, function: str) -> dict[int, dict[int, float]]:
@@ -302,38 +303,47 @@ def select_experts(
     fraction: float = 0.1,
     top_k: int = 6,
     seed: int = 0,
+    budget: float | None = None,
+    upper_layers: int | None = None,
+    general: ExpertScores | None = None,
+    contrast: str = "difference",
 ) -> ExpertConfig:
-    """Choose experts in every layer by their scores. A tie goes to the lower id.
+    """Choose experts by their scores. A tie goes to the lower layer, then to the lower id.
 
     Args:
-        strategy: "cumulative" is the paper's: take the best until their scores sum to `top_p`; the sum is tested before
-            each expert is added. "fraction" takes the best `fraction`, rounded up, and "topk" the best `top_k`.
-            "random" is a control: it draws as many experts as "cumulative" takes in that layer, with `seed`.
+        strategy: "cumulative" is the paper's: in each layer take the best until their scores sum to `top_p`; the sum is
+            tested before each expert is added. Scores that have no sum of their own (gradient, reap, a contrast) count
+            as shares of their layer's sum. "global" takes as many, by score over all layers. "layers" takes as many in
+            the `upper_layers` uppermost layers (default: half of them). "fraction" takes the best `fraction` of each
+            layer, rounded up, and "topk" the best `top_k`. "random" and "uniform" are controls: as many as "cumulative"
+            takes in that layer, drawn with `seed`; as many in all, the same number in every layer.
+        budget: the share of all routed experts to select, in place of `top_p`, rounded to whole experts, at least one.
+        general: scores on general data. Experts are then chosen by how much more they matter to the task, the
+            "difference" or the "ratio" (`contrast`) of the two scores.
 
     Raises:
-        ValueError: the strategy or the score is unknown, or a value is out of its range.
+        ValueError: the strategy or the score is unknown, a value is out of its range, or `general` is of another model.
     """
-    if strategy not in STRATEGIES:
-        known = ", ".join(STRATEGIES)
-        raise ValueError(f"cannot select by {strategy!r}{suggest(strategy, STRATEGIES)}. Give one of {known}.")
-    score_LE, generator = scores[score_function], random.Random(seed)
-    most = min(map(len, score_LE.values())) if strategy == "topk" else math.inf
-    for name, value, limit in (("top_p", top_p, 1), ("fraction", fraction, 1), ("top_k", top_k, most)):
-        if not 0 < value <= limit:
-            raise ValueError(f"cannot select experts: {name} is {value}. Give a number above 0 and up to {limit}.")
+    check_strategy(strategy)
+    score_LE = scores[score_function]
+    if general:
+        score_LE = contrast_scores(score_LE, general[score_function], contrast)
+    ranked_L, generator = rank(score_LE), random.Random(seed)
+    most = min(map(len, ranked_L.values())) if strategy == "topk" else math.inf
+    check_amounts(most, top_p=top_p, fraction=fraction, top_k=top_k, budget=budget, upper_layers=upper_layers)
+    if strategy == "fraction":  # 0.28 * 25 is 7.000000000000001
+        counts_L = {layer: max(1, math.ceil(fraction * len(ids) - 1e-9)) for layer, ids in ranked_L.items()}
+    elif strategy == "topk":
+        counts_L = dict.fromkeys(ranked_L, top_k)
+    else:
+        shares = general is not None or score_function in UNBOUNDED
+        counts_L = count_experts(score_LE, strategy, top_p, budget, upper_layers, shares)
     experts: dict[int, tuple[int, ...]] = {}
-    for layer, score_E in sorted(score_LE.items()):
-        ranked = sorted(score_E, key=lambda e: (-score_E[e], e))
-        if strategy == "fraction":
-            count = max(1, math.ceil(fraction * len(ranked) - 1e-9))  # 0.28 * 25 is 7.000000000000001
-        elif strategy == "topk":
-            count = top_k
-        else:
-            count, total = 0, 0.0
-            while count < len(ranked) and total < top_p:
-                total += score_E[ranked[count]]
-                count += 1
-        experts[layer] = tuple(generator.sample(sorted(score_E), count) if strategy == "random" else ranked[:count])
+    for layer, ids in ranked_L.items():
+        if count := counts_L.get(layer, 0):
+            experts[layer] = tuple(generator.sample(sorted(ids), count) if strategy == "random" else ids[:count])
+    if not experts:
+        raise ValueError(f"cannot select experts: none has a {score_function} score above that on the general data.")
     return ExpertConfig(experts)
 
 

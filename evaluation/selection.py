@@ -263,12 +263,6 @@ def overlap(configs: list[ExpertConfig], num_experts: dict[int, int]) -> list[li
     return [[pair(a, b) for b in configs] for a in configs]
 
 
-def ranked_experts(scores: ExpertScores, score_function: str) -> dict[int, list[int]]:
-    """Return all experts of each layer, best first. A tie goes to the lower id."""
-    score_LE = sorted(scores[score_function].items())
-    return {layer: sorted(score_E, key=lambda e: (-score_E[e], e)) for layer, score_E in score_LE}
-
-
 def union_of(configs: list[ExpertConfig]) -> ExpertConfig:
     """Join selections (best first), ordered by an expert's best rank in one of them. A tie goes to the lower id."""
     experts = {}
@@ -279,16 +273,6 @@ def union_of(configs: list[ExpertConfig]) -> ExpertConfig:
                 rank[expert] = min(place, rank.get(expert, place))
         experts[layer] = tuple(sorted(rank, key=lambda e: (rank[e], e)))
     return ExpertConfig(experts)
-
-
-def even_counts(config: ExpertConfig, num_experts: dict[int, int]) -> dict[int, int]:
-    """Spread as many experts as `config` has evenly over the layers.
-
-    The remainder goes, one each, to the layers in which `config` has most. A tie goes to the lower layer.
-    """
-    each, left = divmod(sum(map(len, config.experts.values())), len(num_experts))
-    by_size = sorted(num_experts, key=lambda layer: (-len(config.experts.get(layer, ())), layer))
-    return {layer: each + (layer in by_size[:left]) for layer in num_experts}
 
 
 def short_name(path: str | Path) -> str:

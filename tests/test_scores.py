@@ -293,11 +293,11 @@ def test_selection_flags(tmp_path, capsys, tiny_model_dir):
     )
     base = ["--expert_scores_dir", tmp_path / "flat.json", "--output_path", tmp_path / "c.json"]
     for flags, words in (
-        (["--strategy", "topk"], ["--strategy topk: it takes --top_k"]),
+        (["--strategy", "topk"], ["cannot select by topk: it takes top_k"]),
         (["--strategy", "topk", "--top_k", 9], ["top_k is 9", "8"]),
         (
             ["--strategy", "fraction", "--fraction", 0.5, "--top_p", 0.2],
-            ["fraction: it takes --fraction. Give no flag of another"],
+            ["fraction: it takes fraction. Give no option of another"],
         ),
         (["--top_p", "nan"], ["top_p is nan"]),
         (["--score_function", "gate"], ["score 'gate'", "there is token"]),

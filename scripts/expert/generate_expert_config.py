@@ -1,4 +1,4 @@
-r"""Select the experts to train from the scores of a task, layer by layer, and write them as an expert config.
+r"""Select the experts to train from the scores of a task, and write them as an expert config.
 
     python scripts/expert/generate_expert_config.py --eval_dataset=translation --score_function=token --top_p=0.2 \
         --expert_scores_dir=results/expert_scores/translation --output_path=results/expert_configs/translation.json
@@ -6,12 +6,19 @@ r"""Select the experts to train from the scores of a task, layer by layer, and w
 The scores are those of get_expert_scores.py or the published ones: a summary.json, raw routing logs (with or without
 rank_* folders), or a flat JSON (in a folder: expert_scores.json). Strategies:
 
-    cumulative  (the paper) best first, until the running sum reaches --top_p
-    fraction    the best --fraction of the layer's experts, rounded up
-    topk        the best --top_k
+    cumulative  (the paper) in each layer the best, until their running sum reaches --top_p
+    global      the best of all layers together, as many as cumulative takes
+    layers      as many as cumulative takes, all in the --upper_layers uppermost layers: fast, as nothing below them is
+                differentiated
+    fraction    the best --fraction of each layer's experts, rounded up
+    topk        the best --top_k of each layer
     random      a control: as many as cumulative takes in the layer, drawn with --seed. Does it matter which experts?
     uniform     a control: the best, as many in all as cumulative takes, but the same number in every layer (the rest
                 goes to the layers in which cumulative takes most). Does it matter how many a layer has?
+
+A rule with --top_p takes --budget in its place: the share of all routed experts, and so of their parameters. Any score
+goes with any rule. --contrast_scores_dir names scores on general data. The experts are then those that matter more to
+the task than to general data, by the difference or the ratio of the two scores (--contrast).
 
 Scores of several tasks, --eval_dataset=a,b --expert_scores_dir=A,B, give the union of their selections, ordered by an
 expert's best rank in one of them. A tie goes to the lower id. The controls are then those of the union, and "meta" in
@@ -36,12 +43,21 @@ from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_text
 from deepseek.fingerprint import difference
 from deepseek.loading import empty_model
-from esft import SCORE_FUNCTIONS, TOP_P, ExpertConfig, ExpertScores, adapter_views, base_note, select_experts
-from evaluation.selection import even_counts, ranked_experts, union_of
+from deepseek.selection import CONTRASTS, TAKES, check_rule, spread
+from esft import (
+    SCORE_FUNCTIONS,
+    TOP_P,
+    UNBOUNDED,
+    ExpertConfig,
+    ExpertScores,
+    adapter_views,
+    base_note,
+    select_experts,
+)
+from evaluation.selection import union_of
 from utils import command_parser, markdown_table, note, run_cli, seed_number, split_names
 
-TAKES = {"cumulative": ("top_p",), "fraction": ("fraction",), "topk": ("top_k",)}  # strategy -> its options
-TAKES |= {"random": ("top_p", "seed"), "uniform": ("top_p",)}  # these controls take as many experts as cumulative
+OPTIONS = ("top_p", "budget", "upper_layers", "fraction", "top_k", "seed")  # of the strategies
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,8 +74,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME[,NAME]",
         help="name of the task of each scores dir, for the table",
     )
-    add("--strategy", choices=TAKES, default="cumulative", help="see above (default: cumulative)")
+    add("--strategy", metavar="NAME", default="cumulative", help=f"of {', '.join(TAKES)} (default: cumulative)")
     add_score_flags(parser)
+    add("--budget", type=float, metavar="SHARE", help="share of all routed experts to select, in place of --top_p")
+    add("--upper_layers", type=int, metavar="N", help="layers: select in so many uppermost layers (default: half)")
+    add("--contrast_scores_dir", metavar="DIR", help="scores on general data, to compare the task's with")
+    add("--contrast", choices=CONTRASTS, help="task - general, or task / (general + its mean) (default: difference)")
     add("--fraction", type=float, metavar="F", help="fraction: share of each layer's experts, above 0 and up to 1")
     add("--top_k", type=int, metavar="N", help="topk: experts per layer")
     add("--seed", type=seed_number, metavar="N", help="random: seed of the draw (default: 0)")
@@ -73,7 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def add_score_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which score selects experts, and up to what sum."""
     parser.add_argument("--score_function", choices=SCORE_FUNCTIONS, default="token", help="share of the routed slots, "
-        "gate weight per token, or router probability over all experts (default: token)")  # fmt: skip
+        "gate weight per token, router probability over all experts, squared gradients, or gate weight x norm of the "
+        "output (default: token)")  # fmt: skip
     parser.add_argument("--top_p", type=float, metavar="P", help="select experts per layer until their scores sum to "
         "this (default: 0.2, or 0.1 with --score_function=gate)")  # fmt: skip
 
@@ -112,29 +133,31 @@ def default_top_p(args: argparse.Namespace) -> float:
 
 def strategy_options(args: argparse.Namespace) -> dict:
     """Return the options of the strategy. By default, top_p is the paper's."""
-    takes = TAKES[args.strategy]
-    given = {name for name in ("top_p", "fraction", "top_k", "seed") if getattr(args, name) is not None}
-    if not set(takes) - {"top_p", "seed"} <= given <= set(takes):
-        flags = " and ".join(f"--{name}" for name in takes)
-        raise ValueError(f"cannot use --strategy {args.strategy}: it takes {flags}. Give no flag of another strategy.")
-    options = {"top_p": default_top_p(args), "seed": None} | {name: getattr(args, name) for name in given}
-    return {name: options[name] for name in takes if options[name] is not None}
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    check_rule(args.strategy, **given)
+    usual = {"top_p": default_top_p(args)} if "top_p" in TAKES[args.strategy] and "budget" not in given else {}
+    return usual | given
 
 
-def select(every: list[ExpertScores], args: argparse.Namespace) -> ExpertConfig:
-    """Return the config that the flags ask for."""
-    options, function = strategy_options(args), args.score_function
-    seed = options.pop("seed", 0)
-    strategy = "cumulative" if "top_p" in options else args.strategy
-    each = [select_experts(scores, score_function=function, strategy=strategy, **options) for scores in every]
-    experts = (each[0] if len(each) == 1 else union_of(each)).experts
-    ranked_L = union_of([ExpertConfig(ranked_experts(scores, function)) for scores in every]).experts
-    if args.strategy == "random":
-        draw = random.Random(seed).sample
-        experts = {layer: tuple(draw(sorted(ranked_L[layer]), len(ids))) for layer, ids in experts.items()}
-    if args.strategy == "uniform":
-        counts = even_counts(ExpertConfig(experts), {layer: len(ids) for layer, ids in ranked_L.items()})
-        experts = {layer: ranked_L[layer][:count] for layer, count in counts.items()}
+def select(every: list[ExpertScores], general: ExpertScores | None, args: argparse.Namespace) -> ExpertConfig:
+    """Return the config that the flags ask for. The controls are those of the union of the tasks."""
+    options, strategy = strategy_options(args), args.strategy
+    score = {"score_function": args.score_function, "general": general, "contrast": args.contrast or CONTRASTS[0]}
+
+    def union(**rule: object) -> dict[int, tuple[int, ...]]:
+        each = [select_experts(scores, **score, **rule) for scores in every]
+        return (each[0] if len(each) == 1 else union_of(each)).experts
+
+    if strategy not in ("random", "uniform") or len(every) == 1:
+        experts = union(strategy=strategy, **options)
+    else:
+        draw = random.Random(options.pop("seed", 0)).sample
+        experts, ranked_L = union(**options), union(strategy="fraction", fraction=1)
+        if strategy == "random":
+            experts = {layer: tuple(draw(sorted(ranked_L[layer]), len(ids))) for layer, ids in experts.items()}
+        else:
+            counts_L = spread({layer: len(ids) for layer, ids in experts.items()}, ranked_L)
+            experts = {layer: ranked_L[layer][:count] for layer, count in counts_L.items()}
     return ExpertConfig(experts, args.train_shared_experts, args.train_non_expert_modules)
 
 
@@ -145,7 +168,8 @@ def print_notes(every: list[ExpertScores], config: ExpertConfig, names: list[str
         if dataset and Path(dataset).stem != Path(name).stem:
             note(f"these scores were computed on {dataset!r}, not on {name!r}")
     top_p = default_top_p(args)
-    for scores in every if "top_p" in TAKES[args.strategy] else ():
+    whole = args.budget is None and not args.contrast_scores_dir and args.score_function not in UNBOUNDED
+    for scores in every if whole and args.strategy in ("cumulative", "random") else ():
         sums = {layer: sum(score_E.values()) for layer, score_E in scores[args.score_function].items()}
         if low := [layer for layer in sums if sums[layer] < top_p and len(config.experts[layer]) > 1]:
             why = f"their scores sum to less than top_p {top_p:g} (layer {low[0]}: {sums[low[0]]:.4f})"
@@ -155,7 +179,7 @@ def print_notes(every: list[ExpertScores], config: ExpertConfig, names: list[str
 def format_selection(every: list[ExpertScores], config: ExpertConfig, args: argparse.Namespace) -> str:
     """Return a line per layer (experts, the sum of their scores in each task, their ids), and the total."""
     every_LE, rows = [scores[args.score_function] for scores in every], []
-    for layer, ids in config.experts.items():
+    for layer, ids in config.experts.items():  # a layer that gives none has no line
         totals = [f"{sum(score_LE[layer][e] for e in ids):.4f}" for score_LE in every_LE]
         shown = " ".join(map(str, ids[:16])) + (f" ... ({len(ids) - 16} more)" if len(ids) > 16 else "")
         rows.append([layer, len(ids), len(every_LE[0][layer]), *totals, shown])
@@ -163,7 +187,8 @@ def format_selection(every: list[ExpertScores], config: ExpertConfig, args: argp
     table = markdown_table(["layer", "experts", "of", *["score"] * len(every), f"ids, {order}"], rows)
     taken, of = sum(map(len, config.experts.values())), sum(map(len, every_LE[0].values()))
     also = "\nand shared experts" * config.shared_experts + "\nand all other modules" * config.non_expert_modules
-    what = ", ".join(filter(None, [f"{args.score_function} score", args.strategy, args.eval_dataset]))
+    against = args.contrast_scores_dir and f"{args.contrast or CONTRASTS[0]} with {args.contrast_scores_dir}"
+    what = ", ".join(filter(None, [f"{args.score_function} score", against, args.strategy, args.eval_dataset]))
     total = f"{taken} of {of} routed experts ({taken / of:.1%}) in {len(every_LE[0])} layers"
     return f"{what}\n\n{table}\n\n{total}{also}"
 
@@ -204,6 +229,8 @@ def write_config(every: list[ExpertScores], config: ExpertConfig, args: argparse
         paths = split_list(args.expert_scores_dir)
         tasks = [{"dataset": name, "expert_scores": path} for name, path in zip(names, paths)]
         how = {"score_function": args.score_function, "strategy": args.strategy, **strategy_options(args)}
+        if args.contrast_scores_dir:
+            how |= {"contrast_scores_dir": args.contrast_scores_dir, "contrast": args.contrast or CONTRASTS[0]}
         written["meta"] = {"union_of": tasks, **how}
     write_text(args.output_path, json.dumps(written) + "\n")
     print(format_selection(every, config, args) + share)
@@ -214,16 +241,18 @@ def write_config(every: list[ExpertScores], config: ExpertConfig, args: argparse
 def main(argv: list[str] | None = None) -> list[ExpertConfig]:
     args = parse_args(argv)
     model = empty_model(args.base_model_path) if args.base_model_path else None
+    if args.contrast and not args.contrast_scores_dir:
+        raise ValueError("cannot use --contrast: it has an effect only with --contrast_scores_dir. Give that, too.")
     chosen = []
     for task in split_tasks(args):
-        folders = split_list(task.expert_scores_dir)
-        every = load_scores(folders, model)
+        folders, contrast = split_list(task.expert_scores_dir), filter(None, [args.contrast_scores_dir])
+        *every, general = [*load_scores([*folders, *contrast], model), *([] if args.contrast_scores_dir else [None])]
         if (found := len(task_names(task.eval_dataset, every))) != len(folders):
             raise ValueError(
                 f"cannot name the tasks: --eval_dataset has {found}, --expert_scores_dir {len(folders)}. Give as many."
             )
         check_output(task.output_path)
-        chosen.append((every, select(every, task), task))
+        chosen.append((every, select(every, general, task), task))
     for every, config, task in chosen:  # none is written unless all are right
         write_config(every, config, task, model)
     return [config for _, config, _ in chosen]

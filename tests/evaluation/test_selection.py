@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek.routing import RouterCounts
+from deepseek.selection import rank, spread
 from esft import (
     ExpertConfig,
     ExpertScores,
@@ -29,11 +30,9 @@ from evaluation.selection import (
     bootstrap_counts,
     bootstrap_selections,
     correlation,
-    even_counts,
     expected_jaccard,
     jaccard,
     overlap,
-    ranked_experts,
     routed,
     select_cumulative,
     short_name,
@@ -289,9 +288,9 @@ def test_a_union_holds_all_by_best_rank_whatever_the_order():
 def test_a_uniform_control_has_as_many_in_all():
     rng = random.Random(0)
     for _ in range(30):
-        config = ExpertConfig({la: tuple(range(rng.randint(1, E))) for la in range(5)})
-        counts = even_counts(config, dict.fromkeys(range(5), E))
-        assert sum(counts.values()) == sum(map(len, config.experts.values()))
+        before = {la: rng.randint(1, E) for la in range(5)}
+        counts = spread(before, range(5))
+        assert sum(counts.values()) == sum(before.values())
         assert max(counts.values()) - min(counts.values()) <= 1 and max(counts.values()) <= E
 
 
@@ -320,7 +319,7 @@ def test_unions_and_controls_by_command(tasks, tmp_path, capsys, tiny_model_dir)
     expected = select_experts(every[0], strategy="random", top_p=0.4, seed=3)
     assert ExpertConfig.load(tmp_path / "c.json") == expected
     uniform = generate(*one, "--strategy", "uniform")["experts"]
-    ranked = ranked_experts(every[0], "token")
+    ranked = rank(every[0]["token"])
     assert all(ids == ranked[int(layer)][: len(ids)] for layer, ids in uniform.items())
 
     (tmp_path / "c.json").unlink()
