@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -46,16 +46,21 @@ from deepseek.adapters import (
     WEIGHTS_NAME,
     adapter_shapes,
     adapter_views,
+    any_requires_grad,
     check_base,
+    check_forward,
     describe_wrong_folder,
     find_adapter_tensors,
     find_state,
+    has_peft,
     is_lora,
     merge_lora,
     ordinary_parameters,
     read_tensors,
+    refuse_lora_on_experts,
+    set_requires_grad,
 )
-from deepseek.experts import inner_model, moe_layers, release_experts, train_experts, whole
+from deepseek.experts import base_name, inner_model, moe_layers, release_experts, train_experts, whole
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
@@ -361,11 +366,16 @@ class _State:
     frozen: set[str]
     base: dict  # the note of the base
     displaced: dict[str, Tensor] | None = None  # the base's values, by adapter name
+    trained: list[nn.Module] = field(default_factory=list)  # they hold the trained parameters, each for itself
+    hooks: list = field(default_factory=list)
 
 
 def _state(model: nn.Module) -> _State:
     if (state := find_state(model)) is None:
-        raise ValueError("cannot save, unload or merge: the model has no adapter. Call to_esft or add_adapter first.")
+        raise ValueError(
+            "cannot save, unload or merge: the model has no adapter of experts. Call to_esft, or add_adapter. (A LoRA "
+            "adapter is merged as it is added.)"
+        )
     return state
 
 
@@ -397,7 +407,8 @@ def to_esft(
     """Make exactly what `config` names trainable, in fp32, and freeze the rest. The forward stays bit-equal.
 
     This works in place and returns the model. Any optimizer over the parameters that require a gradient trains it. The
-    state dict keeps the names, shapes and expert order of the base.
+    state dict keeps the names, shapes and expert order of the base. What an adapter of peft trains in the model stays
+    trainable. peft freezes the experts when it comes later: call this again, with the same config.
 
     Args:
         keep_base: hold a copy of the base's values in host memory, for `unload`.
@@ -407,13 +418,19 @@ def to_esft(
         offload_frozen: keep the frozen experts in host memory.
 
     Raises:
-        ValueError: the model has no such layer or expert, or no fused experts, or was prepared before.
+        ValueError: the model has no such layer or expert, or no fused experts, or was prepared before. An adapter of
+            peft is on the fused experts, or on what else the config trains.
     """
     config = config if isinstance(config, ExpertConfig) else ExpertConfig.from_dict(config)
     config.check(model)
-    if find_state(model):
+    refuse_lora_on_experts(model)
+    ordinary = ordinary_parameters(model, config)
+    if state := find_state(model):
+        if state.training and state.config == config and not any_requires_grad(state.trained):
+            set_requires_grad(state.trained, True)
+            return model
         raise ValueError("cannot train: the model has been through to_esft or add_adapter. Call unload or merge first.")
-    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    frozen = _frozen_names(model)
     layers = list(moe_layers(model).values())
     for layer in layers:
         store_frozen(layer, config.experts.get(layer.index, ()), frozen_dtype, offload_frozen)
@@ -421,11 +438,17 @@ def to_esft(
     state = _State(config, True, implementation, frozen, base_note(model))
     if keep_base:
         state.displaced = {name: view.to("cpu", copy=True) for name, view in adapter_views(model, config).items()}
+    trained_by_peft = [param for param in model.parameters() if param.requires_grad] if has_peft(model) else []
     model.requires_grad_(False)
-    train_parameters(model, ordinary_parameters(model, config))
+    train_parameters(model, ordinary)
     for layer in layers:
         if config.experts.get(layer.index):
             train_experts(layer, config.experts[layer.index])
+    state.trained = [module for module in model.modules() if any_requires_grad([module])]
+    for param in trained_by_peft:
+        param.requires_grad_(True)
+    hook = functools.partial(check_forward, state.trained)
+    state.hooks = [layer.module.register_forward_pre_hook(hook) for layer in layers]
     forbid_state_dict(model)
     model.set_experts_implementation(IMPLEMENTATION)
     model._esft = state
@@ -520,15 +543,23 @@ class ReferenceModel(nn.Module):
                          "precompute_ref_log_probs=True, give TRL no ref_model.")  # fmt: skip
 
 
+def _frozen_names(model: nn.Module) -> set[str]:
+    return {base_name(name) for name, param in model.named_parameters() if not param.requires_grad}
+
+
 def _release(model: nn.Module, state: _State) -> None:
     if state.training:
+        set_requires_grad(state.trained, False)
+        for hook in state.hooks:
+            hook.remove()
         for layer in moe_layers(model).values():
             if layer.trained:
                 release_experts(layer)
         release_parameters(model)
         model.set_experts_implementation(state.implementation)
-    for name, param in model.named_parameters():
-        param.requires_grad_(name not in state.frozen)
+    if not has_peft(model):  # which wants the base frozen
+        for name, param in model.named_parameters():
+            param.requires_grad_(name not in state.frozen)
     del model._esft
 
 
@@ -623,8 +654,7 @@ def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) ->
     config.check(model)
     state = find_state(model)
     if state is None:
-        frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-        state = _State(ExpertConfig({}), False, None, frozen, base_note(model), {})
+        state = _State(ExpertConfig({}), False, None, _frozen_names(model), base_note(model), {})
     check_base(state.base, folder)
     if state.training and config != state.config:
         raise ValueError("it holds other experts than this model trains. Call unload first.")
@@ -649,15 +679,28 @@ class ESFTCallback(TrainerCallback):
     callback `model.safetensors` of a checkpoint holds the trained parameters as they are, in fp32. So Trainer resumes
     exactly, and finds its best model. The folder `adapter` in it is an adapter.
 
+    With an adapter of peft beside the experts, both are in `model.safetensors`, and peft's files are there as well. The
+    experts are made trainable again if TRL's `peft_config` has frozen them.
+
     Raises:
-        ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own.
+        ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own. An adapter of peft is on
+            the fused experts.
     """
+
+    def on_init_end(self, args, state, control, model: nn.Module, **_) -> None:
+        prepared = find_state(inner_model(model))
+        if prepared and prepared.training and not any_requires_grad(prepared.trained):
+            to_esft(model, prepared.config)
 
     def on_train_begin(self, args, state, control, model: nn.Module, **_) -> None:
         if any(isinstance(param, DTensor) for param in model.parameters()):
             raise ValueError(
                 "cannot use ESFTCallback: FSDP saves sharded parameters by itself. Leave the callback out."
             )
+
+    def on_train_end(self, args, state, control, model: nn.Module, **_) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:  # of a peft model, Trainer reads peft's files
+            model.load_state_dict(load_file(Path(state.best_model_checkpoint, "model.safetensors")), strict=False)
 
     def on_save(self, args, state, control, model: nn.Module, **_) -> None:
         if not args.should_save:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from deepseek.experts import moe_layers
+from deepseek.experts import base_name, moe_layers
 from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.masters import DTYPE_OF_BASE, trained_parameter
@@ -31,7 +32,11 @@ EXPERT = re.compile(r"(?:^|\.)(?P<layer>\d+)\..*?experts\.(?P<expert>\d+)\.")  #
 
 
 def ordinary_parameters(model: nn.Module, config) -> list[str]:
-    """Return the names (as in the base) of the parameters outside the routed experts that `config` includes."""
+    """Return the names (as in the base) of the parameters outside the routed experts that `config` includes.
+
+    Raises:
+        ValueError: peft adapts one of them.
+    """
     experts = [layer.name for layer in moe_layers(model).values()]
     routed = tuple(f"{name}." for name in experts)
     layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name in experts)
@@ -43,6 +48,11 @@ def ordinary_parameters(model: nn.Module, config) -> list[str]:
         # shared experts are beside the routed experts or, in Granite, beside the block that holds them
         shared = name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name)
         if config.shared_experts if shared else config.non_expert_modules:
+            if re.search(r"\.(base_layer|original_module)\.", name):
+                raise ValueError(
+                    f"cannot train {base_name(name)}: an adapter of peft is on it, too. Leave it out of the config of "
+                    "peft or out of that of the experts."
+                )
             names.append(name)
     return names
 
@@ -178,7 +188,54 @@ def describe_wrong_folder(folder: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# LoRA, for comparison
+# LoRA, for comparison and beside trained experts
+
+
+def has_peft(model: nn.Module) -> bool:
+    """Return whether an adapter of peft is in the model. peft notes it there, and forgets it when it is merged."""
+    return "peft_config" in vars(model)
+
+
+def any_requires_grad(modules: Iterable[nn.Module]) -> bool:
+    """Return whether a parameter of `modules`, without their children, requires a gradient."""
+    return any(param.requires_grad for module in modules for param in module.parameters(recurse=False))
+
+
+def set_requires_grad(modules: Iterable[nn.Module], value: bool) -> None:
+    """Make the parameters of `modules`, without their children, require a gradient, or freeze them."""
+    for module in modules:
+        for param in module.parameters(recurse=False):
+            param.requires_grad_(value)
+
+
+def refuse_lora_on_experts(model: nn.Module) -> None:
+    """Raise ValueError if peft adapts fused experts. `to_esft` has another order of the rows."""
+    for layer in moe_layers(model).values():
+        if model.get_submodule(layer.name) is not layer.module:
+            _refuse_lora_on(layer.name)
+
+
+def _refuse_lora_on(experts: str) -> None:
+    raise ValueError(
+        f"cannot train {experts}: LoRA is on its fused tensors, where peft puts it for target_parameters, all-linear, "
+        "gate_proj, up_proj and down_proj. Name other modules in LoraConfig, as q_proj and o_proj."
+    )
+
+
+def check_forward(trained: list[nn.Module], experts: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Refuse a forward in which peft's adapters learn and what `to_esft` trains does not: a pre-hook of `experts`.
+
+    `trained` holds the parameters of the whole model that `to_esft` trains. A model in which nothing learns passes,
+    and so does one in evaluation mode.
+    """
+    if parametrize.is_parametrized(experts):  # by LoRA, during its forward
+        _refuse_lora_on("the experts")
+    if experts.training and args[0].requires_grad and trained and not any_requires_grad(trained):
+        raise ValueError(
+            "cannot train the experts: a gradient passes through them, and all of them are frozen, as peft freezes "
+            "what it finds. Call to_esft after get_peft_model, or again with the same config. If they shall stay as "
+            "they are, call merge before."
+        )
 
 
 def is_lora(folder: str | Path) -> bool:
@@ -188,6 +245,12 @@ def is_lora(folder: str | Path) -> bool:
 
 def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """Merge a LoRA adapter of peft into the model, for good."""
+    if has_peft(model) or ((state := find_state(model)) and state.training):
+        raise ValueError(
+            f"cannot merge the LoRA adapter {folder}: the model is in training, or holds an adapter of peft. Merge it "
+            "before to_esft, or load it by peft itself."
+        )
+    learns = {name: param.requires_grad for name, param in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft makes patterns for the fused experts, and then finds them unused
         try:
@@ -201,6 +264,8 @@ def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
                 raise ValueError(f"{lost[0]} is not in both its files and this model ({len(lost)} such tensors)")
             merged = lora.merge_and_unload()
             merged.name_or_path = ""  # it is not that checkpoint any more
+            for name, param in merged.named_parameters():  # peft has frozen them
+                param.requires_grad_(learns[name])
             return merged
         except ImportError as error:
             hint = "python -m pip install -c constraints.txt peft"

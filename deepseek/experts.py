@@ -154,6 +154,11 @@ def inner_model(model: nn.Module) -> nn.Module:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
+def base_name(name: str) -> str:
+    """Return the name that a module or a parameter has in the base. peft puts its layers around what they adapt."""
+    return name.replace(".base_layer", "")
+
+
 def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
     """Return the MoE layers of a model by decoder layer, in order.
 
@@ -177,7 +182,7 @@ def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
                 f"layer {index} has two experts modules, {found[index].name} and {name}, and a config names "
                 f"experts by their layer only: {type(model).__name__} is not supported"
             )
-        found[index] = MoELayer(module, index, name)
+        found[index] = MoELayer(module, index, base_name(name))
     if found or dense_ok:
         return dict(sorted(found.items()))
     kind = f"{type(model).__name__} (model type {model.config.model_type})"
