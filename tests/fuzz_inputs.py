@@ -80,6 +80,7 @@ COMMANDS = {  # name: (module, the words of a command that works in the world)
         "scripts.pipeline",
         [BASE, DATA, "--eval_dataset=eval.jsonl", "--train_config=keys.yaml", "--output_dir=out", "learning_rate=1e-3"],
     ),
+    "gguf": ("scripts.check_gguf", [BASE]),
     "push": ("scripts.push_adapter", ["--adapter_dir=run", "--repo_id=you/law", "--dry_run"]),
     "report": ("scripts.report", ["run", "--output=o.html"]),
     "show_data": ("scripts.show_data", ["data.jsonl", BASE, "--seq_length=48"]),
