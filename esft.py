@@ -16,7 +16,12 @@ The scores of expert e in layer l, over N tokens with K routed experts each (pap
     gate score   g = (sum of the gate weights of e) / N
     prob score   p = (sum of the router probabilities of e) / N      not in the paper; sums to 1
 
-The experts of a layer are taken best first until their scores sum to `top_p`.
+and two that look at what an expert does with its tokens, neither of them in the paper:
+
+    gradient     squared gradients of e's weights, summed over documents, as a share of those of all experts
+    reap         mean of gate weight x norm of e's output, over the tokens routed to e (arXiv 2510.13999)
+
+The experts of a layer are taken best first until their scores sum to `top_p`; deepseek/selection.py has other rules.
 
 Legend: E experts, L MoE layers; score_E maps expert -> score, and score_LE maps layer -> expert -> score.
 """
@@ -26,6 +31,7 @@ import deepseek  # noqa: F401 (before transformers' callbacks, as they load bits
 # isort: split
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import random
@@ -67,12 +73,12 @@ from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
 from deepseek.masters import computed_value, release_parameters, train_parameters
-from deepseek.routing import RouterCapture, RouterCounts, read_logs  # noqa: F401
+from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs  # noqa: F401
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
 
-SCORE_FUNCTIONS = ("token", "gate", "prob", "gradient", "reap")
+SCORE_FUNCTIONS = tuple(SUMS)
 TOP_P = {**dict.fromkeys(SCORE_FUNCTIONS, 0.2), "gate": 0.1}  # the paper's for token and gate
-UNBOUNDED = ("gradient", "reap")  # they have no sum of their own in a layer, so `top_p` is a share of their layer's
+WITHOUT_SUM = ("gradient", "reap")  # they have no sum of their own in a layer, so `top_p` is a share of their layer's
 SCORE_FILES = ("summary.json", "expert_scores.json")  # in a folder of scores
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -112,22 +118,27 @@ class ExpertScores:
         """Return score_LE of a function."""
         if function in self.by_function:
             return self.by_function[function]
-        needed = "; get_expert_scores.py --prob adds it for models whose router logits transformers records"
-        hint = needed if function == "prob" else ""
+        hint = f"; get_expert_scores.py --scores={function} adds it" if function in SUMS else ""
         known = " and ".join(self.by_function)
         raise ValueError(f"cannot use score {function!r}{suggest(function, self.by_function)}: there is {known}{hint}")
 
     @classmethod
     def from_counts(cls, counts: RouterCounts, **meta: object) -> "ExpertScores":
-        """Compute the scores of counted routing, rounded as in the released files."""
+        """Compute the scores of counted routing. Those of routing alone are rounded as in the released files."""
         if not counts.tokens:
             raise ValueError("cannot score experts: no token was counted. Give more data, or look at the token mask.")
         by_function: dict[str, dict[int, dict[int, float]]] = {}
-        for function, kind in zip(SCORE_FUNCTIONS, ("slots", "gates", "probs")):
-            for layer, sum_E in zip(counts.layers, counts.sums[kind].tolist() if kind in counts.sums else ()):
-                unit = max(1, sum(sum_E)) if kind == "slots" else RouterCounts.UNIT * counts.tokens
-                score_E = {e: round(total / unit, score_decimals(len(sum_E))) for e, total in enumerate(sum_E)}
-                by_function.setdefault(function, {})[layer] = score_E
+        for function, kind in SUMS.items():
+            sums_LE = counts.sums[kind].tolist() if kind in counts.sums else []
+            whole = math.fsum(itertools.chain(*sums_LE))
+            for layer, sum_E, slots_E in zip(counts.layers, sums_LE, counts.sums["slots"].tolist()):
+                units = {"token": max(1, sum(sum_E)), "gradient": whole or 1}
+                unit_E = [units.get(function, RouterCounts.UNIT * counts.tokens)] * len(sum_E)
+                unit_E = [max(1, slots) for slots in slots_E] if function == "reap" else unit_E
+                score_E = [total / unit for total, unit in zip(sum_E, unit_E)]
+                if function not in WITHOUT_SUM:
+                    score_E = [round(score, score_decimals(len(sum_E))) for score in score_E]
+                by_function.setdefault(function, {})[layer] = dict(enumerate(score_E))
         return cls(by_function, {**meta, "tokens": counts.tokens, "top_k": counts.top_k})
 
     def save(self, path: str | Path) -> None:
@@ -341,7 +352,7 @@ def select_experts(
     elif strategy == "topk":
         counts_L = dict.fromkeys(ranked_L, top_k)
     else:
-        shares = general is not None or score_function in UNBOUNDED
+        shares = general is not None or score_function in WITHOUT_SUM
         counts_L = count_experts(score_LE, strategy, top_p, budget, upper_layers, shares)
     experts: dict[int, tuple[int, ...]] = {}
     for layer, ids in ranked_L.items():

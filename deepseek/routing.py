@@ -1,5 +1,8 @@
 """Count where a model's router sends the tokens of a task: with hooks on a model, or from the released routing logs.
 
+The same hooks measure what the experts do there, if asked for: the norms of their outputs, and the gradients of their
+weights (expert_sums.py).
+
 Legend: T tokens, K top-k, N = T*K routed slots, E experts, L MoE layers.
 """
 
@@ -15,7 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from deepseek.experts import MoELayer, moe_layers
+from deepseek.expert_sums import gated_norms, squared_gradients
+from deepseek.experts import MoELayer, inner_model, moe_layers
+
+SUMS = {"token": "slots", "gate": "gates", "prob": "probs", "gradient": "squares", "reap": "norms"}  # of each score
 
 
 @dataclass
@@ -24,7 +30,9 @@ class RouterCounts:
 
     `sums` holds int64 tensors (L, E): the routed "slots" of each expert, the sum of its "gates" and, if asked for, of
     its router "probs". The latter two are in units of 1 / UNIT. So the order of addition, the number of processes and
-    the device do not change a bit.
+    the device do not change a bit. If asked for, it also holds float64 tensors (L, E): the sum of gate weight x norm of
+    the output ("norms"), and of the squared gradients of the expert's weights ("squares"). They are exact where they
+    are added in the same order.
     """
 
     UNIT = 2.0**30
@@ -51,13 +59,19 @@ class RouterCapture:
     With `prob`, router probabilities are summed too, if transformers records the family's router logits. Logits go
     through a softmax. Routers that return probabilities already are taken as they are.
 
+    With `reap`, each forward also computes the outputs of single experts. With `gradient`, call `backward` on a loss
+    after each forward. While the context is open, no weight has a gradient: the squared gradients of the experts are
+    summed up in the backward, by document. A document is a row of the batch, or a part of it whose `position_ids` begin
+    at 0.
+
     Raises:
         ValueError: the model has no fused experts, or no router logits for `prob`. From `counts`: a layer's hook missed
-            tokens, or saw NaN.
+            tokens, or saw NaN, or no backward reached it.
     """
 
-    def __init__(self, model: nn.Module, prob: bool = False):
-        self.layers = moe_layers(model)
+    def __init__(self, model: nn.Module, prob: bool = False, reap: bool = False, gradient: bool = False):
+        self.layers, self._reap, self._gradient = moe_layers(model), reap, gradient
+        self._model, self._frozen_here, self._document = model, [], None
         self.token_mask: Tensor | None = None
         self._holders, self._depth, self._mask = _holders(model, self.layers), 0, None
         self._sums: dict[tuple[str, int], Tensor] = {}
@@ -78,12 +92,21 @@ class RouterCapture:
             self._handles.append(layer.module.register_forward_pre_hook(self._count(layer)))
             if router := self._routers.get(layer.index):
                 self._handles.append(router[0].register_forward_hook(self._count_probs(layer, router[1])))
+            if self._reap or self._gradient:
+                self._handles.append(layer.module.register_forward_hook(self._measure(layer)))
+        if self._gradient:
+            embeddings = inner_model(self._model).get_input_embeddings()
+            self._handles.append(embeddings.register_forward_hook(lambda *a: a[-1].detach().requires_grad_()))
+            self._frozen_here = [param for param in self._model.parameters() if param.requires_grad]
+            self._model.requires_grad_(False)
         return self
 
     def __exit__(self, *_) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for param in self._frozen_here:
+            param.requires_grad_(True)
 
     def _begin(self, module, args, kwargs) -> None:
         """Take the first 2-D mask on the way from the model that is called to its layers."""
@@ -96,6 +119,12 @@ class RouterCapture:
         if self._mask is None and isinstance(padding, Tensor) and padding.ndim == 2:
             # while an answer is generated, the mask also covers what is cached
             self._mask = padding[:, -tokens.shape[1] :].reshape(-1).bool()
+        if self._gradient:
+            starts = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2]) == 0
+            positions = given.get("position_ids")
+            if isinstance(positions, Tensor) and positions.shape == starts.shape:
+                starts = starts | (positions == 0)
+            self._document = starts.reshape(-1).cumsum(0)
 
     def _end(self, *_) -> None:
         self._depth -= 1
@@ -114,6 +143,27 @@ class RouterCapture:
             self._add("gates", layer, zeros_E.scatter_add(0, ids_N, gates_N))
             self._add("tokens", layer, keep_T.sum())
             self._add("unsound", layer, (~weights_TK.isfinite().all(1) * keep_T).sum())
+
+        return hook
+
+    def _measure(self, layer: MoELayer):
+        def hook(_module, args, output) -> None:
+            x_TD, ids_TK, weights_TK, *_ = args
+            x_TD = x_TD.detach().reshape(len(ids_TK), -1)
+            if self._reap:
+                keep_T = torch.ones(len(x_TD)) if self._mask is None else self._mask
+                with torch.no_grad():
+                    norms_E = gated_norms(layer, x_TD, ids_TK, weights_TK, keep_T.to(x_TD.device))
+                self._add("norms", layer, norms_E)
+            if self._gradient and output.requires_grad:
+                document_T = self._document.to(x_TD.device)
+
+                def backward_hook(g_TD: Tensor) -> None:
+                    rows_TD = g_TD.reshape(x_TD.shape)
+                    squares_E = squared_gradients(layer, x_TD, ids_TK, weights_TK, rows_TD, document_T)
+                    self._add("squares", layer, squares_E)
+
+                output.register_hook(backward_hook)
 
         return hook
 
@@ -146,7 +196,11 @@ class RouterCapture:
                     f"cannot score layer {index}: the gate weights of {unsound} tokens are not finite. The model is "
                     "damaged, or its dtype overflows."
                 )
-        kinds = ("slots", "gates", *(["probs"] if self._routers else []))
+            if self._gradient and ("squares", index) not in self._sums:
+                raise ValueError(f"cannot score layer {index}: no backward reached its experts. Call backward on a "
+                                 "loss of each forward, with gradients enabled.")  # fmt: skip
+        kinds = ["slots", "gates"] + ["probs"] * bool(self._routers)
+        kinds += ["norms"] * self._reap + ["squares"] * self._gradient
         sums = {kind: torch.stack([self._sums[kind, index].cpu() for index in self.layers]) for kind in kinds}
         return RouterCounts(max(self._top_k.values()), max(tokens.values()), list(self.layers), sums)
 

@@ -4,20 +4,20 @@
     counts = count_packs(packs, "results/models/tiny", devices=[["cpu"]])      # -> evaluation/selection.py
 
 The counts are the same for any number of processes. A pack goes through the model alone, so its numbers do not depend
-on the others. They are integers, so they add exactly.
+on the others. Most are integers, which add exactly. The others are added in the order of the packs.
 """
 
 import contextlib
 import functools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from tokenizers.decoders import DecodeStream
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from deepseek.loading import keeps_documents_apart, load_base_model
@@ -25,6 +25,7 @@ from deepseek.routing import RouterCapture, RouterCounts
 from evaluation.selection import PackCounts
 from evaluation.workers import TIMEOUT, run_ranks
 from training.data import (
+    IGNORE,
     Encoded,
     Pack,
     Skeleton,
@@ -167,14 +168,15 @@ def count_packs(
     *,
     devices: list[list[str]],
     dtype: str = "auto",
-    prob: bool = False,
+    extra: Sequence[str] = (),
     timeout: float = TIMEOUT,
 ) -> PackCounts:
     """Count the routing of every pack under a progress bar, with a process and a model for each entry of `devices`.
 
-    One of several processes that counts no pack for `timeout` seconds ends all.
+    extra: of "prob", "reap" and "gradient", what is measured beside the routing.
+    timeout: one of several processes that counts no pack for so many seconds ends all.
     """
-    work = functools.partial(count_share, base_model_path, dtype, prob)
+    work = functools.partial(count_share, base_model_path, dtype, extra)
     bar, counts_P = None, {}
     ranks = run_ranks(work, list(enumerate(packs)), devices, timeout, lambda item: f"pack {item[0] + 1}")
     with contextlib.closing(ranks) as messages:
@@ -189,29 +191,53 @@ def count_packs(
 
 
 def count_share(
-    base_model_path: str, dtype: str, prob: bool, share: list[tuple[int, MaskedPack]], devices: list[str]
+    base_model_path: str, dtype: str, extra: Sequence[str], share: list[tuple[int, MaskedPack]], devices: list[str]
 ) -> Iterator[tuple[int, RouterCounts] | None]:
     """Yield None when the model is loaded, then (number, counts) of each pack of one process."""
     model, _ = load_base_model(base_model_path, dtype=dtype, device=devices)
     yield None
     numbers, packs = zip(*share)
-    yield from zip(numbers, count_routing(model, packs, prob))
+    yield from zip(numbers, count_routing(model, packs, extra))
 
 
-@torch.no_grad()
-def count_routing(model: nn.Module, packs: list[MaskedPack], prob: bool = False) -> Iterator[RouterCounts]:
-    """Yield the counts of each pack. Each goes through the decoder alone, without lm_head."""
+def count_routing(model: nn.Module, packs: list[MaskedPack], extra: Sequence[str] = ()) -> Iterator[RouterCounts]:
+    """Yield the counts of each pack. Each goes alone through the decoder, and with "gradient" back again."""
     apart = keeps_documents_apart(model)
     for masked in packs:
-        with RouterCapture(model.base_model, prob) as capture:
+        with RouterCapture(model, **dict.fromkeys(extra, True)) as capture:
             for part in [masked] if apart else masked.documents():
                 capture.token_mask = torch.tensor([part.mask])
-                forward_pack(model, part.pack)
+                if "gradient" in extra:
+                    document_loss(model, part.pack).backward()
+                else:
+                    forward_pack(model, part.pack)
         yield capture.counts()
 
 
+@torch.no_grad()
 def forward_pack(model: nn.Module, one: Pack) -> None:
-    """Run one pack through the decoder."""
-    batch, device = collate([one], pad_token_id=0), model.get_input_embeddings().weight.device  # nothing is padded
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
+    """Run one pack through the decoder, without lm_head."""
+    inputs, _ = _inputs(model, one)
     model.base_model(**inputs, use_cache=False)
+
+
+def document_loss(model: nn.Module, one: Pack) -> Tensor:
+    """Return the sum over the documents of a pack of each one's mean cross entropy, over its label tokens.
+
+    So the gradient of a document does not depend on the others, and a long answer does not count for more.
+    """
+    inputs, labels_T = _inputs(model, one)
+    document_T = (inputs["position_ids"][0] == 0).cumsum(0)
+    columns = (labels_T[1:] != IGNORE).nonzero().squeeze(-1)
+    logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits[0].float()
+    losses = nn.functional.cross_entropy(logits, labels_T[1:][columns].to(logits.device), reduction="none")
+    document = document_T[columns].to(logits.device)
+    return (losses / document.bincount()[document]).sum()
+
+
+def _inputs(model: nn.Module, one: Pack) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the inputs of a pack (1, T), and its labels (T,), where its model is."""
+    batch, device = collate([one], pad_token_id=0), model.get_input_embeddings().weight.device  # nothing is padded
+    batch = {key: tensor.to(device) for key, tensor in batch.items()}
+    labels_T = batch.pop("labels")[0]
+    return batch, labels_T

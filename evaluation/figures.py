@@ -15,7 +15,10 @@ from deepseek.files import atomic_path, check_output
 from esft import ExpertConfig, ExpertScores, select_experts
 from utils import import_extra
 
-UNITS = {"token": "share of routed slots (%)", "gate": "gate weight per token (%)", "prob": "router probability (%)"}
+UNITS = {  # of 100 times a score
+    **{"token": "share of routed slots (%)", "gate": "gate weight per token (%)", "prob": "router probability (%)"},
+    **{"gradient": "share of the squared gradients (%)", "reap": "gate weight x output norm (x 100)"},
+}
 MARK, CUT = "#e8000b", "#0f9d58"  # red and green, against every blue
 COLORS = ("#2f7fd6", "#cf6a00", "#12908a", "#b04fc9", "#d9534f", "#6b8f16", "#7b6be0", "#c2447f")  # on any page
 BASE = "#7d8794"  # the base model is gray

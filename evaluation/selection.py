@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepseek.files import atomic_path, check_file
-from deepseek.routing import RouterCounts, read_logs
-from esft import SCORE_FILES, ExpertConfig, ExpertScores, score_decimals, select_experts
+from deepseek.routing import SUMS, RouterCounts, read_logs
+from esft import SCORE_FILES, WITHOUT_SUM, ExpertConfig, ExpertScores, score_decimals, select_experts
 
 PACKS_NAME = "packs.safetensors"  # beside summary.json
-KINDS = {"token": "slots", "gate": "gates", "prob": "probs"}  # score function -> what it is the sum of
 UNCERTAIN = (0.05, 0.95)  # shares of the draws between which an expert is neither in nor out
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 AT_ONCE = 2**24  # counts in a chunk of draws, 128 MiB
@@ -42,8 +41,7 @@ AT_ONCE = 2**24  # counts in a chunk of draws, 128 MiB
 class PackCounts:
     """The `RouterCounts` of each pack.
 
-    `layers` are the decoder layers. `sums` has int64 (P, L, E) under "slots", "gates" and perhaps "probs". The last two
-    are in units of 1 / RouterCounts.UNIT.
+    `layers` are the decoder layers. `sums` has (P, L, E) under the names that `RouterCounts.sums` has.
     """
 
     top_k: int
@@ -83,7 +81,8 @@ class PackCounts:
         try:
             check_file(path)
             tensors = load_file(path)
-            sums = {kind: tensors[kind].long() for kind in KINDS.values() if kind in tensors}
+            tensors["slots"] = tensors["slots"].long()
+            sums = {kind: tensors[kind] for kind in SUMS.values() if kind in tensors}
             packs = cls(int(tensors["top_k"]), tensors["layers"].tolist(), tensors["tokens"], sums)
             if ExpertScores.from_counts(packs.total()).by_function != ExpertScores.load(folder).by_function:
                 raise ValueError("summary.json beside it has other scores")
@@ -96,12 +95,15 @@ class PackCounts:
 # ------------------------------------------------------------------------------------------------ stability
 
 
-def select_cumulative(score_LE: Tensor, top_p: float) -> Tensor:
+def select_cumulative(score_LE: Tensor, top_p: float, shares: bool = False) -> Tensor:
     """Return bool (..., L, E): what `select_experts` selects by its cumulative rule, for many tables at once."""
+    if shares:  # scores without a sum of their own
+        score_LE = score_LE / score_LE.sum(-1, keepdim=True)
     ranked_LE, ids_LE = score_LE.sort(dim=-1, descending=True, stable=True)
     before_LE = ranked_LE.cumsum(-1).roll(1, -1)
     before_LE[..., 0] = 0
-    return torch.zeros_like(score_LE, dtype=torch.bool).scatter(-1, ids_LE, before_LE < top_p)
+    taken_LE = (before_LE < top_p) & (ranked_LE > 0) if shares else before_LE < top_p
+    return torch.zeros_like(score_LE, dtype=torch.bool).scatter(-1, ids_LE, taken_LE)
 
 
 def bootstrap_selections(packs: PackCounts, times_BP: Tensor, score_function: str, top_p: float) -> Tensor:
@@ -109,17 +111,20 @@ def bootstrap_selections(packs: PackCounts, times_BP: Tensor, score_function: st
 
     times_BP says how often each pack is in a draw. The sums stay below 2**53, so float64 is exact.
     """
-    counts_PLE = packs.sums[KINDS[score_function]]
-    P, L, E = counts_PLE.shape
-    flat_PN, times_BP = counts_PLE.reshape(P, -1).double(), times_BP.double()
-    found = []
-    for part_BP in times_BP.split(max(1, AT_ONCE // (L * E))):
-        counts_BLE = (part_BP @ flat_PN).view(-1, L, E)
+    P, L, E = packs.sums["slots"].shape
+    flat = {kind: packs.sums[kind].reshape(P, -1).double() for kind in ("slots", SUMS[score_function])}
+    found, shares = [], score_function in WITHOUT_SUM
+    for part_BP in times_BP.double().split(max(1, AT_ONCE // (L * E))):
+        counts_BLE = (part_BP @ flat[SUMS[score_function]]).view(-1, L, E)
         if score_function == "token":
             total_BLE = counts_BLE.sum(-1, keepdim=True).clamp(min=1)
+        elif score_function == "reap":
+            total_BLE = (part_BP @ flat["slots"]).view(-1, L, E).clamp(min=1)
         else:
             total_BLE = (part_BP @ packs.tokens_P.double()).clamp(min=1)[:, None, None] * RouterCounts.UNIT
-        found.append(select_cumulative((counts_BLE / total_BLE).round(decimals=score_decimals(E)), top_p))
+        score_BLE = counts_BLE / total_BLE
+        score_BLE = score_BLE if shares else score_BLE.round(decimals=score_decimals(E))
+        found.append(select_cumulative(score_BLE, top_p, shares))
     return torch.cat(found)
 
 

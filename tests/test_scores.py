@@ -301,7 +301,7 @@ def test_selection_flags(tmp_path, capsys, tiny_model_dir):
         ),
         (["--top_p", "nan"], ["top_p is nan"]),
         (["--score_function", "gate"], ["score 'gate'", "there is token"]),
-        (["--score_function", "prob"], ["score 'prob'", "there is token", "--prob", "router logits"]),
+        (["--score_function", "prob"], ["score 'prob'", "there is token", "--scores=prob"]),
         (["--model", tmp_path / "nowhere"], ["nowhere", "no such folder"]),
     ):
         refused(capsys, generate_expert_config.main, [*base, *flags], *words)

@@ -47,7 +47,7 @@ from deepseek.selection import CONTRASTS, TAKES, check_rule, spread
 from esft import (
     SCORE_FUNCTIONS,
     TOP_P,
-    UNBOUNDED,
+    WITHOUT_SUM,
     ExpertConfig,
     ExpertScores,
     adapter_views,
@@ -168,7 +168,7 @@ def print_notes(every: list[ExpertScores], config: ExpertConfig, names: list[str
         if dataset and Path(dataset).stem != Path(name).stem:
             note(f"these scores were computed on {dataset!r}, not on {name!r}")
     top_p = default_top_p(args)
-    whole = args.budget is None and not args.contrast_scores_dir and args.score_function not in UNBOUNDED
+    whole = args.budget is None and not args.contrast_scores_dir and args.score_function not in WITHOUT_SUM
     for scores in every if whole and args.strategy in ("cumulative", "random") else ():
         sums = {layer: sum(score_E.values()) for layer, score_E in scores[args.score_function].items()}
         if low := [layer for layer in sums if sums[layer] < top_p and len(config.experts[layer]) > 1]:

@@ -11,6 +11,14 @@ compare_scores.py tells how certain a selection is.
 The result is the same for any world_size: a pack does not depend on the others, the counts are integers and add
 exactly, and on the CPU each process computes with one thread. (More threads share out a sum in another order. That
 changes its last bits, and with them a near tie between two experts.)
+
+--scores asks for more than where the tokens go:
+
+    prob        mean router probability
+    gradient    squared gradients of an expert's weights, summed over documents. Needs a backward, and keeps no gradient
+    reap        mean of gate weight x norm of an expert's output
+
+docs/selection.md has their formulas and costs.
 """
 
 import argparse
@@ -22,9 +30,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import check_output
+from deepseek.files import check_output, suggest
 from deepseek.loading import empty_model
-from esft import TOP_P, ExpertScores, RouterCapture, base_note, load_tokenizer, select_experts
+from esft import SCORE_FUNCTIONS, TOP_P, ExpertScores, RouterCapture, base_note, load_tokenizer, select_experts
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import TIMEOUT, plan_devices
@@ -39,7 +47,10 @@ from utils import (
     positive,
     run_cli,
     seed_number,
+    split_names,
 )
+
+EXTRA = [name for name in SCORE_FUNCTIONS if name not in ("token", "gate")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,13 +60,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "paper: a name in datasets/train, a path (.jsonl, .json, .parquet) or a hub id")  # fmt: skip
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
     add("--output_dir", required=True, metavar="DIR", help="folder for summary.json and packs.safetensors")
-    add("--prob", action="store_true", help="also score the mean router probability over all experts")
+    add("--scores", default="", metavar="NAME[,NAME]", help=f"scores beside token and gate: {', '.join(EXTRA)}")
+    add("--prob", action="store_true", help="the same as --scores=prob")
     add("--world_size", type=positive, default=1, metavar="N", help="processes, each with a whole model; on the CPU "
         "each computes with one thread, so give as many as there are cores (default: 1)")  # fmt: skip
     add("--timeout", type=positive, default=TIMEOUT, metavar="SECONDS", help="after which one of several processes "
         "that does not answer ends all (default: %(default)s)")  # fmt: skip
     add_shared_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.scores = sorted({*split_names(args.scores), *["prob"] * args.prob} - {"token", "gate"})
+    return args
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -124,9 +138,12 @@ def main(argv: list[str] | None = None) -> ExpertScores:
 def write_scores(args: argparse.Namespace) -> ExpertScores:
     """Score the experts, write and print the scores, and return them."""
     output_path = Path(args.output_dir) / "summary.json"
+    for name in args.scores:
+        if name not in EXTRA:
+            raise ValueError(f"cannot score {name!r}{suggest(name, EXTRA)}. Give --scores of {', '.join(EXTRA)}.")
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     model = empty_model(args.base_model_path)
-    RouterCapture(model, args.prob)  # raises for a model that it cannot count, before any weight is read
+    RouterCapture(model, "prob" in args.scores)  # raises for a model that it cannot count, before any weight is read
     settings = sample_settings(args, model)
     meta = {"model": args.base_model_path, "dataset": args.eval_dataset, "seq_length": settings.seq_length}
     for name in ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype"):
@@ -140,7 +157,7 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
         note(f"the sample has {counted(len(packs), 'pack')}, so {len(packs)} of the {len(devices)} processes are used")
         devices = devices[: len(packs)]
 
-    options = {name: getattr(args, name) for name in ("dtype", "prob", "timeout")}
+    options = {"dtype": args.dtype, "extra": args.scores, "timeout": args.timeout}
     counts = count_packs(packs, args.base_model_path, devices=devices, **options)
     meta |= {"documents": sum(len(p.pack.samples) for p in packs), "packs": len(packs), "environment": environment()}
     meta["base"] = base_note(model)

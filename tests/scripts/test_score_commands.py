@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek.files import write_jsonl
 from deepseek.fingerprint import checkpoint_note
-from esft import ExpertConfig, ExpertScores
+from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation import expert_scoring
 from evaluation.selection import PackCounts
 from scripts.expert import (
@@ -59,9 +59,9 @@ def score(data, model_dir, output_dir, *flags) -> ExpertScores:
 
 
 def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, tmp_path, capsys):
-    flags = ["--n_sample_tokens", 1000, "--seq_length", 128, "--prob", "--seed", 3]
+    flags = ["--n_sample_tokens", 1000, "--seq_length", 128, "--scores", "prob,gradient,reap", "--seed", 3]
     one = score(data, tiny_model_dir, tmp_path / "one", *flags)
-    assert one.by_function.keys() == {"token", "gate", "prob"} and 1000 <= one.meta["tokens"] < 1128
+    assert list(one.by_function) == ["token", "gate", "prob", "gradient", "reap"] and 1000 <= one.meta["tokens"] < 1128
     output = capsys.readouterr()
     assert "token 0.2" in output.out and "on expert" in output.out
     two = score(data, tiny_model_dir, tmp_path / "two", *flags, "--world_size", 2)
@@ -72,21 +72,53 @@ def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, t
     assert ExpertScores.load(tmp_path / "two").by_function == two.by_function
     packs = [PackCounts.load(tmp_path / name) for name in ("one", "two")]
     assert len(packs[0]) == one.meta["packs"] > 2 and torch.equal(packs[0].tokens_P, packs[1].tokens_P)
-    assert packs[0].sums.keys() == {"slots", "gates", "probs"}
+    assert packs[0].sums.keys() == {"slots", "gates", "probs", "squares", "norms"}
     assert all(torch.equal(sums, packs[1].sums[kind]) for kind, sums in packs[0].sums.items())
     assert not torch.equal(packs[0].sums["slots"][0], packs[0].sums["slots"][1])
     other = score(data, tiny_model_dir, tmp_path / "other", *flags[:-1], 4)
     assert other.by_function != one.by_function
 
 
+def test_what_reads_scores_reads_gradient_and_reap(data, tiny_model_dir, tmp_path, capsys):
+    """The selection, its certainty, its price and its picture."""
+    pytest.importorskip("matplotlib")
+    flags = ["--n_sample_tokens", 1000, "--seq_length", 64, "--scores=reap,gradient"]
+    scores = score(data, tiny_model_dir, tmp_path / "s", *flags)
+    for function in ("gradient", "reap"):
+        chosen = [f"--expert_scores_dir={tmp_path / 's'}", f"--score_function={function}"]
+        out, picture = f"--output_path={tmp_path / 'c.json'}", f"--output_path={tmp_path / function}.png"
+        (config,) = generate_expert_config.main([*chosen, out, "--strategy=global", "--budget=0.25"])
+        flat = {(la, e): s for la, score_E in scores[function].items() for e, s in score_E.items()}
+        best = sorted(flat, key=flat.get)[-4:]
+        assert {(la, e) for la, ids in config.experts.items() for e in ids} == set(best)
+        found = compare_scores.main([*chosen, "--n_bootstrap=50"])
+        cumulative = select_experts(scores, score_function=function, top_p=0.2)
+        assert found["selected"] == {la: list(ids) for la, ids in cumulative.experts.items()}
+        assert found["growth"][-1]["jaccard_with_all"] > found["growth"][0]["jaccard_with_all"] - 0.1
+        assert 0 < found["jaccard"] <= 1
+        plot_expert_scores.main([*chosen, picture])
+        assert (tmp_path / f"{function}.png").read_bytes().startswith(b"\x89PNG")
+    rows = preview_config.main([*chosen[:1], f"--base_model_path={tiny_model_dir}", "--top_p", "0.2"])["rows"]
+    assert [row["score_function"] for row in rows] == ["token", "gate", "gradient", "reap"]
+    assert rows[2]["experts"] == sum(map(len, select_experts(scores, score_function="gradient").experts.values()))
+    plain = score(data, tiny_model_dir, tmp_path / "t", *flags[:-1], "--scores=")
+    assert plain.by_function.keys() == {"token", "gate"} and plain["token"] == scores["token"]
+    argv = [f"--expert_scores_dir={tmp_path / 't'}", "--score_function=gradient", out]
+    refused(
+        capsys, generate_expert_config.main, argv, "there is token and gate; get_expert_scores.py --scores=gradient"
+    )
+
+
 def test_scores_do_not_depend_on_the_packs(data, tiny_tokenizer, tmp_path):
     """Not even in gpt_oss, for which transformers builds no mask between packed documents."""
     make_model("gpt_oss").save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    flags = ["--n_sample_tokens", 10**6, "--skip_template_tokens", "--seq_length"]
+    flags = ["--n_sample_tokens", 10**6, "--skip_template_tokens", "--scores=gradient", "--seq_length"]
     long, short = (score(data, tmp_path / "model", tmp_path / str(n), *flags, n) for n in (512, 128))
     assert long.meta["packs"] < short.meta["packs"]
     assert long.by_function["token"] == short.by_function["token"]
+    for layer, score_E in long["gradient"].items():
+        assert all(short["gradient"][layer][e] == pytest.approx(s, rel=1e-3, abs=1e-7) for e, s in score_E.items())
     assert len(PackCounts.load(tmp_path / "512")) == long.meta["packs"] < long.meta["documents"]
 
 
@@ -109,6 +141,7 @@ def test_scoring_refusals(data, tiny_model_dir, tmp_path, capsys, monkeypatch):
     refused(capsys, get_expert_scores.main, [*base, "--seq_length", 10], "sample", "overlong=truncate")
     refused(capsys, get_expert_scores.main, [*base, "--eval_dataset", tmp_path / "no.jsonl"], "no.jsonl")
     refused(capsys, get_expert_scores.main, [*base, "--model", tmp_path / "no"], "no such folder")
+    refused(capsys, get_expert_scores.main, [*base, "--scores=gradients"], "did you mean 'gradient'", "prob, gradient")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     flags = ["--world_size", 2, "--gpus_per_rank", 2]
     refused(capsys, get_expert_scores.main, [*base, *flags], "needs 4 GPUs", "3")
