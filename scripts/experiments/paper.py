@@ -35,7 +35,7 @@ from esft import ExpertScores, select_experts
 from evaluation.selection import overlap
 from scripts.experiments.paper_results import interval, largest_rate, save_pictures, write_claims
 from scripts.experiments.paper_runs import GATE, TASKS, TINY, Lab, Run
-from utils import command_parser, environment, locked, markdown_table, note, positive, run_cli
+from utils import command_parser, locked, markdown_table, note, positive, run_cli
 
 TRIED = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")  # learning rates of part r
 FORGOTTEN = 5.0  # points of general skills that a learning rate may cost on law
@@ -178,17 +178,13 @@ PARTS: dict[str, tuple[str, Callable[[Lab, dict[tuple, Run]], Table]]] = {  # le
 
 def made_by(lab: Lab, part: str) -> str:
     """Return the command of a part's table, and the dates and versions of its results."""
-    used = lab.used or [environment()]
-    dates = sorted({facts["date"][:10] for facts in used})
-    kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
     steps = TIMED_STEPS if part == "e" else lab.args.steps
     seeds = " ".join(map(str, lab.args.seeds[: 1 if part in "re" else None]))
     brackets = "; brackets: 95 % t interval of the mean over seeds"
     brackets = {"r": "", "e": "; brackets: shortest and longest of the rounds"}.get(part, brackets)
     tasks = f", tasks {' '.join(lab.args.ablation_tasks)}" if part in "bcd" else ""
     how = "" if part == "f" else f"{tasks}, seed{'s' * (' ' in seeds)} {seeds}, {steps} steps{brackets}"
-    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"`python scripts/experiments/paper.py --parts={part}`{how}; {days}, {'; '.join(kinds)}"
+    return f"`python scripts/experiments/paper.py --parts={part}`{how}; {lab.origin()}"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -238,15 +234,11 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
 
 def make_runs(lab: Lab) -> dict[str, dict[tuple, Run]]:
     """Make what is not there yet, several runs at a time. Return the runs of each part."""
-    args = lab.args
-    with ThreadPoolExecutor(args.jobs) as pool:
-        if "d" in args.parts:
+    if "d" in lab.args.parts:
+        with ThreadPoolExecutor(lab.args.jobs) as pool:
             list(tqdm(pool.map(lab.base, (16, 32)), total=2, unit="base", desc="pretraining"))
-        parts = {part: runs_of_part(part, lab) for part in args.parts}
-        runs = {run.name: run for runs in parts.values() for run in runs.values()}.values()
-        for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
-            lab.scores(base, task, tokens)  # before several runs need them at the same time
-        list(tqdm(pool.map(lab.result, runs), total=len(runs), unit="run", desc="paper"))
+    parts = {part: runs_of_part(part, lab) for part in lab.args.parts}
+    lab.make((run for runs in parts.values() for run in runs.values()), "paper")
     return parts
 
 

@@ -2,6 +2,7 @@
 
 A Lab runs commands and keeps their results below a folder of its own. A result is made in a hidden folder and kept in
 one file, together with digests of what it was made from. It is made again when its data, base or versions change.
+frontier_runs.py builds on it.
 """
 
 import argparse
@@ -13,11 +14,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from deepseek.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from esft import ExpertConfig, ExpertScores, select_experts
@@ -61,6 +64,11 @@ class Run:
         if self.method != "base":
             parts.append(f"lr{self.rate}")
         return "-".join([*parts, str(self.seed)])
+
+    @property
+    def keys(self) -> list[str]:
+        """The words for train.py that say what is trained."""
+        return [f"method={self.method}", f"seed={self.seed}", f"learning_rate={self.rate}"]
 
 
 class Lab:
@@ -119,10 +127,8 @@ class Lab:
 
     def made_of(self, run: Run) -> dict:
         """Return what decides a result besides the run and the code."""
-        settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # without its comments
-        del settings["learning_rate"]  # every run sets its own
         data = data_of(run.task), f"datasets/eval/{run.task}.jsonl", data_of("general")
-        return {"settings": settings, **inputs(run.base, *data)}
+        return {"settings": self.settings(), **inputs(run.base, *data)}
 
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
         """Return the result kept in `path`, if it was made from the same; else call `make` with a fresh folder."""
@@ -138,6 +144,26 @@ class Lab:
         write_json(path, found)
         self.used.append(found["environment"])
         return found
+
+    def settings(self) -> dict:
+        """Return the settings that all runs share, without the learning rate, which every run sets itself."""
+        settings = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))  # without its comments
+        return {key: value for key, value in settings.items() if key != "learning_rate"}
+
+    def make(self, runs: Iterable[Run], what: str) -> None:
+        """Make the results that are not there yet, several at a time."""
+        runs = {run.name: run for run in runs}.values()
+        for base, task, tokens in dict.fromkeys((run.base, run.task, run.n_sample_tokens) for run in runs):
+            self.scores(base, task, tokens)  # before several runs need them at the same time
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(tqdm(pool.map(self.result, runs), total=len(runs), unit="run", desc=what))
+
+    def origin(self) -> str:
+        """Return the dates, the devices and the versions of the results that were read or made."""
+        used = self.used or [environment()]
+        dates = sorted({facts["date"][:10] for facts in used})
+        kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
+        return f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}, {'; '.join(kinds)}"
 
     def result(self, run: Run) -> dict:
         """Return the scores in percent by data set, and the results of training, from its file if it was run before."""
@@ -159,10 +185,9 @@ class Lab:
 
     def train(self, run: Run, out: Path, steps: int) -> dict:
         """Train, and return the results in run.json: seconds of a step, bytes, parameters."""
-        keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}",
-                f"method={run.method}", f"seed={run.seed}", f"max_steps={steps}",
-                f"learning_rate={run.rate}", "save_strategy=no", "load_best_model_at_end=false",
-                "disable_tqdm=true", "device=cpu"]  # fmt: skip
+        keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}", *run.keys,
+                f"max_steps={steps}", "save_strategy=no", "load_best_model_at_end=false", "disable_tqdm=true",
+                "device=cpu"]  # fmt: skip
         if run.method in ("esft", "random"):
             keys.append(f"--expert_config={self.experts(run)}")
         self.command("train.py", f"--base_model_path={run.base}", *keys)
