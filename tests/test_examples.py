@@ -82,6 +82,39 @@ def test_dpo_with_trl_begins_at_the_base_and_learns_the_preference(experts, tmp_
     assert len(adapter) == 3 * sum(map(len, json.loads(Path(experts).read_text())["experts"].values()))
 
 
+@pytest.mark.clients
+def test_lora_beside_esft_learns_and_both_parts_are_found_again(experts, tmp_path):
+    for library in ("peft", "trl"):
+        pytest.importorskip(library)
+    losses = load_example("lora_beside_esft").main(TINY, LAW, experts, str(tmp_path), num_steps=20)
+    assert losses[1] < losses[0]
+    lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    adapter = load_file(tmp_path / "experts" / "adapter.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(TINY).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    products = {
+        name.removeprefix("base_model.model.").replace("lora_A.", ""): lora[name.replace("lora_A", "lora_B")] @ factor
+        for name, factor in lora.items()
+        if "lora_A" in name
+    }
+    config = {int(layer): ids for layer, ids in json.loads(Path(experts).read_text())["experts"].items()}
+    assert {name.split(".")[-2] for name in products} == {"q_proj", "o_proj"}
+    for name, tensor in merged.items():
+        if name in products:
+            wanted = (base[name].float() + products.pop(name)).to(tensor.dtype)
+            torch.testing.assert_close(tensor, wanted, rtol=2**-7, atol=1e-4)
+            assert (tensor - base[name]).abs().max() > 5e-3
+        elif name.endswith(".experts.down_proj"):
+            for expert, row in enumerate(tensor):
+                key = name.replace("down_proj", f"{expert}.down_proj.weight")
+                chosen = expert in config[int(name.split(".")[2])]
+                assert torch.equal(row, adapter[key] if chosen else base[name][expert])
+                assert torch.equal(row, base[name][expert]) != chosen
+        elif ".experts." not in name:
+            assert torch.equal(tensor, base[name]), name
+    assert not products
+
+
 def test_merge_and_save_gives_a_plain_model_with_the_adapter_s_weights(experts, tmp_path):
     load_example("train_with_a_plain_loop").main(TINY, LAW, experts, str(tmp_path / "adapter"), num_steps=2)
     load_example("merge_and_save").main(TINY, str(tmp_path / "adapter"), str(tmp_path / "merged"))
