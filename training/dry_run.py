@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 from deepseek.expert_parallel import Route, Shard
 from deepseek.experts import moe_layers
 from deepseek.gradient_sync import BUCKET_BYTES
+from training.loss import TokenLosses
 
 if TYPE_CHECKING:
     from training.memory import MemorySettings
@@ -147,17 +148,13 @@ def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings"
     B, T, labels_each = s.batch_size, s.seq_length, max(1, round(s.label_share * s.seq_length))
     device = next(model.parameters()).device
     ids_BT = torch.randint(model.config.get_text_config().vocab_size, (B, T), device=device)
-    shapes = ((B, T), (labels_each,), (B * labels_each,))
+    shapes = ((B, T), (labels_each,), (B, labels_each))
     position_ids_BT, kept, labels = (torch.zeros(shape, dtype=torch.long, device=device) for shape in shapes)
     with tracker:
         for tensor in (ids_BT, position_ids_BT, kept, labels):
             tracker.note(tensor)
-        logits = model(input_ids=ids_BT, position_ids=position_ids_BT, logits_to_keep=kept, use_cache=False).logits
-        tracker.phase = "logits"
-        # as in trainer.py, which frees the model's outputs before the backward
-        logits = logits.flatten(0, 1).float()
-        loss = nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-        del logits
+        inputs = {"input_ids": ids_BT, "position_ids": position_ids_BT, "logits_to_keep": kept, "use_cache": False}
+        loss = TokenLosses(model.get_output_embeddings())(model, inputs, labels)[0].sum()
         loss.backward()
         del loss
     hook.remove()

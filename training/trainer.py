@@ -3,9 +3,9 @@
     L = sum over label tokens of -log p(token) / (label tokens of the global batch)
 
 L runs over all that one optimizer step sees, in fp32. The head runs only at the positions where some row of the batch
-has a label. The batches of a step are the same for any number of processes: with P of them, process p takes batches p,
-p + P, ... of the epoch's order, and an empty one where they end. deepseek/gradient_sync.py reduces the gradients, not
-DDP.
+has a label (loss.py). The batches of a step are the same for any number of processes: with P of them, process p takes
+batches p, p + P, ... of the epoch's order, and an empty one where they end. deepseek/gradient_sync.py reduces the
+gradients, not DDP.
 
 `_get_grad_norm` is the last stop before an optimizer step. There all processes agree to stop at a loss that is not
 finite, or after SIGTERM or Ctrl-C.
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -31,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from deepseek.gradient_sync import GradientReducer
 from deepseek.process_groups import Ranks, SharedError
 from training import data
+from training.loss import TokenLosses, label_positions
 from training.saving import SavingTrainer
 
 logger = logging.getLogger("esft")
@@ -113,6 +113,7 @@ class ESFTTrainer(SavingTrainer):
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._loss_shifts_labels = True
+        self._token_losses = TokenLosses(self.model.get_output_embeddings())
         self.signalled, self.stopping = 0, False  # the signal that came; all processes agreed to stop
         self.step_seconds: list[float] = []
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset
@@ -166,15 +167,10 @@ class ESFTTrainer(SavingTrainer):
 
     def _loss_sum(self, model, inputs, smoothing: float = 0.0):
         """Return (sum of the cross entropy over label tokens, model outputs); `model` may be wrapped."""
-        inputs = {key: value for key, value in inputs.items() if key != "rows"}
-        labels_BT = nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=data.IGNORE)
-        columns = (labels_BT != data.IGNORE).any(0).nonzero().squeeze(-1)
-        outputs = model(**inputs, logits_to_keep=columns, use_cache=False)
-        logits, kept = outputs.logits.flatten(0, 1).float(), labels_BT[:, columns].flatten()
-        loss = nn.functional.cross_entropy(
-            logits, kept, ignore_index=data.IGNORE, reduction="sum", label_smoothing=smoothing
-        )
-        return loss, outputs
+        inputs = {key: value for key, value in inputs.items() if key != "rows"} | {"use_cache": False}
+        labels_BM, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
+        losses_BM, outputs = self._token_losses(model, inputs, labels_BM, smoothing)
+        return losses_BM.sum(), outputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the summed cross entropy / `num_items_in_batch` (by default the label tokens of this batch)."""

@@ -248,6 +248,13 @@ def test_more_tokens_take_more(wide):
     assert peak(wide, seq_length=512).experts == peak(wide, seq_length=64).experts
 
 
+def test_the_logits_of_a_large_vocabulary_are_never_all_there():
+    rows = [dataclasses.replace(ON_CPU, seq_length=256, batch_size=size) for size in (8, 16)]
+    half, whole = (estimator(vocab_size=100_000).estimate(settings).logits for settings in rows)
+    assert half == pytest.approx(whole, rel=0.1)
+    assert 2**27 < whole < 4 * 2**27 < 4096 * 100_000 * 4
+
+
 def test_sharing_experts_takes_less_of_them_and_nothing_else(wide):
     one, two, four = (peak(wide, ep_size=size) for size in (1, 2, 4))
     assert one.peak > two.peak > four.peak

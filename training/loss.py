@@ -1,0 +1,130 @@
+"""The cross entropy of every label token, without the logits of all of them at once.
+
+    loss_m = log sum_v exp(z_mv) - z_my      z_m = W h_m (+ b), y the label of row m
+
+The logits of M labels in fp32 take 4 M V bytes, and their gradient as much again: 3.4 GB at M = 4,096 and V = 102,400.
+Here the head sees a few rows at a time. A row's loss depends on its own hidden state alone, so the gradient of h_m is
+computed in the forward, with the logits at hand, and scaled in the backward. If the head is trained, the backward
+computes its logits once more.
+
+Legend: B rows of the batch, M label positions, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, linear
+
+from training.data import IGNORE
+
+CHUNK = 2**25  # logits that exist at once: 128 MiB in fp32
+
+
+def label_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (labels (B, M), positions (M,)) of the M positions that have a label in some row.
+
+    The label of a position is that of the next one in `labels_BT`.
+    """
+    labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
+    positions_M = (labels_BT != IGNORE).any(0).nonzero().squeeze(-1)
+    return labels_BT[:, positions_M], positions_M
+
+
+class TokenLosses:
+    """Computes the loss of every label of a batch, with a model whose head is `head`."""
+
+    def __init__(self, head: nn.Module, chunk: int = CHUNK):
+        self.head, self.chunk = head, chunk
+        self.head_is_last = type(head) is nn.Linear  # until a model is seen to go on after its head
+
+    def __call__(self, model: nn.Module, inputs: dict, labels_BM: Tensor, smoothing: float = 0.0):
+        """Return (losses, model outputs). The losses are (B, M) in fp32, and 0 where there is no label.
+
+        `model` may be wrapped. `inputs` hold what it takes, with the M positions of `labels_BM` as "logits_to_keep".
+        """
+        if self.head_is_last and labels_BM.numel() * len(self.head.weight) > self.chunk:
+            losses_BM, outputs = self._in_the_head(model, inputs, labels_BM, smoothing)
+            if outputs.logits is losses_BM:
+                return losses_BM, outputs
+            self.head_is_last = False  # the model scales or caps its logits
+        outputs = model(**inputs)
+        losses = _losses(outputs.logits.flatten(0, 1).float(), labels_BM.flatten(), smoothing)
+        return losses.view(labels_BM.shape), outputs
+
+    def _in_the_head(self, model, inputs, labels_BM, smoothing):
+        """Let the head return losses in place of logits: in its forward FSDP has gathered its weight."""
+        losses, hidden = [], []
+
+        def take_input(_, args):
+            hidden.append(args[0])
+            return (args[0][:, :0],)
+
+        def give_losses(head, _args, _logits):
+            (h_BMD,) = hidden
+            rows = max(1, self.chunk // len(head.weight))
+            h_MD, labels_M = h_BMD.flatten(0, 1), labels_BM.flatten()
+            losses.append(
+                _HeadLoss.apply(h_MD, head.weight, head.bias, labels_M, smoothing, rows).view(labels_BM.shape)
+            )
+            return losses[0]
+
+        hooks = self.head.register_forward_pre_hook(take_input), self.head.register_forward_hook(give_losses)
+        try:
+            outputs = model(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return losses[0], outputs
+
+
+def _losses(logits_MV: Tensor, labels_M: Tensor, smoothing: float) -> Tensor:
+    return cross_entropy(logits_MV, labels_M, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
+
+
+def _gradient(logits_MV: Tensor, labels_M: Tensor, smoothing: float) -> Tensor:
+    """Return the gradient of the sum of `_losses`. This takes the memory of the logits."""
+    label_M1 = labels_M[:, None]
+    grad_MV = torch.softmax(logits_MV, -1, out=logits_MV).sub_(smoothing / logits_MV.shape[1])
+    grad_MV.scatter_add_(1, label_M1.clamp(min=0), grad_MV.new_full(label_M1.shape, smoothing - 1))
+    return grad_MV.mul_(label_M1 != IGNORE)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_MD, weight, bias, labels_M, smoothing, rows):
+        losses_M = torch.empty(len(h_MD), dtype=torch.float32, device=h_MD.device)
+        dh_MD = torch.empty_like(h_MD) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(h_MD), rows):
+            part = slice(start, start + rows)
+            logits = linear(h_MD[part], weight, bias)
+            dtype, logits = logits.dtype, logits.float()
+            losses_M[part] = _losses(logits, labels_M[part], smoothing)
+            if dh_MD is not None:
+                dh_MD[part] = _gradient(logits, labels_M[part], smoothing).to(dtype) @ weight
+        ctx.settings = smoothing, rows, ctx.needs_input_grad[1]
+        ctx.save_for_backward(dh_MD, *((h_MD, weight, bias, labels_M) if ctx.needs_input_grad[1] else ()))
+        return losses_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_M):
+        dh_MD, *of_head = ctx.saved_tensors
+        dh_MD = None if dh_MD is None else (dh_MD * g_M[:, None]).to(dh_MD.dtype)
+        dweight = dbias = None
+        if of_head:
+            dweight, dbias = _head_gradient(*of_head, g_M, *ctx.settings[:2])
+        return dh_MD, dweight, dbias, None, None, None
+
+
+def _head_gradient(h_MD, weight, bias, labels_M, g_M, smoothing: float, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the head's weight and bias, summed in fp32."""
+    dweight = torch.zeros_like(weight, dtype=torch.float32)
+    dbias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+    for start in range(0, len(h_MD), rows):
+        part = slice(start, start + rows)
+        logits = linear(h_MD[part], weight, bias)
+        grad = _gradient(logits.float(), labels_M[part], smoothing).mul_(g_M[part, None]).to(logits.dtype)
+        dweight += grad.T @ h_MD[part]
+        if dbias is not None:
+            dbias += grad.sum(0)
+    return dweight.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype)
