@@ -65,6 +65,7 @@ from deepseek.adapters import (
     read_tensors,
     refuse_lora_on_experts,
     set_requires_grad,
+    without_peft,
 )
 from deepseek.experts import base_name, inner_model, moe_layers, release_experts, train_experts, whole
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
@@ -472,6 +473,7 @@ def unload(model: nn.Module) -> nn.Module:
     state = _state(model)
     if state.displaced is None:
         raise ValueError("cannot unload: the base's values were not kept. Use to_esft(model, config, keep_base=True).")
+    ordinary_parameters(model, state.config)  # raises before anything has changed
     _release(model, state)
     for name, view in adapter_views(model, state.config).items():
         view.copy_(state.displaced[name])
@@ -498,7 +500,8 @@ def merge(model: nn.Module) -> nn.Module:
 def base_values(model: nn.Module) -> Iterator[None]:
     """Let the model compute as its base, bit for bit, while open. Then what was trained or loaded is back.
 
-    A backward of an earlier forward may come after it. While open, the device holds the trained values once more.
+    Adapters of peft are off meanwhile. A backward of an earlier forward may come after it. While open, the device holds
+    the trained values once more.
 
     Raises:
         ValueError: the base's values were not kept, or FSDP holds them in shards.
@@ -516,7 +519,8 @@ def base_values(model: nn.Module) -> Iterator[None]:
     for name, view in views.items():
         view.copy_(state.displaced[name], non_blocking=True)
     try:
-        yield
+        with without_peft(model):
+            yield
     finally:
         for name, view in views.items():
             view.copy_(trained[name])

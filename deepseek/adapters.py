@@ -6,6 +6,7 @@
 `config` is an `esft.ExpertConfig` everywhere.
 """
 
+import contextlib
 import re
 import warnings
 from collections import defaultdict
@@ -194,6 +195,29 @@ def describe_wrong_folder(folder: Path) -> str:
 def has_peft(model: nn.Module) -> bool:
     """Return whether an adapter of peft is in the model. peft notes it there, and forgets it when it is merged."""
     return "peft_config" in vars(model)
+
+
+@contextlib.contextmanager
+def without_peft(model: nn.Module) -> Iterator[None]:
+    """Switch the adapters of peft in the model off while open."""
+    if not has_peft(model):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    layers = [layer for layer in layers if not layer.disable_adapters]
+    learns = [(param, param.requires_grad) for param in model.parameters()]  # peft sets it as it switches
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for param, value in learns:
+            param.requires_grad_(value)
 
 
 def any_requires_grad(modules: Iterable[nn.Module]) -> bool:

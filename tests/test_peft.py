@@ -147,6 +147,53 @@ def test_one_part_is_taken_away_and_the_other_stays(order, tmp_path):
     assert torch.equal(logits(model.unload()), logits(make_model()))
 
 
+def test_the_base_is_there_while_both_are_put_aside():
+    model = train(both("peft first"))
+    after, learns = logits(model), trainable(model)
+    with esft.base_values(model):
+        assert torch.equal(logits(model), logits(make_model()))
+    assert torch.equal(logits(model), after) and trainable(model) == learns
+    assert torch.equal(esft.ReferenceModel(model)(IDS).logits, logits(make_model()))
+    with model.disable_adapter(), esft.base_values(model):
+        assert torch.equal(logits(model), logits(make_model()))
+    for name, param in model.named_parameters():
+        if "lora_A" in name:
+            param.requires_grad_(False)
+    learns = trainable(model)
+    with esft.base_values(model):
+        pass
+    assert torch.equal(logits(model), after) and trainable(model) == learns
+
+
+def test_dpo_of_trl_has_the_base_as_reference(tmp_path, tiny_tokenizer):
+    trl = pytest.importorskip("trl")
+    runs = []
+    for reference in (esft.ReferenceModel, lambda _: make_model()):
+        model = esft.to_esft(make_model(), SHARED)
+        settings = {"output_dir": str(tmp_path), "max_steps": 4, "per_device_train_batch_size": 2, "seed": 0}
+        settings |= {"logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no"}
+        args = trl.DPOConfig(**settings, learning_rate=1e-2, disable_tqdm=True, gradient_checkpointing=False)
+        rows = [{"prompt": f"is it {i}?", "chosen": f" yes {i}", "rejected": " no" * (1 + i % 3)} for i in range(8)]
+        set_seed(0)
+        trainer = trl.DPOTrainer(
+            model,
+            reference(model),
+            args,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tiny_tokenizer,
+            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
+            callbacks=[esft.ESFTCallback()],
+        )
+        trainer.train()
+        runs.append(trainer)
+    found, wanted = ([entry["rewards/chosen"] for entry in run.state.log_history[:4]] for run in runs)
+    assert found == pytest.approx(wanted, abs=1e-5) and losses(runs[0])[-1] < losses(runs[0])[0]
+    assert trainable(runs[0].model) > of_lora(runs[0].model)
+    params = dict(runs[1].model.named_parameters())
+    for name, param in runs[0].model.named_parameters():
+        torch.testing.assert_close(param, params[name], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", [{"experts": EXPERTS}, SHARED])
 def test_experts_that_peft_froze_are_noticed(config):
     model = with_lora(esft.to_esft(make_model(), config))
@@ -221,7 +268,7 @@ def test_lora_on_the_fused_tensors_of_a_model_with_a_loaded_adapter(tmp_path):
     assert not torch.equal(logits(esft.add_adapter(model, tmp_path)), wanted)
 
 
-def test_lora_on_what_the_config_trains_is_refused():
+def test_lora_on_what_the_config_trains_is_refused(tmp_path):
     refused = pytest.raises(
         ValueError, match=r"cannot train .*shared_experts.*down_proj.*: an adapter of peft is on it"
     )
@@ -237,6 +284,12 @@ def test_lora_on_what_the_config_trains_is_refused():
         with refused:
             esft.save_adapter(model, "nowhere")
         esft.to_esft(with_lora(make_model(), **kind), {"experts": EXPERTS})
+        esft.save_adapter(esft.to_esft(make_model(), SHARED), tmp_path)
+        model = with_lora(esft.add_adapter(make_model(), tmp_path), **kind)
+        before = logits(model)
+        with refused:
+            esft.unload(model)
+        assert torch.equal(logits(model), before) and esft.trained_config(model).shared_experts
 
 
 def test_a_lora_adapter_is_not_merged_into_a_model_in_training(tmp_path):
