@@ -82,6 +82,10 @@ COMMANDS = {  # name: (module, the words of a command that works in the world)
     ),
     "gguf": ("scripts.check_gguf", [BASE]),
     "push": ("scripts.push_adapter", ["--adapter_dir=run", "--repo_id=you/law", "--dry_run"]),
+    "push_weights": (
+        "scripts.push_weights",
+        ["--url=http://127.0.0.1:9", BASE, "--adapter_dir", "run", "--output_dir=out", "--dry_run"],
+    ),
     "report": ("scripts.report", ["run", "--output=o.html"]),
     "show_data": ("scripts.show_data", ["data.jsonl", BASE, "--seq_length=48"]),
 }
