@@ -266,7 +266,7 @@ def test_no_function_is_long():
 
 
 LOADERS = {"from_pretrained", "from_config", "HFLM"}  # with a switch for the code in a model's folder
-WITHOUT_SWITCH = {"PeftModel"}  # it takes a model that is loaded already
+WITHOUT_SWITCH = {"PeftModel.from_pretrained"}  # it takes a model that is loaded already
 
 
 def trusting(tree: ast.AST, path: str = "") -> list[str]:
@@ -281,7 +281,8 @@ def trusting(tree: ast.AST, path: str = "") -> list[str]:
         if path == "deepseek/loading.py" and getattr(call.func, "id", "") == "_load":
             told |= set(ast.walk(call))
     uses = [node for node in ast.walk(tree) if getattr(node, "attr", getattr(node, "id", "")) in LOADERS]
-    return [ast.unparse(node) for node in uses if node not in told]
+    found = [ast.unparse(node) for node in uses if node not in told]
+    return [use for use in found if use not in WITHOUT_SWITCH]
 
 
 def test_no_loader_decides_by_itself_whether_code_of_a_folder_runs():
@@ -296,8 +297,7 @@ def test_no_loader_decides_by_itself_whether_code_of_a_folder_runs():
     assert not trusting(ast.parse("_load(AutoTokenizer.from_pretrained, p)"), "deepseek/loading.py")
     files = {**python_files(), **python_files("docs/examples/")}
     trees = {path: ast.parse("\n".join(lines)) for path, lines in files.items()}
-    found = {f"{path}: {use}" for path, tree in trees.items() for use in trusting(tree, path)}
-    assert found == {f"deepseek/adapters.py: {name}.from_pretrained" for name in WITHOUT_SWITCH}
+    assert not {f"{path}: {use}" for path, tree in trees.items() for use in trusting(tree, path)}
     every = [use for tree in trees.values() for use in ast.walk(tree) if getattr(use, "attr", "") in LOADERS]
     assert len(every) > 5
 
