@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.files import named, read_json, read_jsonl, suggest_path
+from deepseek.selection import SETTINGS
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
 from evaluation.results import compare
 from utils import ROOT
@@ -58,7 +59,8 @@ class Trained:
         folder, paths = self.folder.resolve(), ("base_model_path", "train_dataset", "expert_config", "output_dir")
         settings = self.settings | {"output_dir": folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}
         flags = (f"--{key}={settings[key]}" for key in paths if settings.get(key))
-        keys = {key: value for key, value in self.settings.items() if key not in paths and value is not None}
+        left_out = {*paths, *(SETTINGS if settings.get("expert_config") else ())}  # a config says what was selected
+        keys = {key: value for key, value in self.settings.items() if key not in left_out and value is not None}
         world = self.results.get("world_size") or 1
         script = "train_ep.py" if world > 1 and self.settings["method"] in ("esft", "random") else "train.py"
         start = ["torchrun", f"--nproc-per-node={world}", script] if world > 1 else ["python", script]
@@ -183,7 +185,8 @@ def read_trained(
     del settings["training"]
     for source in (settings.get("expert_scores_dir"), folder / "expert_scores"):  # the latter train.py made itself
         if scores is None and source and Path(source).exists():
-            scores = ExpertScores.load(source)
+            scores, function = ExpertScores.load(source), settings.get("score_function", function)
+            top_p = settings.get("top_p") or TOP_P[function]
     states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
     states += folder.glob("trainer_state.json")
     history = []

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from deepseek.files import check_file, suggest, suggest_path, unique_keys
+from deepseek.selection import OPTIONS, SETTINGS, STRATEGIES, check_rule
 from training.checkpoints import by_row
 from training.config_parser import make_parser
 from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, NO_EFFECT, ONLY_FOR, REFUSED, SECRETS
@@ -53,6 +54,17 @@ class RunConfig:
     output_dir: str = _key(MISSING, "required: a new folder, or the folder of the same run, to continue it")
     method: Literal["esft", "random", "full", "lora"] = _key("esft", "random: as many experts as esft, drawn by seed")
     expert_config: str | None = _key(None, "the experts to train; without it, esft scores and selects them first")
+    score_function: Literal["token", "gate", "prob", "gradient", "reap"] = _key(
+        "token", "the score that selects the experts, without expert_config"
+    )
+    strategy: str = _key("cumulative", "the rule that selects them: " + ", ".join(STRATEGIES))
+    top_p: float | None = _key(None, "select up to this sum of scores; by default 0.2, or 0.1 for gate")
+    budget: float | None = _key(None, "share of all routed experts to select, in place of top_p")
+    upper_layers: int | None = _key(None, "strategy layers: select in so many uppermost layers; by default half")
+    fraction: float | None = _key(None, "strategy fraction: share of each layer's experts")
+    top_k: int | None = _key(None, "strategy topk: experts of each layer")
+    contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
+    contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
     template_kwargs: str | None = _key(None, 'variables of the chat template, as {"enable_thinking": false}')
     loss_on: Literal["all", "last", "each"] = _key("all", "answers to learn; each: every one in a document of its own")
@@ -83,6 +95,7 @@ class RunConfig:
     training: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
 
     def __post_init__(self):
+        check_rule(self.strategy, **{name: getattr(self, name) for name in OPTIONS})
         if complaint := next(_complaints(self), None):
             raise ValueError(f"cannot start this run: {complaint}")
 
@@ -124,6 +137,9 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     if config.expert_scores_dir and not Path(config.expert_scores_dir).exists():
         path = config.expert_scores_dir
         yield f"expert_scores_dir={path} is not there{suggest_path(path)}"
+    if config.contrast_scores_dir and not Path(config.contrast_scores_dir).exists():
+        path = config.contrast_scores_dir
+        yield f"contrast_scores_dir={path} is not there{suggest_path(path)}"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
     if config.global_batch_size and "gradient_accumulation_steps" in config.training:
@@ -200,6 +216,10 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
     found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
     config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
+    usual = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    if config.expert_config and (unused := [key for key in SETTINGS if getattr(config, key) != usual[key]]):
+        what = f"{unused[0]} says how to select experts, and expert_config names them"
+        raise ValueError(f"cannot start this run: {what}. Leave one of them out.")
     for key, (other, values) in ONLY_FOR.items():
         value = getattr(config, other, config.training.get(other))
         if given.get(key) is not None and not set(values) & {*([value] if isinstance(value, str) else value)}:

@@ -1,14 +1,15 @@
 """Score the experts and select some, for a run of method esft that names none (`train.py --model M --data D`).
 
-Two commands of the project do it, with their defaults, each in a process of its own that gives its memory back:
+Two commands of the project do it, by the keys of the run, each in a process of its own that gives its memory back:
 
     <output_dir>/expert_scores/summary.json    scripts/expert/get_expert_scores.py
-    <output_dir>/expert_configs/token.json     scripts/expert/generate_expert_config.py
+    <output_dir>/expert_configs/selected.json  scripts/expert/generate_expert_config.py
 """
 
 import json
 from pathlib import Path
 
+from deepseek.selection import SETTINGS
 from training.config import RunConfig
 from utils import run_command
 
@@ -17,19 +18,28 @@ SELECTION_FOLDERS = ("expert_scores", "expert_configs")  # in an output folder
 
 def selected_experts(output_dir: str) -> Path:
     """Return the path of the expert config that `score_and_select` writes."""
-    return Path(output_dir).absolute() / SELECTION_FOLDERS[1] / "token.json"
+    return Path(output_dir).absolute() / SELECTION_FOLDERS[1] / "selected.json"
 
 
 def score_and_select(config: RunConfig) -> None:
-    """Write the expert config of a run: token scores on its training data, selected up to the paper's top_p."""
-    scores, path = Path(config.output_dir) / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
+    """Write the expert config of a run: scores on its training data, selected as its keys say."""
+    scores, path = (
+        Path(config.output_dir) / SELECTION_FOLDERS[0],
+        selected_experts(config.output_dir),
+    )
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
     of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
+    of_run["scores"] = config.score_function
     of_run |= {key: "true" for key in ("streaming", "append_end") if getattr(config, key)}
+    rule = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
+    if not config.contrast_scores_dir:
+        del rule["contrast"]
+    if config.strategy == "random":
+        rule["seed"] = config.seed
     flags = {
         "get_expert_scores.py": {"base_model_path": config.base_model_path, "output_dir": scores, **of_run},
-        "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path},
+        "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path, **rule},
     }
     for script, values in flags.items():
         values |= {"eval_dataset": config.train_dataset}

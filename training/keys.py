@@ -4,6 +4,8 @@ docs/settings.md lists every key: handed on, refused, or without effect. tests/t
 with these tables and with the fields of TrainingArguments.
 """
 
+from deepseek.selection import SETTINGS
+
 ALIASES = {
     "model": "base_model_path",
     "data": "train_dataset",
@@ -106,6 +108,7 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
 
 ONLY_FOR = {  # key: (another key, its values that this key is for)
     "expert_config": ("method", ("esft", "random")),
+    **dict.fromkeys(SETTINGS, ("method", ("esft",))),
     "lora_rank": ("method", ("lora",)),
     "lora_alpha": ("method", ("lora",)),
     **dict.fromkeys(

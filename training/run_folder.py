@@ -52,7 +52,14 @@ WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkp
     *(".*.json.*/*", ".*.safetensors.*/*"),  # half-written
     *(f"{folder}/*" for folder in SELECTION_FOLDERS),
 )
-PATHS = ("base_model_path", "train_dataset", "validation_dataset", "expert_config", "expert_scores_dir")
+PATHS = (
+    "base_model_path",
+    "train_dataset",
+    "validation_dataset",
+    "expert_config",
+    "expert_scores_dir",
+    "contrast_scores_dir",
+)
 LENGTH = {"max_steps", "num_train_epochs"}
 OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")  # schedules
 

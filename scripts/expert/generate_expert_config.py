@@ -43,7 +43,7 @@ from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_text
 from deepseek.fingerprint import difference
 from deepseek.loading import empty_model
-from deepseek.selection import CONTRASTS, TAKES, check_rule, spread
+from deepseek.selection import CONTRASTS, OPTIONS, TAKES, check_rule, spread
 from esft import (
     SCORE_FUNCTIONS,
     TOP_P,
@@ -56,8 +56,6 @@ from esft import (
 )
 from evaluation.selection import union_of
 from utils import command_parser, markdown_table, note, run_cli, seed_number, split_names
-
-OPTIONS = ("top_p", "budget", "upper_layers", "fraction", "top_k", "seed")  # of the strategies
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -133,7 +131,7 @@ def default_top_p(args: argparse.Namespace) -> float:
 
 def strategy_options(args: argparse.Namespace) -> dict:
     """Return the options of the strategy. By default, top_p is the paper's."""
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in (*OPTIONS, "seed") if getattr(args, name) is not None}
     check_rule(args.strategy, **given)
     usual = {"top_p": default_top_p(args)} if "top_p" in TAKES[args.strategy] and "budget" not in given else {}
     return usual | given

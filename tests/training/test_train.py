@@ -16,8 +16,9 @@ import eval_multigpu
 import train
 from deepseek.files import write_json, write_jsonl
 from deepseek.process_groups import Ranks
+from scripts.expert import generate_expert_config
 from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same
-from training import data
+from training import data, first_selection
 from training.checkpoints import find_damage
 from training.trainer import ESFTTrainer
 
@@ -191,7 +192,52 @@ def test_without_an_expert_config_esft_scores_and_selects_first(files, start, mo
     assert esft.ExpertConfig.load(out).experts == {1: (3, 5), 2: (0, 6, 2)}
     start(**keys)
     start(**keys, overwrite=True)
-    assert len(ran) == 4 and (out / "expert_configs" / "token.json").is_file()
+    assert len(ran) == 4 and (out / "expert_configs" / "selected.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("keys", "scored", "selected"),
+    [
+        ({}, "token", {"strategy": "cumulative"}),
+        ({"top_p": 0.4, "score_function": "gate"}, "gate", {"top_p": "0.4", "strategy": "cumulative"}),
+        (
+            {"score_function": "gradient", "strategy": "global", "budget": 0.07},
+            "gradient",
+            {"strategy": "global", "budget": "0.07"},
+        ),
+        ({"strategy": "random", "seed": 5}, "token", {"strategy": "random", "seed": "5"}),
+        ({"strategy": "topk", "top_k": 2}, "token", {"strategy": "topk", "top_k": "2"}),
+    ],
+)
+def test_a_run_selects_by_the_rule_of_its_keys(keys, scored, selected, files, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("training.first_selection.run_command", ran.append)
+    config = config_of(files, tmp_path / "out", expert_config=None, **keys)
+    first_selection.score_and_select(config)
+    score, select = (dict(word.removeprefix("--").split("=", 1) for word in words[1:]) for words in ran)
+    paths = ("expert_scores_dir", "output_path", "eval_dataset")
+    assert score["scores"] == select["score_function"] == scored
+    assert {key: value for key, value in select.items() if key not in (*paths, "score_function")} == selected
+    flags = [f"--{key}={value}" for key, value in select.items()]
+    assert generate_expert_config.parse_args(flags).score_function == scored
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"expert_config": None, "strategy": "globl"}, "cannot select by 'globl' (did you mean 'global'?)"),
+        ({"expert_config": None, "strategy": "gradient"}, "it is a score (score_function=gradient)"),
+        ({"expert_config": None, "score_function": "grad"}, "score_function"),
+        ({"expert_config": None, "budget": 0.1, "top_p": 0.2}, "it takes top_p or budget"),
+        ({"expert_config": None, "top_p": 0}, "top_p is 0"),
+        ({"expert_config": None, "contrast_scores_dir": "nowhere"}, "contrast_scores_dir=nowhere is not there"),
+        ({"budget": 0.1}, "budget says how to select experts, and expert_config names them"),
+    ],
+)
+def test_a_wrong_rule_is_refused_before_anything_is_read(keys, why, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_data", lambda *_: pytest.fail("data were read"))
+    assert why in fails(arguments(files, tmp_path / "out", **keys), capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_selection_that_fails_ends_the_run(files, tmp_path, monkeypatch, capsys):
@@ -215,7 +261,7 @@ def test_the_short_form_is_the_long_one(files, tmp_path, start):
     command("scripts/expert/get_expert_scores.py", *flags)
     flags = (f"--expert_scores_dir={scores}", f"--output_path={tmp_path / 'long.json'}")
     command("scripts/expert/generate_expert_config.py", *flags)
-    assert (short / "expert_configs" / "token.json").read_bytes() == (tmp_path / "long.json").read_bytes()
+    assert (short / "expert_configs" / "selected.json").read_bytes() == (tmp_path / "long.json").read_bytes()
     defaults = {"batch_size": 8, "validation_fraction": 0.02, "learning_rate": 5e-5}
     start("long", expert_config=tmp_path / "long.json", max_steps=2, **defaults, eval_steps=None, save_steps=None)
     assert same(short, start.folder / "long")
