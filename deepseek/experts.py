@@ -24,7 +24,7 @@ Legend: D hidden, F expert hidden, E experts, e of them on this rank, S trained 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -219,21 +219,23 @@ class TrainedExperts(nn.Module):
         """Ids of the trained experts, in row order."""
         return [self._local_ids[index] for index in self.order_e[: self.num_trained].tolist()]
 
-    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for name, param in self.named_parameters(recurse=False):
-            yield param, self._layer.tensor(name).data[: self.num_trained]
-
     @torch.no_grad()
-    def write_back(self) -> None:
-        """Make W[:S] hold what the parameters hold.
+    def write_back(self, params: Iterable[Tensor] | None = None) -> None:
+        """Make W[:S] hold what the parameters hold: `params`, by default those of this module.
 
         The copy is made at every call. A fused optimizer, or a write to `param.data`, does not raise the version
         counter of a parameter. So no cheap test can tell whether it changed.
         """
-        for param, rows in self._pairs():
+        for name, param in zip(self._layer.tensor_names, params or self.parameters()):
+            self._layer.tensor(name).data[: self.num_trained].copy_(param)
+
+    def _apply(self, fn, recurse=True):
+        """Keep the parameters in fp32 when the model is cast."""
+        super()._apply(fn, recurse)
+        for param in self.parameters():
             if param.dtype != torch.float32:
                 param.data = param.data.float()
-            rows.copy_(param)
+        return self
 
 
 def _reorder(layer: FusedExperts, rows_e: Tensor) -> None:
@@ -301,4 +303,4 @@ def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) ->
             loaded = state_dict[f"{prefix}{name}"]
             rows = whole(loaded)[trained.order_e.to(loaded.device)]
             state_dict[f"{prefix}{name}"] = _sharded_like(rows, loaded)
-            state_dict[f"{prefix}trained.{name}"] = _sharded_like(rows[: trained.num_trained], loaded)
+            state_dict[f"{prefix}trained.{name}"] = _sharded_like(rows[: trained.num_trained].float(), loaded)

@@ -15,12 +15,18 @@ stream holds anyway, and h. It computes a again, elementwise. The gradient of th
 that the backward needs anyway: <g, y> = <g W_down, a> (+ <g, b>). So y is never stored. The values of the forward are
 those of the library's grouped_mm, bit for bit.
 
+torch.compile sees one node per layer, an operator that runs the same forward and backward (`esft::experts`).
+
 Layers without trained experts use the same function. `reference_experts_forward` is the same mathematics as a plain
 loop over experts under autograd. Tests compare the two.
 
 Legend: T tokens, K top-k, N = T*K routed rows, n of them on trained experts, D hidden, F expert hidden, E experts,
 S trained experts of the layer, I and O inputs and outputs of a matrix.
 """
+
+from collections.abc import Sequence
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +57,9 @@ def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, t
 
 def grouped_experts(layer: FusedExperts, x_TD: Tensor, rows_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """Do the same as `esft_experts_forward` for experts given by their rows in the fused tensors. T may be 0."""
-    params = ()
-    if layer.trained:
-        layer.trained.write_back()
-        params = layer.trained.parameters()
+    params = tuple(layer.trained.parameters()) if layer.trained else ()
+    if torch.compiler.is_compiling():
+        return torch.ops.esft.experts(x_TD, topk_weights_TK, rows_TK, params, _handle(layer.module))[0]
     return _GroupedExperts.apply(layer, x_TD, topk_weights_TK, rows_TK, *params)
 
 
@@ -86,98 +91,189 @@ def _activate(module: nn.Module, h: Tensor) -> Tensor:
     return module._apply_gate(h) if module.has_gate else module.act_fn(h)
 
 
+def _forward(layer: FusedExperts, x_TD: Tensor, topk_weights_TK: Tensor, rows_TK: Tensor, params: Sequence[Tensor]):
+    """Return the output (T, D), what the backward needs of it, and the bounds of `_bounds`."""
+    if params:
+        layer.trained.write_back(params)
+    module, (up_name, down_name) = layer.module, layer.weight_names
+    up_bias, down_bias = _biases(layer)
+    dtype, x_TD = x_TD.dtype, x_TD.to(layer.tensor(up_name).dtype)
+    T, K = rows_TK.shape
+    row_N, perm_N = torch.sort(rows_TK.reshape(-1), stable=True)
+    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
+    every_E = torch.arange(len(layer.local_ids), device=row_N.device)
+    offs_E = torch.searchsorted(row_N, every_E, right=True).int()
+    bounds = _bounds(layer, x_TD, offs_E)
+
+    h_N = _linear(layer, up_name, x_TD.index_select(0, perm_N // K), offs_E, bounds)
+    if module.has_bias:
+        h_N += up_bias[row_N]
+    a_NF = _activate(module, h_N)
+    y_ND = _linear(layer, down_name, a_NF, offs_E, bounds)
+    if module.has_bias:
+        y_ND += down_bias[row_N]
+    if module.has_post_expert_norm:
+        y_ND = module.post_expert_norm(y_ND)
+    y_ND = y_ND * topk_weights_TK.reshape(-1)[perm_N, None]
+    out_TD = y_ND.index_select(0, inverse_N).view(T, K, y_ND.shape[1]).sum(1).to(dtype)
+    return out_TD, (h_N, row_N, perm_N, inverse_N, offs_E), bounds
+
+
+def _backward(layer: FusedExperts, g_TD: Tensor, saved: Sequence[Tensor], bounds: list[int] | None, needs: tuple):
+    """Return the gradients of x_TD, of the routing weights, and of the trained parameters, or None for each.
+
+    `saved` are x_TD, topk_weights_TK, and what `_forward` returned. `needs` says whether x_TD and the routing weights
+    need a gradient, and for how many trained experts.
+    """
+    module, (need_x, need_weights, S) = layer.module, needs
+    x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E = saved
+    dtype, x_TD = x_TD.dtype, x_TD.to(h_N.dtype)
+    (T, K), transposed = topk_weights_TK.shape, module.is_transposed
+    up_name, down_name = layer.weight_names
+    _, down_bias = _biases(layer)
+    # Rows of the trained prefix. On an accelerator, reading n would stall the stream. There N does: grouped_mm stops
+    # at the last offset.
+    n = N = len(row_N)
+    if bounds:
+        n = bounds[S]
+    elif S and row_N.device.type == "cpu":
+        n = int(offs_E[S - 1])
+    if not (need_x or need_weights):  # nothing is trained below this layer, so only the prefix matters
+        N, offs_E = n, offs_E[:S]
+    token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
+
+    g_ND = g_TD.to(x_TD.dtype).index_select(0, token_N)
+    with torch.enable_grad():
+        h_N = h_N[:N].detach().requires_grad_()
+        a_NF = _activate(module, h_N)
+    dweight_N = None
+    if module.has_post_expert_norm:
+        y_ND = _linear(layer, down_name, a_NF.detach(), offs_E, bounds)
+        if module.has_bias:
+            y_ND += down_bias[row_N[:N]]
+        g_ND, dweight_N = _backward_norm(module.post_expert_norm, y_ND, g_ND, weight_N1)
+        weight_N1 = torch.ones_like(weight_N1)
+    da_NF = _linear(layer, down_name, g_ND, offs_E, bounds, backward=True)
+    if need_weights and dweight_N is None:
+        dweight_N = (da_NF * a_NF.detach()).sum(-1)
+        if module.has_bias:
+            dweight_N += (g_ND * down_bias[row_N[:N]]).sum(-1)
+    dh_N = torch.autograd.grad(a_NF, h_N, (da_NF * weight_N1).to(a_NF.dtype))[0]
+
+    dx_TD = dweight_TK = dtrained = None
+    if S:
+        wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)  # has fewer columns than w g
+        dtrained = [
+            _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], bounds, transposed),
+            _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], bounds, transposed),
+        ]
+        if module.has_bias:
+            dtrained += [_segment_sum(rows, row_N[:n], S) for rows in (dh_N[:n], g_ND[:n] * weight_N1[:n])]
+        dtrained = [grad.float() for grad in dtrained]  # trained parameters are fp32 (experts.py)
+    if need_x:
+        dx_ND = _linear(layer, up_name, dh_N, offs_E, bounds, backward=True)
+        dx_TD = _sum_slots(dx_ND, inverse_N.view(T, K)).to(dtype)
+    if need_weights:
+        dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
+    return dx_TD, dweight_TK, dtrained
+
+
 class _GroupedExperts(torch.autograd.Function):
-    """The forward and its backward. x_TD, topk_weights_TK and the trained parameters (S, ...) can have a gradient."""
+    """Joins `_forward` and `_backward`. x_TD, topk_weights_TK and the trained parameters can have a gradient."""
 
     @staticmethod
-    def forward(ctx, layer, x_TD, topk_weights_TK, rows_TK, *trained):
-        module, (up_name, down_name) = layer.module, layer.weight_names
-        up_bias, down_bias = _biases(layer)
-        dtype, x_TD = x_TD.dtype, x_TD.to(layer.tensor(up_name).dtype)
-        T, K = rows_TK.shape
-        row_N, perm_N = torch.sort(rows_TK.reshape(-1), stable=True)
-        inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
-        every_E = torch.arange(len(layer.local_ids), device=row_N.device)
-        offs_E = torch.searchsorted(row_N, every_E, right=True).int()
-        # to dequantize matrices (frozen.py) or multiply one by one, the host must know where an expert's rows begin
-        ctx.bounds = [0, *offs_E.tolist()] if layer.frozen or not has_kernel(x_TD) else None
-
-        h_N = _linear(layer, up_name, x_TD.index_select(0, perm_N // K), offs_E, ctx.bounds)
-        if module.has_bias:
-            h_N += up_bias[row_N]
-        a_NF = _activate(module, h_N)
-        y_ND = _linear(layer, down_name, a_NF, offs_E, ctx.bounds)
-        if module.has_bias:
-            y_ND += down_bias[row_N]
-        if module.has_post_expert_norm:
-            y_ND = module.post_expert_norm(y_ND)
-        y_ND = y_ND * topk_weights_TK.reshape(-1)[perm_N, None]
-        out_TD = y_ND.index_select(0, inverse_N).view(T, K, y_ND.shape[1]).sum(1).to(dtype)
-
-        ctx.layer, ctx.dtype, ctx.num_trained = layer, dtype, trained[0].shape[0] if trained else 0
-        ctx.save_for_backward(x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E)
+    def forward(ctx, layer, x_TD, topk_weights_TK, rows_TK, *params):
+        out_TD, saved, ctx.bounds = _forward(layer, x_TD, topk_weights_TK, rows_TK, params)
+        ctx.layer = layer
+        ctx.save_for_backward(x_TD, topk_weights_TK, *saved)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_TD):
-        layer, module, S = ctx.layer, ctx.layer.module, ctx.num_trained
-        x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E = ctx.saved_tensors
-        _, need_x, need_weights, _, *need_trained = ctx.needs_input_grad
-        (T, K), transposed = topk_weights_TK.shape, module.is_transposed
-        up_name, down_name = layer.weight_names
-        _, down_bias = _biases(layer)
-        # Rows of the trained prefix. On an accelerator, reading n would stall the stream, so N is used instead:
-        # grouped_mm stops at the last offset.
-        n = N = len(row_N)
-        if ctx.bounds:
-            n = ctx.bounds[S]
-        elif S and row_N.device.type == "cpu":
-            n = int(offs_E[S - 1])
-        if not (need_x or need_weights):  # nothing is trained below this layer, so only the prefix matters
-            N, offs_E = n, offs_E[:S]
-        token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
+        _, need_x, need_weights, _, *need_params = ctx.needs_input_grad
+        needs = (need_x, need_weights, ctx.layer.num_trained if any(need_params) else 0)
+        dx_TD, dweight_TK, dparams = _backward(ctx.layer, g_TD, ctx.saved_tensors, ctx.bounds, needs)
+        return None, dx_TD, dweight_TK, None, *(dparams or [None] * len(need_params))
 
-        g_ND = g_TD.to(x_TD.dtype).index_select(0, token_N)
-        with torch.enable_grad():
-            h_N = h_N[:N].detach().requires_grad_()
-            a_NF = _activate(module, h_N)
-        dweight_N = None
-        if module.has_post_expert_norm:
-            y_ND = _linear(layer, down_name, a_NF.detach(), offs_E, ctx.bounds)
-            if module.has_bias:
-                y_ND += down_bias[row_N[:N]]
-            g_ND, dweight_N = _backward_norm(module.post_expert_norm, y_ND, g_ND, weight_N1)
-            weight_N1 = torch.ones_like(weight_N1)
-        da_NF = _linear(layer, down_name, g_ND, offs_E, ctx.bounds, backward=True)
-        if need_weights and dweight_N is None:
-            dweight_N = (da_NF * a_NF.detach()).sum(-1)
-            if module.has_bias:
-                dweight_N += (g_ND * down_bias[row_N[:N]]).sum(-1)
-        dh_N = torch.autograd.grad(a_NF, h_N, (da_NF * weight_N1).to(a_NF.dtype))[0]
 
-        dtrained = []
-        if any(need_trained):
-            # the routing weight is applied to the factor with F columns, which is smaller than the one with D
-            wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)
-            dtrained = [
-                _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], ctx.bounds, transposed),
-                _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], ctx.bounds, transposed),
-            ]
-            if module.has_bias:
-                dtrained += [
-                    _segment_sum(dh_N[:n], row_N[:n], S),
-                    _segment_sum(g_ND[:n] * weight_N1[:n], row_N[:n], S),
-                ]
-            dtrained = [grad.float() for grad in dtrained]  # trained parameters are fp32 (experts.py)
+# --------------------------------------------------------------------------------------------------------------------
+# The same as two operators for torch.compile, which does not look into them. Eager has no use for them: a call costs
+# more. The fused tensors are not among their inputs, as a compiler would copy them because of `write_back`, and the
+# gate is code of the model. So a handle stands for the module. torch.library.custom_op would keep autograd out of the
+# backward.
 
-        dx_TD = dweight_TK = None
-        if need_x:
-            dx_ND = _linear(layer, up_name, dh_N, offs_E, ctx.bounds, backward=True)
-            dx_TD = _sum_slots(dx_ND, inverse_N.view(T, K)).to(ctx.dtype)
-        if need_weights:
-            dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
-        return None, dx_TD, dweight_TK, None, *(dtrained or [None] * len(need_trained))
+_modules: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()  # that were compiled, by handle
+_handles = count()
+
+
+@torch.compiler.assume_constant_result
+def _handle(module: nn.Module) -> int:
+    """Return the number that stands for an experts module in a compiled graph, which serves that module only."""
+    for handle, known in _modules.items():
+        if known is module:
+            return handle
+    _modules[handle := next(_handles)] = module
+    return handle
+
+
+def _op_forward(x_TD, topk_weights_TK, rows_TK, params, handle):
+    out_TD, saved, _ = _forward(FusedExperts(_modules[handle]), x_TD, topk_weights_TK, rows_TK, params)
+    return [out_TD, *saved]
+
+
+def _op_forward_shapes(x_TD, topk_weights_TK, rows_TK, params, handle):
+    layer, N = FusedExperts(_modules[handle]), rows_TK.numel()
+    up = layer.tensor(layer.weight_names[0])
+    h_N = x_TD.new_empty(N, up.shape[2 if layer.module.is_transposed else 1], dtype=up.dtype)
+    row_N, perm_N, inverse_N = (rows_TK.new_empty(N) for _ in range(3))
+    return [x_TD.new_empty(x_TD.shape), h_N, row_N, perm_N, inverse_N, rows_TK.new_empty(len(layer.local_ids)).int()]
+
+
+def _op_backward(g_TD, saved, need_x, need_weights, S, handle):
+    layer, (_, _, h_N, *_, offs_E) = FusedExperts(_modules[handle]), saved
+    bounds = _bounds(layer, h_N, offs_E)
+    dx_TD, dweight_TK, dparams = _backward(layer, g_TD, saved, bounds, (need_x, need_weights, S))
+    return [grad for grad in (dx_TD, dweight_TK, *(dparams or ())) if grad is not None]
+
+
+def _op_backward_shapes(g_TD, saved, need_x, need_weights, S, handle):
+    layer, (x_TD, topk_weights_TK, *_) = FusedExperts(_modules[handle]), saved
+    grads = [t.new_empty(t.shape) for t, need in ((x_TD, need_x), (topk_weights_TK, need_weights)) if need]
+    shapes = [layer.tensor(name).shape[1:] for name in layer.tensor_names] if S else []
+    return grads + [x_TD.new_empty(S, *shape, dtype=torch.float32) for shape in shapes]
+
+
+def _op_context(ctx, inputs, output):
+    x_TD, topk_weights_TK, _, params, ctx.handle = inputs
+    ctx.save_for_backward(x_TD, topk_weights_TK, *output[1:])
+    ctx.S = len(params[0]) if params else 0
+
+
+def _op_autograd(ctx, grads):
+    need_x, need_weights, _, need_params, _ = ctx.needs_input_grad
+    S = ctx.S if any(need_params) else 0
+    found = iter(torch.ops.esft.experts_backward(grads[0], ctx.saved_tensors, need_x, need_weights, S, ctx.handle))
+    dx_TD, dweight_TK = next(found) if need_x else None, next(found) if need_weights else None
+    return dx_TD, dweight_TK, None, list(found) or [None] * len(need_params), None
+
+
+SCHEMAS = {
+    "esft::experts": "(Tensor x, Tensor weights, Tensor rows, Tensor[] params, int handle) -> Tensor[]",
+    "esft::experts_backward": "(Tensor g, Tensor[] saved, bool need_x, bool need_w, int S, int handle) -> Tensor[]",
+}
+for name, schema in SCHEMAS.items():
+    torch.library.define(name, schema, tags=torch.Tag.cudagraph_unsafe)  # `_bounds` may wait for the device
+torch.library.impl("esft::experts", "default", _op_forward)
+torch.library.register_fake("esft::experts", _op_forward_shapes)
+torch.library.register_autograd("esft::experts", _op_autograd, setup_context=_op_context)
+torch.library.impl("esft::experts_backward", "default", _op_backward)
+torch.library.register_fake("esft::experts_backward", _op_backward_shapes)
+
+
+def _bounds(layer: FusedExperts, x: Tensor, offs_E: Tensor) -> list[int] | None:
+    """Return 0 and the offsets on the host, if it must know them to dequantize (frozen.py) or to multiply in a loop."""
+    return [0, *offs_E.tolist()] if layer.frozen or not has_kernel(x) else None
 
 
 def _backward_norm(norm: nn.Module, y_ND: Tensor, g_ND: Tensor, weight_N1: Tensor) -> tuple[Tensor, Tensor]:
