@@ -31,12 +31,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from deepseek.expert_parallel import Shard
     from deepseek.frozen import FrozenExperts
 
+IMPLEMENTATION = "esft"  # in transformers' registry (grouped_gemm.py). The names of our other forwards begin with it
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
@@ -97,6 +99,11 @@ class FusedExperts:
     def row_order(self) -> "TrainedExperts | FrozenExperts | None":
         """The holder of `order_e` and `row_of_e`; None where the rows are in the order of the local ids."""
         return self.trained or self.frozen
+
+    def note_run(self) -> None:
+        """Note that a forward of ours runs, for `require_own_forward`."""
+        if self.row_order is not None:
+            self.row_order.ran = True
 
     def rows_of(self, index: Tensor) -> Tensor:
         """Return the rows of experts that are given by their place in `local_ids`."""
@@ -204,7 +211,7 @@ class TrainedExperts(nn.Module):
         known = range(len(self._local_ids)) if before is None else before.order_e.tolist()
         first = [index for index, expert in enumerate(self._local_ids) if expert in chosen]
         rest = [index for index in known if self._local_ids[index] not in chosen]
-        self.num_trained = len(first)
+        self.num_trained, self.ran = len(first), False
         order_e = torch.tensor(first + rest, device=layer.module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
@@ -245,6 +252,35 @@ def _reorder(layer: FusedExperts, rows_e: Tensor) -> None:
         fused.data.copy_(fused.data[rows_e[: len(fused)]])
 
 
+def require_own_forward(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    """Refuse every forward but ours from now on, as others would read the wrong rows. Return what ends this.
+
+    The name of the implementation is checked before a forward, and by torch.compile while it traces. That ours ran is
+    checked after it, because patches (Liger, kernels of a hub) replace the module's forward and leave the name.
+    """
+    return module.register_forward_pre_hook(_refuse_implementation), module.register_forward_hook(_refuse_replaced)
+
+
+def _refuse_implementation(module: nn.Module, _args) -> None:
+    name = str(module.config._experts_implementation)
+    if not name.startswith(IMPLEMENTATION):
+        raise ValueError(
+            f"cannot compute the experts with experts_implementation={name!r}: their rows are in another order, which "
+            f"only ESFT's own forward knows. Call model.set_experts_implementation({IMPLEMENTATION!r}), or unload or "
+            "merge first."
+        )
+    if not torch.compiler.is_compiling():
+        FusedExperts(module).row_order.ran = False
+
+
+def _refuse_replaced(module: nn.Module, _args, _out) -> None:
+    if not torch.compiler.is_compiling() and not FusedExperts(module).row_order.ran:
+        raise ValueError(
+            f"cannot compute the experts: something replaced the forward of {type(module).__name__}, and their rows "
+            "are in another order, which only ESFT's own forward knows. Leave out what replaced it, such as Liger."
+        )
+
+
 def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
     """Freeze a layer's experts except for `experts`. Those that are local become the first rows."""
     module = layer.module
@@ -255,6 +291,7 @@ def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
     module._trained_hooks = (
         module.register_state_dict_post_hook(_state_dict_in_base_order),
         module.register_load_state_dict_pre_hook(_load_in_base_order),
+        *require_own_forward(module),
     )
 
 

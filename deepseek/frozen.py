@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from deepseek.experts import FusedExperts
+from deepseek.experts import FusedExperts, require_own_forward
 
 DTYPES = ("fp8", "int8", "nf4")
 CHUNK = 8  # experts that are dequantized at a time
@@ -134,7 +134,7 @@ class FrozenExperts(nn.Module):
 
     def __init__(self, layer: FusedExperts, dtype: str | None, offload: bool):
         super().__init__()
-        self.dtype, self.offload, self.kept = dtype, offload, 0
+        self.dtype, self.offload, self.kept, self.ran = dtype, offload, 0, False
         self.stored: dict[str, tuple[Tensor, ...]] = {}  # by name of the fused matrix
         self.shapes: dict[str, torch.Size] = {}  # (O, I), by the same name
         self.order_e = torch.arange(len(layer.local_ids), device=layer.module.down_proj.device)
@@ -222,6 +222,7 @@ def freeze_experts(
         fused.data = kept
     frozen.set_order(first + rest, len(first))
     layer.module.frozen = frozen
+    require_own_forward(layer.module)
 
 
 @torch.no_grad()

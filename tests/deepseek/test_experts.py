@@ -2,11 +2,14 @@
 
 import copy
 import io
+import pickle
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from deepseek.experts import moe_layers
 from esft import ExpertConfig, to_esft, unload
@@ -274,3 +277,67 @@ def test_masters_keep_small_updates(optimizer):
         assert (kept[name] - wanted[name]).abs().max() <= 2**-8 * 1.01 and kept[name].any()  # half a bf16 ulp at 1
         assert not stalled[name].any()
     assert kept[fused].mean().item() == pytest.approx(wanted[fused].mean().item(), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------ other forwards
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+SWITCHES = {
+    "model": lambda model, name: model.set_experts_implementation(name),
+    "config": lambda model, name: setattr(model.config, "_experts_implementation", name),
+}
+FORMS = {"itself": lambda model: model, "copy": copy.deepcopy, "pickle": pickled}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("name", ["grouped_mm", "batched_mm", "eager"])
+def test_another_implementation_is_refused_until_unload(name, switch, form):
+    base, model = make_model(), FORMS[form](prepare(make_model())[0])
+    for one in (base, model):
+        SWITCHES[switch](one, name)
+    with pytest.raises(ValueError, match=rf"'{name}': their rows are in another order.*implementation\('esft'\)"):
+        nn.DataParallel(model)(IDS)
+    SWITCHES[switch](model, "esft")
+    assert torch.equal(logits(model), logits(prepare(make_model())[0]))
+    SWITCHES[switch](model, name)
+    unload(model)
+    SWITCHES[switch](model, name)
+    assert torch.equal(logits(model), logits(base))
+
+
+def test_another_implementation_is_right_where_no_row_moved():
+    model, base = make_model(), make_model()
+    to_esft(model, ExpertConfig({}, shared_experts=True))
+    for one in (base, model):
+        one.set_experts_implementation("eager")
+    assert torch.equal(logits(model), logits(base))
+
+
+def on_the_module(module, monkeypatch):
+    module.forward = MethodType(grouped_mm_experts_forward, module)
+
+
+def on_the_class(module, monkeypatch):
+    monkeypatch.setattr(type(module), "forward", grouped_mm_experts_forward)
+
+
+def in_the_registry(module, monkeypatch):
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "esft", grouped_mm_experts_forward)
+
+
+@pytest.mark.parametrize("replace", [on_the_module, on_the_class, in_the_registry])
+def test_a_replaced_forward_is_refused(replace, monkeypatch):
+    """As Liger and the kernels of a hub do it. A model without trained experts may have any forward."""
+    model, layer = prepare(make_model())
+    logits(model)
+    with monkeypatch.context() as patch:
+        replace(layer.module, patch)
+        with pytest.raises(ValueError, match="something replaced the forward of DeepseekV2"):
+            model(IDS)
+        unload(model)
+        assert torch.equal(logits(model), logits(make_model()))

@@ -405,3 +405,20 @@ def test_chunks_do_not_change_a_bit(monkeypatch):
     for size in (1, 3, 64):
         monkeypatch.setattr(frozen, "CHUNK", size)
         assert torch.equal(model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_another_implementation_is_refused(trained):
+    """It would look for the rows of all experts in the fused tensors."""
+    model = make_model()
+    for layer in moe_layers(model).values():
+        freeze_experts(layer, (1,), "int8")
+    model.set_experts_implementation("esft")
+    wanted = model(IDS).logits
+    if trained:
+        esft.to_esft(model, some_experts(model))
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(ValueError, match="'grouped_mm': their rows are in another order"):
+        model(IDS)
+    model.set_experts_implementation("esft")
+    assert trained or torch.equal(model(IDS).logits, wanted)

@@ -173,14 +173,14 @@ def test_wrong_prefix_is_noticed():
 
 def test_keeps_few_activations():
     """The backward keeps x, h and indices. It does not keep the gathered x (N, D), a, or y (N, D)."""
-    module, (x_TD, ids_TK, weights_TK) = make_experts(trained=(4, 1)), inputs()
-    saved = {}
+    (x_TD, ids_TK, weights_TK), saved = inputs(), {}
 
     def pack(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    for implementation in (IMPLEMENTATION, "grouped_mm"):
+    for implementation, trained in ((IMPLEMENTATION, (4, 1)), ("grouped_mm", ())):
+        module = make_experts(trained=trained)
         saved.clear()
         module.config._experts_implementation = implementation
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
