@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import ROOT
+import esft
+from deepseek.files import write_json
+from tests.client_helpers import chosen, moved, state_of
+from tests.helpers import ROOT, assert_near, assert_same_tensors, make_model, run_ranks
 
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = str(ROOT / "results" / "models" / "tiny")
@@ -23,6 +27,21 @@ def load_example(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_example(name: str, *args, **options) -> tuple[list, torch.nn.Module, set]:
+    """Run an example that trains. Return what it returns, its model, and what it moved."""
+    example, held = load_example(name), []
+
+    def to_esft(model, config):
+        held.extend([model, state_of(model)])
+        return esft.to_esft(model, config)
+
+    example.to_esft = to_esft
+    result = example.main(*args, **options)
+    model, before = held
+    after = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # of all ranks
+    return result, model, moved(before, after)
 
 
 def test_examples_use_the_library_only():
@@ -113,6 +132,60 @@ def test_lora_beside_esft_learns_and_both_parts_are_found_again(experts, tmp_pat
         elif ".experts." not in name:
             assert torch.equal(tensor, base[name]), name
     assert not products
+
+
+@pytest.mark.clients
+@pytest.mark.slow
+def test_grpo_with_trl_earns_more_and_a_seed_is_a_run(experts, tmp_path):
+    pytest.importorskip("trl")
+    output = tmp_path / "a"
+    logs, model, changed = run_example("grpo_with_trl", TINY, LAW, experts, str(output), num_steps=8, batch_size=24)
+    assert changed == chosen(json.loads(Path(experts).read_text()))
+    assert_same_tensors(esft.adapter_tensors(model), load_file(output / "adapter.safetensors"))
+    rewards = [entry["reward"] for entry in logs]
+    assert sum(rewards[-4:]) > 2 * sum(rewards[:4]) > 0
+    again, *_ = run_example("grpo_with_trl", TINY, LAW, experts, str(tmp_path / "b"), num_steps=3, batch_size=24)
+    assert [(one["loss"], one["reward"]) for one in again] == [(one["loss"], one["reward"]) for one in logs[:3]]
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("name", ["sft_with_trl", "dpo_with_trl"])
+def test_the_balance_of_routers_is_no_part_of_the_loss(name, tmp_path, tiny_tokenizer):
+    """With or without a (huge) coefficient in the model's config the losses are the same."""
+    pytest.importorskip("trl")
+    write_json(tmp_path / "experts.json", {"experts": {"0": [1, 4], "2": [3]}})
+    data, found = tmp_path / "data.jsonl", []
+    data.write_text("\n".join(Path(LAW).read_text().splitlines()[:20]))
+    for coefficient in (0.0, 5.0):
+        base = tmp_path / str(coefficient)
+        make_model("qwen3_moe", router_aux_loss_coef=coefficient).save_pretrained(base)
+        tiny_tokenizer.save_pretrained(base)
+        sizes = {"num_steps": 3 if name == "dpo_with_trl" else 10, "batch_size": 2}
+        args = (str(base), str(data), str(tmp_path / "experts.json"), str(base / "out"))
+        found.append(run_example(name, *args, **sizes)[::2])
+    assert found[0] == found[1] and found[0][1]
+
+
+def in_ranks(rank: int, name: str, args: tuple, output: str, options: dict) -> tuple:
+    """Run an example on this rank, which writes to a folder of its own."""
+    losses, model, changed = run_example(name, *args, f"{output}/{rank}", **options)
+    return losses, changed, esft.adapter_tensors(model)
+
+
+@pytest.mark.clients
+@pytest.mark.parametrize("name", ["train_with_accelerate", "train_with_fsdp"])
+def test_two_processes_train_as_one(name, experts, tmp_path):
+    sizes = {"num_steps": 5, "batch_size": 4}
+    args = (TINY, LAW, experts)
+    wanted, model, changed = run_example("train_with_a_plain_loop", *args, str(tmp_path / "one"), **sizes)
+    assert changed == chosen(json.loads(Path(experts).read_text()))
+    (losses, found, adapter), other = run_ranks(2, in_ranks, name, args, str(tmp_path), sizes)
+    assert losses == pytest.approx(wanted, rel=1e-5) and losses == other[0] and losses[-1] < losses[0]
+    assert found == other[1] == changed
+    assert_same_tensors(adapter, other[2])
+    assert_same_tensors(adapter, load_file(tmp_path / "0" / "adapter.safetensors"))
+    for key, tensor in esft.adapter_tensors(model).items():
+        assert_near(key, adapter[key], tensor, 1e-3)
 
 
 def test_merge_and_save_gives_a_plain_model_with_the_adapter_s_weights(experts, tmp_path):

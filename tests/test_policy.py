@@ -201,10 +201,15 @@ def test_a_script_imports_only_scripts_of_its_folder():
         assert not foreign, f"{file} imports {foreign}"
 
 
+SHARED_BY_TESTS = {
+    f"tests.{name}" for name in ("chat_templates", "client_helpers", "fuzz_inputs", "helpers", "rank_helpers")
+}
+
+
 def test_no_test_imports_another():
     for file in sorted((ROOT / "tests").rglob("*.py")):
         of_tests = {name for name in imports(file) if name.partition(".")[0] == "tests"}
-        assert of_tests <= {"tests.helpers", "tests.rank_helpers", "tests.chat_templates", "tests.fuzz_inputs"}, file
+        assert of_tests <= SHARED_BY_TESTS, file
 
 
 def test_datasets_is_the_library():

@@ -22,7 +22,6 @@ def main(
 ) -> list[float]:
     model, tokenizer = load_base_model(base)
     to_esft(model, ExpertConfig.load(experts))
-    model.config.output_router_logits = False  # the auxiliary loss is for routers, and these are frozen
 
     rows = load_dataset("json", data_files=data, split="train")  # "messages"
     args = SFTConfig(
@@ -32,6 +31,7 @@ def main(
         learning_rate=2e-3,
         max_length=256,
         assistant_only_loss=False,  # true needs a chat template with {% generation %} marks
+        router_aux_loss_coef=0.0,  # TRL adds it for MoE models; with frozen routers it only pulls at the experts
         gradient_checkpointing=False,
         bf16=False,  # the model is in bf16 already; autocast would round the routers
         logging_steps=10,
