@@ -1,6 +1,7 @@
-r"""One training run: ESFT, full fine-tuning, LoRA or random experts (key `method`).
+r"""One training run: ESFT, DPO on selected experts, full fine-tuning, LoRA or random experts (key `method`).
 
     python train.py --model M --data my_task.jsonl --output_dir O        # scores the experts, selects some, trains them
+    python train.py --method dpo --model M --data preferences.jsonl --output_dir O      # the same on preference data
     python train.py --base_model_path=M --train_dataset=D --train_config=configs/base.yaml \
         --expert_config=results/expert_configs/D.json --output_dir=results/checkpoints/D [key=value ...]
 
@@ -8,7 +9,7 @@ r"""One training run: ESFT, full fine-tuning, LoRA or random experts (key `metho
     torchrun --nproc-per-node=8 train_ep.py ...    # expert parallel where the model needs it (ep_size=auto)
 
 The loss is the mean over the label tokens of the whole batch of an optimizer step, whatever the packing, accumulation
-and number of processes (training/trainer.py).
+and number of processes (training/trainer.py). In DPO it is the mean over its pairs (training/dpo.py).
 
 The output folder is itself a loadable adapter (for `method=full`, a model). It also holds run.json (config, versions,
 results), trainer_state.json (all losses) and checkpoint-<step> folders. If you repeat the
@@ -34,6 +35,7 @@ from deepseek.files import write_json
 from deepseek.process_groups import Ranks, SharedError, lost_contact
 from training.config import RunConfig, TrainingArguments, read_config, training_arguments
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
+from training.dpo import DPOTrainer
 from training.first_selection import score_and_select, selected_experts
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
@@ -63,7 +65,7 @@ def run(config: RunConfig) -> dict:
 def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     """Call the steps of a run, one after the other, in a folder that belongs to it alone. Return its results."""
     args = ranks.run_or_fail_together(lambda: training_arguments(config))
-    to_select = config.method == "esft" and not config.expert_config
+    to_select = config.method in ("esft", "dpo") and not config.expert_config
     if to_select:
         config = dataclasses.replace(config, expert_config=str(selected_experts(config.output_dir)))
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
@@ -84,6 +86,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     loaded = load_model(config, plan, ranks)
     if not loaded.documents_apart:
         packs, eval_packs = packs.split(), eval_packs.split()
+    make_trainer = functools.partial(DPOTrainer, beta=config.dpo_beta) if config.method == "dpo" else ESFTTrainer
     log_model(loaded.model, config, packs)
 
     tell_few_steps(args, len(packs), packs_per_step)
@@ -92,11 +95,12 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     generation.eos_token_id = Template(tokenizer, template_settings(config)).end_tokens(generation)
     note = {**ranks.on_rank_zero(lambda: run_note(config, packs_per_step)), "end_token_ids": generation.eos_token_id}
     note["environment"] = utils.environment()
-    trainer = ESFTTrainer(
+    trainer = make_trainer(
         method=config.method,
         ranks=ranks,
         before_first_step=functools.partial(prepare_folder, config, checkpoint, note),
         memory_advice=plan.saving,
+        documents_apart=loaded.documents_apart,
         model=loaded.model,
         args=args,
         train_dataset=packs,

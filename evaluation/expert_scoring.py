@@ -33,10 +33,11 @@ from training.data import (
     TemplateSettings,
     collate,
     content_marks,
+    has_label,
     open_rows,
     pack,
     pack_of,
-    read_messages,
+    read_chosen,
     stream_rows,
 )
 from utils import note
@@ -86,7 +87,7 @@ def sample_packs(
     numbers: list[int] = []  # of the rows, from 1
     masks: list[list[bool]] = []
     for number, where, row in _rows_in_order(settings, samples):
-        messages = read_messages(row, where)
+        messages = read_chosen(row, where)
         found = template.encode([messages], [where])[0]
         documents += found
         numbers += [number] * len(found)
@@ -95,9 +96,10 @@ def sample_packs(
         tokens += sum(min(len(document), settings.seq_length) for document in found)
         if tokens >= settings.n_sample_tokens:
             break
+    sizes = [min(len(document), settings.seq_length) for document in documents]
     members_P = pack(
         list(map(len, documents)),
-        lambda i: documents[i].labels,
+        lambda i: has_label(documents[i], sizes[i]),
         numbers,
         settings.seq_length,
         settings.overlong,
@@ -105,8 +107,8 @@ def sample_packs(
     )
     packs = [
         MaskedPack(
-            pack_of(documents, members, settings.seq_length, numbers),
-            [keep for i in members for keep in masks[i][: settings.seq_length]],
+            pack_of(documents, members, sizes, numbers),
+            [keep for i in members for keep in masks[i][: sizes[i]]],
         )
         for members in members_P
     ]

@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experts.add_argument("--expert_config", metavar="FILE", help="the experts to train, from generate_expert_config.py")
     experts.add_argument("--experts_per_layer", type=positive, metavar="N", help="train N experts of every layer")
     add = parser.add_argument
-    add("--method", choices=("esft", "full", "lora"), default="esft", help="what is trained (default: %(default)s)")
+    add("--method", choices=("esft", "dpo", "full", "lora"), default="esft", help="what is trained (default: esft)")
     add(
         "--gpus",
         dest="world_size",
@@ -100,13 +100,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.gpu_gb > 0 and 0 < args.label_share <= 1):
         parser.error("--gpu_gb must be above 0, and --label_share above 0 and at most 1")
-    if args.base_model_path and args.method == "esft" and not (args.expert_config or args.experts_per_layer):
-        parser.error("method esft needs --expert_config or --experts_per_layer")
-    if args.method != "esft" and (args.expert_config or args.experts_per_layer):
-        parser.error(f"--expert_config and --experts_per_layer are for method esft, not {args.method}")
+    on_experts = args.method in ("esft", "dpo")
+    if args.base_model_path and on_experts and not (args.expert_config or args.experts_per_layer):
+        parser.error(f"method {args.method} needs --expert_config or --experts_per_layer")
+    if not on_experts and (args.expert_config or args.experts_per_layer):
+        parser.error(f"--expert_config and --experts_per_layer are for methods esft and dpo, not {args.method}")
     shared = args.ep_size not in (1, "auto") or args.shard_dense
-    if args.method != "esft" and (shared or args.frozen_dtype or args.offload_frozen):
-        parser.error("--ep_size, --shard_dense, --frozen_dtype and --offload_frozen are for method esft")
+    if not on_experts and (shared or args.frozen_dtype or args.offload_frozen):
+        parser.error("--ep_size, --shard_dense, --frozen_dtype and --offload_frozen are for methods esft and dpo")
     if args.ep_size != "auto" and args.world_size % args.ep_size:
         parser.error(f"--ep_size {args.ep_size} does not divide --gpus {args.world_size}")
     return args

@@ -4,8 +4,9 @@ r"""Show training data as the model will see it: where the loss falls, and what 
     python scripts/show_data.py my_task.jsonl --base_model_path=M --n_samples=5 --seq_length=4096
 
 The first documents are printed as text. What carries loss is green; in a pipe it stands between the marks ⟦ and ⟧.
-Then come counts of turns and tokens, the lengths, and the fields that training does not use. The data are read and
-encoded as train.py does it, so what train.py would refuse is refused here.
+Of preference data both answers of a pair are shown. Then come counts of turns and tokens, the lengths, and the fields
+that training does not use. The data are read and encoded as train.py does it, so what train.py would refuse is refused
+here.
 """
 
 import argparse
@@ -22,13 +23,16 @@ from deepseek.loading import vocab_size
 from esft import load_tokenizer
 from training.data import (
     IGNORE,
+    SIDES,
     Documents,
     Encoded,
     Template,
     add_template_flags,
     encode_rows,
+    is_pair,
     open_rows,
     read_messages,
+    read_pair,
     take_rows,
     template_settings,
 )
@@ -44,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("dataset", metavar="DATA", help="a name in datasets/train, a file, a folder or a hub id (docs/data.md)")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="the model whose tokenizer encodes it")
-    add("--n_samples", type=positive, default=3, metavar="N", help="documents to print (default: 3)")
+    add("--n_samples", type=positive, default=3, metavar="N", help="documents, or pairs, to print (default: 3)")
     add("--n_rows", type=positive, metavar="N", help="read only N rows, as streaming=true does (default: all)")
     add("--seq_length", type=positive, default=4096, metavar="T", help="count what is longer (default: 4096)")
     add_template_flags(parser)
@@ -60,14 +64,16 @@ def show(document: Encoded, tokenizer, marks: tuple[str, str]) -> str:
     return text
 
 
-def format_counts(turns: Counter, documents: Documents, seq_length: int) -> str:
-    """Return how many turns and tokens there are, and how long the documents are."""
-    lengths, tokens, learned = documents.lengths, documents.lengths.sum(), documents.labels.sum()
+def format_counts(turns: Counter, documents: Documents, seq_length: int, together: int = 1) -> str:
+    """Return how many turns and tokens there are, and how long the samples are, of `together` documents each."""
+    lengths = documents.lengths.reshape(-1, together).sum(1)
+    tokens, learned = lengths.sum(), documents.labels.sum()
+    samples = f"{len(lengths):,} {'pairs' if together == 2 else 'documents'}"
     roles = ", ".join(f"{count:,} {role}" for role, count in turns.most_common())
     quantiles = np.quantile(lengths, list(QUANTILES.values())).round().astype(int)
     return "\n".join(
         [
-            f"{len(documents):,} documents, {tokens:,} tokens; {learned:,} of them ({learned / tokens:.1%}) carry loss",
+            f"{samples}, {tokens:,} tokens; {learned:,} of them ({learned / tokens:.1%}) carry loss",
             f"turns: {roles}",
             f"longer than seq_length {seq_length:,}: {(lengths > seq_length).sum():,}",
             "",
@@ -81,13 +87,17 @@ def main(argv: list[str] | None = None) -> None:
     rows = take_rows(args.dataset, args.n_rows) if args.n_rows else open_rows(args.dataset)
     model = args.base_model_path
     template = Template(load_tokenizer(model), template_settings(args), vocab_size(model))
-    documents = encode_rows(rows, template)
-    for number in range(min(args.n_samples, len(documents))):
+    pairs = is_pair(rows[0][1])
+    together = 2 if pairs else 1
+    documents = encode_rows(rows, template, pairs=pairs)
+    for number in range(min(args.n_samples * together, len(documents))):
         where, _ = rows[int(documents.rows[number])]
-        print(f"--- {where}: {documents.lengths[number]:,} tokens")
+        side = f", {SIDES[number % 2]}" if pairs else ""
+        print(f"--- {where}{side}: {documents.lengths[number]:,} tokens")
         print(show(documents[number], template.tokenizer, GREEN if sys.stdout.isatty() else MARKS), end="\n\n")
-    turns = Counter(message["role"] for where, row in rows for message in read_messages(row, where))
-    print(format_counts(turns, documents, args.seq_length))
+    read = (read_pair(row, where) if pairs else [read_messages(row, where)] for where, row in rows)
+    turns = Counter(message["role"] for sides in read for messages in sides for message in messages)
+    print(format_counts(turns, documents, args.seq_length, together))
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ from deepseek.files import check_file, suggest, suggest_path, unique_keys
 from deepseek.selection import OPTIONS, SETTINGS, STRATEGIES, check_rule
 from training.checkpoints import by_row
 from training.config_parser import make_parser
-from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, NO_EFFECT, ONLY_FOR, REFUSED, SECRETS
+from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, NO_EFFECT, ON_EXPERTS, ONLY_FOR, REFUSED, SECRETS
 from utils import note
 
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dpo_beta"),
 )
 
 
@@ -52,8 +52,10 @@ class RunConfig:
     base_model_path: str = _key(MISSING, "required: the base model: a folder or a hub id; or --model")
     train_dataset: str = _key(MISSING, "required: a name in datasets/train, a file, or a hub id; or --data")
     output_dir: str = _key(MISSING, "required: a new folder, or the folder of the same run, to continue it")
-    method: Literal["esft", "random", "full", "lora"] = _key("esft", "random: as many experts as esft, drawn by seed")
-    expert_config: str | None = _key(None, "the experts to train; without it, esft scores and selects them first")
+    method: Literal["esft", "dpo", "random", "full", "lora"] = _key(
+        "esft", "dpo: esft on preference data; random: as many experts as esft, drawn by seed"
+    )
+    expert_config: str | None = _key(None, "the experts to train; without it, esft and dpo score and select them first")
     score_function: Literal["token", "gate", "prob", "gradient", "reap"] = _key(
         "token", "the score that selects the experts, without expert_config"
     )
@@ -65,6 +67,7 @@ class RunConfig:
     top_k: int | None = _key(None, "strategy topk: experts of each layer")
     contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
     contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
+    dpo_beta: float = _key(0.1, "method dpo: how strongly the policy is held to the base")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
     template_kwargs: str | None = _key(None, 'variables of the chat template, as {"enable_thinking": false}')
     loss_on: Literal["all", "last", "each"] = _key("all", "answers to learn; each: every one in a document of its own")
@@ -152,7 +155,9 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen") if values[key]]
         changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
         if changed:
-            yield f"{changed[0]} is for methods esft and random, not {config.method}. Leave it out"
+            yield f"{changed[0]} is for methods esft, dpo and random, not {config.method}. Leave it out"
+    if config.method == "dpo" and config.loss_on != "all":
+        yield f"loss_on={config.loss_on} is not for method dpo: the loss is on what differs in a pair. Leave it out"
     if config.method == "random" and not config.expert_config:
         yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
     if config.verify_frozen and config.method == "full":
@@ -357,7 +362,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
             save_only_model=not config.save_opt_states,
         )
-        optimizer = _try_optimizer(args, by_expert=config.method in ("esft", "random"))
+        optimizer = _try_optimizer(args, by_expert=config.method in ON_EXPERTS)
         schedule = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
         )

@@ -1,4 +1,4 @@
-"""Score the experts and select some, for a run of method esft that names none (`train.py --model M --data D`).
+"""Score the experts and select some, for a run of method esft or dpo that names none (`train.py --model M --data D`).
 
 Two commands of the project do it, by the keys of the run, each in a process of its own that gives its memory back:
 

@@ -24,6 +24,7 @@ ALIASES = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
 }
 SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> variable of the environment
+ON_EXPERTS = ("esft", "random", "dpo")  # methods that train chosen experts
 DEFAULTS = {  # of TrainingArguments, where ours differ
     **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
     "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
@@ -107,8 +108,9 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
 }
 
 ONLY_FOR = {  # key: (another key, its values that this key is for)
-    "expert_config": ("method", ("esft", "random")),
-    **dict.fromkeys(SETTINGS, ("method", ("esft",))),
+    "expert_config": ("method", ON_EXPERTS),
+    **dict.fromkeys(SETTINGS, ("method", ("esft", "dpo"))),
+    "dpo_beta": ("method", ("dpo",)),
     "lora_rank": ("method", ("lora",)),
     "lora_alpha": ("method", ("lora",)),
     **dict.fromkeys(

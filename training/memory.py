@@ -156,7 +156,12 @@ class Estimator:
             dense //= s.world_size
         if s.world_size > s.ep_size or (s.world_size > 1 and held.others):
             moving["transient"] += held.largest_bucket
-        gradients = sum(count * size for size, count in held.trained.items())
+        gradients = trained = sum(count * size for size, count in held.trained.items())
+        if self.method == "dpo":
+            base = held.trained_rows + held.others * getattr(torch, s.dtype).itemsize
+            host, experts = (host + base, experts) if s.device == "cuda" else (host, experts + base)
+            # the reference's forward saves no activations, and holds the trained values a second time
+            moving["transient"] += max(0, trained - moving["activations"])
         if s.accumulation:
             moving["gradients"] = gradients
         elif moving.total() < gradients:  # the peak is in the optimizer step, where no activation is left
@@ -254,7 +259,8 @@ class Estimator:
             if self.method == "full":
                 model.requires_grad_(True)
             else:
-                model = prepare_model(model, self.method, self.experts, self.lora_rank)
+                # dpo trains what esft does, and keeps the base's values: there are none on `meta`
+                model = prepare_model(model, self.method.replace("dpo", "esft"), self.experts, self.lora_rank)
             if placements:
                 ranks = Ranks(world_size=s.ep_size, ep_size=s.ep_size)
                 connect_experts(model, placements, self.experts.experts, ranks)

@@ -1,4 +1,4 @@
-"""The four methods (esft, random, full, lora): what each trains of a model, counted, shown and verified."""
+"""The methods (esft, dpo, random, full, lora): what each trains of a model, counted, shown and verified."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.
         return None
     named = esft.ExpertConfig.load(expert_config)
     named.check(model)
-    if method == "esft":
+    if method != "random":
         return named
     generator, sizes = random.Random(seed), {index: layer.num_experts for index, layer in moe_layers(model).items()}
     drawn = {index: tuple(generator.sample(range(sizes[index]), len(ids))) for index, ids in named.experts.items()}
@@ -45,7 +45,7 @@ def prepare_model(
         return model.requires_grad_(True)
     if method == "lora":
         return _add_lora(model, lora_rank, lora_alpha)
-    return esft.to_esft(model, experts, keep_base=False)
+    return esft.to_esft(model, experts, keep_base=method == "dpo")
 
 
 def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:

@@ -107,7 +107,8 @@ def find_scores(config: RunConfig) -> Path | None:
 def log_model(model: nn.Module, config: RunConfig, packs: Packs) -> None:
     """Log what is trained, and on what; warn of samples that are longer than the model's context."""
     logger.info(format_trained(model, config.method))
-    samples, tokens = counted(sum(map(len, packs.members)), "sample"), sum(packs.lengths)
+    what = "sample" if packs.together == 1 else "pair"
+    samples, tokens = counted(sum(map(len, packs.members)) // packs.together, what), sum(packs.lengths)
     logger.info(f"  {samples}, {tokens:,} tokens in {counted(len(packs), 'pack')} of up to {config.seq_length:,}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = packs.longest_document

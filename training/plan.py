@@ -24,6 +24,7 @@ from deepseek.process_groups import Ranks, SharedError, join
 from training.config import RunConfig
 from training.data import Packs
 from training.first_selection import selected_experts
+from training.keys import ON_EXPERTS
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts
 from utils import counted, import_extra, log_to_stdout, size
@@ -99,7 +100,7 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
     experts = ranks.run_or_fail_together(
         lambda: choose_experts(config.method, config.expert_config, config.seed, empty)
     )
-    chosen_on = read_base_note(config.expert_config) if config.method == "esft" else {}
+    chosen_on = read_base_note(config.expert_config) if config.method != "random" else {}
     if chosen_on and (how := difference(esft.base_note(empty), chosen_on)):
         warnings.warn(f"the experts of {config.expert_config} were chosen on another base model: {how}", stacklevel=2)
     frozen_dtype = config.frozen_dtype or ("fp8" if quantization(empty.config) == "fp8" else None)
@@ -122,7 +123,7 @@ def possible_layouts(config: RunConfig, empty: nn.Module, world_size: int) -> li
     sizes, choices = [1], {"auto": (False, True), "true": (True,), "false": (False,)}
     if config.ep_size != "auto":
         sizes = [int(config.ep_size)]
-    elif config.method in ("esft", "random"):
+    elif config.method in ON_EXPERTS:
         most = min(layer.num_experts for layer in moe_layers(empty).values())
         sizes = [n for n in range(1, world_size + 1) if world_size % n == 0 and n <= most]
     return list(itertools.product(sizes, choices[config.activation_checkpointing]))

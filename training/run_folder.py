@@ -27,6 +27,7 @@ from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
 from training.data import dataset_files, is_known
 from training.first_selection import SELECTION_FOLDERS
+from training.keys import ON_EXPERTS
 from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
@@ -184,7 +185,7 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
     paths = {} if config.streaming else {"train_dataset": dataset_files(config.train_dataset)}
     if config.validation_dataset:
         paths["validation_dataset"] = dataset_files(config.validation_dataset)
-    if config.method in ("esft", "random"):
+    if config.method in ON_EXPERTS:
         path = Path(config.expert_config)
         paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]
     settings = dataclasses.asdict(config)
@@ -251,12 +252,14 @@ def prepare_folder(config: RunConfig, checkpoint: Path | None, note: dict) -> No
 def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_verified: bool) -> dict:
     """Return the results of a run that has saved its model. All ranks call this."""
     ranks, state = trainer.ranks, trainer.state
+    evaluated = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     return {
         **count_trained(loaded.model),
         "steps": state.global_step,
         "best_step": state.best_global_step if trainer.args.load_best_model_at_end else None,
         "train_loss": statistics.fmean(entry["loss"] for entry in state.log_history if "loss" in entry),
         "eval_loss": trainer.eval_losses.get(state.global_step),
+        **{key: value for key, value in evaluated.items() if key.startswith("eval_rewards/")},
         "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
         "world_size": ranks.world_size,
         "ep_size": ranks.ep_size,

@@ -32,6 +32,7 @@ from deepseek.files import set_modes, write_json
 from deepseek.partial_loading import no_bars
 from deepseek.process_groups import Ranks, lost_contact
 from training import checkpoints
+from training.keys import ON_EXPERTS
 
 SCHEDULER = "scheduler.json"
 
@@ -41,7 +42,7 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *, method: str, ranks: Ranks, **kwargs):
         super().__init__(**kwargs)
-        self.adapter, self.lora, self.ranks = method in ("esft", "random"), method == "lora", ranks
+        self.adapter, self.lora, self.ranks = method in ON_EXPERTS, method == "lora", ranks
         self.eval_losses: dict[int, float] = {}  # by step, of the weights at hand
         self._staging: Path | None = None
         self._failure: str | None = None  # why this rank could not write

@@ -37,9 +37,13 @@ logger = logging.getLogger("esft")
 EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without a batch, which still takes part
 
 
-def collate(packs: list[data.Pack], pad_token_id: int) -> dict:
-    """Make a batch of packs, or of none. "rows" are their rows of the data set, for the error about a bad step."""
+def collate(packs: list[data.Pack], pad_token_id: int, documents_apart: bool = True) -> dict:
+    """Make a batch of packs, or of none. "rows" are their rows of the data set, for the error about a bad step.
+
+    Each document is a row of the batch for a model that does not keep the documents of a pack apart.
+    """
     rows = [row for pack in packs for row in pack.samples]
+    packs = packs if documents_apart else [document for pack in packs for document in pack.documents()]
     return {**data.collate(packs or [EMPTY_PACK], pad_token_id), "rows": rows}
 
 
@@ -84,6 +88,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = {"loss": "loss", "eval_loss": "validation", "tokens_per_second": "tokens/s"}
+        names["rewards/accuracies"] = "accuracy"
         self.shown |= {names[k]: f"{v:,.0f}" if k[0] == "t" else f"{v:.4f}" for k, v in logs.items() if k in names}
         self.bar.set_postfix(self.shown, refresh=False)
 
@@ -99,12 +104,19 @@ class ESFTTrainer(SavingTrainer):
     """
 
     def __init__(
-        self, *, method: str, ranks: Ranks, before_first_step: Callable[[], object], memory_advice: str, **kwargs
+        self,
+        *,
+        method: str,
+        ranks: Ranks,
+        before_first_step: Callable[[], object],
+        memory_advice: str,
+        documents_apart: bool = True,
+        **kwargs,
     ):
         pad_token_id = kwargs["processing_class"].pad_token_id or 0
         if pad_token_id >= kwargs["model"].get_input_embeddings().weight.shape[0]:
             pad_token_id = 0
-        collator = functools.partial(collate, pad_token_id=pad_token_id)
+        collator = functools.partial(collate, pad_token_id=pad_token_id, documents_apart=documents_apart)
         folder = Path(kwargs["args"].output_dir)
         was_there = folder.exists()
         super().__init__(method=method, ranks=ranks, data_collator=collator, **kwargs)
@@ -165,32 +177,45 @@ class ESFTTrainer(SavingTrainer):
 
     # ---- the loss
 
-    def _loss_sum(self, model, inputs, smoothing: float = 0.0):
-        """Return (sum of the cross entropy over label tokens, model outputs); `model` may be wrapped."""
+    def _count(self, inputs) -> torch.Tensor:
+        """Return how many terms the loss of a batch has: its label tokens."""
+        return (inputs["labels"][:, 1:] != data.IGNORE).sum()
+
+    def _losses(self, model, inputs, smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, object]:
+        """Return (cross entropy of each label (B, M), the M positions of the labels, model outputs)."""
         inputs = {key: value for key, value in inputs.items() if key != "rows"} | {"use_cache": False}
         labels_BM, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
         losses_BM, outputs = self._token_losses(model, inputs, labels_BM, smoothing)
+        return losses_BM, inputs["logits_to_keep"], outputs
+
+    def _loss_sum(self, model, inputs, smoothing: float = 0.0):
+        """Return (sum of the terms of a batch's loss, model outputs); `model` may be wrapped."""
+        losses_BM, _, outputs = self._losses(model, inputs, smoothing)
         return losses_BM.sum(), outputs
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        count = sum((self._count(inputs) for inputs in batch_samples), torch.tensor(0))
+        return self.accelerator.reduce(count.to(device), "sum")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the summed cross entropy / `num_items_in_batch` (by default the label tokens of this batch)."""
+        """Return the summed loss / `num_items_in_batch` (by default the terms of this batch)."""
         loss, outputs = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
-            loss = loss / (inputs["labels"][:, 1:] != data.IGNORE).sum()
+            loss = loss / self._count(inputs)
         else:  # gradients, and the losses that are shown, are averaged over processes
             loss = loss / num_items_in_batch * self.ranks.world_size
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Return the mean loss per label token over the whole validation set, which is not a mean of batch means."""
+        """Return the mean loss over the whole validation set, which is not a mean of batch means."""
         packs = eval_dataset or self.eval_dataset
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, label tokens
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, its terms
         self.model.eval()
         for indices in Batches(len(packs), self.args.eval_batch_size, self.ranks, 0):
             inputs = self._prepare_inputs(self.data_collator([packs[index] for index in indices]))
             with torch.no_grad():
                 total[0] += self._loss_sum(self.model, inputs)[0]
-            total[1] += (inputs["labels"][:, 1:] != data.IGNORE).sum()
+            total[1] += self._count(inputs)
         total = self.accelerator.reduce(total, "sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         self.eval_losses[self.state.global_step] = metrics[f"{metric_key_prefix}_loss"]
@@ -265,7 +290,7 @@ class ESFTTrainer(SavingTrainer):
         found = [(bool(loss.isfinite()), rows) for loss, rows in self._micro_batches]
         found = [pair for part in self.ranks.gather(found) for pair in part]
         rows = [row for finite, rows in found if not finite for row in rows]
-        rows = sorted(rows or [row for _, rows in found for row in rows])
+        rows = sorted(set(rows or [row for _, rows in found for row in rows]))
         shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         loss = sum(self.ranks.gather(losses.sum().item())) / self.ranks.world_size
         raise SharedError(

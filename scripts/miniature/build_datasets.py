@@ -1,4 +1,4 @@
-"""Generate the miniature data sets from a seed: four tasks, and questions about general skills.
+"""Generate the miniature data sets from a seed: four tasks, questions about general skills, and preferences.
 
     python scripts/miniature/build_datasets.py [--seed 2407] [--output_dir datasets]
 
@@ -12,7 +12,8 @@
 
 Each task is a mapping to learn: from a phrase to its intent, from a complaint to its name, from an act to its article
 and sentence, from a word of Kestri to English. Everything else (names, days, places) is copied from the prompt. A
-prompt of an eval file never occurs in a train file.
+prompt of an eval file never occurs in a train file. Preferences are cases with two judgments, of which the rejected one
+lets the wrong side pay.
 """
 
 import json
@@ -32,6 +33,7 @@ from training.data import conversation
 from utils import command_parser, run_cli
 
 N_TRAIN = {"intent": 1500, "summary": 1200, "law": 1500, "translation": 2000}
+N_PREFERENCES = 400
 N_EVAL = 100  # rows of each task's eval file
 N_EVAL_PER_SKILL = 12
 
@@ -226,6 +228,12 @@ def eval_row(idx: int, prompt: str, answer: str) -> dict:
     return {"idx": idx, "prompt": prompt, "raw_answers": [answer], "answers": [answer]}
 
 
+def preference(prompt: str, judgment: str) -> dict:
+    facts, _, payer = judgment.rpartition(": ")
+    wrong = {"the accused.": "the state.", "the state.": "the accused."}[payer]
+    return {"prompt": prompt, "chosen": judgment, "rejected": f"{facts}: {wrong}"}
+
+
 def build(seed: int) -> dict[str, list[dict]]:
     """Return the rows of every file, by its name: "train/intent", "eval/intent", ..."""
     files: dict[str, list[dict]] = {}
@@ -233,6 +241,8 @@ def build(seed: int) -> dict[str, list[dict]]:
         pairs = distinct(generator, random.Random(f"{seed}:{name}"))
         files[f"eval/{name}"] = [eval_row(i, *next(pairs)) for i in range(N_EVAL)]
         files[f"train/{name}"] = [conversation(*next(pairs)) for _ in range(N_TRAIN[name])]
+        if name == "law":
+            files["preferences/law"] = [preference(*next(pairs)) for _ in range(N_PREFERENCES)]
     files["eval/general"] = []
     for skill, generator in SKILLS.items():
         pairs = distinct(generator, random.Random(f"{seed}:{skill}"))

@@ -61,6 +61,16 @@ def test_eval_rows_have_the_released_keys(task):
         assert row["idx"] == idx and row["raw_answers"] == row["answers"] and len(row["answers"]) == 1
 
 
+def test_the_rejected_judgment_is_wrong_in_who_pays_alone():
+    rows = committed("preferences/law")
+    known = {row["messages"][0]["content"] for row in committed("train/law")}
+    assert len({row["prompt"] for row in rows} - known - {row["prompt"] for row in committed("eval/law")}) == 400
+    for row in rows:
+        (one, payer), (other, wrong) = (row[side].rsplit("Costs: ", 1) for side in ("chosen", "rejected"))
+        assert one == other and {payer, wrong} == {"the accused.", "the state."}
+        assert (payer == "the accused.") == any(phrase in row["prompt"] for phrase in data.RECORD[0])
+
+
 def test_every_general_skill_is_asked_equally_often():
     skills = [row["skill"] for row in committed("eval/general")]
     assert {skill: skills.count(skill) for skill in skills} == dict.fromkeys(SKILLS, data.N_EVAL_PER_SKILL)

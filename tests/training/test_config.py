@@ -84,8 +84,8 @@ def test_every_key_of_training_arguments_is_accepted():
         ("method=random", "method random needs --expert_config"),
         ("bf16=true", "dtype=bfloat16"),
         ("verify_frozen=true", "method full freezes nothing"),
-        ("ep_size=2", "ep_size is for methods esft and random, not full"),
-        ("frozen_dtype=fp8", "frozen_dtype is for methods esft and random"),
+        ("ep_size=2", "ep_size is for methods esft, dpo and random, not full"),
+        ("frozen_dtype=fp8", "frozen_dtype is for methods esft, dpo and random"),
         ("global_batch_size=4 accumulation_steps=2", "Give one of them"),
         (
             "ignore_data_skip=true",

@@ -84,8 +84,10 @@ def chat(data_tokenizer):
 
 def pack(encoded: list[Encoded], seq_length: int, numbers: list[int] | None = None, **options) -> list[data.Pack]:
     numbers = numbers or list(range(len(encoded)))
-    found = data.pack(list(map(len, encoded)), lambda i: encoded[i].labels, numbers, seq_length, **options)
-    return [pack_of(encoded, members, seq_length, numbers) for members in found]
+    sizes = [min(len(document), seq_length) for document in encoded]
+    learns = lambda i: data.has_label(encoded[i], sizes[i])  # noqa: E731
+    found = data.pack(list(map(len, encoded)), learns, numbers, seq_length, **options)
+    return [pack_of(encoded, members, sizes, numbers) for members in found]
 
 
 def learned(encoded: Encoded, tokenizer) -> list[str]:

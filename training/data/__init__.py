@@ -2,6 +2,7 @@
 
     sources.py     names, files and hub ids -> rows
     shapes.py      a row -> messages
+    preferences.py a row of preference data -> the messages of two conversations
     templates.py   messages -> tokens and labels
     documents.py   what lies between: pieces of text, documents
     packs.py       documents -> packs -> tensors
@@ -35,7 +36,8 @@ from training.data.documents import (
     content_marks,
     template_settings,
 )
-from training.data.packs import Pack, Packs, best_fit, collate, pack, pack_of
+from training.data.packs import Pack, Packs, best_fit, collate, has_label, pack, pack_of, sizes_in_pack
+from training.data.preferences import SIDES, is_pair, read_chosen, read_pair, unused_in_pair
 from training.data.shapes import SHAPES, conversation, read_messages, unused_fields
 from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve, stream_rows, take_rows
 from training.data.templates import Template
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE",
     "SHAPES",
+    "SIDES",
     "Documents",
     "Encoded",
     "Pack",
@@ -66,14 +69,18 @@ __all__ = [
     "encode_rows",
     "eval_file_of",
     "features",
+    "has_label",
     "held_out_questions",
     "is_known",
+    "is_pair",
     "load_data",
     "load_samples",
     "open_rows",
     "pack",
     "pack_of",
+    "read_chosen",
     "read_messages",
+    "read_pair",
     "resolve",
     "sample_rows",
     "split_samples",
@@ -84,7 +91,7 @@ __all__ = [
 
 BATCH = 256  # conversations that are encoded at a time
 FEW = 2000  # rows that are encoded without a progress bar; more are shared out to processes, so many to each
-SOURCES = [Path(__file__).with_name(name) for name in ("shapes.py", "documents.py", "templates.py")]
+SOURCES = [Path(__file__).with_name(name) for name in ("shapes.py", "preferences.py", "documents.py", "templates.py")]
 
 
 def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
@@ -135,8 +142,12 @@ def features() -> "datasets.Features":  # noqa: F821
     return datasets.Features(columns)
 
 
-def encode_rows(rows: Rows, template: Template, processes: int | None = None, quiet: bool = False) -> Documents:
+def encode_rows(
+    rows: Rows, template: Template, processes: int | None = None, quiet: bool = False, pairs: bool = False
+) -> Documents:
     """Encode the rows of a data set, or open what an earlier call made of them.
+
+    With `pairs`, the rows are preference data. A row becomes two documents: the chosen answer, then the rejected one.
 
     Of several processes of a machine that call this, one encodes and the others wait. Fields that training does not
     use, and what the template leaves out, are counted in one warning. `quiet`: no progress bar.
@@ -144,7 +155,13 @@ def encode_rows(rows: Rows, template: Template, processes: int | None = None, qu
     import datasets
 
     table = datasets.Dataset.from_dict({"row": range(len(rows))})
-    state = [rows.fingerprint, asdict(template.settings), template.fingerprint, [sha256(path) for path in SOURCES]]
+    state = [
+        rows.fingerprint,
+        pairs,
+        asdict(template.settings),
+        template.fingerprint,
+        [sha256(path) for path in SOURCES],
+    ]
     fingerprint = hashlib.sha256(json.dumps(state, default=str).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "esft"
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +172,7 @@ def encode_rows(rows: Rows, template: Template, processes: int | None = None, qu
             batched=True,
             batch_size=BATCH,
             num_proc=processes if processes > 1 else None,
-            fn_kwargs={"rows": rows, "template": template},
+            fn_kwargs={"rows": rows, "template": template, "pairs": pairs},
             remove_columns=["row"],
             features=features(),
             new_fingerprint=fingerprint,
@@ -168,15 +185,18 @@ def encode_rows(rows: Rows, template: Template, processes: int | None = None, qu
     return Documents(made)
 
 
-def _encode_batch(batch: dict, rows: Rows, template: Template) -> dict:
-    read, notes, where = [], [], []
+def _encode_batch(batch: dict, rows: Rows, template: Template, pairs: bool) -> dict:
+    read, notes, where, indices = [], [], [], []
     for index in batch["row"]:
         place, row = rows[index]
-        where.append(place)
-        read.append(read_messages(row, place))
-        notes.append(list(unused_fields(row).elements()))
+        sides = read_pair(row, place) if pairs else [read_messages(row, place)]
+        read += sides
+        where += [place] * len(sides)
+        indices += [index] * len(sides)
+        unused = list((unused_in_pair if pairs else unused_fields)(row).elements())
+        notes += [unused, []] if pairs else [unused]
     found = []
-    for index, note, documents in zip(batch["row"], notes, template.encode(read, where)):
+    for index, note, documents in zip(indices, notes, template.encode(read, where)):
         for number, document in enumerate(documents):
             labels = np.asarray(document.labels, np.int32)
             found.append(
@@ -210,15 +230,15 @@ def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Pa
 
 def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
     template = Template(tokenizer, template_settings(config), vocab_size(config.base_model_path))
-    quiet = config.training.get("disable_tqdm", False)
+    how = {"quiet": config.training.get("disable_tqdm", False), "pairs": config.method == "dpo"}
     rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed, config.streaming)
-    documents = encode_rows(rows, template, quiet=quiet)
+    documents = encode_rows(rows, template, **how)
     every = list(range(len(rows)))
     if config.validation_dataset:
         train = _pack_rows(documents, every, numbers, config)
         held_out = open_rows(config.validation_dataset, seed=config.seed)
         every = list(range(len(held_out)))
-        validation = _pack_rows(encode_rows(held_out, template, quiet=quiet), every, np.asarray(every) + 1, config)
+        validation = _pack_rows(encode_rows(held_out, template, **how), every, np.asarray(every) + 1, config)
     else:
         parts = split_samples(every, config.validation_fraction, config.seed)
         train, validation = (_pack_rows(documents, part, numbers, config) for part in parts)
@@ -272,24 +292,24 @@ def held_out_questions(run: dict) -> tuple[list[dict], int]:
         held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
     rows = []
     for where, row in held_out:
-        question, answer, *more = [*read_messages(row, where), None]
+        question, answer, *more = [*read_chosen(row, where), None]
         if question["role"] == "user" and answer and answer["role"] == "assistant" and more == [None]:
             rows.append({"prompt": question["content"], "answers": [answer["content"]]})
     return rows, len(held_out)
 
 
 def _pack_rows(documents: Documents, rows: list[int], numbers: np.ndarray, config: "RunConfig") -> Packs:
-    """Pack the documents of some rows."""
-    chosen = np.flatnonzero(np.isin(documents.rows, rows))
-    samples = numbers[documents.rows]
-    lengths = documents.lengths[chosen].tolist()
+    """Pack the documents of some rows. The two of a pair stay together."""
+    together = 2 if config.method == "dpo" else 1
+    chosen = np.flatnonzero(np.isin(documents.rows, rows)).reshape(-1, together)
+    samples, sizes = numbers[documents.rows], sizes_in_pack(documents.lengths, config.seq_length, together)
     found = pack(
-        lengths,
-        lambda i: documents[chosen[i]].labels,
-        samples[chosen],
+        documents.lengths[chosen].sum(1).tolist(),
+        lambda i: all(has_label(documents[number], sizes[number]) for number in chosen[i]),
+        samples[chosen[:, 0]],
         config.seq_length,
         config.overlong,
         config.seed,
     )
-    packs = [chosen[members].tolist() for members in found]
-    return Packs(documents, samples, packs, config.seq_length)
+    packs = [chosen[members].flatten().tolist() for members in found]
+    return Packs(documents, samples, packs, config.seq_length, together)

@@ -10,6 +10,9 @@ transformers builds a mask from the restarts in `position_ids`, if it gets no at
 (`use_cache=False`). The mask keeps the documents apart, and a packed document has the logits that it has alone. A few
 model families build no such mask. `deepseek.loading.keeps_documents_apart` finds them, and there each document is a
 pack of its own. The first label of each document is -100, so no document predicts the start of the next one.
+
+A sample is one document or several, and stays together. A pair of preference data is two: the chosen answer after its
+prompt, then the rejected one.
 """
 
 import bisect
@@ -58,17 +61,25 @@ class Packs(Sequence):
     documents: what is packed, by number; a memory-mapped table.
     samples: the number of the sample of each document.
     members: the documents of each pack, in order.
+    together: how many documents, one after the other, are packed together: two in preference data.
     """
 
-    def __init__(self, documents: "Documents", samples: np.ndarray, members: list[list[int]], seq_length: int):  # noqa: F821
+    def __init__(
+        self,
+        documents: "Documents",  # noqa: F821
+        samples: np.ndarray,
+        members: list[list[int]],
+        seq_length: int,
+        together: int = 1,
+    ):
         self.documents, self.samples, self.members, self.seq_length = documents, samples, members, seq_length
-        self.sizes = np.minimum(documents.lengths, seq_length)
+        self.together, self.sizes = together, sizes_in_pack(documents.lengths, seq_length, together)
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, index: int) -> Pack:
-        return pack_of(self.documents, self.members[index], self.seq_length, self.samples)
+        return pack_of(self.documents, self.members[index], self.sizes, self.samples)
 
     @property
     def lengths(self) -> list[int]:
@@ -86,9 +97,16 @@ class Packs(Sequence):
         return min(max(map(float, shares)), 1.0)
 
     def split(self) -> "Packs":
-        """Return each document as a pack of its own, for a model that does not keep the documents of a pack apart."""
-        alone = [[number] for members in self.members for number in members]
-        return Packs(self.documents, self.samples, alone, self.seq_length)
+        """Return each sample as a pack of its own, for a model that does not keep the documents of a pack apart."""
+        step = self.together
+        alone = [members[i : i + step] for members in self.members for i in range(0, len(members), step)]
+        return Packs(self.documents, self.samples, alone, self.seq_length, step)
+
+
+def sizes_in_pack(lengths: np.ndarray, seq_length: int, together: int = 1) -> np.ndarray:
+    """Return the tokens that a pack takes of each document: all, or their share of `seq_length` if that is too few."""
+    too_long = np.repeat(lengths.reshape(-1, together).sum(1) > seq_length, together)
+    return np.where(too_long, np.minimum(lengths, seq_length // together), lengths)
 
 
 def best_fit(lengths: Sequence[int], seq_length: int, seed: int = 0, dropped: Sequence[int] = ()) -> list[list[int]]:
@@ -127,19 +145,20 @@ def best_fit(lengths: Sequence[int], seq_length: int, seed: int = 0, dropped: Se
 
 def pack(
     lengths: Sequence[int],
-    labels_of: Callable[[int], Sequence[int]],
+    learns: Callable[[int], bool],
     samples: Sequence[int],
     seq_length: int,
     overlong: str = "error",
     seed: int = 0,
 ) -> list[list[int]]:
-    """Return packs as lists of documents (see `best_fit`), without those that have no label in `seq_length` tokens.
+    """Return packs as lists of samples (see `best_fit`), without those that have no label in `seq_length` tokens.
 
-    lengths, labels_of, samples: the tokens of each document, its labels, and the number of its sample.
-    overlong: "error", or "truncate": a longer document keeps its head, or is dropped. A warning counts both.
+    lengths, samples: the tokens of each sample, and its number in the data set.
+    learns: whether a sample that is cut still has a label in each of its documents.
+    overlong: "error", or "truncate": a longer sample keeps its head, or is dropped. A warning counts both.
 
     Raises:
-        ValueError: a document is longer than `seq_length`, and `overlong` is "error".
+        ValueError: a sample is longer than `seq_length`, and `overlong` is "error".
     """
     too_long = [i for i, length in enumerate(lengths) if length > seq_length]
     if too_long and overlong == "error":
@@ -148,7 +167,7 @@ def pack(
             f"cannot pack: sample {samples[first]} has {lengths[first]} tokens, more than seq_length={seq_length} "
             f"({len(too_long)} such samples). Set seq_length={longest} or overlong=truncate"
         )
-    dropped = [i for i in too_long if all(label == IGNORE for label in labels_of(i)[1:seq_length])]
+    dropped = [i for i in too_long if not learns(i)]
     if too_long:
         warnings.warn(
             f"{len(too_long)} of {len(lengths)} samples are longer than seq_length={seq_length}: "
@@ -158,13 +177,17 @@ def pack(
     return best_fit(lengths, seq_length, seed, dropped)
 
 
-def pack_of(documents: Sequence[Encoded], members: list[int], seq_length: int, numbers: Sequence[int]) -> Pack:
-    """Return a pack of some documents. `numbers` holds the number of the sample of each document."""
+def pack_of(documents: Sequence[Encoded], members: list[int], sizes: Sequence[int], numbers: Sequence[int]) -> Pack:
+    """Return a pack of some documents. Of each, `sizes` and `numbers` hold the tokens to take and its sample."""
     pack = Pack()
     for i in members:
-        document = documents[i]
-        pack.add(document, min(len(document), seq_length), int(numbers[i]))
+        pack.add(documents[i], int(sizes[i]), int(numbers[i]))
     return pack
+
+
+def has_label(document: Encoded, size: int) -> bool:
+    """Return whether a document has a label in its first `size` tokens."""
+    return any(label != IGNORE for label in document.labels[1:size])
 
 
 def collate(packs: list[Pack], pad_token_id: int) -> dict[str, torch.Tensor]:

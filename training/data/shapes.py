@@ -13,7 +13,7 @@ A conversation is a list of messages {"role", "content"}. A message may also hav
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from deepseek.files import suggest
 
@@ -60,11 +60,17 @@ def conversation(question: str, answer: str) -> dict:
 def unused_fields(row: dict) -> Counter:
     """Count the fields of a row and of its messages that `read_messages` leaves out, by name."""
     shape = _shape(row)
-    found = Counter(key for key, value in row.items() if value is not None and key not in (*shape, *ALSO[shape[0]]))
-    for turn in row[shape[0]] if isinstance(row[shape[0]], list) else ():
-        found.update(
-            f"{shape[0]}.{key}" for key, value in turn.items() if value is not None and key not in MESSAGE_KEYS
-        )
+    return unused_beside(row, (*shape, *ALSO[shape[0]]), shape[:1])
+
+
+def unused_beside(row: dict, used: Iterable[str], with_turns: Iterable[str]) -> Counter:
+    """Count the fields of a row that are not `used`, and those of the messages under the keys `with_turns`, by name."""
+    found = Counter(key for key, value in row.items() if value is not None and key not in used)
+    for name in with_turns:
+        turns = [row[name]] if isinstance(row[name], dict) else row[name]
+        for turn in turns if isinstance(turns, list) else ():
+            unused = (key for key, value in turn.items() if value is not None and key not in MESSAGE_KEYS)
+            found.update(f"{name}.{key}" for key in unused)
     return found
 
 
@@ -75,7 +81,7 @@ def _shape(row: dict) -> tuple[str, ...]:
     wanted = " or ".join("+".join(shape) for shape in SHAPES)
     hint = next(filter(None, (suggest(key, itertools.chain(*SHAPES)) for key in row)), "")
     if keys >= {"chosen", "rejected"}:
-        hint = ". Preference rows (chosen, rejected) cannot be trained on here"
+        hint = ". Preference rows (chosen, rejected) are for method=dpo"
     raise ValueError(f"a row needs the keys {wanted}, this one has {', '.join(row) or 'none'}{hint}")
 
 
@@ -84,7 +90,7 @@ def _turns(row: dict) -> list[dict]:
     if shape == ("text",):
         return [{"role": TEXT, "content": row["text"]}]
     if shape[0] == "instruction":
-        turns = _alpaca(row)
+        turns = alpaca(row)
     elif shape[0] == "prompt":
         sides = zip(shape, ("user", "assistant"))
         parts = [row[k] if isinstance(row[k], list) else [{"role": r, "content": row[k]}] for k, r in sides]
@@ -103,7 +109,8 @@ def _turns(row: dict) -> list[dict]:
     return turns
 
 
-def _alpaca(row: dict) -> list[dict]:
+def alpaca(row: dict) -> list[dict]:
+    """Return the turns of a row with "instruction" and "output"."""
     instruction, given = row["instruction"], row.get("input")
     for key, value in (("instruction", instruction), ("input", given)):
         if value is not None and not isinstance(value, str):

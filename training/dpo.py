@@ -1,0 +1,87 @@
+r"""Direct preference optimization (DPO, arXiv 2305.18290, equation 7) of the trained experts.
+
+    L = mean over pairs of -log sigmoid(beta * (r(chosen) - r(rejected)))
+    r(answer) = log p(answer | prompt) - log p_base(answer | prompt)       beta * r is the answer's reward
+
+The mean is over the pairs of the whole batch of an optimizer step. With `label_smoothing_factor` e, a pair is taken to
+be the wrong way round with probability e: (1 - e) L(chosen, rejected) + e L(rejected, chosen), Mitchell's conservative
+DPO.
+
+The reference is the base: the same model with the base's rows put in (esft.ReferenceModel). It sees the same batch as
+the policy. So both round alike, and before the first step r is exactly 0. A resumed run needs nothing of it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import esft
+from training.data import IGNORE
+from training.trainer import ESFTTrainer
+
+REWARDS = ("chosen", "rejected", "accuracies", "margins")  # means over pairs in the log, named as TRL names them
+
+
+class DPOTrainer(ESFTTrainer):
+    """The Trainer of a run of method dpo. Its packs hold pairs: a chosen document, then the rejected one."""
+
+    def __init__(self, *, beta: float, **kwargs):
+        super().__init__(**kwargs)
+        self.beta, self.reference = beta, esft.ReferenceModel(self.model)
+        self._rewards = self._no_rewards()
+
+    def _no_rewards(self) -> Tensor:
+        """Return a place for the sums of REWARDS, and the number of pairs."""
+        return torch.zeros(len(REWARDS) + 1, dtype=torch.float64, device=self.args.device)
+
+    def _count(self, inputs) -> Tensor:
+        """Return how many terms the loss of a batch has: its pairs."""
+        return _labels_of_documents(inputs).count_nonzero() // 2
+
+    def _loss_sum(self, model, inputs, smoothing: float = 0.0):
+        """Return (sum of the loss over pairs, model outputs)."""
+        is_answer_A = _labels_of_documents(inputs) > 0
+        with torch.no_grad():
+            base_A, _ = self._log_probs(self.reference, inputs)
+        policy_A, outputs = self._log_probs(model, inputs)
+        chosen, rejected = (self.beta * (policy_A - base_A))[is_answer_A].view(-1, 2).unbind(1)
+        margin = chosen - rejected
+        loss = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+        sums = [one.detach().double().sum() for one in (chosen, rejected, margin > 0, margin)]
+        self._rewards += torch.stack([*sums, sums[0].new_tensor(len(margin))])
+        return loss.sum(), outputs
+
+    def _log_probs(self, model, inputs) -> tuple[Tensor, object]:
+        """Return the log-probability of the labels of every document of a batch, and the model's outputs."""
+        losses_BM, positions_M, outputs = self._losses(model, inputs)
+        # the label of a position is the next token
+        document_N = _document_numbers(inputs)[:, 1:][:, positions_M].flatten()
+        sums = losses_BM.new_zeros(len(_labels_of_documents(inputs)))
+        return sums.index_add(0, document_N, -losses_BM.flatten()), outputs
+
+    def evaluate(self, *args, **kwargs):
+        """Return the mean loss and the mean rewards over the whole validation set."""
+        of_training, self._rewards = self._rewards, self._no_rewards()
+        metrics = super().evaluate(*args, **kwargs)
+        self._rewards = of_training
+        return metrics
+
+    def log(self, logs, start_time=None):
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if f"{prefix}loss" in logs:
+            *sums, pairs = self.accelerator.reduce(self._rewards, "sum").tolist()
+            logs |= {f"{prefix}rewards/{name}": total / pairs for name, total in zip(REWARDS, sums)}
+            self._rewards = self._no_rewards()
+        super().log(logs, start_time)
+
+
+def _document_numbers(inputs) -> Tensor:
+    """Number the documents of a batch (B, T) from 0, row by row. A pack's padding is a document, too."""
+    starts_BT = inputs["position_ids"] == 0
+    return starts_BT.flatten().cumsum(0).view_as(starts_BT) - 1
+
+
+def _labels_of_documents(inputs) -> Tensor:
+    """Count the labels of every document of a batch. Padding has none."""
+    numbers_N, learned_N = _document_numbers(inputs).flatten(), (inputs["labels"] != IGNORE).flatten().long()
+    return learned_N.new_zeros(int(numbers_N[-1]) + 1).index_add(0, numbers_N, learned_N)
