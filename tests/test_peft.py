@@ -1,6 +1,7 @@
 """An adapter of peft and trained experts share a model: both learn, and each is saved, loaded and merged by itself."""
 
 import copy
+import functools
 import importlib.util
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import datasets
 import esft
-from deepseek.experts import moe_layers
+from deepseek.experts import inner_model, moe_layers
 from tests.helpers import make_model
 
 peft = pytest.importorskip("peft")
@@ -52,7 +53,8 @@ def logits(model) -> torch.Tensor:
 
 
 def trainable(model) -> set[str]:
-    return {name.removeprefix("base_model.model.") for name, param in model.named_parameters() if param.requires_grad}
+    named = inner_model(model).named_parameters()
+    return {name for name, param in named if param.requires_grad}
 
 
 def of_lora(model) -> set[str]:
@@ -241,6 +243,53 @@ def test_frozen_experts_are_noticed_in_gradient_checkpointing():
             one(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
             grads.append({name: param.grad for name, param in one.named_parameters() if param.requires_grad})
         assert all(torch.equal(grad, grads[1][name]) and grad.any() for name, grad in grads[0].items())
+
+
+def by_transformers(model):
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
+
+
+def with_prompt(model):
+    return peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+KINDS_OF_PEFT = {
+    "add_adapter of transformers": by_transformers,
+    "prompt tuning": with_prompt,
+    "DoRA": functools.partial(with_lora, use_dora=True),
+    "modules_to_save": functools.partial(with_lora, modules_to_save=["lm_head"]),
+    "IA3": lambda model: peft.get_peft_model(
+        model, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_PEFT)
+def test_other_adapters_of_peft_go_beside_experts_as_well(kind):
+    adapt, alone = KINDS_OF_PEFT[kind], trainable(esft.to_esft(make_model(), SHARED))
+    model = adapt(esft.to_esft(make_model(), SHARED))
+    with pytest.raises(ValueError, match="cannot train the experts"):
+        train(model)
+    for one in (esft.to_esft(model, SHARED), esft.to_esft(adapt(make_model()), SHARED)):
+        of_peft = trainable(one) - alone
+        before = {name: param.detach().clone() for name, param in one.named_parameters() if param.requires_grad}
+        assert len(before) > len(alone) and trainable(one) >= alone
+        train(one)
+        assert not any(torch.equal(param, before[name]) for name, param in one.named_parameters() if name in before)
+        esft.merge(one)
+        assert kind == "prompt tuning" or trainable(one) == of_peft
+
+
+def test_lora_beside_quantized_experts(tmp_path):
+    model = esft.to_esft(with_lora(make_model()), SHARED, frozen_dtype="int8")
+    train(model)
+    with pytest.raises(ValueError, match="cannot save this model as a plain checkpoint"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, state_dict=dict(model.named_parameters()))
+    esft.save_adapter(model, tmp_path / "experts")
+    again = esft.to_esft(peft.PeftModel.from_pretrained(make_model(), tmp_path), SHARED, frozen_dtype="int8")
+    assert torch.equal(logits(esft.add_adapter(again, tmp_path / "experts")), logits(model))
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
