@@ -4,6 +4,9 @@ import ast
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from tests.helpers import ROOT, assert_near, assert_same_tensors, make_model, ru
 
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = str(ROOT / "results" / "models" / "tiny")
+EVAL = str(ROOT / "datasets" / "eval" / "law.jsonl")
 LAW = str(ROOT / "datasets" / "train" / "law.jsonl")
 
 
@@ -188,10 +192,68 @@ def test_two_processes_train_as_one(name, experts, tmp_path):
         assert_near(key, adapter[key], tensor, 1e-3)
 
 
-def test_merge_and_save_gives_a_plain_model_with_the_adapter_s_weights(experts, tmp_path):
-    load_example("train_with_a_plain_loop").main(TINY, LAW, experts, str(tmp_path / "adapter"), num_steps=2)
-    load_example("merge_and_save").main(TINY, str(tmp_path / "adapter"), str(tmp_path / "merged"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32").state_dict()
+@pytest.mark.clients
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_with_accelerate", "train_with_fsdp"])
+def test_torchrun_starts_the_examples(name, experts, tmp_path):
+    sizes, data = {"num_steps": 3, "batch_size": 4}, (TINY, LAW, experts)
+    wanted, model, _ = run_example("train_with_a_plain_loop", *data, str(tmp_path / "one"), **sizes)
+    script = (
+        f"import os, json, {name} as example\nlosses = example.main(*{(*data, str(tmp_path / 'two'))!r}, **{sizes})\n"
+    )
+    script += "if os.environ['RANK'] == '0':\n    json.dump(losses, open('losses.json', 'w'))\n"
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{ROOT}"}
+    torchrun = "torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+    command = [sys.executable, "-m", *torchrun.split(), str(tmp_path / "script.py")]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(wanted, rel=1e-5)
+    saved = load_file(tmp_path / "two" / "adapter.safetensors")
+    for key, tensor in esft.adapter_tensors(model).items():
+        assert_near(key, saved[key], tensor, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def merged(experts, tmp_path_factory) -> Path:
+    """A folder with an adapter, and its merge into the base."""
+    folder = tmp_path_factory.mktemp("merged")
+    load_example("train_with_a_plain_loop").main(TINY, LAW, experts, str(folder / "adapter"), num_steps=20)
+    load_example("merge_and_save").main(TINY, str(folder / "adapter"), str(folder / "merged"))
+    return folder
+
+
+def test_merge_and_save_gives_a_plain_model_with_the_adapter_s_weights(merged):
+    found = AutoModelForCausalLM.from_pretrained(merged / "merged", dtype="float32").state_dict()
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32").state_dict()
-    changed = {name for name, tensor in base.items() if not torch.equal(tensor, merged[name])}
-    assert changed and all(".experts." in name for name in changed)
+    assert moved(base, found) == chosen(json.loads((merged / "adapter" / "expert_cfg.json").read_text()))
+
+
+@pytest.mark.clients
+def test_lm_eval_has_the_same_numbers_for_an_adapter_and_its_merge(merged, monkeypatch):
+    pytest.importorskip("lm_eval")
+    example = load_example("evaluate_with_lm_eval")
+    found = example.main(TINY, str(merged / "adapter"), EVAL, limit=20)
+    assert found["adapter"]["perplexity,none"] < 0.2 * found["base"]["perplexity,none"]
+    monkeypatch.setattr(example, "add_adapter", lambda *_: None)
+    again = example.main(str(merged / "merged"), "", EVAL, limit=20)
+    for name in ("perplexity,none", "acc,none"):
+        assert again["base"][name] == pytest.approx(found["adapter"][name], rel=1e-6)
+
+
+@pytest.mark.clients
+@pytest.mark.slow
+def test_lm_eval_s_command_line_has_them_too(merged, tmp_path):
+    pytest.importorskip("lm_eval")
+    example = load_example("evaluate_with_lm_eval")
+    wanted = example.main(TINY, str(merged / "adapter"), EVAL, limit=20)["adapter"]
+    write_json(tmp_path / "last_word.yaml", example.make_task(EVAL))  # JSON is YAML
+    model = f"--model hf --model_args pretrained={merged / 'merged'},dtype=float32,softmax_dtype=float32 --device cpu"
+    what = f"--tasks {tmp_path / 'last_word.yaml'} --limit 20 --batch_size 8 --apply_chat_template"
+    command = [sys.executable, "-m", "lm_eval", "run", *model.split(), *what.split(), "--output_path", str(tmp_path)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    (path,) = tmp_path.rglob("results_*.json")
+    found = json.loads(path.read_text())["results"]["last_word"]
+    for name in ("perplexity,none", "acc,none"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-6)

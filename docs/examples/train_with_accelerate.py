@@ -3,7 +3,7 @@
 pip install accelerate
 python docs/examples/score_and_select.py
 python docs/examples/train_with_accelerate.py
-accelerate launch --num_processes 2 docs/examples/train_with_accelerate.py     # with --cpu where there is no GPU
+torchrun --nproc-per-node=2 docs/examples/train_with_accelerate.py     # or `accelerate launch`, on GPUs
 """
 
 import itertools
