@@ -76,6 +76,7 @@ from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
 from deepseek.masters import computed_value, release_parameters, train_parameters
 from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs  # noqa: F401
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
+from deepseek.strength import blend, blend_whole, check_strength, check_whole, is_whole
 
 SCORE_FUNCTIONS = tuple(SUMS)
 TOP_P = {**dict.fromkeys(SCORE_FUNCTIONS, 0.2), "gate": 0.1}  # the paper's for token and gate
@@ -609,21 +610,32 @@ def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Ten
 
 
 @_on_inner_model
-def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> nn.Module:
     """Put the experts of an adapter into the model. All of it is checked first, and if it is refused nothing changes.
 
     Adapters with disjoint experts can be added one after the other. `unload` restores the base. On a model in training
     (`to_esft` with the same config) the values become the trained ones. A LoRA adapter of peft is merged for good.
 
+    Args:
+        folder: an adapter, or a whole model that was fine-tuned from this one, which takes its place for good.
+        strength: how much of the change to make, 0 to 2: base + strength x (tuned - base), computed in fp32 and rounded
+            once. 1 is what was trained, 0 the base.
+
     Raises:
         ValueError, FileNotFoundError: there is no adapter; a tensor is missing, unknown, truncated or of another shape;
-            the adapter is of another base; a loaded adapter already holds one of its experts.
+            the adapter is of another base; a loaded adapter already holds one of its experts; `strength` is out of its
+            range, or not 1 on a model in training.
     """
+    check_strength(strength)
+    if is_whole(folder):
+        return blend_whole(model, folder, strength)
     if is_lora(folder):
-        return merge_lora(model, folder)
+        return merge_lora(model, folder, strength)
     config = ExpertConfig.load(folder)
     with named(f"adapter {folder}"):
         state, loaded = _read_checked(model, folder, config)
+        if state.training and strength != 1:
+            raise ValueError(f"a model in training takes it at strength 1, not {strength:g}. Call unload first.")
     layers = moe_layers(model).values()
     if not state.training:
         for layer in layers:
@@ -634,7 +646,7 @@ def add_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         state.config = union(state.config, config)
         model._esft = state
     for name, view in views.items():
-        view.copy_(loaded[name])
+        view.copy_(blend(view, loaded[name], strength))
     return model
 
 
@@ -644,7 +656,7 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
 
     A LoRA adapter is merged all the same, so give it a model that is not used any more.
     """
-    (merge_lora if is_lora(folder) else find_adapter)(model, folder)
+    (check_whole if is_whole(folder) else merge_lora if is_lora(folder) else find_adapter)(model, folder)
 
 
 def find_adapter(
@@ -681,10 +693,14 @@ def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) ->
     return state, loaded
 
 
-def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, **kwargs):
-    """Return (model, tokenizer) of a base with an adapter in it. `kwargs` are those of `load_base_model`."""
+def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, strength: float = 1.0, **kwargs):
+    """Return (model, tokenizer) of a base with an adapter in it, at a `strength` as in `add_adapter`.
+
+    `kwargs` are those of `load_base_model`.
+    """
+    check_strength(strength)
     model, tokenizer = load_base_model(base_model_path, **kwargs)
-    return add_adapter(model, adapter_dir), tokenizer
+    return add_adapter(model, adapter_dir, strength), tokenizer
 
 
 class ESFTCallback(TrainerCallback):

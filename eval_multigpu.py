@@ -15,6 +15,10 @@ out.general.jsonl. --output_dir gets <name>.jsonl instead. Without either, the a
 its folder. With --with_base the model answers first without the adapter (out.base.jsonl) and then with it. One table
 then shows what was gained and what was forgotten.
 
+--strength=0.5,0.7,1 asks base + strength x (tuned - base) at each of these, and prints the curve. --choose_strength
+takes the one that gains most on the first data set, a validation set, and loses at most --max_loss points on the last
+one, general skills. It names the command that merges it. The answers are in a folder for each strength.
+
 --adapter_dir may also hold one adapter for each data set, in folders with the names of the data sets.
 
 Each of `world_size` processes holds the whole model, on `gpus_per_rank` GPUs or on one thread of the CPU. The results
@@ -50,6 +54,7 @@ from evaluation.lm_eval_results import evaluate_share
 from evaluation.results import compare, format_results, summarize
 from evaluation.rubrics import RUBRICS
 from evaluation.runner import Job, answer_jobs, answer_key, check_prompts
+from evaluation.strength import evaluate_strengths
 from evaluation.workers import plan_devices, run_ranks
 from utils import CommandParser, environment, locked, note, run_cli
 
@@ -292,6 +297,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if not config.datasets and not config.suites:
         cause = "it is not a run, which knows its own task"
         raise ValueError(f"cannot evaluate {config.base_model_path}: {cause}. Give --eval_dataset or --suite.")
+    if len(config.strengths) > 1 or config.choose_strength:
+        esft.check_adapter(empty_model(config.base_model_path), config.adapter_dir)
+        return evaluate_strengths(config, run, output_path(config, "strength", alone=True).with_suffix(""))
     first, *more = split_by_adapter(config)
     for part in more:  # `run` checks the first before its model answers
         esft.check_adapter(empty_model(part.base_model_path), part.adapter_dir)

@@ -267,8 +267,8 @@ def is_lora(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merge a LoRA adapter of peft into the model, for good."""
+def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> nn.Module:
+    """Merge a LoRA adapter of peft into the model, for good, with `strength` times its change."""
     if has_peft(model) or ((state := find_state(model)) and state.training):
         raise ValueError(
             f"cannot merge the LoRA adapter {folder}: the model is in training, or holds an adapter of peft. Merge it "
@@ -279,6 +279,7 @@ def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         warnings.simplefilter("ignore")  # peft makes patterns for the fused experts, and then finds them unused
         try:
             from peft import PeftModel
+            from peft.helpers import rescale_adapter_scale
 
             check_base(base_note(model), folder)
             lora = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
@@ -286,7 +287,8 @@ def merge_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             if lost := found.unexpected_keys + found.missing_keys:  # peft only warns
                 lora.unload()
                 raise ValueError(f"{lost[0]} is not in both its files and this model ({len(lost)} such tensors)")
-            merged = lora.merge_and_unload()
+            with rescale_adapter_scale(lora, strength) if strength != 1 else contextlib.nullcontext():
+                merged = lora.merge_and_unload()
             merged.name_or_path = ""  # it is not that checkpoint any more
             for name, param in merged.named_parameters():  # peft has frozen them
                 param.requires_grad_(learns[name])

@@ -1,12 +1,14 @@
 """The flags of eval_multigpu.py, with their defaults and their help, and what a folder of train.py adds to them."""
 
 import json
+import math
 import re
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from deepseek.files import parse_json, read_json, suggest_path, write_jsonl
+from deepseek.strength import check_strength
 from training.data import TemplateSettings, eval_file_of, held_out_questions
 from utils import ROOT, note, split_names
 
@@ -21,8 +23,10 @@ NEEDS = {  # flag -> flags that have no effect without it
     "eval_dataset": ("max_new_tokens", "template", "evaluator", "judge_model"),
     "suite": ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template"),
     "judge_model": ("judge_base_url",),
-    "adapter_dir": ("with_base",),
+    "adapter_dir": ("with_base", "strength", "choose_strength"),
+    "choose_strength": ("max_loss",),
 }
+STRENGTHS = "0.5,0.6,0.7,0.8,0.9,1"  # those to choose from
 
 
 def _flag(default: object, text: str, metavar: str | None = None, *aliases: str) -> object:
@@ -45,6 +49,18 @@ class EvalConfig:
         "DIR",
     )  # fmt: skip
     with_base: bool = _flag(False, "answer without the adapter too, and print what it changed with 95 %% intervals")
+    strength: str = _flag(
+        "1",
+        "how much of the adapter's change to make, 0 to 2: base + strength x (tuned - base); several give a curve. "
+        "Then --adapter_dir or --model may be a whole fine-tuned model",
+        "S[,S]",
+    )
+    choose_strength: bool = _flag(
+        False,
+        "take the strength that gains most on the first data set, which should be a validation set, and keeps the last "
+        "one, general skills; a run is asked the samples that it held out",
+    )
+    max_loss: float = _flag(1.0, "points of general skills that --choose_strength may lose", "POINTS")
     eval_dataset: str = _flag(
         "", "names in datasets/eval, paths (.jsonl, .json, .parquet) or hub ids", "NAME[,NAME]", "--eval_datasets"
     )
@@ -101,6 +117,20 @@ class EvalConfig:
         return TemplateSettings(self.template, parse_json(self.template_kwargs or "{}", "--template_kwargs", 1))
 
     @property
+    def strengths(self) -> list[float]:
+        """Return the strengths to evaluate at. Raise ValueError for what is not a number from 0 to 2."""
+        names = split_names(STRENGTHS if self.choose_strength and self.strength == "1" else self.strength)
+        try:
+            found = [float(name) for name in names]
+        except ValueError:
+            found = []
+        if not found:
+            raise ValueError(f"cannot use --strength {self.strength!r}: it is not a list of numbers, as in 0.5,0.7,1.")
+        for strength in found:
+            check_strength(strength)
+        return found
+
+    @property
     def datasets(self) -> list[str]:
         return split_names(self.eval_dataset)
 
@@ -113,6 +143,11 @@ class EvalConfig:
         for name, least in {**dict.fromkeys(COUNTS, 1), "num_fewshot": 0}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"cannot evaluate with --{name} {value}: it must be at least {least}.")
+        if not self.strengths or not 0 <= self.max_loss < math.inf:
+            raise ValueError(f"cannot use --max_loss {self.max_loss}: it is not a number of points from 0.")
+        if self.choose_strength and len(self.datasets) + len(self.suites) < 2:
+            cause = "that needs a data set on which it gains, and one of general skills"
+            raise ValueError(f"cannot choose a strength: {cause}. Give --eval_dataset=VALIDATION,GENERAL.")
         if self.output_path and Path(self.output_path).suffix != ".jsonl":
             raise ValueError(f"cannot write --output_path {self.output_path}: it must end in .jsonl.")
         if self.output_path and self.output_dir:
@@ -146,14 +181,14 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
     folder, found, general = Path(config.base_model_path), {}, config.with_general
     if (folder / "run.json").is_file():
         run = read_json(folder / "run.json", "config")["config"]
-        if run["method"] != "full":
+        if run["method"] != "full" or config.strength != "1" or config.choose_strength:
             base = run["base_model_path"]
             if base.count("/") != 1 and not Path(base).exists():  # so it is not a hub id, either
                 how = f"--base_model_path=BASE --adapter_dir={folder}"
                 raise ValueError(f"cannot find base model {base}, which {folder / 'run.json'} names. Give {how}.")
             found |= {"base_model_path": run["base_model_path"], "adapter_dir": config.adapter_dir or str(folder)}
         if not config.datasets and not config.suites:
-            found["eval_dataset"] = _eval_dataset_of(run, folder)
+            found["eval_dataset"] = _eval_dataset_of(run, folder, config.choose_strength)
             if Path(run["base_model_path"]).resolve() == TINY and not general:
                 note("general skills are asked too: did training keep them? --eval_dataset names the data sets itself")
                 general = True
@@ -179,19 +214,20 @@ def _with_template_of_run(config: EvalConfig) -> EvalConfig:
     return replace(config, **found)
 
 
-def _eval_dataset_of(run: dict, folder: Path) -> str:
+def _eval_dataset_of(run: dict, folder: Path, held_out: bool) -> str:
     """Return the eval file beside the training data, as datasets/eval/law.jsonl for datasets/train/law.jsonl.
 
-    Without one, write the samples that the run held out for validation to held_out.jsonl in its folder.
+    Without one, or with `held_out`, write the samples that the run held out for validation to held_out.jsonl in its
+    folder.
     """
-    if found := eval_file_of(run["train_dataset"]):
+    if (found := eval_file_of(run["train_dataset"])) and not held_out:
         return found
-    rows, held_out = held_out_questions(run)
+    rows, kept = held_out_questions(run)
     if not rows:
         raise ValueError(
             f"cannot evaluate {folder}: it held out no sample that is one question and one answer. Give --eval_dataset."
         )
-    some = "" if len(rows) == held_out else f" of {held_out}, those with one question and one answer"
+    some = "" if len(rows) == kept else f" of {kept}, those with one question and one answer"
     note(f"evaluating on the samples that training kept for validation ({len(rows)}{some})")
     if len(rows) < FEW:
         note("so few samples say little: give --eval_dataset, or train with a larger validation_fraction")

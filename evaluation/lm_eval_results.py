@@ -223,7 +223,7 @@ def evaluate_suites(
                 base[suite.name] = ask(suite, path, of_base=True)
                 _write(suite, base[suite.name], None, config, path)
         if config.adapter_dir:
-            model = esft.add_adapter(model, config.adapter_dir)
+            model = esft.add_adapter(model, config.adapter_dir, config.strengths[0])
         for suite in suites:
             answers = ask(suite, paths[suite.name], of_base=False)
             yield _write(suite, answers, base.get(suite.name), config, paths[suite.name])

@@ -73,7 +73,7 @@ def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -
         "model": str(folder.resolve()) if files else config.base_model_path,
         "model files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "adapter": adapter and {path.name: sha256(path) for path in sorted(Path(adapter).iterdir()) if path.is_file()},
-        **{name: getattr(config, name) for name in ANSWER_FLAGS},
+        **{name: getattr(config, name) for name in (*ANSWER_FLAGS, *(() if base else ("strength",)))},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "version of torch": torch.__version__,
         "version of transformers": transformers.__version__,
@@ -138,7 +138,7 @@ def _answer_share(
     for done, (number, indices) in enumerate(batches):
         job = jobs[number]
         if adapter and not job.base:
-            model, adapter = esft.add_adapter(model, adapter), None
+            model, adapter = esft.add_adapter(model, adapter, config.strengths[0]), None
         if not done:
             yield None
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
     python scripts/merge_adapter.py --base_model_path=M --adapter_dir=A --output_dir=O
     python scripts/merge_adapter.py --base_model_path=M --adapter_dir A B C --output_dir=O
+    python scripts/merge_adapter.py --base_model_path=M --adapter_dir=A --output_dir=O --strength=0.7
     python scripts/merge_adapter.py --unmerge --base_model_path=O --output_dir=M_AGAIN
 
 No model is built. The script copies the files of the base and overwrites the bytes of the adapter's experts in the
@@ -11,6 +12,11 @@ O/replaced keeps what was overwritten, as an adapter with the base's own experts
 back the base's weights bit for bit. It takes as much disk space as the adapters; --no_replaced leaves it out. Servers
 do not see it, because they read *.safetensors at the top only. Several adapters can be merged if no expert
 and no other parameter is in two of them.
+
+--strength=0.7 makes 0.7 of the change: base + 0.7 x (tuned - base), computed in fp32 and rounded once.
+
+--adapter_dir may also be a LoRA adapter of peft, or a whole model that was fine-tuned from the base. These are merged
+in memory, without replaced/.
 """
 
 import argparse
@@ -31,11 +37,14 @@ import esft
 from deepseek.adapters import DTYPES, experts_by_layer
 from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
 from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
+from deepseek.loading import empty_model
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
+from deepseek.strength import blend, check_strength, is_whole
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
 from utils import command_parser, environment, locked, note, run_cli
 
 NOTE = "merged_from.json"  # says what was merged, and marks its folder as a merge
+NOTHING = "at strength 0 the merge is the base"
 REPLACED = "replaced"  # the folder in it that holds what the merge overwrote
 GENERATION = "generation_config.json"  # names the tokens at which generation stops
 # other weights, hidden files, the model card of the base, and what an earlier merge left
@@ -55,6 +64,7 @@ def merge_adapter(
     hard_links: bool = False,
     keep_replaced: bool = True,
     write_note: bool = True,
+    strength: float = 1.0,
 ) -> int:
     """Write the checkpoint `base` with `adapters` in it to `output`, and return the number of tensors that changed.
 
@@ -63,6 +73,7 @@ def merge_adapter(
         hard_links: link the weight files in which nothing changes to those of the base, where the file system can.
         keep_replaced: write what is overwritten to `output`/replaced.
         write_note: write what was merged to `output`/merged_from.json.
+        strength: how much of the change to make, from 0 to 2.
 
     Raises:
         ValueError, FileNotFoundError: a wrong folder, an adapter of another base, an expert or another parameter that
@@ -71,7 +82,12 @@ def merge_adapter(
     """
     if output.resolve() == base.resolve():
         raise ValueError(f"cannot write {output}: it is the base itself. Give another --output_dir.")
+    check_strength(strength)
     replaces = check_free(output, overwrite)
+    if in_memory := [adapter for adapter in adapters if esft.is_lora(adapter) or is_whole(adapter)]:
+        if len(adapters) > 1:
+            raise ValueError(f"cannot merge {in_memory[0]} with others: it is a LoRA or a whole model. Merge it alone.")
+        return merge_in_memory(base, in_memory[0], output, strength, replaces)
     model, stored = open_base(base)
     config, sources = read_adapters(model, adapters, finite=write_note)  # an unmerge gives back whatever was there
     places = find_places(model, config.experts, sources, stored)
@@ -85,22 +101,42 @@ def merge_adapter(
         if kept:
             kept.parent.mkdir()
             reserve(kept, {name: (stored[among[0].key].dtype, shapes[name]) for name, among in places.items()})
-        differs = write_tensors(folder, stored, places, sources, kept)
+        differs = write_tensors(folder, stored, places, sources, kept, strength)
         if write_note and not differs:
-            note(f"{base} holds the weights of the adapter already: nothing changed")
+            note(f"{base} holds the weights of the adapter already: nothing changed" if strength else NOTHING)
         if kept:
             load_routers(model, folder, stored)  # what was replaced is an adapter of the model that is written here
             model.name_or_path = str(folder)
             write_json(kept.with_name(CONFIG_NAME), {**config.to_dict(), "base": esft.base_note(model)})
         if write_note:
             write_end_tokens(model, adapters, folder, kept)
-            made = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "environment": environment()}
-            write_json(folder / NOTE, {**made, "files": {name: path.stat().st_size for name, path in files_in(folder)}})
+            write_merged_from(folder, base, adapters, strength)
         else:
             restore_end_tokens(adapters[0], folder)
         if replaces:
             output.rename(folder.with_name("before"))  # deleted once the new folder is in its place
     return len(changed)
+
+
+def merge_in_memory(base: Path, adapter: Path, output: Path, strength: float, replaces: bool) -> int:
+    """Write a base with a LoRA adapter in it, or moved towards a whole model. Return the number of its parameters."""
+    esft.check_adapter(empty_model(base), adapter)
+    model, tokenizer = esft.load_esft_model(base, adapter, strength)
+    with atomic_path(output, folder=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_end_tokens(model, [adapter], folder, None)
+        write_merged_from(folder, base, [adapter], strength)
+        if replaces:
+            output.rename(folder.with_name("before"))
+    return len(list(model.parameters()))
+
+
+def write_merged_from(folder: Path, base: Path, adapters: list[Path], strength: float) -> None:
+    """Write the note that marks a folder as a merge."""
+    made = {"base_model_path": str(base), "adapter_dir": list(map(str, adapters)), "strength": strength}
+    files = {name: path.stat().st_size for name, path in files_in(folder)}
+    write_json(folder / NOTE, {**made, "environment": environment(), "files": files})
 
 
 def check_free(output: Path, overwrite: bool) -> bool:
@@ -194,7 +230,9 @@ def copy_base(base: Path, folder: Path, stored: Files, changed: set[str], hard_l
         shutil.copyfile(base / name, folder / name)
 
 
-def write_tensors(folder: Path, stored: Files, places: Places, sources: Sources, kept: Path | None) -> bool:
+def write_tensors(
+    folder: Path, stored: Files, places: Places, sources: Sources, kept: Path | None, strength: float
+) -> bool:
     """Overwrite what the adapters hold in the copied files, in the dtype of the base, one tensor at a time.
 
     What was there before goes to the reserved file `kept`, under its name in an adapter. Return whether anything
@@ -214,8 +252,9 @@ def write_tensors(folder: Path, stored: Files, places: Places, sources: Sources,
                 part = place.select(tensor)
                 if kept:
                     shards[kept].write(name, part)
-                differs = differs or not torch.equal(part, value.to(part.dtype))
-                part.copy_(value)
+                new = blend(part, value, strength).to(part.dtype)
+                differs = differs or not torch.equal(part, new)
+                part.copy_(new)
                 shard.write(place.key, tensor, place.row)
     return differs
 
@@ -253,6 +292,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--adapter_dir", type=Path, nargs="+", metavar="DIR", help="folders of adapters that share no "
                       "expert, with expert_cfg.json and *.safetensors")  # fmt: skip
     what.add_argument("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
+    strength_help = "how much of the change to make: 0 is the base, 1 is as trained, up to 2 (default: 1)"
+    add("--strength", type=float, default=1.0, metavar="S", help=strength_help)
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
     again = "replace an earlier merge in --output_dir; refused if another file is in it"
     add("--overwrite", action="store_true", help=again)
@@ -267,12 +308,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     base, output = args.base_model_path, args.output_dir
     options = {"overwrite": args.overwrite, "hard_links": args.hard_links}
+    if args.unmerge and args.strength != 1:
+        raise ValueError("cannot unmerge with --strength: the base comes back bit for bit. Leave it out.")
     with locked(output):
         if args.unmerge:
             changed = unmerge(base, output, **options)
         else:
-            changed = merge_adapter(base, args.adapter_dir, output, keep_replaced=not args.no_replaced, **options)
-    print(f"{output}: {changed} tensors of {base} replaced or edited")
+            options |= {"keep_replaced": not args.no_replaced, "strength": args.strength}
+            changed = merge_adapter(base, args.adapter_dir, output, **options)
+    print(f"{output}: {changed} tensors of {base} written anew")
 
 
 if __name__ == "__main__":

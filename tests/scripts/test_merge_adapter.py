@@ -205,7 +205,7 @@ REFUSED = {
     "a tensor is missing": (without_a_tensor, f"does not hold {UP}"),
     "too few rows": (fewer_experts_than_its_config_says, r"experts\.\w+ of the base: it is F32 of shape \(4, "),
     "another shape": (of_another_shape, r"of shape .*8.* into .*_proj\.weight of the base: it is F32 of shape .*16"),
-    "a LoRA": (lora, "holds a LoRA.*esft.add_adapter"),
+    "a damaged LoRA": (lora, "cannot merge the LoRA adapter"),
     "a missing projection": (change_adapter(lambda t: t.pop(UP)), rf"{UP} is missing"),
     "an extra expert": (
         change_adapter(lambda t: t.update({UP.replace("5", "6"): t[UP].clone()})),

@@ -1,0 +1,66 @@
+"""How strong a change of a base is: base + strength x (tuned - base).
+
+Between 0 (the base) and 1 (as it was trained), a model keeps more of what the base knew (Wortsman et al., WiSE-FT,
+arXiv 2109.01903). Up to 2 the change is extrapolated. The tuned values are those of an adapter, or those of a whole
+fine-tuned model.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deepseek.adapters import CONFIG_NAME, is_lora
+from deepseek.files import read_json
+from deepseek.fingerprint import base_note, difference
+from deepseek.loading import empty_model, load_base_model
+
+MOST = 2.0  # beyond, a change is larger than all that was learned
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError for a strength that is not from 0 to 2."""
+    if not 0 <= strength <= MOST:
+        raise ValueError(f"cannot use strength {strength}: it is not from 0 (the base) to {MOST:g}. 1 is as trained.")
+
+
+def blend(base: Tensor, tuned: Tensor, strength: float) -> Tensor:
+    """Return base + strength x (tuned - base) in fp32, for the caller to round once; at strength 1, `tuned` itself."""
+    if strength == 1:
+        return tuned
+    return base.float() + strength * (tuned.to(base.device).float() - base.float())
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Return whether a folder holds a whole model, and not an adapter."""
+    folder = Path(folder)
+    an_adapter = is_lora(folder) or (folder / CONFIG_NAME).is_file()
+    return not an_adapter and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def check_whole(model: nn.Module, folder: str | Path) -> None:
+    """Raise ValueError if a whole model was not trained from `model`, which may be without weights."""
+    theirs = {name: param.shape for name, param in empty_model(folder).named_parameters()}
+    ours = {name: param.shape for name, param in model.named_parameters()}
+    if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise ValueError(
+            f"cannot use {folder} with this base: {odd[0]} is not in both, or has another shape ({len(odd)} such "
+            "parameters). Give the base that it was trained from, or the model alone, as --base_model_path."
+        )
+    run = Path(folder) / "run.json"
+    if run.is_file() and (how := difference(base_note(model), read_json(run).get("base", {}))):
+        raise ValueError(f"cannot use {folder}: it was trained on another base model: {how}. Give that one.")
+
+
+def blend_whole(model: nn.Module, folder: str | Path, strength: float) -> nn.Module:
+    """Change all parameters of a model towards those of a whole fine-tuned one, for good. Host memory holds that, too.
+
+    Raises:
+        ValueError, FileNotFoundError: it was not trained from this model, or cannot be loaded.
+    """
+    check_whole(model, folder)
+    tuned, _ = load_base_model(folder)  # in the dtype in which it is stored
+    theirs = dict(tuned.named_parameters())
+    for name, param in model.named_parameters():
+        param.data.copy_(blend(param.data, theirs[name].data, strength))
+    model.name_or_path = ""  # it is not that checkpoint any more
+    return model
