@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import ROOT
 
+pytestmark = pytest.mark.clients
 USES_THE_LIBRARY = """
 import sys
 import torch
