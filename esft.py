@@ -450,7 +450,7 @@ def to_esft(
     implementation = IMPLEMENTATION if any(layer.frozen for layer in layers) else model.config._experts_implementation
     state = _State(config, True, implementation, frozen, base_note(model))
     if keep_base:
-        state.displaced = {name: view.to("cpu", copy=True) for name, view in adapter_views(model, config).items()}
+        state.displaced = {name: _on_host(view) for name, view in adapter_views(model, config).items()}
     trained_by_peft = [param for param in model.parameters() if param.requires_grad] if has_peft(model) else []
     model.requires_grad_(False)
     train_parameters(model, ordinary)
@@ -559,6 +559,11 @@ class ReferenceModel(nn.Module):
                          "precompute_ref_log_probs=True, give TRL no ref_model.")  # fmt: skip
 
 
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, from where it comes back to a GPU quickly (`base_values`)."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.to("cpu", copy=True)
+
+
 def _frozen_names(model: nn.Module) -> set[str]:
     return {base_name(name) for name, param in model.named_parameters() if not param.requires_grad}
 
@@ -642,7 +647,7 @@ def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> 
             thaw_experts(layer, config.experts.get(layer.index, ()))
     views = adapter_views(model, config)
     if not state.training:
-        state.displaced |= {name: view.to("cpu", copy=True) for name, view in views.items()}
+        state.displaced |= {name: _on_host(view) for name, view in views.items()}
         state.config = union(state.config, config)
         model._esft = state
     for name, view in views.items():

@@ -211,7 +211,7 @@ PAIRS = [
 ]
 
 
-def trl_run(reference, folder, tokenizer, dtype, **changes):
+def trl_run(reference, folder, tokenizer, dtype, resume=None, **changes):
     trl = pytest.importorskip("trl")
     model = esft.to_esft(make_model(dtype=dtype), ALL)
     settings = {"output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
@@ -226,14 +226,17 @@ def trl_run(reference, folder, tokenizer, dtype, **changes):
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
         processing_class=tokenizer,
+        callbacks=[esft.ESFTCallback()],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, trainer.evaluate()
 
 
 @pytest.mark.clients
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["", "checkpointing", "autocast"]
+)
 def test_dpo_of_trl_is_that_with_a_whole_reference(dtype, changes, tmp_path, tiny_tokenizer):
     whole, wanted = trl_run(lambda _: make_model(dtype=dtype), tmp_path, tiny_tokenizer, dtype, **changes)
     small, found = trl_run(esft.ReferenceModel, tmp_path, tiny_tokenizer, dtype, **changes)
@@ -243,6 +246,19 @@ def test_dpo_of_trl_is_that_with_a_whole_reference(dtype, changes, tmp_path, tin
     assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], abs=1e-5) and wanted["eval_loss"] < 0.6
     for name, tensor in whole.model.state_dict().items():
         torch.testing.assert_close(small.model.state_dict()[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.clients
+def test_a_run_of_trl_that_goes_on_has_the_base_as_its_reference(tmp_path, tiny_tokenizer):
+    run = {"tokenizer": tiny_tokenizer, "dtype": torch.float32, "save_strategy": "steps", "save_steps": 2}
+    whole, wanted = trl_run(esft.ReferenceModel, tmp_path / "whole", **run)
+    again, found = trl_run(
+        esft.ReferenceModel, tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-2"), **run
+    )
+    keys = ["loss", "rewards/chosen", "rewards/margins"]
+    one, other = ([[entry[key] for key in keys] for entry in t.state.log_history[2:4]] for t in (again, whole))
+    assert one == other and found["eval_rewards/margins"] == wanted["eval_rewards/margins"] != 0
+    assert_same_bits(again.model.state_dict(), whole.model.state_dict())
 
 
 @pytest.mark.clients

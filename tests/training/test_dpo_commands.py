@@ -7,11 +7,12 @@ import torch
 
 import esft
 import eval_multigpu
+import train
 from deepseek.files import write_json, write_jsonl
 from deepseek.loading import model_of
 from evaluation.expert_scoring import SampleSettings, sample_packs
 from scripts import report, show_data
-from tests.helpers import EXPERTS, make_model
+from tests.helpers import EXPERTS, ROOT, make_model
 from training.memory import Estimator, MemorySettings
 
 ROWS = [
@@ -56,6 +57,16 @@ def test_without_an_expert_config_experts_are_scored_and_selected_first(prefs, s
         1: (3, 5),
         2: (0, 6, 2),
     }
+
+
+@pytest.mark.slow
+def test_the_preference_data_of_this_repository_are_learned(tmp_path):
+    files = {"model": ROOT / "results/models/tiny", "data": ROOT / "datasets/preferences/law.jsonl"}
+    keys = {"method": "dpo", "seq_length": 512, "epochs": 2, "batch_size": 1, "learning_rate": 2e-3, "device": "cpu"}
+    keys |= {**files, "output_dir": tmp_path / "out", "validation_fraction": 0.1, "disable_tqdm": True}
+    result = train.main([f"{key}={value}" for key, value in keys.items()])
+    assert result["eval_loss"] < 0.2 and result["eval_rewards/accuracies"] > 0.9
+    assert result["eval_rewards/chosen"] > 0 > result["eval_rewards/rejected"]
 
 
 @pytest.mark.parametrize("keys", [{"frozen_dtype": "fp8"}, {"frozen_dtype": "int8", "offload_frozen": True}])
