@@ -30,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from deepseek.gradient_sync import GradientReducer
 from deepseek.process_groups import Ranks, SharedError
 from training import data
+from training.flops import count_flops, peak_flops, work_of
 from training.loss import TokenLosses, label_positions
 from training.saving import SavingTrainer
 
@@ -67,7 +68,7 @@ class Batches:
 
 
 class Progress(TrainerCallback):
-    """A progress bar with loss, validation loss and tokens/s. In a file it is redrawn rarely, to keep logs short."""
+    """A progress bar with losses, tokens/s and MFU. In a file it is redrawn rarely, to keep logs short."""
 
     bar = tqdm(disable=True)
 
@@ -87,7 +88,7 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "eval_loss": "validation", "tokens_per_second": "tokens/s"}
+        names = {"loss": "loss", "eval_loss": "validation", "tokens_per_second": "tokens/s", "mfu": "MFU"}
         names["rewards/accuracies"] = "accuracy"
         self.shown |= {names[k]: f"{v:,.0f}" if k[0] == "t" else f"{v:.4f}" for k, v in logs.items() if k in names}
         self.bar.set_postfix(self.shown, refresh=False)
@@ -129,7 +130,9 @@ class ESFTTrainer(SavingTrainer):
         self.signalled, self.stopping = 0, False  # the signal that came; all processes agreed to stop
         self.step_seconds: list[float] = []
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset
-        self._start, self._seconds, self._tokens = None, 0.0, 0
+        self._start, self._seconds, self._work = None, 0.0, None
+        self._flops = count_flops(self.model, references=method == "dpo")
+        self._peak = self._flops and peak_flops(self.args.device, self.model.dtype)
         self.before_first_step, self.memory_advice, self.progress = before_first_step, memory_advice, Progress()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -266,7 +269,8 @@ class ESFTTrainer(SavingTrainer):
         torch.manual_seed(random.Random(str(place)).getrandbits(63))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batches.append((loss, inputs["rows"]))
-        self._tokens += inputs["input_ids"].numel() * self.args.world_size
+        work = work_of(inputs)
+        self._work = work if self._work is None else self._work + work
         return loss
 
     def _clip_grad_norm(self, model, max_norm=None):
@@ -311,6 +315,8 @@ class ESFTTrainer(SavingTrainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._seconds:
-            logs["tokens_per_second"] = round(self._tokens / self._seconds, 1)
-            self._seconds, self._tokens = 0.0, 0
+            logs["tokens_per_second"] = round(self._work[0].item() * self.args.world_size / self._seconds, 1)
+            if self._peak:
+                logs["mfu"] = round(self._flops.of(self._work) / self._seconds / self._peak, 4)
+            self._seconds, self._work = 0.0, None
         super().log(logs, start_time)
