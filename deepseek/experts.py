@@ -100,11 +100,6 @@ class FusedExperts:
         """The holder of `order_e` and `row_of_e`; None where the rows are in the order of the local ids."""
         return self.trained or self.frozen
 
-    def note_run(self) -> None:
-        """Note that a forward of ours runs, for `require_own_forward`."""
-        if self.row_order is not None:
-            self.row_order.ran = True
-
     def rows_of(self, index: Tensor) -> Tensor:
         """Return the rows of experts that are given by their place in `local_ids`."""
         return index if self.row_order is None else self.row_order.row_of_e[index]
@@ -255,10 +250,20 @@ def _reorder(layer: FusedExperts, rows_e: Tensor) -> None:
 def require_own_forward(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     """Refuse every forward but ours from now on, as others would read the wrong rows. Return what ends this.
 
-    The name of the implementation is checked before a forward, and by torch.compile while it traces. That ours ran is
-    checked after it, because patches (Liger, kernels of a hub) replace the module's forward and leave the name.
+    The name of the implementation is checked before a forward. That ours ran is checked after it, because patches
+    (Liger, kernels of a hub) replace the module's forward and leave the name. torch.compile checks while it traces.
     """
     return module.register_forward_pre_hook(_refuse_implementation), module.register_forward_hook(_refuse_replaced)
+
+
+@torch.compiler.assume_constant_result  # so torch.compile calls it while it traces
+def note_run(module: nn.Module, ran: bool = True) -> bool:
+    """Note whether our forward ran, and return what was noted before. Where rows are in order, it does not matter."""
+    order = FusedExperts(module).row_order
+    if order is None:
+        return True
+    before, order.ran = order.ran, ran
+    return before
 
 
 def _refuse_implementation(module: nn.Module, _args) -> None:
@@ -269,12 +274,11 @@ def _refuse_implementation(module: nn.Module, _args) -> None:
             f"only ESFT's own forward knows. Call model.set_experts_implementation({IMPLEMENTATION!r}), or unload or "
             "merge first."
         )
-    if not torch.compiler.is_compiling():
-        FusedExperts(module).row_order.ran = False
+    note_run(module, False)
 
 
 def _refuse_replaced(module: nn.Module, _args, _out) -> None:
-    if not torch.compiler.is_compiling() and not FusedExperts(module).row_order.ran:
+    if not note_run(module, False):
         raise ValueError(
             f"cannot compute the experts: something replaced the forward of {type(module).__name__}, and their rows "
             "are in another order, which only ESFT's own forward knows. Leave out what replaced it, such as Liger."
@@ -291,7 +295,7 @@ def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
     module._trained_hooks = (
         module.register_state_dict_post_hook(_state_dict_in_base_order),
         module.register_load_state_dict_pre_hook(_load_in_base_order),
-        *require_own_forward(module),
+        *(() if layer.frozen else require_own_forward(module)),
     )
 
 

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from deepseek.experts import IMPLEMENTATION, FusedExperts
+from deepseek.experts import IMPLEMENTATION, FusedExperts, note_run
 
 REFERENCE = "esft_reference"
 
@@ -65,7 +65,7 @@ def grouped_experts(layer: FusedExperts, x_TD: Tensor, rows_TK: Tensor, topk_wei
 def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """Do the same as `esft_experts_forward` in a slow and obvious loop. transformers knows it as "esft_reference"."""
     layer = FusedExperts(module)
-    layer.note_run()
+    note_run(module)
     rows_TK, (up_name, down_name) = layer.rows_of(topk_ids_TK), layer.weight_names
 
     def linear(x: Tensor, name: str, row: int) -> Tensor:
@@ -95,7 +95,7 @@ def _forward(layer: FusedExperts, x_TD: Tensor, topk_weights_TK: Tensor, rows_TK
     """Return the output (T, D), what the backward needs of it, and the bounds of `_bounds`."""
     if params:
         layer.trained.write_back(params)
-    layer.note_run()
+    note_run(layer.module)
     module, (up_name, down_name) = layer.module, layer.weight_names
     up_bias, down_bias = _biases(layer)
     dtype, x_TD = x_TD.dtype, x_TD.to(layer.tensor(up_name).dtype)
@@ -213,6 +213,7 @@ _handles = count()
 @torch.compiler.assume_constant_result
 def _handle(module: nn.Module) -> int:
     """Return the number that stands for an experts module in a compiled graph, which serves that module only."""
+    note_run(module)
     for handle, known in _modules.items():
         if known is module:
             return handle

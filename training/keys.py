@@ -31,7 +31,7 @@ DEFAULTS = {  # of TrainingArguments, where ours differ
     "logging_nan_inf_filter": False,
 }
 
-_COMPILE = "torch.compile cannot trace the grouped product of the experts"
+_COMPILE = "a step sets hooks to compute the loss within the head, and torch.compile would compile them at every step"
 _SHARDING = "the experts are shared out by ep_size, the other weights by shard_dense"
 _LIGER = "it would replace layers of the model"
 _AUTOCAST = "autocast would round the routers (dtype=bfloat16 does not, and has fp32 masters)"

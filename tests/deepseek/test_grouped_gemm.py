@@ -1,10 +1,12 @@
 """Compare the grouped forward and backward with the library's grouped_mm and a plain loop, for every layout."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from transformers.integrations.moe import use_experts_implementation
 
 from deepseek.experts import FusedExperts, train_experts
@@ -80,12 +82,23 @@ def inputs(dtype=torch.float32, tokens=T, experts=range(E), seed=1):
     return x_TD, ids_TK[:tokens], weights_TK
 
 
-def run(module, implementation, x_TD, ids_TK, weights_TK):
+def compiled(module, seen=None):
+    """Compile a module as one graph. `seen` gets the number of its nodes that are experts."""
+
+    def count(graph, inputs):
+        if seen is not None:
+            seen.append([node.target for node in graph.graph.nodes].count(torch.ops.esft.experts))
+        return aot_eager(graph, inputs)
+
+    return torch.compile(module, backend=count, fullgraph=True)
+
+
+def run(module, implementation, x_TD, ids_TK, weights_TK, wrap=lambda module: module):
     """Return the output, and the gradients of sum(out * fixed noise) by name: "x", "weights" and the parameters."""
     module.config._experts_implementation = implementation
     module.zero_grad()
     x_TD, weights_TK = (t.detach().requires_grad_(t.requires_grad) for t in (x_TD, weights_TK))
-    out_TD = module(x_TD, ids_TK, weights_TK)
+    out_TD = wrap(module)(x_TD, ids_TK, weights_TK)
     noise_TD = torch.randn(out_TD.shape, generator=torch.Generator().manual_seed(2)).to(out_TD.dtype)
     if out_TD.requires_grad:
         (out_TD * noise_TD).sum().backward()
@@ -196,3 +209,30 @@ def test_autocast_computes_in_the_weights_dtype():
     plain_out, plain_grads = run(module, IMPLEMENTATION, *data)
     assert torch.equal(out, plain_out)
     assert_near(grads, plain_grads, 1e-5)
+
+
+@pytest.mark.parametrize("trained", [(4, 1), ()], ids=["trained", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_gives_the_same_bits(layout, trained):
+    """torch.compile sees one operator in every layout."""
+    torch._dynamo.reset()
+    seen = []
+    (out, grads), (wanted, expected) = (
+        run(make_experts(layout, trained=trained).requires_grad_(bool(trained)), IMPLEMENTATION, *inputs(), wrap)
+        for wrap in (lambda module: compiled(module, seen), lambda module: module)
+    )
+    assert seen == [1] and torch.equal(out, wanted)
+    assert_near(grads, expected, 0)
+
+
+def test_compiled_modules_are_not_mixed_up():
+    """All modules of a class share the compiled code. A copy computes with its own weights."""
+    torch._dynamo.reset()
+    first, x_TD, *routing = make_experts(trained=(4, 1)), *inputs()
+    first.config._experts_implementation = IMPLEMENTATION
+    modules = [first, copy.deepcopy(first), copy.deepcopy(first)]
+    modules[1].down_proj.data.mul_(2)
+    modules[2].trained.down_proj.data.mul_(2)
+    found = [call(x_TD, *routing) for call in [compiled(module) for module in modules]]
+    assert all(torch.equal(out, module(x_TD, *routing)) for out, module in zip(found, modules))
+    assert not any(torch.equal(found[a], found[b]) for a in range(3) for b in range(a))
