@@ -51,7 +51,7 @@ def evaluate(model, tokenizer, folder) -> dict:
         "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
     }
     task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "text", "doc_to_target": "label"}
-    lm = HFLM(model, tokenizer=tokenizer, batch_size=4, softmax_dtype="float32", device="cpu")
+    lm = HFLM(model, tokenizer=tokenizer, batch_size=4, softmax_dtype="float32", trust_remote_code=False)
     found = simple_evaluate(
         lm, tasks=[task | {"doc_to_choice": "choices"}], task_manager=TaskManager(include_defaults=False)
     )

@@ -35,7 +35,7 @@ def main(
     limit: int = 50,
 ) -> dict[str, dict]:
     model, tokenizer = load_base_model(base, dtype="float32")
-    lm = HFLM(model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32")
+    lm = HFLM(model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float32", trust_remote_code=False)
     tasks = TaskManager(include_defaults=False)  # without lm-eval's own tasks, which take seconds to list
     found = {}
     for name in ("base", "adapter"):
