@@ -11,6 +11,14 @@ last checkpoint (every save_steps). Keys, data and libraries are checked before 
 
 Training keys come last: `learning_rate=1e-4` for all methods, `full:learning_rate=3e-5` for one, which wins.
 `full:save_opt_states=false` saves the disk space of a whole model's optimizer states; that method cannot resume.
+
+    python scripts/pipeline.py --sweep --base_model_path=MODEL --train_dataset=DATA --eval_dataset=TASK,GENERAL [...]
+
+--sweep looks for the best point between learning and forgetting. It trains a grid: each of --methods with each of
+--shares at each of --rates. After a third of the steps it drops what is dominated, where others learn more and keep
+more. It trains the rest, and evaluates all of it at each of --strengths. The table, the picture and the recommended
+point are in sweep.md, sweep.json and sweep.png. TASK and GENERAL are data sets to choose by, so they should not be your
+test set. The default is what training holds out of DATA, and the simple questions of datasets/eval/general.jsonl.
 """
 
 import argparse
@@ -20,6 +28,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +43,7 @@ from evaluation.run_folder import METHODS, Run, read_run
 from evaluation.runner import check_prompts
 from evaluation.workers import plan_devices
 from scripts.merge_adapter import check_free
+from scripts.sweep import GENERAL, Plan, Sweep, add_sweep_flags, check_sweep_flags, plan_grid, questions, sweep_methods
 from training.data import TemplateSettings, load_data
 from utils import (
     ROOT,
@@ -100,7 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--train_dataset", "--data", required=True, metavar="DATA", help=train_help)
     add("--eval_dataset", "--eval_datasets", metavar="DATA[,DATA]", help=eval_help)
     add("--output_dir", metavar="DIR", help="default: results/runs/<name of the training set>")
-    add("--methods", default="esft-token", metavar="METHOD[,METHOD]", help=f"of {methods} (default: %(default)s)")
+    add("--methods", metavar="METHOD[,METHOD]", help=f"of {methods} (default: esft-token); see also --sweep")
     add("--train_config", default=presets, metavar="FILE.yaml", help="training keys (default: %(default)s)")
     for function, default in (("token", 0.2), ("gate", 0.1)):
         top_p_help = f"cumulative {function} score that is trained (default: %(default)s)"
@@ -118,14 +128,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights (default: as stored)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of sampling, selection and training (default: 0)")
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
+    add_sweep_flags(parser)
     add("overrides", nargs="*", metavar="[METHOD:]KEY=VALUE", help="training keys, see train.py --help")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    check_sweep_flags(parser, args)
+    return args
 
 
-def known_method(name: str) -> str:
-    """Return a name of METHODS. Raise ValueError for any other."""
-    if name not in METHODS:
-        raise ValueError(f"cannot run method {name!r}{suggest(name, METHODS)}. Choose of {', '.join(METHODS)}.")
+def known_method(name: str, methods: Iterable[str]) -> str:
+    """Return a name of `methods`. Raise ValueError for any other."""
+    if name not in methods:
+        raise ValueError(f"cannot run method {name!r}{suggest(name, methods)}. Choose of {', '.join(methods)}.")
     return name
 
 
@@ -145,8 +158,8 @@ def flags(args: argparse.Namespace, names: str) -> dict[str, object]:
     return {name: getattr(args, name) for name in names.split()}
 
 
-def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, list[str]]:
-    """Return the key=value words for train.py, by method.
+def plan_training(args: argparse.Namespace, known: dict[str, tuple], methods: list[str]) -> dict[str, Plan]:
+    """Return what each of `methods` trains. `known` has its score function, if it selects, and its key `method`.
 
     Raises:
         ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
@@ -157,34 +170,35 @@ def training_keys(args: argparse.Namespace, methods: list[str]) -> dict[str, lis
 
     named = [(*word.partition("=")[::2], word) for word in args.overrides]
     args.overrides = [word for key, value, word in named if not take_secret(key.rpartition(":")[2], value)]
-    given: dict[str, dict[str, str]] = {method: {} for method in ("", *METHODS)}
+    given: dict[str, dict[str, str]] = {method: {} for method in ("", *known)}
     for word in args.overrides:
         name, _, value = word.partition("=")
         method, _, key = name.rpartition(":")
         key = ALIASES.get(key, key)
         if key in OURS:
             raise ValueError(f"cannot use {word!r}: a flag sets {key} for all commands. See --help.")
-        given[method and known_method(method)][key] = value
+        given[method and known_method(method, known)][key] = value
 
-    words = {}
+    plans = {}
     for method in methods:
-        function, train_method = METHODS[method]
+        function, train_method = known[method]
         keys = {"method": train_method, **flags(args, "seq_length template seed")}
         keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
         keys |= {"save_opt_states": "true"} | given[""] | given[method]
-        words[method] = [f"{key}={value}" for key, value in keys.items()]
+        words = [f"{key}={value}" for key, value in keys.items()]
         paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
         paths |= {"expert_config": selected_experts("later")} if function else {}
-        config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *words[method]])
-        if config.streaming and "streaming=true" not in words[method]:  # the file says so: scoring must know it, too
-            words[method].append("streaming=true")
-        training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
+        config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *words])
+        if config.streaming and "streaming=true" not in words:  # the file says so: scoring must know it, too
+            words.append("streaming=true")
+        arguments = training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
+        plans[method] = Plan(words, config, arguments)
         open_empty(config, Ranks(world_size=args.nproc_per_node))
         load_data(load_tokenizer(args.base_model_path), config, Ranks())  # the stages find them encoded
-    return words
+    return plans
 
 
-def check(args: argparse.Namespace, methods: list[str], datasets: list[str]) -> None:
+def check(args: argparse.Namespace, datasets: list[str]) -> None:
     """Raise ValueError or OSError for what would stop a later stage after hours of earlier ones."""
     for name, top_p in flags(args, "top_p_token top_p_gate").items():
         if not 0 < top_p <= 1:
@@ -326,18 +340,24 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    methods = [known_method(name) for name in split_names(args.methods)]
+    known = sweep_methods() if args.sweep else METHODS
+    methods = [known_method(name, known) for name in split_names(args.methods)]
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)
-    datasets = eval_datasets(args)
-    check(args, methods, datasets)
-    if not args.no_merge and any(METHODS[method][1] == "esft" for method in methods):
+    datasets = split_names(args.eval_dataset or GENERAL) if args.sweep else eval_datasets(args)
+    check(args, datasets)
+    if not args.sweep and not args.no_merge and any(METHODS[method][1] == "esft" for method in methods):
         check_free(folder / "merged", overwrite=True)
-    keys = training_keys(args, methods)
+    plans = plan_training(args, known, methods)
+    grid = plan_grid(args, plans) if args.sweep else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder) as lock:
-        run_stages(args, Stages(folder, lock), folder, keys, datasets)
-        write_results(args, folder, list(keys), datasets)
+        stages = Stages(folder, lock)
+        if args.sweep:
+            Sweep(args, folder, stages, plans, questions(args, folder, plans)).run(grid)
+            return
+        run_stages(args, stages, folder, {method: plan.words for method, plan in plans.items()}, datasets)
+        write_results(args, folder, methods, datasets)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,22 @@ def count_trained(model: nn.Module) -> dict:
     }
 
 
+def budget_of(model: nn.Module, share: float) -> float:
+    """Return the share of a model's routed experts that is `share` of all its parameters."""
+    every = {index: tuple(range(layer.num_experts)) for index, layer in moe_layers(model).items()}
+    routed = sum(view.numel() for view in esft.adapter_views(model, esft.ExpertConfig(every)).values())
+    return share * sum(param.numel() for param in model.parameters()) / routed
+
+
+def rank_of(model: nn.Module, share: float) -> int:
+    """Return the rank at which LoRA trains as many parameters as `share` of a model's, rounded, and at least 1.
+
+    `model` has no weights, and gets LoRA by this.
+    """
+    total = sum(param.numel() for param in model.parameters())
+    return max(1, round(share * total / count_trained(_add_lora(model, 1, 2))["trained_parameters"]))
+
+
 def format_trained(model: nn.Module, method: str) -> str:
     """Return what is trained as text: layers, experts, parameters, share, bytes of gradients and optimizer states."""
     counts = count_trained(model)

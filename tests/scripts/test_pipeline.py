@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from deepseek.files import write_json
-from evaluation.run_folder import read_run
+from evaluation.run_folder import METHODS, read_run
 from scripts import pipeline
 from utils import ROOT
 
@@ -222,7 +222,8 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
         "lr=2e-3",
     ]
     args = pipeline.parse_args([*flags, "full:save_opt_states=false"])
-    keys = pipeline.training_keys(args, ["esft-token", "full"])
+    plans = pipeline.plan_training(args, METHODS, ["esft-token", "full"])
+    keys = {method: plan.words for method, plan in plans.items()}
     assert {"method=esft", "learning_rate=2e-3", "save_opt_states=true"} <= set(keys["esft-token"])
     assert {"method=full", "learning_rate=1e-3", "save_opt_states=false"} <= set(keys["full"])
     assert len(keys["full"]) == len({key.partition("=")[0] for key in keys["full"]})
@@ -240,7 +241,8 @@ def test_scoring_streams_where_training_does(tmp_path):
     by_file, by_word = [f"--train_config={tmp_path / 'keys.yaml'}"], ["streaming=true", "n_train_samples=5"]
     for more, streams in ([], False), (by_word, True), (by_file, True):
         args = pipeline.parse_args([*words, *more])
-        pipeline.run_stages(args, Stages(), tmp_path, pipeline.training_keys(args, ["esft-token"]), [])
+        keys = pipeline.plan_training(args, METHODS, ["esft-token"])["esft-token"].words
+        pipeline.run_stages(args, Stages(), tmp_path, {"esft-token": keys}, [])
         assert asked["scripts/expert/get_expert_scores.py"]["streaming"] is streams
 
 
@@ -248,8 +250,8 @@ def test_scoring_streams_where_training_does(tmp_path):
 def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "old")  # restored after the test
     args = pipeline.parse_args(["--model=results/models/tiny", "--data=intent", f"{key}=s3cret", "lr=2e-3"])
-    keys = pipeline.training_keys(args, ["esft-token", "full"])
-    assert os.environ["WANDB_API_KEY"] == "s3cret" and "s3cret" not in f"{args} {keys}"
+    plans = pipeline.plan_training(args, METHODS, ["esft-token", "full"])
+    assert os.environ["WANDB_API_KEY"] == "s3cret" and "s3cret" not in f"{args} {plans}"
     assert args.overrides == ["lr=2e-3"]
 
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import esft
-from tests.helpers import EXPERTS, arguments, at_step, config_of, fails, losses, make_model, trainer_of, weights
+from deepseek.loading import empty_model
+from tests.helpers import EXPERTS, ROOT, arguments, at_step, config_of, fails, losses, make_model, trainer_of, weights
 from tests.rank_helpers import log_worse
-from training.methods import frozen_hashes
+from training.methods import budget_of, count_trained, frozen_hashes, prepare_model, rank_of
 from training.trainer import ESFTTrainer
 
 
@@ -88,6 +89,25 @@ def test_lora_adapts_all_but_head_and_routers_and_loads_in_peft(files, start, mo
     assert sum(tensor.numel() for tensor in state.values()) == result["trained_parameters"]
     experts = [name for name in state if "layers.1.mlp.experts" in name and "lora_B" in name]
     assert experts and all(state[name].abs().max() > 0 for name in experts)
+
+
+@pytest.mark.parametrize("share", [0.025, 0.07, 0.25])
+def test_experts_and_lora_of_an_equal_share_train_as_many_parameters(share):
+    tiny = ROOT / "results" / "models" / "tiny"
+    total = sum(param.numel() for param in empty_model(tiny).parameters())
+    rank = rank_of(empty_model(tiny), share)
+    trained = [
+        count_trained(prepare_model(empty_model(tiny), "lora", lora_rank=r))["trained_parameters"]
+        for r in (rank - 1, rank, rank + 1)
+        if r
+    ]
+    assert min(trained, key=lambda count: abs(count - share * total)) == trained[-2]
+    budget = budget_of(empty_model(tiny), share)
+    count = round(4 * 64 * budget)  # experts of four layers
+    experts = esft.ExpertConfig({layer: tuple(range(count // 4 + (layer <= count % 4))) for layer in range(1, 5)})
+    of_experts = count_trained(prepare_model(empty_model(tiny), "esft", experts))["trained_parameters"]
+    one = of_experts / count
+    assert abs(of_experts - share * total) <= one / 2
 
 
 @pytest.mark.parametrize("method", ["esft", "random", "full", "lora"])
