@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -95,14 +96,15 @@ class Lab:
             Path(f"{folder}.part").rename(folder)
         return str(folder)
 
-    def scores(self, base: str, task: str, n_sample_tokens: int = 16384) -> Path:
+    def scores(self, base: str, task: str, n_sample_tokens: int = 16384, *more: str) -> Path:
+        """Score the experts of a base on a task, with `more` flags, unless it is done, and return the folder."""
         made_of = inputs(base, data_of(task))
         mark = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
         folder = self.folder / "scores" / f"{Path(base).name}-{task}-n{n_sample_tokens}-{mark}"
         if not (folder / "summary.json").is_file():
             what = f"--base_model_path={base}", f"--eval_dataset={self.samples(task)}", f"--output_dir={folder}"
             size = f"--n_sample_tokens={n_sample_tokens}", "--seq_length=256"
-            self.command("scripts/expert/get_expert_scores.py", *what, *size)
+            self.command("scripts/expert/get_expert_scores.py", *what, *size, *more)
         return folder
 
     def samples(self, task: str) -> str:
@@ -206,9 +208,9 @@ def data_of(task: str) -> str:
 
 def inputs(base: str, *data: str) -> dict[str, str]:
     """Return digests of a base and of data, and the versions of the libraries that decide a result."""
-    files, facts = (*data, f"{base}/model.safetensors"), environment()
+    files = (*data, f"{base}/model.safetensors")
     digests = {Path(name).name if Path(name).is_absolute() else name: digest(ROOT / name) for name in files}
-    return {**digests, **{name: facts[name] for name in ("torch", "transformers")}}
+    return {**digests, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 digest = functools.cache(sha256)

@@ -1,0 +1,258 @@
+"""The study of the frontier: what is chosen by which questions, verdicts, and equal tables if it is broken off."""
+
+import hashlib
+import statistics
+from pathlib import Path
+
+import pytest
+
+from deepseek.files import read_json, read_jsonl, write_json, write_jsonl
+from esft import ExpertConfig
+from evaluation.frontier import RULES, Point
+from scripts.experiments import frontier, frontier_runs
+from scripts.experiments.frontier import PAPER, PARTS, SHARED, Row, verdict
+from tests.helpers import ROOT
+from utils import locked, run_cli
+
+LAYERS, EXPERTS = (1, 2, 3, 4), 64  # of results/models/tiny
+
+
+def number(*parts: object) -> float:
+    """Return a number from 0 to 1 that these decide."""
+    return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:6], 16) / 2**24
+
+
+def evaluate(flags: dict[str, str]) -> None:
+    """Write the curve of a model, or the summaries of the base."""
+    output, results = Path(flags["output_path"]), {"rate": 0.0, "luck": 0.0}
+    if "adapter_dir" in flags:
+        results = read_json(Path(flags["adapter_dir"]) / "run.json")["results"]
+    points = []
+    for strength in [0.0, *map(float, flags.get("strength", "0").split(","))]:
+        rate, means = 500 * results["rate"] * strength, {}
+        for name in map(Path, flags["eval_dataset"].split(",")):
+            mean = 92 - rate**2 if name.stem == "general" else 3 + 96 * rate / (1 + rate)
+            means[name.stem] = mean + strength * results["luck"] + number(name.suffix) / 9
+        points.append({"strength": strength, "mean": means})
+    if "adapter_dir" in flags:
+        write_json(output.with_suffix("") / "curve.json", {"points": points})
+    for name, mean in points[0]["mean"].items() if "adapter_dir" not in flags else ():
+        write_json(output.with_suffix(f".{name}.summary.json"), {"mean": mean})
+
+
+def fake(words: list[str]) -> None:
+    """Write what the commands would, decided by what they are asked. A higher rate learns more and forgets more."""
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+    if words[0] == "train.py":
+        assert not Path(flags["output_dir"]).exists()
+        chosen = Path(flags["expert_config"]).read_text() if "expert_config" in flags else flags.get("lora_rank", "")
+        results = {"rate": float(flags["learning_rate"]), "luck": number(chosen, flags["seed"], flags["train_dataset"])}
+        write_json(Path(flags["output_dir"]) / "run.json", {"results": results})
+    elif words[0] == "eval_multigpu.py":
+        evaluate(flags)
+    elif words[0] == "scripts/miniature/build_datasets.py":
+        test = read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")[:2]
+        rows = [*test, *({"prompt": f"{flags['seed']} {i}", "answers": ["a"], "skill": "s"} for i in range(3))]
+        write_jsonl(Path(flags["output_dir"]) / "eval" / "general.jsonl", rows)
+    else:
+        assert words[0] == "scripts/expert/get_expert_scores.py" and flags["scores"] == "gradient,reap"
+        what = Path(flags["eval_dataset"]).stem
+        scores = {}
+        for function in ("token_scores", "gate_scores", "gradient_scores", "reap_scores"):
+            drawn = {la: [number(what, function, la, e) for e in range(EXPERTS)] for la in LAYERS}
+            scores[function] = {
+                str(la): {str(e): x / sum(score_E) for e, x in enumerate(score_E)} for la, score_E in drawn.items()
+            }
+        write_json(Path(flags["output_dir"]) / "summary.json", scores)
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """What the runner runs, done by `fake`."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        frontier_runs.FrontierLab, "command", lambda self, *words: (seen.append(list(map(str, words))), fake(seen[-1]))
+    )
+    return seen
+
+
+def trained(commands: list[list[str]]) -> list[list[str]]:
+    return [words for words in commands if words[0] == "train.py"]
+
+
+def test_every_rule_is_in_a_part_at_every_share():
+    rows = {row for _, rows in PARTS.values() for row in rows}
+    assert rows == {Row("full"), *(Row(name, s) for name in (*RULES, "lora", SHARED) for s in frontier.SHARES)}
+
+
+def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
+    flags = [
+        "--shares",
+        "0.07",
+        "--methods",
+        PAPER,
+        "lora",
+        "full",
+        "esft-gate",
+        "random",
+        "--jobs=1",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    flags.append("--parts=a,b,c")
+    whole = frontier.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/frontier"])
+    asked = len(commands)
+    # rates: 4 rows x 3 x 2 tasks; the other seed: 4 rows x 2; random: 2 seeds x 2; (c): 3 rows x 2 tasks
+    assert len(trained(commands)) == 24 + 8 + 4 + 6
+    run, left = frontier_runs.FrontierLab.command, 30
+
+    def breaks_off(self, *words):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        run(self, *words)
+
+    commands.clear()
+    tries = 0
+    monkeypatch.setattr(frontier_runs.FrontierLab, "command", breaks_off)
+    while True:
+        tries, left = tries + 1, 30
+        try:
+            again = frontier.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/frontier"])
+            break
+        except KeyboardInterrupt:
+            continue
+    assert tries > 5 and again == whole and asked <= len(commands) <= asked + 3 * tries
+    for part in "abc":
+        assert (tmp_path / "one" / f"frontier_{part}.md").read_text() == (
+            tmp_path / "two" / f"frontier_{part}.md"
+        ).read_text()
+    commands.clear()
+    flags.append(f"--work_dir={tmp_path}/whole")
+    parts = {part: frontier.main([*flags, f"--parts={part}"])[part] for part in "abc"}
+    assert parts == whole and not commands  # in parts it comes to the same
+    more = frontier.main([*flags, "--parts=a", "--seeds", "0", "1", "2"])
+    assert len(trained(commands)) == 3 * 2 and more["a"] != whole["a"]
+
+
+def test_what_is_chosen_is_chosen_on_validation_alone(tmp_path, commands, monkeypatch):
+    flags = ["--parts=a", "--methods", PAPER, "--shares", "0.07", "--seeds", "0", f"--work_dir={tmp_path}/w"]
+    args = frontier.parse_args(flags)
+    study = frontier.Study(args, frontier_runs.FrontierLab(args))
+    row, rates = Row(PAPER, 0.07), Row(PAPER, 0.07).rates
+    curves = {  # by rate: (strength, task, general) on the validation questions
+        rates[0]: [(0.0, 3, 90), (0.5, 40, 90), (1.0, 60, 89)],
+        rates[1]: [(0.0, 3, 90), (0.5, 70, 88), (1.0, 95, 80)],
+        rates[2]: [(0.0, 3, 90), (0.5, 80, 87.9), (1.0, 99, 50)],
+    }
+
+    def points(trial, use):
+        assert use == "validation"
+        return [Point(trial.row, *values) for values in curves[trial.learning_rate]]
+
+    monkeypatch.setattr(study.lab, "points", points)
+    study.rate_of[row] = study.best_rate(row)
+    assert study.rate_of[row] == rates[1] and study.strength(row, "law") == 0.5
+    curves[rates[2]][1] = (0.5, 80, 88)
+    assert study.best_rate(row) == rates[2]
+    curves[rates[2]][1] = (0.5, 70, 88)
+    assert study.best_rate(row) == rates[1]  # the lower of equals
+    shared, random = Row(SHARED, 0.07), Row("random", 0.07)
+    assert float(study.best_rate(shared)) == float(rates[1]) / 2 and float(study.best_rate(random)) == float(rates[1])
+
+
+def test_rows_of_a_share_train_as_many_experts_by_other_rules(tmp_path, commands):
+    frontier.main(["--parts=b", "--seeds", "0", "--jobs=1", f"--work_dir={tmp_path}"])
+    chosen = {}
+    for words in trained(commands):
+        flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+        experts = ExpertConfig.load(flags["expert_config"])
+        chosen[Path(flags["expert_config"]).stem.partition("-7-")[0]] = experts
+    assert {sum(map(len, c.experts.values())) for c in chosen.values()} == {22}  # 7 % of 5.8M parameters
+    law = {name: c for name, c in chosen.items() if name.startswith("law-")}
+    assert len(law) == len(frontier.OTHERS) + 1 and law[f"law-{SHARED}"].shared_experts
+    assert law[f"law-{SHARED}"].experts == law[f"law-{PAPER}"].experts
+    sets = {str(c.experts) for name, c in law.items() if name != f"law-{SHARED}"}
+    assert len(sets) == len(law) - 1
+    general = read_jsonl(tmp_path / "contrast" / "conversations.jsonl")
+    test = {row["prompt"] for row in read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")}
+    asked = [{row["messages"][0]["content"] for row in general}]
+    asked.append({row["prompt"] for row in read_jsonl(tmp_path / "validation" / "general.jsonl")})
+    assert len(asked[0]) == len(asked[1]) == 3 and not asked[0] & asked[1] and not test & (asked[0] | asked[1])
+
+
+@pytest.mark.parametrize(
+    ("learns", "keeps", "said"),
+    [
+        ([4.0, 5.0, 6.0], [0.0, 1.0, -0.5], "dominates"),
+        ([-1.0, 1.0, 0.5], [4.0, 5.0, 6.0], "dominates"),
+        ([4.0, 5.0, 6.0], [-2.0, 1.0, 0.0], "neither"),  # it may forget more
+        ([-4.0, -5.0, -6.0], [0.0, -1.0, -0.5], "is dominated"),
+        ([-1.0, 5.0, 6.0], [-1.0, 1.0, 3.0], "neither"),  # nothing is certain
+        ([9.0], [9.0], "one seed"),
+    ],
+)
+def test_one_dominates_where_an_interval_says_so_and_the_other_axis_is_no_worse(learns, keeps, said):
+    assert verdict(learns, keeps) == said
+    swapped = {"dominates": "is dominated", "is dominated": "dominates"}
+    assert verdict([-x for x in learns], [-x for x in keeps]) == swapped.get(said, said)
+
+
+def test_tables_show_differences_seed_by_seed_and_say_where_they_come_from(tmp_path, commands):
+    stem = tmp_path / "tables" / "frontier"
+    flags = ["--parts=a", "--methods", PAPER, "lora", "--shares", "0.07", "--steps=7"]
+    tables = frontier.main([*flags, f"--work_dir={tmp_path}/w", f"--output={stem}"])
+    text = Path(f"{stem}_a.md").read_text()
+    assert tables["a"] in text and "--parts=a`, tasks law summary, seeds 0 1 2, 7 steps" in text and "torch" in text
+    assert str(tmp_path) not in Path(f"{stem}_a.json").read_text()  # no path of the machine
+    told = read_json(Path(f"{stem}_a.json"))
+    paper, lora = told["rows"]
+    assert (paper["name"], lora["name"]) == (PAPER, "lora")
+    assert lora["average"] == [
+        statistics.fmean(lora["tasks"][task][i] for task in ("law", "summary")) for i in range(3)
+    ]
+    (pair,) = told["pairs"]
+    assert pair["learns"] == [a - b for a, b in zip(lora["average"], paper["average"])]
+    assert pair["keeps"] == [a - b for a, b in zip(lora["general"], paper["general"])]
+    taken = next(p for p in paper["curves"]["law"][1] if p["strength"] == paper["strength"]["law"])
+    assert taken["task"] == paper["tasks"]["law"][1]
+    assert Path(f"{stem}_a.svg").read_text().count("<svg") == 1
+
+
+def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, monkeypatch):
+    flags = ["--parts=a", "--methods", "full", "--seeds", "0", f"--work_dir={tmp_path}"]
+
+    def again() -> int:
+        commands.clear()
+        frontier.main(flags)
+        return len(trained(commands))
+
+    assert again() == 6 and again() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(frontier_runs.FrontierLab, "settings", lambda self: {"validation_fraction": 0.05, "max_steps": 1})
+        assert again() == 6
+    (tmp_path / "results" / f"{next((tmp_path / 'results').glob('law-full-*')).name}").write_text("{")
+    with locked(tmp_path), pytest.raises(ValueError, match="another run is at work there"):
+        frontier.main(flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--parts=a,g", "cannot run part 'g'. Give some of a, b, c, d"),
+        ("--tasks=lwa", "invalid choice: 'lwa'"),
+        ("--shares=0.5", "invalid choice: 0.5"),
+        ("--methods=esft", "invalid choice: 'esft'"),
+        ("--parts=b --methods=full", "cannot run part b: --methods and --shares leave nothing of it"),
+        ("--steps=0", "not a whole number above 0"),
+        ("--output=README.md/x", "cannot write"),
+        ("--work_dir=README.md", "cannot write README.md: it is a file"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(flag, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: frontier.main(flag.split()))
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
