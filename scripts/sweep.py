@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from deepseek.files import read_json, write_json, write_jsonl, write_text
 from deepseek.loading import empty_model
@@ -38,8 +38,7 @@ FEW = 30  # samples
 GENERAL = "general"  # what is asked by default
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a method trains: the words for train.py, and what they mean."""
 
     words: list[str]
