@@ -74,7 +74,7 @@ from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
 from deepseek.masters import computed_value, release_parameters, train_parameters
-from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs  # noqa: F401
+from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
 from deepseek.strength import blend, blend_whole, check_strength, check_whole, is_whole
 
@@ -82,6 +82,12 @@ SCORE_FUNCTIONS = tuple(SUMS)
 TOP_P = {**dict.fromkeys(SCORE_FUNCTIONS, 0.2), "gate": 0.1}  # the paper's for token and gate
 WITHOUT_SUM = ("gradient", "reap")  # they have no sum of their own in a layer, so `top_p` is a share of their layer's
 SCORE_FILES = ("summary.json", "expert_scores.json")  # in a folder of scores
+
+__all__ = [
+    "ESFTCallback", "ExpertConfig", "ExpertScores", "ReferenceModel", "RouterCapture", "RouterCounts",
+    "adapter_tensors", "add_adapter", "base_values", "load_base_model", "load_esft_model", "merge", "save_adapter",
+    "select_experts", "to_esft", "trained_config", "union", "unload",
+]  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------------
 # scores

@@ -93,6 +93,14 @@ def test_a_wrong_quote_is_noticed():
     assert is_quoted_from("a = 1\nb = 2\n", source) and not is_quoted_from("a = 1\nb = 3\n", source)
 
 
+def test_a_star_import_gives_the_functions_of_the_guide_and_nothing_of_torch():
+    scope: dict = {}
+    exec("from esft import *", scope)
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8").partition("\n## Programs")[0]
+    listed = set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
+    assert len(listed) > 8 and listed <= scope.keys() and "torch" not in scope and "nn" not in scope
+
+
 def test_definitions_know_methods_and_lines():
     source = "x = 1\n\n@cache\ndef f(): ...\n\nclass A:\n    def g(self): ...\n"
     assert definitions(source) == {"f": 4, "A": 6, "A.g": 7}
