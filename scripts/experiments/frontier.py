@@ -5,7 +5,8 @@
     a  the paper's rule, two others and LoRA at four shares of the parameters, and full fine-tuning
     b  all other rules at 7 %, random experts, and the experts with the shared experts at half the rate
     c  the rows of (a) on the tasks that are not in --tasks, with the first seed
-    d  the other rules at the other shares (as long as all the rest)
+    d  the other rules at the other shares (nearly as long as all the rest)
+    e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
 
 A method is not one point: its learning rate decides what it forgets, and base + strength x (tuned - base) costs no
 training. So every training is evaluated at four strengths, and every method is taken at its best rate and strength:
@@ -28,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import check_picture, save_figure
@@ -39,11 +41,13 @@ from training.methods import budget_of, rank_of
 from utils import ROOT, command_parser, locked, markdown_table, positive, run_cli, seed_number
 
 SHARES = (0.025, 0.07, 0.15, 0.25)
-PAPER, SHARED = "esft-token", "esft-token-shared"
+PAPER, SHARED, ADAPTED = "esft-token", "esft-token-shared", "lora-selected"
+ADAPTED_SHARE = 0.25  # of the parameters, in the experts that LoRA adapts
 CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
 OTHERS = (*(rule for rule in RULES if rule not in CORE), SHARED)
 LIKE = {"random": 1.0, SHARED: 0.5}  # row -> its rate, of the paper's rule's at the same share
 RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
+RATES[ADAPTED] = RATES[""]
 SMALL, RATES_OF_SMALL = 0.03, ("2e-3", "4e-3", "8e-3")  # few experts take a larger rate
 
 
@@ -65,12 +69,14 @@ class Row:
         return RATES.get(self.name, RATES[""])
 
 
+NAMES = [*CORE, "full", *OTHERS, ADAPTED]
 PARTS: dict[str, tuple[str, list[Row]]] = {
     "a": ("The paper's rule, two others, LoRA and full", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
     "b": ("All rules at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in OTHERS)]),
     "c": ("Other tasks, one seed", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
     "d": ("The other rules at the other shares",
           [Row(name, s) for name in (PAPER, *OTHERS) for s in SHARES if s != 0.07]),
+    "e": ("LoRA on selected experts", [Row(name, s) for name in (PAPER, "lora", ADAPTED) for s in SHARES[:3]]),
 }  # fmt: skip
 
 
@@ -84,8 +90,8 @@ class Study:
 
     def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
         """Return a training of a row, at its best rate if no other is given."""
-        method = {"lora": "lora", "full": "full", "base": "base"}.get(row.name, "esft")
-        rule = "" if method != "esft" else PAPER if row.name == SHARED else row.name
+        method = {"lora": "lora", ADAPTED: "lora", "full": "full", "base": "base"}.get(row.name, "esft")
+        rule = PAPER if row.name in (SHARED, ADAPTED) else row.name if method == "esft" else ""
         rate = "" if method == "base" else rate or self.rate_of[row]
         return Trial(task, method, seed, learning_rate=rate, shared=row.name == SHARED, row=row.name, rule=rule,
                      share=row.share, validated=seed == self.first, **self.size(row))  # fmt: skip
@@ -93,7 +99,9 @@ class Study:
     def size(self, row: Row) -> dict:
         if row not in self.size_of:
             size = {}
-            if row.name == "lora":
+            if row.name == ADAPTED:
+                size = adapted_size(row.share)
+            elif row.name == "lora":
                 size = {"rank": rank_of(empty_model(ROOT / TINY), row.share)}
             elif row.share:
                 size = {"budget": budget_of(empty_model(ROOT / TINY), row.share)}
@@ -179,6 +187,15 @@ class Study:
         """Return what a row learns on the validation questions, at the strengths taken."""
         points = [self.chosen(self.trial(row, task, self.first)) for task in self.args.tasks]
         return statistics.fmean(point.task for point in points)
+
+
+def adapted_size(share: float) -> dict:
+    """Return the budget and the rank at which LoRA on selected experts trains a share of the parameters."""
+    model = empty_model(ROOT / TINY)
+    config, budget = model.config, budget_of(model, ADAPTED_SHARE)
+    experts = round(budget * sum(layer.num_experts for layer in moe_layers(model).values()))
+    of_rank_1 = experts * 3 * (config.hidden_size + config.moe_intermediate_size)  # three projections, A and B each
+    return {"budget": budget, "rank": round(share * sum(p.numel() for p in model.parameters()) / of_rank_1)}
 
 
 # ---- tables: each function returns Markdown, and rows for the JSON ---------------------------------------------------
@@ -286,8 +303,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "strengths (default: 0 1 2)")  # fmt: skip
     add("--shares", type=float, nargs="+", choices=SHARES, default=list(SHARES), metavar="S", help="of the parameters "
         f"(default: {' '.join(map(str, SHARES))})")  # fmt: skip
-    add("--methods", nargs="+", choices=[*CORE, "full", *OTHERS], metavar="NAME", help="only these (default: all of "
-        f"the parts; {', '.join([*CORE, 'full', *OTHERS])})")  # fmt: skip
+    add("--methods", nargs="+", choices=NAMES, metavar="NAME", help="only these (default: all of "
+        f"the parts; {', '.join(NAMES)})")  # fmt: skip
     add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of a run (default: %(default)s)")
     add("--jobs", type=positive, default=2, metavar="N", help="runs at a time, with one thread each (default: 2)")
     add("--work_dir", default="results/runs/frontier", metavar="DIR", help="finished runs (default: %(default)s)")

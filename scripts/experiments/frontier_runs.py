@@ -27,7 +27,8 @@ SEEDS_OF_GENERAL = {"validation": 11, "contrast": 12}  # of build_datasets.py, w
 class Trial(Run):
     """One training. `row` names what it is in a table: a rule of RULES, "lora", "full" or a variant of one.
 
-    `share` is that of all parameters. The experts are a share `budget` of the routed ones, LoRA has a `rank`.
+    `share` is that of all parameters. The experts are a share `budget` of the routed ones, LoRA has a `rank`. With both
+    it is LoRA on these experts.
     """
 
     row: str = "base"
@@ -44,8 +45,13 @@ class Trial(Run):
         return "-".join([self.task, self.row, *size, *rate, str(self.seed), *["validated"] * self.validated])
 
     @property
+    def selects(self) -> bool:
+        return bool(self.rule)
+
+    @property
     def keys(self) -> list[str]:
-        return [*super().keys, *([f"lora_rank={self.rank}", f"lora_alpha={2 * self.rank}"] if self.rank else [])]
+        rank = [f"lora_rank={self.rank}", f"lora_alpha={2 * self.rank}"] if self.rank else []
+        return [*super().keys, *rank, *(["lora_experts=selected"] if self.rank and self.rule else [])]
 
 
 class FrontierLab(Lab):

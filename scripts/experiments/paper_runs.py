@@ -67,6 +67,11 @@ class Run:
         return "-".join([*parts, str(self.seed)])
 
     @property
+    def selects(self) -> bool:
+        """Whether it trains experts that a config names."""
+        return self.method in ("esft", "random")
+
+    @property
     def keys(self) -> list[str]:
         """The words for train.py that say what is trained."""
         return [f"method={self.method}", f"seed={self.seed}", f"learning_rate={self.rate}"]
@@ -190,7 +195,7 @@ class Lab:
         keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}", *run.keys,
                 f"max_steps={steps}", "save_strategy=no", "load_best_model_at_end=false", "disable_tqdm=true",
                 "device=cpu"]  # fmt: skip
-        if run.method in ("esft", "random"):
+        if run.selects:
             keys.append(f"--expert_config={self.experts(run)}")
         self.command("train.py", f"--base_model_path={run.base}", *keys)
         return read_json(out / "run.json")["results"]

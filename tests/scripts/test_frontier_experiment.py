@@ -10,7 +10,7 @@ from deepseek.files import read_json, read_jsonl, write_json, write_jsonl
 from esft import ExpertConfig
 from evaluation.frontier import RULES, Point
 from scripts.experiments import frontier, frontier_runs
-from scripts.experiments.frontier import PAPER, PARTS, SHARED, Row, verdict
+from scripts.experiments.frontier import ADAPTED, PAPER, PARTS, SHARED, Row, verdict
 from tests.helpers import ROOT
 from utils import locked, run_cli
 
@@ -82,7 +82,8 @@ def trained(commands: list[list[str]]) -> list[list[str]]:
 
 def test_every_rule_is_in_a_part_at_every_share():
     rows = {row for _, rows in PARTS.values() for row in rows}
-    assert rows == {Row("full"), *(Row(name, s) for name in (*RULES, "lora", SHARED) for s in frontier.SHARES)}
+    every = {Row(name, s) for name in (*RULES, "lora", SHARED) for s in frontier.SHARES}
+    assert rows == {Row("full"), *every, *(Row(ADAPTED, s) for s in frontier.SHARES[:3])}
 
 
 def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
@@ -183,6 +184,20 @@ def test_rows_of_a_share_train_as_many_experts_by_other_rules(tmp_path, commands
     assert len(asked[0]) == len(asked[1]) == 3 and not asked[0] & asked[1] and not test & (asked[0] | asked[1])
 
 
+def test_lora_on_selected_experts_trains_the_share_of_its_row(tmp_path, commands):
+    frontier.main(["--parts=e", "--methods", ADAPTED, "--seeds", "0", "--jobs=1", f"--work_dir={tmp_path}"])
+    found = {}
+    for words in trained(commands):
+        flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+        if flags["method"] == "lora":
+            assert flags["lora_experts"] == "selected" and int(flags["lora_alpha"]) == 2 * int(flags["lora_rank"])
+            experts = ExpertConfig.load(flags["expert_config"]).experts
+            found[int(flags["lora_rank"])] = sum(map(len, experts.values())) * int(flags["lora_rank"]) * 3 * (128 + 48)
+    assert list(found) == [3, 10, 21]
+    shares = [count / 5_828_288 for count in found.values()]  # the rank is a whole number
+    assert shares == pytest.approx([0.025, 0.07, 0.15], abs=0.004)
+
+
 @pytest.mark.parametrize(
     ("learns", "keeps", "said"),
     [
@@ -241,7 +256,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--parts=a,g", "cannot run part 'g'. Give some of a, b, c, d"),
+        ("--parts=a,g", "cannot run part 'g'. Give some of a, b, c, d, e"),
         ("--tasks=lwa", "invalid choice: 'lwa'"),
         ("--shares=0.5", "invalid choice: 0.5"),
         ("--methods=esft", "invalid choice: 'esft'"),

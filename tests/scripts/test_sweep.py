@@ -2,6 +2,8 @@
 
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,26 @@ def test_contrast_scores_the_general_data_too(swept):
     assert ["--eval_dataset=law" in scored[0], "--eval_dataset=summary" in scored[1]] == [True, True]
     (select,) = [words for words in swept.commands if words[0].endswith("generate_expert_config.py")]
     assert f"--contrast_scores_dir={swept.folder}/general_scores" in select and "--contrast=difference" in select
+
+
+@pytest.mark.slow
+def test_a_real_sweep_of_the_tiny_model(tmp_path, capfd):
+    flags = [f"--output_dir={tmp_path / 'out'}", "--n_sample_tokens=512", "--n_eval_samples=26", "--max_new_tokens=16"]
+    flags += ["--methods=esft-gradient-global,lora,full", "--shares=0.07", "--rates=1", "max_steps=6", "warmup_steps=1"]
+    pipeline.main([*FLAGS, *flags])
+    out, told = capfd.readouterr().out, read_json(tmp_path / "out" / "sweep.json")
+    base, *points = told["points"]
+    assert base["name"] == "base" and base["general"] > 80
+    assert points and {point["strength"] for point in points} == {0.5, 1.0}
+    thirds = {point["name"]: point["share"] for point in told["thirds"]}
+    assert thirds["esft-gradient-global-7-lr0_002"] == pytest.approx(0.07, abs=0.002)  # 22 of 256 experts
+    assert thirds["lora-r2-lr0_001"] == pytest.approx(0.07, abs=0.015) and thirds["full-lr0_002"] == 1
+    steps = {path.parts[-3]: read_json(path)["results"]["steps"] for path in tmp_path.glob("out/*/*/run.json")}
+    assert steps == {"thirds": 2, "checkpoints": 6}
+    for line in out.splitlines():  # what it says comes next can be done
+        if line.startswith("or merge it: "):
+            subprocess.run([sys.executable, *shlex.split(line.removeprefix("or merge it: "))[1:]], check=True)
+            assert (tmp_path / "out" / "merged" / "config.json").is_file()
+    pipeline.main([*FLAGS, *flags])
+    again = capfd.readouterr().out
+    assert "[done]" in again and "\n$ " not in again
