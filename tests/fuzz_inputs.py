@@ -44,6 +44,7 @@ ANSWER = ["--max_new_tokens=2", CPU]
 COMMANDS = {  # name: (module, the words of a command that works in the world)
     "train": ("train", [*TRAIN, "--output_dir=out"]),
     "train_ep": ("train_ep", [*TRAIN, "--output_dir=out"]),
+    "dpo": ("train", [BASE, "--train_dataset=pairs.jsonl", "--method=dpo", *TRAIN[2:], "--output_dir=out"]),
     "resume": ("train", [*TRAIN, "--output_dir=run", "max_steps=3"]),
     "eval": (
         "eval_multigpu",
@@ -124,6 +125,7 @@ def world(folder: Path, tokenizer) -> Path:
     turns = [[("user", f"is it {i}?"), ("assistant", "yes " * (1 + i % 3))] for i in range(6)]
     rows = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
     write_jsonl(folder / "data.jsonl", rows)
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": text, "chosen": "yes", "rejected": "no"} for (_, text), _ in turns])
     write_jsonl(folder / "eval.jsonl", [{"prompt": f"is it {i}?", "answers": ["yes"]} for i in range(2)])
     write_json(folder / "experts.json", {"experts": {"1": [3, 5], "2": [0]}})
     (folder / "keys.yaml").write_text(KEYS)

@@ -9,6 +9,8 @@ DPO.
 
 The reference is the base: the same model with the base's rows put in (esft.ReferenceModel). It sees the same batch as
 the policy. So both round alike, and before the first step r is exactly 0. A resumed run needs nothing of it.
+
+Legend: B rows of a batch, M positions with labels, N = B*M, A documents of a batch, padding included.
 """
 
 import torch

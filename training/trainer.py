@@ -125,7 +125,6 @@ class ESFTTrainer(SavingTrainer):
             folder.rmdir()
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
-        self._loss_shifts_labels = True
         self._token_losses = TokenLosses(self.model.get_output_embeddings())
         self.signalled, self.stopping = 0, False  # the signal that came; all processes agreed to stop
         self.step_seconds: list[float] = []

@@ -62,6 +62,9 @@ def test_rows_of_well_known_data_sets():
     assert read_pair(binarized, "f:1") == ([MASKED, YES], [MASKED, NO])
     assert sorted(unused_in_pair(binarized)) == ["messages", "prompt_id", "score_chosen", "score_rejected"]
     assert read_messages(binarized, "f:1") == [ASK, YES]  # which method esft may train on
+    several = {**SAME["rejected_response"], "prompt": "r", "rejected_messages": [ASK, NO, ASK, NO]}
+    assert read_pair(several, "f:1") == ([MASKED, YES], [MASKED, NO])
+    assert sorted(unused_in_pair(several)) == ["prompt", "rejected_messages"]
     scored = {"conversations": [{**HUMAN, "id": 3}], "chosen": {**GPT, "score": 1}, "rejected": OTHER}
     assert sorted(unused_in_pair(scored)) == ["chosen.score", "conversations.id"]
 
@@ -79,7 +82,9 @@ WRONG = [
     ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK, NO]}, "do not differ in an answer"),
     ({"chosen": [SYSTEM, ASK, YES], "rejected": [SYSTEM, {**ASK, "content": "r"}, NO]}, "not answer the same question"),
     ({"prompt": "r", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "the prompt is not in it"),
+    ({"messages": [ASK, YES], "chosen": "a", "rejected": "b"}, "before chosen and rejected ends with an answer"),
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "f:1, rejected: message 2: the assistant turn is empty"),
+    ({"instruction": "q", "history": 1, "chosen": "a", "rejected": "b"}, "'history' must be a list of pairs"),
     ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be a text, a message, or a list of messages"),
     (
         {"prompt": "q", "chosen": [YES], "rejected": [{**NO, "mask": 1}]},

@@ -50,6 +50,8 @@ def read_pair(row: dict, where: str) -> tuple[list[dict], list[dict]]:
         raise ValueError(f"{where}: chosen and rejected do not differ in an answer. Drop the row.")
     if all(turn["role"] == "system" for turn in pair[0][:shared]):
         raise ValueError(f"{where}: chosen and rejected do not answer the same question. Give it as prompt.")
+    if all(turns[shared - 1]["role"] == turns[shared]["role"] == "assistant" for turns in pair):
+        raise ValueError(f"{where}: what stands before chosen and rejected ends with an answer. Leave that out.")
     masked = [[*({**turn, "mask": 1} for turn in turns[:shared]), *turns[shared:]] for turns in pair]
     for side, turns in zip(SIDES, masked):
         if not any(turn["role"] == "assistant" and not turn.get("mask") for turn in turns):
@@ -59,15 +61,19 @@ def read_pair(row: dict, where: str) -> tuple[list[dict], list[dict]]:
 
 def unused_in_pair(row: dict) -> Counter:
     """Count the fields of a row and of its messages that `read_pair` leaves out, by name."""
-    answers = [key for key in (SIDES if _keys(row) >= set(SIDES) else REJECTED) if key in _keys(row)]
     beginning = _beginning(row)
-    also = ALSO[beginning] if beginning else ()
-    keys = [*answers, *([beginning] if beginning else [])]
-    return unused_beside(row, {*keys, *also, "system", "tools"} - {"output"}, keys)
+    keys = [*_answers(row), *([beginning] if beginning else [])]
+    return unused_beside(row, {*keys, *ALSO.get(beginning, ()), "system", "tools"}, keys)
 
 
 def _keys(row: dict) -> set[str]:
     return {key for key, value in row.items() if value is not None}  # tables have None in place of a missing key
+
+
+def _answers(row: dict) -> tuple[str, ...]:
+    """Return the keys of the answers: chosen and rejected, or the rejected one beside "messages"."""
+    keys = _keys(row)
+    return SIDES if keys >= set(SIDES) else tuple(key for key in REJECTED if key in keys)[:1]
 
 
 def _is_whole(answer: object) -> bool:
@@ -78,33 +84,35 @@ def _is_whole(answer: object) -> bool:
 
 def _beginning(row: dict) -> str | None:
     """Return the key of the messages before the answers. Whole conversations need none, but may have a prompt."""
+    if _answers(row) != SIDES:
+        return "messages"
     whole = _is_whole(row.get("chosen"))
     return next((key for key in BEGINNINGS[: 1 if whole else None] if key in _keys(row)), None)
 
 
 def _conversations(row: dict) -> tuple[list, list]:
-    keys, beginning = _keys(row), _beginning(row)
     if not is_pair(row):
         raise ValueError(
             "a row of preference data needs the keys chosen+rejected or messages+rejected_response, this one has "
             f"{', '.join(row) or 'none'}. Rows without a rejected answer are for method=esft"
         )
-    if not keys >= set(SIDES):
-        key = next(key for key in REJECTED if key in keys)
-        turns, rejected = _turns(row["messages"], "messages"), _turns(row[key], key)
-        return turns, rejected if key == "rejected_messages" else [*turns[:-1], *rejected]
-    chosen, rejected = (_turns(row[side], side) for side in SIDES)
-    if beginning is None and not _is_whole(chosen):
-        raise ValueError("nothing stands before chosen and rejected. Add prompt, or make them whole conversations.")
-    before = [] if beginning in (None, "instruction") else _turns(row[beginning], beginning, "user")
+    *_, rejected = answers = {key: _turns(row[key], key) for key in _answers(row)}
+    beginning = _beginning(row)
     if beginning == "instruction":
         before = alpaca({**row, "output": ""})[:-1]
-    if _is_whole(chosen):  # what a prompt says is in them
-        contents = [turn.get("content", turn.get("value")) for turn in chosen]
+    else:
+        before = _turns(row[beginning], beginning, "user") if beginning else []
+    if rejected in REJECTED:
+        same = [] if rejected == "rejected_messages" else before[:-1]
+        return before, [*same, *answers[rejected]]
+    if _is_whole(answers["chosen"]):  # what a prompt says is in them
+        contents = [turn.get("content", turn.get("value")) for turn in answers["chosen"]]
         if not all(turn.get("content", turn.get("value")) in contents for turn in before):
             raise ValueError("chosen is a whole conversation, and the prompt is not in it. Leave out one of them.")
         before = []
-    return [*before, *chosen], [*before, *rejected]
+    elif not before:
+        raise ValueError("nothing stands before chosen and rejected. Add prompt, or make them whole conversations.")
+    return [*before, *answers["chosen"]], [*before, *answers["rejected"]]
 
 
 def _turns(value: object, key: str, role: str = "assistant") -> list[dict]:

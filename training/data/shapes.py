@@ -116,7 +116,7 @@ def alpaca(row: dict) -> list[dict]:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{key!r} must be text, not {type(value).__name__}")
     past = row.get("history") or []
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in past):
+    if not isinstance(past, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in past):
         raise ValueError("'history' must be a list of pairs [question, answer]")
     pairs = [*past, (f"{instruction}\n\n{given}" if given else instruction, row["output"])]
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
