@@ -92,7 +92,8 @@ def assert_near(found: list[dict], wanted: list[dict]) -> None:
 def test_the_loss_is_the_same_however_the_batch_is_cut(start, prefs, tiny_tokenizer, changes):
     wanted = dpo_by_hand(tiny_tokenizer, ROWS, *changes.values())
     assert wanted[0]["loss"] == pytest.approx(torch.tensor(2.0).log().item()) and wanted[2]["loss"] < wanted[0]["loss"]
-    for batch, accumulation, seq_length in ((1, 12, 80), (12, 1, 80), (2, 6, 80), (2, 3, 160), (1, 1, 4096)):
+    cuts = [(2, 6, 80), (1, 1, 4096)] if changes else [(1, 12, 80), (12, 1, 80), (2, 3, 160), (1, 1, 4096)]
+    for batch, accumulation, seq_length in cuts:
         cut = {"batch_size": batch, "accumulation_steps": accumulation, "seq_length": seq_length}
         start(name := f"{batch} {accumulation} {seq_length}", **{**prefs, **PLAIN, **cut, **changes})
         assert_near(history(start.folder / name)[:3], wanted)
