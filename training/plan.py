@@ -100,7 +100,7 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
     experts = ranks.run_or_fail_together(
         lambda: choose_experts(config.method, config.expert_config, config.seed, empty)
     )
-    chosen_on = read_base_note(config.expert_config) if config.method != "random" else {}
+    chosen_on = read_base_note(config.expert_config) if experts and config.method != "random" else {}
     if chosen_on and (how := difference(esft.base_note(empty), chosen_on)):
         warnings.warn(f"the experts of {config.expert_config} were chosen on another base model: {how}", stacklevel=2)
     frozen_dtype = config.frozen_dtype or ("fp8" if quantization(empty.config) == "fp8" else None)
