@@ -218,7 +218,7 @@ def _eval_dataset_of(run: dict, folder: Path, held_out: bool) -> str:
     """Return the eval file beside the training data, as datasets/eval/law.jsonl for datasets/train/law.jsonl.
 
     Without one, or with `held_out`, write the samples that the run held out for validation to held_out.jsonl in its
-    folder.
+    folder. Where there is an eval file they get its name, held_out/law.jsonl, and so the metric of the task.
     """
     if (found := eval_file_of(run["train_dataset"])) and not held_out:
         return found
@@ -231,5 +231,6 @@ def _eval_dataset_of(run: dict, folder: Path, held_out: bool) -> str:
     note(f"evaluating on the samples that training kept for validation ({len(rows)}{some})")
     if len(rows) < FEW:
         note("so few samples say little: give --eval_dataset, or train with a larger validation_fraction")
-    write_jsonl(folder / "held_out.jsonl", rows)
-    return str(folder / "held_out.jsonl")
+    path = folder / "held_out" / f"{Path(found).stem}.jsonl" if found else folder / "held_out.jsonl"
+    write_jsonl(path, rows)
+    return str(path)

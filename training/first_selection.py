@@ -23,10 +23,7 @@ def selected_experts(output_dir: str) -> Path:
 
 def score_and_select(config: RunConfig) -> None:
     """Write the expert config of a run: scores on its training data, selected as its keys say."""
-    scores, path = (
-        Path(config.output_dir) / SELECTION_FOLDERS[0],
-        selected_experts(config.output_dir),
-    )
+    scores, path = Path(config.output_dir) / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
     of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}

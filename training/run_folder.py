@@ -50,7 +50,7 @@ WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkp
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".*.lock", ".staging/*"),
     *("completions/*.jsonl", "completions/*.json", "completions/.*.partial", "completions/.*.lock"),
-    "completions/strength/*",
+    *("completions/strength/*", "held_out/*"),
     *(".*.json.*/*", ".*.safetensors.*/*"),  # half-written
     *(f"{folder}/*" for folder in SELECTION_FOLDERS),
 )

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from evaluation.config import EvalConfig, fill_from_run
 from evaluation.strength import choose
 from scripts import merge_adapter
 from tests.helpers import arguments, contents, refused, run_eval, write_rows
+from training.data import load_samples, split_samples
 
 
 def point(strength: float, task: float, general: float) -> dict:
@@ -107,6 +109,23 @@ def test_a_whole_model_has_strengths_against_its_base(files, tmp_path, monkeypat
     assert moved and all(torch.equal(half[n], base[n] + 0.5 * (tuned[n] - base[n])) for n in moved)
     train.main(arguments(files, folder, method="full", expert_config=None, max_steps=1, save_steps=None,
                          overwrite=True))  # fmt: skip  # the curve is a part of the run
+
+
+def test_a_run_is_asked_what_it_held_out_by_the_metric_of_its_task(files, tmp_path):
+    """With an eval file beside the training data, which is kept for the test, the validation set has its name."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "eval").mkdir()
+    data = shutil.copy(files / "data.jsonl", tmp_path / "train" / "intent.jsonl")
+    shutil.copy(files / "data.jsonl", tmp_path / "eval" / "intent.jsonl")
+    folder = tmp_path / "run"
+    train.main(arguments(files, folder, train_dataset=data, max_steps=1, save_steps=None, eval_steps=None))
+    test_set = fill_from_run(EvalConfig(str(folder))).eval_dataset
+    validation = fill_from_run(EvalConfig(str(folder), choose_strength=True)).eval_dataset
+    assert Path(test_set) == tmp_path / "eval" / "intent.jsonl" and Path(validation) == folder / "held_out/intent.jsonl"
+    _, held_out = split_samples(load_samples(data), 0.2, 0)
+    assert [row["prompt"] for row in read_jsonl(validation)] == [s["messages"][0]["content"] for s in held_out]
+    train.main(arguments(files, folder, train_dataset=data, max_steps=2, save_steps=None, eval_steps=None,
+                         overwrite=True))  # fmt: skip  # what an evaluation wrote does not stand in the way
 
 
 def test_which_strengths_and_samples_are_asked():
