@@ -113,9 +113,14 @@ def check_sweep_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
             setattr(args, name, default)
         elif getattr(args, name) is not None and not args.sweep:
             parser.error(f"--{name} has an effect only with --sweep")
-    changed = [name for name in ("top_p_token", "top_p_gate") if getattr(args, name) != parser.get_default(name)]
+    others = ("top_p_token", "top_p_gate", "no_merge")
+    changed = [name for name in others if getattr(args, name) != parser.get_default(name)]
     if args.sweep and changed:
-        parser.error(f"--{changed[0]} has no effect with --sweep: --shares says how much is trained")
+        parser.error(
+            f"--{changed[0]} has no effect with --sweep: --shares says how much is trained, and nothing is merged"
+        )
+    if args.sweep and not 0 <= args.max_loss < math.inf:
+        parser.error(f"--max_loss {args.max_loss:g} is not a number of points from 0")
     if args.sweep and args.eval_dataset and len(split_names(args.eval_dataset)) != 2:
         parser.error("--sweep takes two data sets: --eval_dataset=TASK,GENERAL")
     if args.methods is None:

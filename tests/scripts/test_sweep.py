@@ -87,6 +87,8 @@ def test_a_candidate_goes_on_if_one_of_its_strengths_is_on_the_frontier():
         (["--methods=esft-contrast"], "cannot select by esft-contrast: it needs general data"),
         (["max_steps=2"], "cannot train a third of max_steps=2"),
         (["--top_p_token=0.3"], "--top_p_token has no effect with --sweep"),
+        (["--no_merge"], "--no_merge has no effect with --sweep"),
+        (["--max_loss=nan"], "--max_loss nan is not a number of points from 0"),
         (["lora:learning_rat=1"], "learning_rat"),
     ],
 )
