@@ -202,7 +202,8 @@ def test_a_script_imports_only_scripts_of_its_folder():
 
 
 SHARED_BY_TESTS = {
-    f"tests.{name}" for name in ("chat_templates", "client_helpers", "fuzz_inputs", "helpers", "rank_helpers")
+    f"tests.{name}"
+    for name in ("chat_templates", "client_helpers", "fused_experts", "fuzz_inputs", "helpers", "rank_helpers")
 }
 
 

@@ -20,13 +20,15 @@ from training.data import IGNORE
 CHUNK = 2**25  # logits that exist at once: 128 MiB in fp32
 
 
-def label_positions(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+def label_positions(labels_BT: Tensor, positions_M: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (labels (B, M), positions (M,)) of the M positions that have a label in some row.
 
-    The label of a position is that of the next one in `labels_BT`.
+    The label of a position is that of the next one in `labels_BT`. Positions that are known are given: to find them on
+    a GPU, the host would wait for it.
     """
     labels_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
-    positions_M = (labels_BT != IGNORE).any(0).nonzero().squeeze(-1)
+    if positions_M is None:
+        positions_M = (labels_BT != IGNORE).any(0).nonzero().squeeze(-1)
     return labels_BT[:, positions_M], positions_M
 
 

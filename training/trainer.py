@@ -41,11 +41,13 @@ EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without 
 def collate(packs: list[data.Pack], pad_token_id: int, documents_apart: bool = True) -> dict:
     """Make a batch of packs, or of none. "rows" are their rows of the data set, for the error about a bad step.
 
+    "kept" are the positions of labels (loss.py).
     Each document is a row of the batch for a model that does not keep the documents of a pack apart.
     """
     rows = [row for pack in packs for row in pack.samples]
     packs = packs if documents_apart else [document for pack in packs for document in pack.documents()]
-    return {**data.collate(packs or [EMPTY_PACK], pad_token_id), "rows": rows}
+    batch = data.collate(packs or [EMPTY_PACK], pad_token_id)
+    return {**batch, "kept": label_positions(batch["labels"])[1], "rows": rows}
 
 
 class Batches:
@@ -186,7 +188,7 @@ class ESFTTrainer(SavingTrainer):
     def _losses(self, model, inputs, smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, object]:
         """Return (cross entropy of each label (B, M), the M positions of the labels, model outputs)."""
         inputs = {key: value for key, value in inputs.items() if key != "rows"} | {"use_cache": False}
-        labels_BM, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
+        labels_BM, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"), inputs.pop("kept"))
         losses_BM, outputs = self._token_losses(model, inputs, labels_BM, smoothing)
         return losses_BM, inputs["logits_to_keep"], outputs
 
@@ -197,7 +199,12 @@ class ESFTTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = sum((self._count(inputs) for inputs in batch_samples), torch.tensor(0))
-        return self.accelerator.reduce(count.to(device), "sum")
+        return self.accelerator.reduce(count.to(device, non_blocking=True), "sum")
+
+    def _prepare_inputs(self, inputs):
+        """Move a batch to the device, from pinned memory. The host does not wait for what the device is doing."""
+        moved = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        return {**inputs, **{key: value.to(self.args.device, non_blocking=True) for key, value in moved.items()}}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the summed loss / `num_items_in_batch` (by default the terms of this batch)."""
