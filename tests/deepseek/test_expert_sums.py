@@ -25,7 +25,7 @@ def documents(seed: int = 0) -> list[Encoded]:
 
 def masked(*groups: list[int]) -> list[MaskedPack]:
     every = documents()
-    packs = [pack_of(every, group, 64, range(len(every))) for group in groups]
+    packs = [pack_of(every, group, LENGTHS, range(len(every))) for group in groups]
     return [MaskedPack(one, [True] * len(one)) for one in packs]
 
 
