@@ -48,31 +48,47 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from deepseek.adapters import (
+    BASE_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,
+    Source,
     adapter_shapes,
     adapter_views,
     any_requires_grad,
     check_base,
     check_forward,
     describe_wrong_folder,
+    experts_by_layer,
     find_adapter_tensors,
+    find_sources,
     find_state,
     has_peft,
+    is_for_peft,
     is_lora,
+    lora_shapes,
+    lora_views,
     merge_lora,
     ordinary_parameters,
-    read_tensors,
+    read_sources,
     refuse_lora_on_experts,
     set_requires_grad,
     without_peft,
 )
-from deepseek.experts import base_name, inner_model, moe_layers, release_experts, train_experts, whole
+from deepseek.experts import (
+    TrainedExperts,
+    base_name,
+    inner_model,
+    moe_layers,
+    release_experts,
+    train_experts,
+    whole,
+)
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
+from deepseek.lora import PREFIX, Lora, LoraExperts, changed_layers, of_single_experts, save_lora
 from deepseek.masters import computed_value, release_parameters, train_parameters
 from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
@@ -212,17 +228,24 @@ class ExpertConfig:
     """What is trained: expert ids by decoder layer, best first, and whether shared experts and all else are trained.
 
     `non_expert_modules` means every parameter outside routed and shared experts: attention, norms, embeddings, head,
-    dense layers and routers, as in the released code.
+    dense layers and routers, as in the released code. `parameters` names some outside the routed experts.
     """
 
     experts: dict[int, tuple[int, ...]]
     shared_experts: bool = False
     non_expert_modules: bool = False
+    parameters: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertConfig":
-        """Read an expert config, or the one of an adapter folder. Unknown keys, repeats and non-numbers are refused."""
+        """Read an expert config, or the one of an adapter folder. Unknown keys, repeats and non-numbers are refused.
+
+        That of an adapter of LoRA on single experts is found in the names of its tensors.
+        """
         folder = Path(path)
+        if of_single_experts(folder):
+            experts, others = experts_by_layer(f"{name}.weight" for name in changed_layers(folder))
+            return cls({layer: tuple(ids) for layer, ids in experts.items()}, parameters=tuple(others))
         path = folder / CONFIG_NAME if folder.is_dir() else folder
         if not path.is_file():
             wrong = f"cannot read {path}: no such expert config or adapter{suggest_path(path)}"
@@ -242,7 +265,7 @@ class ExpertConfig:
         be so.
         """
         flags = ("shared_experts", "non_expert_modules", "routing_frozen")
-        known = ("experts", "selected_experts", "frozen_experts", *flags, "base", "meta")
+        known = ("experts", "selected_experts", "frozen_experts", *flags, "parameters", "base", "meta")
         if unknown := [str(key) for key in data if key not in known] if isinstance(data, Mapping) else []:
             hint = suggest(unknown[0], known)
             if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", unknown[0]):
@@ -266,9 +289,12 @@ class ExpertConfig:
             raise ValueError(
                 "routers are trained with non_expert_modules, and only then: routing_frozen contradicts it"
             )
-        if not (any(experts.values()) or shared or others):
+        parameters = data.get("parameters", [])
+        if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+            raise ValueError(f"parameters must be a list of names, found {parameters!r}")
+        if not (any(experts.values()) or shared or others or parameters):
             raise ValueError("it selects nothing: no expert, no shared experts, no other module")
-        return cls(dict(sorted(experts.items())), shared, others)
+        return cls(dict(sorted(experts.items())), shared, others, tuple(parameters))
 
     def to_dict(self) -> dict:
         """Return the released form."""
@@ -276,6 +302,7 @@ class ExpertConfig:
             "experts": {str(layer): list(ids) for layer, ids in self.experts.items()},
             "shared_experts": self.shared_experts,
             "non_expert_modules": self.non_expert_modules,
+            **({"parameters": list(self.parameters)} if self.parameters else {}),
         }
 
     def check(self, model: nn.Module) -> None:
@@ -293,6 +320,8 @@ class ExpertConfig:
                     f"the expert config names expert {highest} of layer {index}, and this model's MoE layers are "
                     f"{first} to {last}, with experts 0 to {num_experts - 1}"
                 )
+        if unknown := sorted(set(self.parameters) - set(ordinary_parameters(model, self))):
+            raise ValueError(f"the expert config names {unknown[0]}, and this model has no such parameter")
         none = self.shared_experts and not ordinary_parameters(model, ExpertConfig({}, shared_experts=True))
         lack = "the expert config names shared experts, and this model has none"
         if not any(self.experts.values()) and not ordinary_parameters(model, self):
@@ -315,7 +344,7 @@ def union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:
     """Return what two adapters hold together. They share no expert."""
     experts = {layer: (*a.experts.get(layer, ()), *b.experts.get(layer, ())) for layer in a.experts | b.experts}
     flags = (a.shared_experts or b.shared_experts, a.non_expert_modules or b.non_expert_modules)
-    return ExpertConfig(dict(sorted(experts.items())), *flags)
+    return ExpertConfig(dict(sorted(experts.items())), *flags, (*a.parameters, *b.parameters))
 
 
 def select_experts(
@@ -387,6 +416,7 @@ class _State:
     displaced: dict[str, Tensor] | None = None  # the base's values, by adapter name
     trained: list[nn.Module] = field(default_factory=list)  # they hold the trained parameters, each for itself
     hooks: list = field(default_factory=list)
+    lora: Lora | None = None  # if low-rank changes are trained, which displace nothing
 
 
 def _state(model: nn.Module) -> _State:
@@ -422,6 +452,8 @@ def to_esft(
     keep_base: bool = True,
     frozen_dtype: str | None = None,
     offload_frozen: bool = False,
+    lora_rank: int | None = None,
+    lora_alpha: float = 16,
 ) -> nn.Module:
     """Make exactly what `config` names trainable, in fp32, and freeze the rest. The forward stays bit-equal.
 
@@ -435,17 +467,24 @@ def to_esft(
             no longer the base's, and only the adapter of such a model can be saved. If a model does not fit before it
             is quantized, `load_base_model(frozen=...)` quantizes it while it reads.
         offload_frozen: keep the frozen experts in host memory.
+        lora_rank: train a low-rank change of the experts (deepseek/lora.py) instead of the experts themselves. Its
+            scale is `lora_alpha` / `lora_rank`. LoRA of peft on other layers goes into the same adapter, and needs the
+            same rank and scale.
 
     Raises:
         ValueError: the model has no such layer or expert, or no fused experts, or was prepared before. An adapter of
-            peft is on the fused experts, or on what else the config trains.
+            peft is on the fused experts, or on what else the config trains. LoRA is asked for what is not a routed
+            expert.
     """
     config = config if isinstance(config, ExpertConfig) else ExpertConfig.from_dict(config)
     config.check(model)
     refuse_lora_on_experts(model)
-    ordinary = ordinary_parameters(model, config)
+    ordinary, lora = ordinary_parameters(model, config), Lora(lora_rank, lora_alpha) if lora_rank is not None else None
+    if lora and ordinary:
+        raise ValueError("cannot train with LoRA: the config names more than routed experts. Leave it out there, and "
+                         "add LoRA on these layers with peft.")  # fmt: skip
     if state := find_state(model):
-        if state.training and state.config == config and not any_requires_grad(state.trained):
+        if state.training and (state.config, state.lora) == (config, lora) and not any_requires_grad(state.trained):
             set_requires_grad(state.trained, True)
             return model
         raise ValueError("cannot train: the model has been through to_esft or add_adapter. Call unload or merge first.")
@@ -454,15 +493,22 @@ def to_esft(
     for layer in layers:
         store_frozen(layer, config.experts.get(layer.index, ()), frozen_dtype, offload_frozen)
     implementation = IMPLEMENTATION if any(layer.frozen for layer in layers) else model.config._experts_implementation
-    state = _State(config, True, implementation, frozen, base_note(model))
-    if keep_base:
+    state = _State(config, True, implementation, frozen, base_note(model), {} if lora else None, lora=lora)
+    if keep_base and not lora:
         state.displaced = {name: _on_host(view) for name, view in adapter_views(model, config).items()}
+    _begin_training(model, state, ordinary)
+    return model
+
+
+def _begin_training(model: nn.Module, state: _State, ordinary: list[str]) -> None:
+    layers, config = list(moe_layers(model).values()), state.config
+    kind = functools.partial(LoraExperts, lora=state.lora) if state.lora else TrainedExperts
     trained_by_peft = [param for param in model.parameters() if param.requires_grad] if has_peft(model) else []
     model.requires_grad_(False)
     train_parameters(model, ordinary)
     for layer in layers:
         if config.experts.get(layer.index):
-            train_experts(layer, config.experts[layer.index])
+            train_experts(layer, config.experts[layer.index], kind)
     state.trained = [module for module in model.modules() if any_requires_grad([module])]
     for param in trained_by_peft:
         param.requires_grad_(True)
@@ -471,7 +517,6 @@ def to_esft(
     forbid_state_dict(model)
     model.set_experts_implementation(IMPLEMENTATION)
     model._esft = state
-    return model
 
 
 @_on_inner_model
@@ -482,8 +527,9 @@ def unload(model: nn.Module) -> nn.Module:
         raise ValueError("cannot unload: the base's values were not kept. Use to_esft(model, config, keep_base=True).")
     ordinary_parameters(model, state.config)  # raises before anything has changed
     _release(model, state)
-    for name, view in adapter_views(model, state.config).items():
-        view.copy_(state.displaced[name])
+    views = adapter_views(model, state.config)
+    for name, value in state.displaced.items():
+        views[name].copy_(value)
     return model
 
 
@@ -497,7 +543,11 @@ def merge(model: nn.Module) -> nn.Module:
     if any(layer.frozen or layer.shard for layer in moe_layers(model).values()):
         raise ValueError("cannot merge: not all experts are here as in the base. Save the adapter and merge it on "
                          "disk with scripts/merge_adapter.py.")  # fmt: skip
-    _release(model, _state(model))
+    state = _state(model)
+    for layer in moe_layers(model).values():
+        if layer.lora:
+            layer.lora.merge()
+    _release(model, state)
     model.name_or_path = ""  # it is not that checkpoint any more
     return model
 
@@ -518,13 +568,16 @@ def base_values(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             "cannot use the base's values: they were not kept. Use to_esft(model, config, keep_base=True)."
         )
-    views = adapter_views(model, state.config)
+    views, base = adapter_views(model, state.config), state.displaced
+    if state.lora:
+        views = {name: view for name, view in lora_views(model).items() if ".lora_B." in name}
+        base = dict.fromkeys(views, torch.zeros(()))
     if any(isinstance(view, DTensor) for view in views.values()):
         raise ValueError("cannot use the base's values: FSDP has sharded them. Compute what you need of the base "
                          "before `fully_shard`, in TRL with precompute_ref_log_probs=True.")  # fmt: skip
     trained = {name: view.clone() for name, view in views.items()}
     for name, view in views.items():
-        view.copy_(state.displaced[name], non_blocking=True)
+        view.copy_(base[name], non_blocking=True)
     try:
         with without_peft(model):
             yield
@@ -595,9 +648,21 @@ def _release(model: nn.Module, state: _State) -> None:
 
 
 @_on_inner_model
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies in host memory of what was trained, by adapter name, in the dtype in which the model computes."""
+def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of what is trained on all ranks, by adapter name."""
     state = _state(model)
+    return lora_shapes(model, state.config, state.lora) if state.lora else adapter_shapes(model, state.config)
+
+
+@_on_inner_model
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies in host memory of what was trained, by adapter name, in the dtype in which the model computes.
+
+    The factors of LoRA are in fp32.
+    """
+    state = _state(model)
+    if state.lora:
+        return {name: whole(view).to("cpu", copy=True).contiguous() for name, view in lora_views(model).items()}
     dtype = next(iter(moe_layers(model).values())).tensor("down_proj").dtype
     others = set(ordinary_parameters(model, state.config))
     found = {}
@@ -609,12 +674,20 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @_on_inner_model
 def save_adapter(model: nn.Module, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write `adapter.safetensors` and `expert_cfg.json`, each whole or not at all.
+    """Write `adapter.safetensors` and `expert_cfg.json`, each whole or not at all. LoRA has peft's files instead.
 
     Under expert parallelism, `tensors` are the `adapter_tensors` of all ranks. By default this process has them all.
+
+    Raises:
+        ValueError: layers of peft have another rank or scale than the experts.
     """
     state, folder = _state(model), Path(folder)
     tensors = adapter_tensors(model) if tensors is None else tensors
+    if state.lora:
+        trained_shapes(model)
+        save_lora(folder, tensors, state.lora, model.name_or_path)
+        write_json(folder / BASE_NAME, {"base": state.base})
+        return
     with atomic_path(folder / WEIGHTS_NAME) as temporary:
         save_file({name: tensors[name] for name in sorted(tensors)}, temporary, metadata={"format": "pt"})
     write_json(folder / CONFIG_NAME, {**state.config.to_dict(), "base": state.base})
@@ -625,7 +698,8 @@ def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> 
     """Put the experts of an adapter into the model. All of it is checked first, and if it is refused nothing changes.
 
     Adapters with disjoint experts can be added one after the other. `unload` restores the base. On a model in training
-    (`to_esft` with the same config) the values become the trained ones. A LoRA adapter of peft is merged for good.
+    (`to_esft` with the same config) the values become the trained ones. A LoRA adapter of single experts counts as one
+    of the experts it changes. Any other LoRA adapter is merged by peft, for good.
 
     Args:
         folder: an adapter, or a whole model that was fine-tuned from this one, which takes its place for good.
@@ -640,24 +714,24 @@ def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> 
     check_strength(strength)
     if is_whole(folder):
         return blend_whole(model, folder, strength)
-    if is_lora(folder):
+    if is_for_peft(folder):
         return merge_lora(model, folder, strength)
     config = ExpertConfig.load(folder)
     with named(f"adapter {folder}"):
-        state, loaded = _read_checked(model, folder, config)
+        state, sources, read = _read_checked(model, folder, config)
         if state.training and strength != 1:
             raise ValueError(f"a model in training takes it at strength 1, not {strength:g}. Call unload first.")
     layers = moe_layers(model).values()
     if not state.training:
         for layer in layers:
             thaw_experts(layer, config.experts.get(layer.index, ()))
-    views = adapter_views(model, config)
+    views = lora_views(model) if state.lora else adapter_views(model, config)
     if not state.training:
         state.displaced |= {name: _on_host(view) for name, view in views.items()}
         state.config = union(state.config, config)
         model._esft = state
     for name, view in views.items():
-        view.copy_(blend(view, loaded[name], strength))
+        view.copy_(blend(view, sources[name].value(read[name], view), strength))
     return model
 
 
@@ -665,15 +739,13 @@ def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
     """Raise as `add_adapter` would, and put nothing into `model`, which may be without weights.
 
-    A LoRA adapter is merged all the same, so give it a model that is not used any more.
+    A LoRA adapter is merged by peft all the same, so give it a model that is not used any more.
     """
-    (check_whole if is_whole(folder) else merge_lora if is_lora(folder) else find_adapter)(model, folder)
+    (check_whole if is_whole(folder) else merge_lora if is_for_peft(folder) else find_adapter)(model, folder)
 
 
-def find_adapter(
-    model: nn.Module, folder: str | Path, finite: bool = True
-) -> tuple[ExpertConfig, dict[str, tuple[Path, str]]]:
-    """Check an adapter as `add_adapter` does, and return its config and (file, key in it) of each of its tensors.
+def find_adapter(model: nn.Module, folder: str | Path, finite: bool = True) -> tuple[ExpertConfig, dict[str, Source]]:
+    """Check an adapter as `add_adapter` does, and return its config and where the values of its tensors are.
 
     Without `finite`, NaN and infinite values are allowed.
     """
@@ -681,27 +753,36 @@ def find_adapter(
     with named(f"adapter {folder}"):
         config.check(model)
         check_base(base_note(model), folder)
-        found = find_adapter_tensors(folder, adapter_shapes(model, config))
-        for _ in read_tensors(found, found) if finite else ():
+        found = find_sources(folder, adapter_shapes(model, config))
+        for _ in read_sources(found, found) if finite else ():
             pass
     return config, found
 
 
-def _read_checked(model: nn.Module, folder: str | Path, config: ExpertConfig) -> tuple[_State, dict[str, Tensor]]:
-    """Return the model's state, a new one if it has none, and the adapter's tensors, checked against both."""
-    config.check(model)
+def _read_checked(
+    model: nn.Module, folder: str | Path, config: ExpertConfig
+) -> tuple[_State, dict[str, Source], dict[str, tuple[Tensor, ...]]]:
+    """Return the model's state (a new one if it has none), and an adapter's sources and tensors, checked with it."""
     state = find_state(model)
+    if state is None or not state.lora:
+        config.check(model)
     if state is None:
         state = _State(ExpertConfig({}), False, None, _frozen_names(model), base_note(model), {})
     check_base(state.base, folder)
-    if state.training and config != state.config:
+    same = is_lora(folder) == bool(state.lora) and (config == state.config or state.lora)
+    if state.training and not same:
         raise ValueError("it holds other experts than this model trains. Call unload first.")
+    if state.lora:
+        found = find_adapter_tensors(folder, trained_shapes(model), PREFIX)
+        sources = {name: Source(path, (key,)) for name, (path, key) in found.items()}
+        return state, sources, dict(read_sources(sources, lora_views(model)))
     here = adapter_shapes(model, config, local=True)
-    loaded = dict(read_tensors(find_adapter_tensors(folder, adapter_shapes(model, config)), here))
+    sources = find_sources(folder, adapter_shapes(model, config))
+    read = dict(read_sources(sources, here))
     taken = [] if state.training else sorted(here.keys() & state.displaced.keys())
     if taken:
         raise ValueError(f"{taken[0]} is held by an adapter loaded before ({len(taken)} are). Call unload first.")
-    return state, loaded
+    return state, sources, read
 
 
 def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, strength: float = 1.0, **kwargs):

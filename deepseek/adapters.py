@@ -3,6 +3,9 @@
     out/expert_cfg.json        which experts, and a note of the base (deepseek/fingerprint.py)
     out/adapter.safetensors    model.layers.1.mlp.experts.7.gate_proj.weight (F, D), ...
 
+An adapter of LoRA on single experts is in peft's format (lora.py). It stands for the same tensors: each is that of the
+base plus s B A.
+
 `config` is an `esft.ExpertConfig` everywhere.
 """
 
@@ -11,6 +14,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +24,8 @@ from torch.nn.utils import parametrize
 from deepseek.experts import base_name, moe_layers
 from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
+from deepseek.lora import PREFIX, Lora, factor_shapes, is_lora, of_single_experts, read_lora
+from deepseek.lora import WEIGHTS_NAME as LORA_WEIGHTS
 from deepseek.masters import DTYPE_OF_BASE, trained_parameter
 from deepseek.shards import DTYPES, Shard
 
@@ -48,7 +54,7 @@ def ordinary_parameters(model: nn.Module, config) -> list[str]:
             continue
         # shared experts are beside the routed experts or, in Granite, beside the block that holds them
         shared = name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name)
-        if config.shared_experts if shared else config.non_expert_modules:
+        if name in config.parameters or (config.shared_experts if shared else config.non_expert_modules):
             if re.search(r"\.(base_layer|original_module)\.", name):
                 raise ValueError(
                     f"cannot train {base_name(name)}: an adapter of peft is on it, too. Leave it out of the config of "
@@ -59,7 +65,7 @@ def ordinary_parameters(model: nn.Module, config) -> list[str]:
 
 
 def adapter_views(model: nn.Module, config) -> dict[str, Tensor]:
-    """Return the tensors that an adapter of `config` holds, by their names in it, as views into `model`.
+    """Return the tensors that an adapter of `config` stands for, by their names in it, as views into `model`.
 
     A routed expert has `<experts module>.<expert>.gate_proj.weight` (F, D), `up_proj` and `down_proj` (D, F), whatever
     the layout in memory. Others have the name of their parameter. Under expert parallelism only local experts are here.
@@ -74,6 +80,37 @@ def adapter_views(model: nn.Module, config) -> dict[str, Tensor]:
     for name in ordinary_parameters(model, config):
         views[name] = trained_parameter(model, name).data
     return views
+
+
+def lora_views(model: nn.Module) -> dict[str, Tensor]:
+    """Return the factors that are trained, by their names in an adapter, as views: of experts, and those of peft."""
+    views: dict[str, Tensor] = {}
+    for layer in moe_layers(model).values():
+        for expert in layer.lora.expert_ids if layer.lora else ():
+            views |= {f"{layer.name}.{expert}.{name}": view for name, view in layer.lora.views(expert).items()}
+    return views | {name: param.data for name, param in _of_peft(model).items()}
+
+
+def _of_peft(model: nn.Module) -> dict[str, nn.Parameter]:
+    named = model.named_parameters()
+    return {f"{n.removesuffix('.default.weight')}.weight": p for n, p in named if n.endswith(".default.weight")}
+
+
+def lora_shapes(model: nn.Module, config, lora: Lora) -> dict[str, torch.Size]:
+    """Return the shapes of the factors of `lora_views`, under expert parallelism of all ranks.
+
+    Raises:
+        ValueError: a layer of peft has another rank or scale than the experts.
+    """
+    shapes = factor_shapes(adapter_shapes(model, config), lora.rank)
+    for name, param in _of_peft(model).items():
+        layer, _, letter = name.removesuffix(".weight").rpartition(".lora_")
+        rank, scale = param.shape[letter == "B"], model.get_submodule(layer).scaling["default"]
+        if (rank, scale) != (lora.rank, lora.scale):
+            raise ValueError(f"cannot write one adapter: {layer} has rank {rank} and scale {scale:g}, the experts have "
+                             f"{lora.rank} and {lora.scale:g}. Give peft the same r and lora_alpha.")  # fmt: skip
+        shapes[name] = param.shape
+    return shapes
 
 
 def adapter_shapes(model: nn.Module, config, local: bool = False) -> dict[str, torch.Size]:
@@ -130,21 +167,57 @@ def check_base(base: Mapping, folder: str | Path) -> None:
 # files
 
 
-def read_tensors(found: Mapping[str, tuple[Path, str]], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of some of what `find_adapter_tensors` found. Raise ValueError for values not finite."""
-    for path in sorted({found[name][0] for name in names}):
+@dataclass(frozen=True)
+class Source:
+    """Where the new value of a tensor is: in one tensor of an adapter, or in the factors A and B, or nowhere."""
+
+    path: Path
+    keys: tuple[str, ...]
+    scale: float = 1.0
+
+    def read(self, shard: Shard) -> tuple[Tensor, ...]:
+        return tuple(shard.read(key) for key in self.keys)
+
+    def value(self, read: tuple[Tensor, ...], base: Tensor) -> Tensor:
+        """Return the new value of a tensor that is `base`."""
+        if len(read) < 2:
+            return read[0] if read else base
+        A, B = (factor.to(base.device, torch.float32) for factor in read)
+        return base.float() + self.scale * B @ A
+
+
+def read_sources(found: Mapping[str, Source], names: Collection[str]) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Yield (name, what is read for it) of some sources. Raise ValueError for values that are not finite."""
+    for path in sorted({found[name].path for name in names}):
         with Shard(path) as shard:
-            for name in [name for name in names if found[name][0] == path]:
-                tensor = shard.read(found[name][1])
-                if not tensor.isfinite().all():
+            for name in [name for name in names if found[name].path == path]:
+                read = found[name].read(shard)
+                if not all(tensor.isfinite().all() for tensor in read):
                     raise ValueError(f"{name} has values that are not finite. Train it anew.")
-                yield name, tensor
+                yield name, read
 
 
-def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size]) -> dict[str, tuple[Path, str]]:
+def find_sources(folder: str | Path, shapes: Mapping[str, torch.Size]) -> dict[str, Source]:
+    """Return where an adapter has the new values of the tensors of these shapes. Raise as `find_adapter_tensors`."""
+    if not is_lora(folder):
+        found = find_adapter_tensors(folder, shapes)
+        return {name: Source(path, (key,)) for name, (path, key) in found.items()}
+    lora = read_lora(folder)
+    factors = find_adapter_tensors(folder, factor_shapes(shapes, lora.rank), PREFIX)
+    sources = {}
+    for name in shapes:
+        of_name = [factors[key] for key in factor_shapes({name: shapes[name]}, lora.rank)]  # none for a bias
+        path = of_name[0][0] if of_name else Path(folder, LORA_WEIGHTS)
+        sources[name] = Source(path, tuple(key for _, key in of_name), lora.scale)
+    return sources
+
+
+def find_adapter_tensors(
+    folder: str | Path, expected: Mapping[str, torch.Size], prefix: str = ""
+) -> dict[str, tuple[Path, str]]:
     """Return (file, key in it) of each tensor of an adapter folder, by the names in `expected`, without reading it.
 
-    A key may lack the leading "model.".
+    A key is `prefix` and the name, and may lack the leading "model.".
 
     Raises:
         ValueError: a file is damaged; a tensor is missing, unknown, there twice, of another shape than in `expected`,
@@ -154,7 +227,8 @@ def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size])
     for path in sorted(Path(folder).glob("*.safetensors")):
         with Shard(path) as shard:
             for key, entry in shard.header.items():
-                name = f"model.{key}" if f"model.{key}" in expected else key
+                name = key.removeprefix(prefix)
+                name = f"model.{name}" if f"model.{name}" in expected else name
                 places.setdefault(name, []).append((path, key))
                 shape, dtype = tuple(entry["shape"]), entry["dtype"]
                 wanted = tuple(expected.get(name, shape))
@@ -262,9 +336,9 @@ def check_forward(trained: list[nn.Module], experts: nn.Module, args: tuple[Tens
         )
 
 
-def is_lora(folder: str | Path) -> bool:
-    """Return whether a folder holds an adapter in peft's format."""
-    return (Path(folder) / "adapter_config.json").is_file()
+def is_for_peft(folder: str | Path) -> bool:
+    """Return whether peft has to merge an adapter: one of LoRA that is not on single experts."""
+    return is_lora(folder) and not of_single_experts(folder)
 
 
 def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> nn.Module:

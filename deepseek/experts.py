@@ -24,7 +24,7 @@ Legend: D hidden, F expert hidden, E experts, e of them on this rank, S trained 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,7 @@ class FusedExperts:
         return getattr(self.module, "local_ids", None) or list(range(self.num_experts))
 
     @property
-    def trained(self) -> "TrainedExperts | None":
+    def trained(self) -> "SelectedExperts | None":
         return getattr(self.module, "trained", None)
 
     @property
@@ -81,6 +81,11 @@ class FusedExperts:
         return self.trained.num_trained if self.trained else 0
 
     @property
+    def lora(self) -> "SelectedExperts | None":
+        """The low-rank changes of the trained experts, if these are what is trained (lora.py)."""
+        return self.trained if self.trained and self.trained.rank else None
+
+    @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names of the fused tensors: the matrices, then the biases. Their first dimension is the expert."""
         up = "gate_up_proj" if self.module.has_gate else "up_proj"
@@ -96,7 +101,7 @@ class FusedExperts:
         return getattr(self.module, name)
 
     @property
-    def row_order(self) -> "TrainedExperts | FrozenExperts | None":
+    def row_order(self) -> "SelectedExperts | FrozenExperts | None":
         """The holder of `order_e` and `row_of_e`; None where the rows are in the order of the local ids."""
         return self.trained or self.frozen
 
@@ -112,18 +117,28 @@ class FusedExperts:
     def expert_views(self, expert: int) -> dict[str, Tensor]:
         """Return the projections of one local expert as views of where its true values are. Write them with `copy_`.
 
-        That is the master of a trained expert, in fp32, and the fused tensors for any other. The shapes are
+        That is the master of a trained expert, in fp32, and the fused tensors for any other, or with LoRA. Shapes are
         {"gate_proj.weight": (F, D), "up_proj.weight": (F, D), "down_proj.weight": (D, F)} in every layout, with a
         ".bias" each where the layer has biases. Experts in other storage (frozen.py) have no views.
         """
         row = self.local_ids.index(expert)
         if self.row_order is not None:
             row = self.row_order.row_of_e[row].item()
-        source = self.trained if row < self.num_trained else self.module
+        source = self.trained if row < self.num_trained and not self.lora else self.module
         views: dict[str, Tensor] = {}
         for name in self.tensor_names:
             views |= self._split(name, getattr(source, name).data[row])
         return views
+
+    def projections(self, name: str) -> tuple[str, ...]:
+        """Return the projections that the fused matrix `name` holds."""
+        return ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Join matrices (..., O, I) of the projections of one fused matrix: all rows, in its order."""
+        if len(parts) == 1 or self.module.is_concatenated:
+            return torch.cat(parts, -2)
+        return torch.stack(parts, -2).flatten(-3, -2)
 
     def _split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Split one expert's slice of a fused tensor into views by projection."""
@@ -193,11 +208,14 @@ def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
     raise ValueError(f"cannot find experts: {kind} is a dense model. Give a mixture of experts.")
 
 
-class TrainedExperts(nn.Module):
-    """The trained experts of one layer, as fp32 parameters (S, ...) with the names of the fused tensors.
+class SelectedExperts(nn.Module):
+    """What is trained of the selected experts of one layer, as fp32 parameters whose first dimension S is the expert.
 
-    The buffer `order_e` maps a row to its expert's place in `local_ids`, and `row_of_e` maps back.
+    To make one puts these experts first. The buffer `order_e` maps a row to its expert's place in `local_ids`, and
+    `row_of_e` maps back.
     """
+
+    rank: int | None = None  # of the change, if that is trained instead of the experts themselves
 
     def __init__(self, layer: FusedExperts, experts: Iterable[int]):
         super().__init__()
@@ -212,14 +230,33 @@ class TrainedExperts(nn.Module):
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
         self._layer = layer  # a view, so its module does not become a submodule; a deep copy gets the copied module
         _reorder(layer, order_e if before is None else before.row_of_e[order_e])
-        for name in layer.tensor_names:
-            rows = layer.tensor(name).data[: self.num_trained]
-            self.register_parameter(name, nn.Parameter(rows.to(torch.float32, copy=True)))
 
     @property
     def expert_ids(self) -> list[int]:
         """Ids of the trained experts, in row order."""
         return [self._local_ids[index] for index in self.order_e[: self.num_trained].tolist()]
+
+    def _apply(self, fn, recurse=True):
+        """Keep the parameters in fp32 when the model is cast."""
+        super()._apply(fn, recurse)
+        for param in self.parameters():
+            if param.dtype != torch.float32:
+                param.data = param.data.float()
+        return self
+
+
+class TrainedExperts(SelectedExperts):
+    """The trained experts of one layer themselves, (S, ...) with the names of the fused tensors."""
+
+    def __init__(self, layer: FusedExperts, experts: Iterable[int]):
+        super().__init__(layer, experts)
+        for name in layer.tensor_names:
+            rows = layer.tensor(name).data[: self.num_trained]
+            self.register_parameter(name, nn.Parameter(rows.to(torch.float32, copy=True)))
+
+    def operands(self) -> tuple[Tensor, ...]:
+        """Return the tensors that the grouped products take, and give gradients of."""
+        return tuple(self.parameters())
 
     @torch.no_grad()
     def write_back(self, params: Iterable[Tensor] | None = None) -> None:
@@ -230,14 +267,6 @@ class TrainedExperts(nn.Module):
         """
         for name, param in zip(self._layer.tensor_names, params or self.parameters()):
             self._layer.tensor(name).data[: self.num_trained].copy_(param)
-
-    def _apply(self, fn, recurse=True):
-        """Keep the parameters in fp32 when the model is cast."""
-        super()._apply(fn, recurse)
-        for param in self.parameters():
-            if param.dtype != torch.float32:
-                param.data = param.data.float()
-        return self
 
 
 def _reorder(layer: FusedExperts, rows_e: Tensor) -> None:
@@ -285,13 +314,18 @@ def _refuse_replaced(module: nn.Module, _args, _out) -> None:
         )
 
 
-def train_experts(layer: FusedExperts, experts: Iterable[int]) -> None:
-    """Freeze a layer's experts except for `experts`. Those that are local become the first rows."""
+def train_experts(
+    layer: FusedExperts, experts: Iterable[int], kind: Callable[..., SelectedExperts] = TrainedExperts
+) -> None:
+    """Freeze a layer's experts except for `experts`. Those that are local become the first rows.
+
+    `kind` makes what is trained of them, of the layer and the ids.
+    """
     module = layer.module
     module.requires_grad_(False)
     if not set(experts) & set(layer.local_ids):
         return
-    module.trained = TrainedExperts(layer, experts)
+    module.trained = kind(layer, experts)
     module._trained_hooks = (
         module.register_state_dict_post_hook(_state_dict_in_base_order),
         module.register_load_state_dict_pre_hook(_load_in_base_order),
@@ -322,26 +356,33 @@ def _sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def _state_dict_in_base_order(module: nn.Module, state_dict: dict, prefix: str, _metadata) -> None:
     trained = module.trained
+    masters = dict(trained.named_parameters())
     for name in FusedExperts(module).tensor_names:
-        state_dict.pop(f"{prefix}trained.{name}", None)
+        if name in masters:
+            state_dict.pop(f"{prefix}trained.{name}", None)
         if f"{prefix}{name}" in state_dict:
             fused = state_dict[f"{prefix}{name}"]
             rows = whole(fused)[trained.row_of_e.to(fused.device)]
-            rows[trained.order_e[: trained.num_trained].to(fused.device)] = whole(getattr(trained, name).data).to(rows)
+            if name in masters:
+                first = trained.order_e[: trained.num_trained].to(fused.device)
+                rows[first] = whole(masters[name].data).to(rows)
             state_dict[f"{prefix}{name}"] = _sharded_like(rows, fused)
 
 
 def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     trained = module.trained
-    for name in FusedExperts(module).tensor_names:
-        here = {f"{prefix}{name}", f"{prefix}trained.{name}"} & state_dict.keys()
-        if not here and any(re.search(r"experts\.\d+\.", key) for key in state_dict):
-            raise ValueError(
-                "cannot load the trained experts: this state dict names single experts, as save_pretrained writes "
-                "them. Train with esft.ESFTCallback(), so that checkpoints can be loaded."
-            )
+    masters = dict(trained.named_parameters())
+    names = FusedExperts(module).tensor_names
+    here = {f"{prefix}{name}" for name in names} | {f"{prefix}trained.{name}" for name in masters}
+    if not here & state_dict.keys() and any(re.search(r"experts\.\d+\.", key) for key in state_dict):
+        raise ValueError(
+            "cannot load the trained experts: this state dict names single experts, as save_pretrained writes "
+            "them. Train with esft.ESFTCallback(), so that checkpoints can be loaded."
+        )
+    for name in names:
         if f"{prefix}{name}" in state_dict:
             loaded = state_dict[f"{prefix}{name}"]
             rows = whole(loaded)[trained.order_e.to(loaded.device)]
             state_dict[f"{prefix}{name}"] = _sharded_like(rows, loaded)
-            state_dict[f"{prefix}trained.{name}"] = _sharded_like(rows[: trained.num_trained].float(), loaded)
+            if name in masters:
+                state_dict[f"{prefix}trained.{name}"] = _sharded_like(rows[: trained.num_trained].float(), loaded)

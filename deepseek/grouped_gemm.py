@@ -24,7 +24,7 @@ Legend: T tokens, K top-k, N = T*K routed rows, n of them on trained experts, D 
 S trained experts of the layer, I and O inputs and outputs of a matrix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -37,6 +37,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from deepseek.experts import IMPLEMENTATION, FusedExperts, note_run
 
 REFERENCE = "esft_reference"
+Bounds = list[int] | None  # 0 and the offsets of all experts, on the host
+Factors = Mapping[str, Sequence[Tensor]]  # (A, B) by fused matrix, with LoRA
 
 
 def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def esft_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tensor, t
 
 def grouped_experts(layer: FusedExperts, x_TD: Tensor, rows_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
     """Do the same as `esft_experts_forward` for experts given by their rows in the fused tensors. T may be 0."""
-    params = tuple(layer.trained.parameters()) if layer.trained else ()
+    params = layer.trained.operands() if layer.trained else ()
     if torch.compiler.is_compiling():
         return torch.ops.esft.experts(x_TD, topk_weights_TK, rows_TK, params, _handle(layer.module))[0]
     return _GroupedExperts.apply(layer, x_TD, topk_weights_TK, rows_TK, *params)
@@ -69,11 +71,13 @@ def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tens
     rows_TK, (up_name, down_name) = layer.rows_of(topk_ids_TK), layer.weight_names
 
     def linear(x: Tensor, name: str, row: int) -> Tensor:
-        source = layer.trained.get_parameter if row < layer.num_trained else layer.tensor
+        source = layer.trained.get_parameter if row < layer.num_trained and not layer.lora else layer.tensor
         if row < len(layer.tensor(name)):
             weight = source(name)[row].to(x.dtype)
         else:
             weight = layer.frozen.rows(name, row, row + 1, x.dtype)[0]
+        if layer.lora and row < layer.num_trained:
+            weight = weight + layer.lora.change(name, row).to(x.dtype)
         y = x @ weight if module.is_transposed else x @ weight.T
         return y + source(f"{name}_bias")[row].to(x.dtype) if module.has_bias else y
 
@@ -104,13 +108,13 @@ def _forward(layer: FusedExperts, x_TD: Tensor, topk_weights_TK: Tensor, rows_TK
     inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(T * K, device=perm_N.device))
     every_E = torch.arange(len(layer.local_ids), device=row_N.device)
     offs_E = torch.searchsorted(row_N, every_E, right=True).int()
-    bounds = _bounds(layer, x_TD, offs_E)
+    bounds, lora = _bounds(layer, x_TD, offs_E), _factors(layer, params)
 
-    h_N = _linear(layer, up_name, x_TD.index_select(0, perm_N // K), offs_E, bounds)
+    h_N = _linear(layer, up_name, x_TD.index_select(0, perm_N // K), offs_E, bounds, lora)
     if module.has_bias:
         h_N += up_bias[row_N]
     a_NF = _activate(module, h_N)
-    y_ND = _linear(layer, down_name, a_NF, offs_E, bounds)
+    y_ND = _linear(layer, down_name, a_NF, offs_E, bounds, lora)
     if module.has_bias:
         y_ND += down_bias[row_N]
     if module.has_post_expert_norm:
@@ -120,27 +124,22 @@ def _forward(layer: FusedExperts, x_TD: Tensor, topk_weights_TK: Tensor, rows_TK
     return out_TD, (h_N, row_N, perm_N, inverse_N, offs_E), bounds
 
 
-def _backward(layer: FusedExperts, g_TD: Tensor, saved: Sequence[Tensor], bounds: list[int] | None, needs: tuple):
+def _backward(layer: FusedExperts, g_TD: Tensor, saved: Sequence[Tensor], bounds: Bounds, needs: tuple):
     """Return the gradients of x_TD, of the routing weights, and of the trained parameters, or None for each.
 
-    `saved` are x_TD, topk_weights_TK, and what `_forward` returned. `needs` says whether x_TD and the routing weights
-    need a gradient, and for how many trained experts.
+    `saved` are x_TD, topk_weights_TK, what `_forward` returned, and the factors of LoRA. `needs` says whether x_TD and
+    the routing weights need a gradient, and for how many trained experts.
     """
     if layer.trained:
         layer.trained.write_back()  # FSDP2 has gathered the fused tensors anew, with the rows of the base
     module, (need_x, need_weights, S) = layer.module, needs
-    x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E = saved
-    dtype, x_TD = x_TD.dtype, x_TD.to(h_N.dtype)
+    x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E, *factors = saved
+    dtype, x_TD, lora = x_TD.dtype, x_TD.to(h_N.dtype), _factors(layer, factors)
     (T, K), transposed = topk_weights_TK.shape, module.is_transposed
     up_name, down_name = layer.weight_names
     _, down_bias = _biases(layer)
-    # Rows of the trained prefix. On an accelerator, reading n would stall the stream. There N does: grouped_mm stops
-    # at the last offset.
-    n = N = len(row_N)
-    if bounds:
-        n = bounds[S]
-    elif S and row_N.device.type == "cpu":
-        n = int(offs_E[S - 1])
+    N, n = len(row_N), _prefix_rows(offs_E, S, bounds)
+    n = N if n is None else n  # N does: grouped_mm stops at the last offset
     if not (need_x or need_weights):  # nothing is trained below this layer, so only the prefix matters
         N, offs_E = n, offs_E[:S]
     token_N, weight_N1 = perm_N[:N] // K, topk_weights_TK.reshape(-1)[perm_N[:N], None]
@@ -151,12 +150,12 @@ def _backward(layer: FusedExperts, g_TD: Tensor, saved: Sequence[Tensor], bounds
         a_NF = _activate(module, h_N)
     dweight_N = None
     if module.has_post_expert_norm:
-        y_ND = _linear(layer, down_name, a_NF.detach(), offs_E, bounds)
+        y_ND = _linear(layer, down_name, a_NF.detach(), offs_E, bounds, lora)
         if module.has_bias:
             y_ND += down_bias[row_N[:N]]
         g_ND, dweight_N = _backward_norm(module.post_expert_norm, y_ND, g_ND, weight_N1)
         weight_N1 = torch.ones_like(weight_N1)
-    da_NF = _linear(layer, down_name, g_ND, offs_E, bounds, backward=True)
+    da_NF = _linear(layer, down_name, g_ND, offs_E, bounds, lora, backward=True)
     if need_weights and dweight_N is None:
         dweight_N = (da_NF * a_NF.detach()).sum(-1)
         if module.has_bias:
@@ -166,15 +165,16 @@ def _backward(layer: FusedExperts, g_TD: Tensor, saved: Sequence[Tensor], bounds
     dx_TD = dweight_TK = dtrained = None
     if S:
         wa_nF = (a_NF.detach()[:n] * weight_N1[:n]).to(g_ND.dtype)  # has fewer columns than w g
-        dtrained = [
-            _grouped_outer(dh_N[:n], x_TD.index_select(0, token_N[:n]), offs_E[:S], bounds, transposed),
-            _grouped_outer(g_ND[:n], wa_nF, offs_E[:S], bounds, transposed),
-        ]
-        if module.has_bias:
-            dtrained += [_segment_sum(rows, row_N[:n], S) for rows in (dh_N[:n], g_ND[:n] * weight_N1[:n])]
-        dtrained = [grad.float() for grad in dtrained]  # trained parameters are fp32 (experts.py)
+        pairs, where = ((dh_N[:n], x_TD.index_select(0, token_N[:n])), (g_ND[:n], wa_nF)), (offs_E[:S], bounds)
+        if lora:
+            dtrained = [grad for pair, AB in zip(pairs, lora.values()) for grad in _factor_grads(*pair, *AB, *where)]
+        else:
+            dtrained = [_grouped_outer(*pair, *where, transposed) for pair in pairs]
+            if module.has_bias:
+                dtrained += [_segment_sum(rows, row_N[:n], S) for rows in (dh_N[:n], g_ND[:n] * weight_N1[:n])]
+            dtrained = [grad.float() for grad in dtrained]  # trained parameters are fp32 (experts.py)
     if need_x:
-        dx_ND = _linear(layer, up_name, dh_N, offs_E, bounds, backward=True)
+        dx_ND = _linear(layer, up_name, dh_N, offs_E, bounds, lora, backward=True)
         dx_TD = _sum_slots(dx_ND, inverse_N.view(T, K)).to(dtype)
     if need_weights:
         dweight_TK = dweight_N[inverse_N].view(T, K).to(topk_weights_TK.dtype)
@@ -188,7 +188,7 @@ class _GroupedExperts(torch.autograd.Function):
     def forward(ctx, layer, x_TD, topk_weights_TK, rows_TK, *params):
         out_TD, saved, ctx.bounds = _forward(layer, x_TD, topk_weights_TK, rows_TK, params)
         ctx.layer = layer
-        ctx.save_for_backward(x_TD, topk_weights_TK, *saved)
+        ctx.save_for_backward(x_TD, topk_weights_TK, *saved, *(params if layer.lora else ()))
         return out_TD
 
     @staticmethod
@@ -235,22 +235,25 @@ def _op_forward_shapes(x_TD, topk_weights_TK, rows_TK, params, handle):
 
 
 def _op_backward(g_TD, saved, need_x, need_weights, S, handle):
-    layer, (_, _, h_N, *_, offs_E) = FusedExperts(_modules[handle]), saved
+    layer, (_, _, h_N, _, _, _, offs_E, *_) = FusedExperts(_modules[handle]), saved
     bounds = _bounds(layer, h_N, offs_E)
     dx_TD, dweight_TK, dparams = _backward(layer, g_TD, saved, bounds, (need_x, need_weights, S))
     return [grad for grad in (dx_TD, dweight_TK, *(dparams or ())) if grad is not None]
 
 
 def _op_backward_shapes(g_TD, saved, need_x, need_weights, S, handle):
-    layer, (x_TD, topk_weights_TK, *_) = FusedExperts(_modules[handle]), saved
+    layer, (x_TD, topk_weights_TK, _, _, _, _, _, *factors) = FusedExperts(_modules[handle]), saved
     grads = [t.new_empty(t.shape) for t, need in ((x_TD, need_x), (topk_weights_TK, need_weights)) if need]
+    if layer.lora:
+        return grads + [factor.new_empty(factor.shape) for factor in factors if S]
     shapes = [layer.tensor(name).shape[1:] for name in layer.tensor_names] if S else []
     return grads + [x_TD.new_empty(S, *shape, dtype=torch.float32) for shape in shapes]
 
 
 def _op_context(ctx, inputs, output):
     x_TD, topk_weights_TK, _, params, ctx.handle = inputs
-    ctx.save_for_backward(x_TD, topk_weights_TK, *output[1:])
+    factors = params if FusedExperts(_modules[ctx.handle]).lora else ()
+    ctx.save_for_backward(x_TD, topk_weights_TK, *output[1:], *factors)
     ctx.S = len(params[0]) if params else 0
 
 
@@ -275,7 +278,7 @@ torch.library.impl("esft::experts_backward", "default", _op_backward)
 torch.library.register_fake("esft::experts_backward", _op_backward_shapes)
 
 
-def _bounds(layer: FusedExperts, x: Tensor, offs_E: Tensor) -> list[int] | None:
+def _bounds(layer: FusedExperts, x: Tensor, offs_E: Tensor) -> Bounds:
     """Return 0 and the offsets on the host, if it must know them to dequantize (frozen.py) or to multiply in a loop."""
     return [0, *offs_E.tolist()] if layer.frozen or not has_kernel(x) else None
 
@@ -293,14 +296,46 @@ def _biases(layer: FusedExperts) -> tuple[Tensor | None, Tensor | None]:
     return tuple(layer.tensor(name).data for name in layer.tensor_names[2:]) or (None, None)
 
 
+def _prefix_rows(offs: Tensor, S: int, bounds: Bounds) -> int | None:
+    """Return n, or None where it is on an accelerator: to read it there would stall the stream."""
+    if bounds or not S:
+        return bounds[S] if bounds else 0
+    return int(offs[S - 1]) if offs.device.type == "cpu" else None
+
+
+def _factors(layer: FusedExperts, trained: Sequence[Tensor]) -> Factors:
+    """Return (A, B) of each fused matrix, from the operands that lora.py gives; {} without LoRA."""
+    return dict(zip(layer.weight_names, (trained[:2], trained[2:]))) if layer.lora else {}
+
+
 def _linear(
-    layer: FusedExperts, name: str, x_NI: Tensor, offs: Tensor, bounds: list[int] | None, backward: bool = False
+    layer: FusedExperts, name: str, x_NI: Tensor, offs: Tensor, bounds: Bounds, lora: Factors, backward: bool = False
 ) -> Tensor:
     """Multiply the rows of the first len(offs) experts by their matrices in the fused tensor `name`.
 
-    In the backward, the matrices are transposed. `bounds` are 0 and the offsets of all experts, on the host. Matrices
-    of stored experts (frozen.py) are dequantized a few at a time, and only if there are rows for them.
+    In the backward, the matrices are transposed. With `lora`, those of the trained prefix are W + B A.
     """
+    y_NO = _base_linear(layer, name, x_NI, offs, bounds, backward)
+    if lora:
+        first, second = lora[name][::-1] if backward else lora[name]
+        n, offs = _prefix_rows(offs, len(first), bounds), offs[: len(first)]
+        if n is None:  # one group more holds the rows after the prefix, with a change of zero
+            n = len(x_NI)
+            first, second = (nn.functional.pad(factor, (0, 0, 0, 0, 0, 1)) for factor in (first, second))
+            offs = torch.cat([offs, offs.new_full((1,), n)])
+        u_nR = _grouped_linear(x_NI[:n], first, offs, bounds, backward)
+        y_NO[:n] += _grouped_linear(u_nR, second, offs, bounds, backward)
+    return y_NO
+
+
+def _factor_grads(dy_nO: Tensor, x_nI: Tensor, A: Tensor, B: Tensor, offs: Tensor, bounds: Bounds) -> tuple:
+    """Return the gradients of A (S, R, I) and B (S, O, R), where y = x A^T B^T in each of the first S groups."""
+    u_nR, du_nR = _grouped_linear(x_nI, A, offs, bounds, False), _grouped_linear(dy_nO, B, offs, bounds, True)
+    return _grouped_outer(du_nR, x_nI, offs, bounds, False), _grouped_outer(dy_nO, u_nR, offs, bounds, False)
+
+
+def _base_linear(layer: FusedExperts, name: str, x_NI: Tensor, offs: Tensor, bounds: Bounds, backward: bool) -> Tensor:
+    """Do the same without LoRA. Matrices of stored experts (frozen.py) are dequantized a few at a time, if used."""
     weight, transposed = layer.tensor(name).data, layer.module.is_transposed != backward
     if len(offs) <= len(weight):
         return _grouped_linear(x_NI, weight[: len(offs)], offs, bounds, transposed)
@@ -325,7 +360,7 @@ def has_kernel(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, bounds: list[int] | None, transposed: bool) -> Tensor:
+def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, bounds: Bounds, transposed: bool) -> Tensor:
     """Multiply the rows of group e by weight[e], (groups, I, O) if `transposed` else (groups, O, I). Return (N, O)."""
     weight = weight if transposed else weight.transpose(-2, -1)
     if bounds is None or has_kernel(x_NI):
@@ -337,7 +372,7 @@ def _grouped_linear(x_NI: Tensor, weight: Tensor, offs: Tensor, bounds: list[int
     return y_NO
 
 
-def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, bounds: list[int] | None, transposed: bool) -> Tensor:
+def _grouped_outer(dy_nO: Tensor, x_nI: Tensor, offs: Tensor, bounds: Bounds, transposed: bool) -> Tensor:
     """Return the weight gradient of `_grouped_linear` for the first len(offs) groups. Rows after them are not read."""
     left, right = (x_nI, dy_nO) if transposed else (dy_nO, x_nI)
     if bounds is None or has_kernel(dy_nO):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import esft
-from deepseek.adapters import DTYPES, experts_by_layer
+from deepseek.adapters import DTYPES, Source, experts_by_layer
 from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
 from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
 from deepseek.loading import empty_model
@@ -53,7 +53,7 @@ NOT_COPIED += ["README.md", NOTE, REPLACED]
 
 Files = dict[str, Stored]  # the tensors of the base, by key
 Places = dict[str, list[Place]]  # a tensor's name in an adapter -> where it goes in the base
-Sources = dict[str, tuple[Path, str]]  # a tensor's name in an adapter -> its file, and its key there
+Sources = dict[str, Source]  # a tensor's name in an adapter -> where its new value is
 
 
 def merge_adapter(
@@ -84,7 +84,7 @@ def merge_adapter(
         raise ValueError(f"cannot write {output}: it is the base itself. Give another --output_dir.")
     check_strength(strength)
     replaces = check_free(output, overwrite)
-    if in_memory := [adapter for adapter in adapters if esft.is_lora(adapter) or is_whole(adapter)]:
+    if in_memory := [adapter for adapter in adapters if esft.is_for_peft(adapter) or is_whole(adapter)]:
         if len(adapters) > 1:
             raise ValueError(f"cannot merge {in_memory[0]} with others: it is a LoRA or a whole model. Merge it alone.")
         return merge_in_memory(base, in_memory[0], output, strength, replaces)
@@ -242,14 +242,15 @@ def write_tensors(
     written = {folder / stored[place.key].file for among in places.values() for place in among}
     with contextlib.ExitStack() as stack:
         shards = {path: stack.enter_context(Shard(path, "r+b")) for path in written | ({kept} if kept else set())}
-        adapters = {path: stack.enter_context(Shard(path)) for path in {path for path, _ in sources.values()}}
+        adapters = {path: stack.enter_context(Shard(path)) for path in {one.path for one in sources.values()}}
         for name in tqdm(sorted(places, key=lambda name: places[name][0].key), desc="merging", unit="tensor"):
-            path, key = sources[name]
-            value = adapters[path].read(key)
+            source = sources[name]
+            read = source.read(adapters[source.path])
             for place in places[name]:
                 shard = shards[folder / stored[place.key].file]
                 tensor = shard.read(place.key, place.row)
                 part = place.select(tensor)
+                value = source.value(read, part)
                 if kept:
                     shards[kept].write(name, part)
                 new = blend(part, value, strength).to(part.dtype)

@@ -164,7 +164,8 @@ def plan_training(args: argparse.Namespace, known: dict[str, tuple], methods: li
     Raises:
         ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
     """
-    from training.config import ALIASES, read_config, take_secret, training_arguments  # slow; --help can do without
+    from training.config import ALIASES, read_config, training_arguments  # slow; --help can do without
+    from training.config_parser import take_secret
     from training.first_selection import selected_experts
     from training.plan import open_empty
 

@@ -1,12 +1,13 @@
 """Small random fused experts modules of every layout, and what a call of one gives."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
-from deepseek.experts import MoELayer, train_experts
+from deepseek.experts import MoELayer, TrainedExperts, train_experts
 
 T, D, F, E, K = 24, 16, 8, 6, 2
 LAYOUTS = {
@@ -21,7 +22,7 @@ LAYOUTS = {
 }
 
 
-def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
+def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0, kind: Callable = TrainedExperts):
     """Return a random fused experts module of one layout, with `trained` experts in front."""
     flags = LAYOUTS[layout]
 
@@ -53,7 +54,7 @@ def make_experts(layout="plain", dtype=torch.float32, trained=(), seed=0):
     module = use_experts_implementation(**flags)(Experts)(SimpleNamespace(_experts_implementation="grouped_mm"))
     module.to(dtype)
     if trained:
-        train_experts(MoELayer(module, 0, "experts"), trained)
+        train_experts(MoELayer(module, 0, "experts"), trained, kind)
     return module
 
 

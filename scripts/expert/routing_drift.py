@@ -30,7 +30,7 @@ from benchmarks import load_rows
 from deepseek.experts import MoELayer, moe_layers
 from deepseek.files import check_output, write_json
 from deepseek.loading import empty_model, keeps_documents_apart
-from esft import ExpertConfig, add_adapter, check_adapter, is_lora, load_base_model, load_tokenizer
+from esft import ExpertConfig, add_adapter, check_adapter, is_for_peft, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import Drift, routed, short_name
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_output(output)
     check_output(output.with_suffix(".png"))
     whole = (adapter / "config.json").is_file()
-    config = None if whole or is_lora(adapter) else ExpertConfig.load(adapter)
+    config = None if whole or is_for_peft(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)
     empty, tokenizer = empty_model(args.base_model_path), load_tokenizer(args.base_model_path)
     if not whole:

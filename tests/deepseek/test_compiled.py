@@ -69,20 +69,23 @@ def assert_trains_like(eager, model, call):
 
 
 @pytest.mark.parametrize(
-    "family, dtype",
+    "family, dtype, options",
     [
-        ("deepseek_v2", torch.float32),
-        ("gpt_oss", torch.bfloat16),  # transposed, interleaved and biased
-        pytest.param("deepseek_v2", torch.bfloat16, marks=slow),
-        pytest.param("gpt_oss", torch.float32, marks=slow),
-        pytest.param("nemotron_h", torch.float32, marks=slow),  # without a gate
-        pytest.param("qwen3_moe", torch.bfloat16, marks=slow),
+        ("deepseek_v2", torch.float32, {}),
+        ("gpt_oss", torch.bfloat16, {}),  # transposed, interleaved and biased
+        ("gpt_oss", torch.float32, {"lora_rank": 3}),
+        pytest.param("deepseek_v2", torch.bfloat16, {}, marks=slow),
+        pytest.param("deepseek_v2", torch.bfloat16, {"lora_rank": 4}, marks=slow),
+        pytest.param("gpt_oss", torch.float32, {}, marks=slow),
+        pytest.param("nemotron_h", torch.float32, {}, marks=slow),  # without a gate
+        pytest.param("nemotron_h", torch.float32, {"lora_rank": 8}, marks=slow),
+        pytest.param("qwen3_moe", torch.bfloat16, {}, marks=slow),
     ],
 )
-def test_one_node_per_layer_trains_as_eager(family, dtype):
-    model, nodes = prepared(family, dtype), []
+def test_one_node_per_layer_trains_as_eager(family, dtype, options):
+    model, nodes = prepared(family, dtype, **options), []
     call = compiled(model, nodes)
-    assert_trains_like(prepared(family, dtype), model, call)
+    assert_trains_like(prepared(family, dtype, **options), model, call)
     assert set(nodes) == {len(moe_layers(model))} and not counters["graph_break"]
     for param in model.parameters():
         if param.requires_grad:

@@ -46,6 +46,7 @@ class Case:
     ep_size: int
     checkpointing: bool = False
     dtype: str = "float32"
+    lora_rank: int | None = None
     tolerance: float = 5e-6  # of the largest entry
 
     @property
@@ -102,10 +103,21 @@ def gradients(model) -> tuple[dict, dict]:
     return experts, {name: param.grad for name, param in params.items()}
 
 
+def prepare(model, case: Case) -> None:
+    """Make a model trainable. With LoRA, B is not left at zero."""
+    torch.manual_seed(0)
+    esft.to_esft(model, case.experts, keep_base=False, lora_rank=case.lora_rank)
+    for layer in moe_layers(model).values():
+        for row, expert in enumerate(layer.lora.expert_ids) if layer.lora else ():
+            generator = torch.Generator().manual_seed(expert)
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                layer.lora.factor(projection, "B").data[row].normal_(std=0.1, generator=generator)
+
+
 def one_process(case: Case) -> Step:
     """Return the step of one process on all rows of all ranks and micro batches."""
     model, _ = load_base_model(case.base, dtype=case.dtype)
-    esft.to_esft(model, case.experts, keep_base=False)
+    prepare(model, case)
     parts = [inputs for inputs in itertools.chain(*case.batches) if (inputs["labels"] != IGNORE).any()]
     T = max(inputs["labels"].shape[1] for inputs in parts)
     joint = {
@@ -135,7 +147,7 @@ def _take_part(ranks: Ranks, case: Case) -> Step:
     batches, active, logits = case.batches[ranks.rank], False, []
     local = {layer: placement[ranks.expert_rank] for layer, placement in case.placements.items()}
     model, _ = load_base_model(case.base, dtype=case.dtype, experts=local if case.ep_size > 1 else None)
-    esft.to_esft(model, case.experts, keep_base=False)
+    prepare(model, case)
     if case.ep_size > 1:
         connect_experts(model, case.placements, {int(key): ids for key, ids in case.experts["experts"].items()}, ranks)
     if case.checkpointing:
@@ -250,6 +262,8 @@ FEATURES = {
     "ranks with nothing but padding": {"lengths": [(9, 4), (), (12, 2), ()]},
     "nothing but padding on the first": {"lengths": [(), (9, 4), (12, 2), (3,)], "dense": DENSE},
     "bf16": {"dtype": "bfloat16", "tolerance": 0.05, "dense": DENSE},
+    "lora": {"lora_rank": 3, "checkpointing": True},
+    "lora on one rank of a layer": {"lora_rank": 3, "experts": {"1": [1], "2": [0, 7]}},
     "all at once": {
         "experts": {"1": [1], "2": [0, 7]},
         "lengths": [(9, 4), (), (12, 2), (3,)],

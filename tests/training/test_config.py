@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 
 from tests.helpers import ROOT
 from training import config as config_module
-from training.config import ALIASES, NO_EFFECT, SECRETS, RunConfig, read_config, training_arguments
+from training.config import ALIASES, NO_EFFECT, RunConfig, read_config, training_arguments
+from training.keys import SECRETS
 
 PATHS = ["base_model_path=m", "train_dataset=d", "output_dir=o"]
 FULL = [*PATHS, "method=full"]
