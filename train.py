@@ -37,6 +37,7 @@ from training.config import RunConfig, TrainingArguments, read_config, training_
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
 from training.dpo import DPOTrainer
 from training.first_selection import score_and_select, selected_experts
+from training.keys import LORA_SELECTED
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
 from training.plan import Plan, join_processes, open_empty, plan_run
@@ -65,7 +66,7 @@ def run(config: RunConfig) -> dict:
 def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     """Call the steps of a run, one after the other, in a folder that belongs to it alone. Return its results."""
     args = ranks.run_or_fail_together(lambda: training_arguments(config))
-    to_select = config.method in ("esft", "dpo") and not config.expert_config
+    to_select = config.kind in ("esft", "dpo", LORA_SELECTED) and not config.expert_config
     if to_select:
         config = dataclasses.replace(config, expert_config=str(selected_experts(config.output_dir)))
     packs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size
@@ -96,7 +97,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     note = {**ranks.on_rank_zero(lambda: run_note(config, packs_per_step)), "end_token_ids": generation.eos_token_id}
     note["environment"] = utils.environment()
     trainer = make_trainer(
-        method=config.method,
+        method=config.kind,
         ranks=ranks,
         before_first_step=functools.partial(prepare_folder, config, checkpoint, note),
         memory_advice=plan.saving,

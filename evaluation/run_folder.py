@@ -62,7 +62,8 @@ class Trained:
         left_out = {*paths, *(SETTINGS if settings.get("expert_config") else ())}  # a config says what was selected
         keys = {key: value for key, value in self.settings.items() if key not in left_out and value is not None}
         world = self.results.get("world_size") or 1
-        script = "train_ep.py" if world > 1 and self.settings["method"] in ("esft", "dpo", "random") else "train.py"
+        on_experts = self.settings["method"] in ("esft", "dpo", "random") or settings.get("lora_experts") == "selected"
+        script = "train_ep.py" if world > 1 and on_experts else "train.py"
         start = ["torchrun", f"--nproc-per-node={world}", script] if world > 1 else ["python", script]
         return [*start, *flags, *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in keys.items())]
 

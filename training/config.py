@@ -28,9 +28,10 @@ from transformers.integrations import get_available_reporting_integrations
 
 from deepseek.files import check_file, suggest, suggest_path, unique_keys
 from deepseek.selection import OPTIONS, SETTINGS, STRATEGIES, check_rule
+from training import keys
 from training.checkpoints import by_row
-from training.config_parser import make_parser
-from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, NO_EFFECT, ON_EXPERTS, ONLY_FOR, REFUSED, SECRETS
+from training.config_parser import make_parser, take_secret
+from training.keys import ALIASES, CHECKPOINTING, DEFAULTS, LORA_SELECTED, NO_EFFECT, ON_EXPERTS, ONLY_FOR, REFUSED
 from utils import note
 
 POSITIVE = (
@@ -83,6 +84,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
     lora_rank: int = _key(8, "method lora: the rank")
     lora_alpha: int = _key(16, "method lora: the scale is alpha / rank")
+    lora_experts: Literal["all", "selected"] = _key("all", "method lora: on all layers, or on selected experts alone")
+    lora_modules: str | None = _key(None, "lora_experts=selected: other layers, too, as self_attn,shared_experts")
     global_batch_size: int | None = _key(None, "packs in an optimizer step, over all processes and micro batches")
     ep_size: str = _key("1", "processes that share one copy of the experts, or auto: as few as fit on the GPUs")
     placement: Literal["score", "contiguous"] = _key("score", "which process holds which experts: even load, or by id")
@@ -105,6 +108,11 @@ class RunConfig:
     @property
     def seed(self) -> int:
         return self.training.get("seed", DEFAULTS["seed"])
+
+    @property
+    def kind(self) -> str:
+        """The method, where LoRA on selected experts is one of its own."""
+        return LORA_SELECTED if (self.method, self.lora_experts) == ("lora", "selected") else self.method
 
     @property
     def timeout(self) -> timedelta:
@@ -151,11 +159,12 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     if batch and batch["gradient_accumulation_steps"] % 1:
         size = batch["per_device_train_batch_size"]
         yield f"global_batch_size={config.global_batch_size} cannot be shared out in batches of {size}. Change it"
-    if config.method in ("full", "lora"):
+    if config.kind not in ON_EXPERTS:
         changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen") if values[key]]
         changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
         if changed:
-            yield f"{changed[0]} is for methods esft, dpo and random, not {config.method}. Leave it out"
+            others = f"not {config.method}, and for {LORA_SELECTED}"
+            yield f"{changed[0]} is for methods esft, dpo and random, {others}. Leave it out"
     if config.method == "dpo" and config.loss_on != "all":
         yield f"loss_on={config.loss_on} is not for method dpo: the loss is on what differs in a pair. Leave it out"
     if config.method == "random" and not config.expert_config:
@@ -208,7 +217,7 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
         parser.parse_args([asked.pop()])
     known = {f.name for cls in (TrainingArguments, RunConfig) for f in dataclasses.fields(cls) if f.init}
     known = known - {"training"}
-    accepted = known | {"train_config"} | NO_EFFECT.keys() | SECRETS.keys()
+    accepted = known | {"train_config"} | NO_EFFECT.keys() | keys.SECRETS.keys()
     given = _full_names("the command line", _pairs(argv), accepted)
     path = given.pop("train_config", None)
     file = _full_names(path, _yaml_pairs(path), accepted) if path else {}
@@ -226,17 +235,10 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
         what = f"{unused[0]} says how to select experts, and expert_config names them"
         raise ValueError(f"cannot start this run: {what}. Leave one of them out.")
     for key, (other, values) in ONLY_FOR.items():
-        value = getattr(config, other, config.training.get(other))
+        value = config.kind if other == "method" else getattr(config, other, config.training.get(other))
         if given.get(key) is not None and not set(values) & {*([value] if isinstance(value, str) else value)}:
             note(f"{key} has no effect: it is for {other} {' and '.join(values)}, and this is {value}")
     return config
-
-
-def take_secret(key: str, value: str | None) -> bool:
-    """Move a secret to the environment, where libraries and child processes find it. Return whether it is one."""
-    if key in SECRETS and value:
-        os.environ[SECRETS[key]] = str(value)
-    return key in SECRETS
 
 
 def _without_foreign_keys(values: dict[str, object]) -> dict[str, object]:
@@ -299,7 +301,7 @@ def _words(key: str, value: object) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         value = _parsed(key, value, "a list such as '[a, b]'")
     if isinstance(value, list):
-        if key in ("train_dataset", "validation_dataset"):  # several data sets, as in a:0.7,b:0.3
+        if key in ("train_dataset", "validation_dataset", "lora_modules"):  # several data sets, as in a:0.7,b:0.3
             return [f"--{key}={','.join(map(str, value))}"]
         return [f"--{key}", *map(str, value)]
     if value is False and key.endswith("_strategy"):  # YAML 1.1 reads no as false
@@ -362,7 +364,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
             save_only_model=not config.save_opt_states,
         )
-        optimizer = _try_optimizer(args, by_expert=config.method in ON_EXPERTS)
+        optimizer = _try_optimizer(args, by_expert=config.kind in ON_EXPERTS)
         schedule = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
         )

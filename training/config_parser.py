@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -77,3 +78,10 @@ def make_parser(config: type, description: str | None, defaults: dict, argv: lis
     parser.add_argument("--help-all", action="help", help="explain the keys of transformers, too")
     parser.set_defaults(**DEFAULTS, **defaults)
     return parser
+
+
+def take_secret(key: str, value: str | None) -> bool:
+    """Move a secret to the environment, where libraries and child processes find it. Return whether it is one."""
+    if key in SECRETS and value:
+        os.environ[SECRETS[key]] = str(value)
+    return key in SECRETS

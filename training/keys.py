@@ -24,7 +24,8 @@ ALIASES = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
 }
 SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> variable of the environment
-ON_EXPERTS = ("esft", "random", "dpo")  # methods that train chosen experts
+LORA_SELECTED = "lora with lora_experts=selected"  # a method of its own beside lora
+ON_EXPERTS = ("esft", "random", "dpo", LORA_SELECTED)  # methods that train chosen experts
 DEFAULTS = {  # of TrainingArguments, where ours differ
     **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
     "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache
@@ -109,10 +110,10 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
 
 ONLY_FOR = {  # key: (another key, its values that this key is for)
     "expert_config": ("method", ON_EXPERTS),
-    **dict.fromkeys(SETTINGS, ("method", ("esft", "dpo"))),
+    **dict.fromkeys(SETTINGS, ("method", ("esft", "dpo", LORA_SELECTED))),
     "dpo_beta": ("method", ("dpo",)),
-    "lora_rank": ("method", ("lora",)),
-    "lora_alpha": ("method", ("lora",)),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_experts"), ("method", ("lora", LORA_SELECTED))),
+    "lora_modules": ("method", (LORA_SELECTED,)),
     **dict.fromkeys(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         ("report_to", ("trackio", "all")),

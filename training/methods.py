@@ -5,6 +5,7 @@ import hashlib
 import logging
 import random
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -12,19 +13,21 @@ from torch.distributed.tensor import DTensor
 
 import esft
 from deepseek.experts import TrainedExperts, moe_layers
+from deepseek.files import suggest
 from deepseek.frozen import FrozenExperts
 from deepseek.process_groups import Ranks
+from training.keys import LORA_SELECTED, ON_EXPERTS
 from utils import import_extra, size
 
 logger = logging.getLogger("esft")
 
 
 def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.Module) -> esft.ExpertConfig | None:
-    """Return the experts to train, checked against `model` (without weights); None for full and lora.
+    """Return the experts to train, checked against `model` (without weights); None for full, and lora on all layers.
 
     Method random draws as many experts per layer as `expert_config` names, by `seed`.
     """
-    if method in ("full", "lora"):
+    if method not in ON_EXPERTS:
         return None
     named = esft.ExpertConfig.load(expert_config)
     named.check(model)
@@ -36,7 +39,12 @@ def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.
 
 
 def prepare_model(
-    model: nn.Module, method: str, experts: esft.ExpertConfig | None = None, lora_rank: int = 8, lora_alpha: int = 16
+    model: nn.Module,
+    method: str,
+    experts: esft.ExpertConfig | None = None,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_modules: Collection[str] = (),
 ) -> nn.Module:
     """Make trainable what `method` trains, and nothing else."""
     if method == "full":
@@ -45,14 +53,22 @@ def prepare_model(
         return model.requires_grad_(True)
     if method == "lora":
         return _add_lora(model, lora_rank, lora_alpha)
+    if method == LORA_SELECTED:
+        if lora_modules:
+            _add_lora(model, lora_rank, lora_alpha, lora_modules)
+        return esft.to_esft(model, experts, lora_rank=lora_rank, lora_alpha=lora_alpha)
     return esft.to_esft(model, experts, keep_base=method == "dpo")
 
 
-def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
-    """Put LoRA on every linear layer but the head, and on the fused experts; routers stay frozen, as in ESFT."""
-    peft = import_extra("peft", "lora")
-    layers = moe_layers(model).values()
-    experts_of_block = {layer.name.rpartition(".")[0]: layer.num_experts for layer in layers}
+def lora_layers(model: nn.Module, only: Collection[str] = ()) -> list[str]:
+    """Return the names of the linear layers that LoRA is for: all but the head and the routers.
+
+    With `only`, they are those with one of these words between the dots of their names.
+
+    Raises:
+        ValueError: no layer has one of the words.
+    """
+    experts_of_block = {layer.name.rpartition(".")[0]: layer.num_experts for layer in moe_layers(model).values()}
 
     def adapted(name: str, module: nn.Module) -> bool:
         if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
@@ -60,10 +76,21 @@ def _add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
         block = next((block for block in experts_of_block if name.startswith(f"{block}.")), None)
         return block is None or module.out_features != experts_of_block[block]  # a router has a row per expert
 
-    linear = [name for name, module in model.named_modules() if adapted(name, module)]
+    layers = [name for name, module in model.named_modules() if adapted(name, module)]
+    known = {word for name in layers for word in name.split(".") if not word.isdigit()}
+    if unknown := sorted(set(only) - known):
+        near = suggest(unknown[0], known)
+        raise ValueError(f"cannot put LoRA on {unknown[0]!r}{near}: linear layers have the names {sorted(known)}.")
+    return [name for name in layers if not only or set(only) & set(name.split("."))]
+
+
+def _add_lora(model: nn.Module, rank: int, alpha: int, only: Collection[str] = ()) -> nn.Module:
+    """Put LoRA of peft on `lora_layers`, and without `only` on the fused experts. Routers stay frozen, as in ESFT."""
+    peft = import_extra("peft", "lora")
+    layers, linear = moe_layers(model).values(), lora_layers(model, only)
     # peft takes these names for experts of an older layout wherever they stand, and would leave the modules out
     taken = tuple(f".{name}" for name in ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
-    fused = [f"{layer.name}.{tensor}" for layer in layers for tensor in layer.weight_names]
+    fused = [f"{layer.name}.{tensor}" for layer in layers for tensor in layer.weight_names if not only]
     two_in_one = r".*\.gate_up_proj"  # rank and alpha of two projections
     lora = peft.LoraConfig(
         r=rank,
@@ -93,17 +120,16 @@ def count_trained(model: nn.Module) -> dict:
     named = model.named_parameters()
     parameters = sum(param.numel() for name, param in named if ".trained." not in name and "lora_" not in name)
     count, nbytes, frozen_bytes = sum(param.numel() for param in trained), sum(param.nbytes for param in trained), 0
-    if selected := esft.trained_config(model):
+    if esft.trained_config(model):
         for layer in moe_layers(model).values():
             frozen_bytes += sum(layer.tensor(name).data[layer.num_trained :].nbytes for name in layer.weight_names)
             each = sum(layer.tensor(name).shape[1:].numel() for name in layer.tensor_names)
-            here = set(layer.local_ids)
-            elsewhere = len(set(selected.experts.get(layer.index, ())) - here) * each
-            parameters += (layer.num_experts - len(here)) * each
+            parameters += (layer.num_experts - len(layer.local_ids)) * each
             if layer.frozen:
                 parameters += layer.frozen.num_parameters()
                 frozen_bytes += layer.frozen.nbytes()
-            count, nbytes = count + elsewhere, nbytes + elsewhere * torch.float32.itemsize
+        count = sum(shape.numel() for shape in esft.trained_shapes(model).values())
+        nbytes = count * torch.float32.itemsize
     return {
         "parameters": parameters,
         "trained_parameters": count,

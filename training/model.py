@@ -19,7 +19,7 @@ from training.config import RunConfig
 from training.data import Packs
 from training.methods import format_trained, prepare_model
 from training.plan import Plan
-from utils import counted, size
+from utils import counted, size, split_names
 
 logger = logging.getLogger("esft")
 
@@ -53,7 +53,9 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
     )
     read_bytes = base.read_bytes if experts or frozen else None
     model = ranks.run_or_fail_together(
-        lambda: prepare_model(base, config.method, plan.experts, config.lora_rank, config.lora_alpha)
+        lambda: prepare_model(
+            base, config.kind, plan.experts, config.lora_rank, config.lora_alpha, split_names(config.lora_modules or "")
+        )
     )
     if placements:
         connect_experts(model, placements, plan.experts.experts, ranks)
@@ -106,7 +108,7 @@ def find_scores(config: RunConfig) -> Path | None:
 
 def log_model(model: nn.Module, config: RunConfig, packs: Packs) -> None:
     """Log what is trained, and on what; warn of samples that are longer than the model's context."""
-    logger.info(format_trained(model, config.method))
+    logger.info(format_trained(model, config.kind))
     what = "sample" if packs.together == 1 else "pair"
     samples, tokens = counted(sum(map(len, packs.members)) // packs.together, what), sum(packs.lengths)
     logger.info(f"  {samples}, {tokens:,} tokens in {counted(len(packs), 'pack')} of up to {config.seq_length:,}")

@@ -26,8 +26,8 @@ from training.data import Packs
 from training.first_selection import selected_experts
 from training.keys import ON_EXPERTS
 from training.memory import Estimator, MemoryEstimate, MemorySettings
-from training.methods import choose_experts
-from utils import counted, import_extra, log_to_stdout, size
+from training.methods import choose_experts, lora_layers
+from utils import counted, import_extra, log_to_stdout, size, split_names
 
 logger = logging.getLogger("esft")
 
@@ -74,17 +74,18 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
         ValueError, OSError, ImportError: the model, its experts, or a library that the config needs.
     """
     empty = empty_model(config.base_model_path, config.attn_implementation)
-    if quantization(empty.config) == "fp8" and config.method in ("full", "lora"):
+    if quantization(empty.config) == "fp8" and config.kind not in ON_EXPERTS:
         raise ValueError(
             f"cannot train {config.base_model_path} by method {config.method}: it is stored in fp8. Give its bfloat16 "
             "form, or method=esft."
         )
     if config.ep_size != "auto":
         ranks.check_ep_size(int(config.ep_size))
-    if config.method == "lora":
+    if config.kind == "lora" or config.lora_modules:
         import_extra("peft", "lora")
+        lora_layers(empty, split_names(config.lora_modules or ""))
     if config.expert_config and Path(config.expert_config) != selected_experts(config.output_dir):
-        choose_experts(config.method, config.expert_config, config.seed, empty)
+        choose_experts(config.kind, config.expert_config, config.seed, empty)
     layer = next(iter(moe_layers(empty).values()))
     for name in layer.weight_names if config.frozen_dtype else ():
         quantize(torch.zeros(1, *layer.tensor(name).shape[1:]), config.frozen_dtype)
@@ -97,9 +98,7 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
     On a GPU the first layout that is expected to fit is taken, or the most saving one. Elsewhere nothing is estimated:
     auto means whole copies (ep_size=1) and saved activations (false).
     """
-    experts = ranks.run_or_fail_together(
-        lambda: choose_experts(config.method, config.expert_config, config.seed, empty)
-    )
+    experts = ranks.run_or_fail_together(lambda: choose_experts(config.kind, config.expert_config, config.seed, empty))
     chosen_on = read_base_note(config.expert_config) if experts and config.method != "random" else {}
     if chosen_on and (how := difference(esft.base_note(empty), chosen_on)):
         warnings.warn(f"the experts of {config.expert_config} were chosen on another base model: {how}", stacklevel=2)
@@ -123,7 +122,7 @@ def possible_layouts(config: RunConfig, empty: nn.Module, world_size: int) -> li
     sizes, choices = [1], {"auto": (False, True), "true": (True,), "false": (False,)}
     if config.ep_size != "auto":
         sizes = [int(config.ep_size)]
-    elif config.method in ON_EXPERTS:
+    elif config.kind in ON_EXPERTS:
         most = min(layer.num_experts for layer in moe_layers(empty).values())
         sizes = [n for n in range(1, world_size + 1) if world_size % n == 0 and n <= most]
     return list(itertools.product(sizes, choices[config.activation_checkpointing]))
@@ -140,7 +139,7 @@ def first_that_fits(
     """Return the fields of the Plan of the first layout whose peak is at most `budget` bytes, else of the last."""
     tried = []
     try:
-        estimator = Estimator(plan.empty, config.method, plan.experts, config.lora_rank)
+        estimator = Estimator(plan.empty, config.kind, plan.experts, config.lora_rank)
         for ep_size, checkpointing in layouts:
             settings = dataclasses.replace(settings, ep_size=ep_size, activation_checkpointing=checkpointing)
             memory = estimator.estimate(settings)

@@ -186,7 +186,7 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
     paths = {} if config.streaming else {"train_dataset": dataset_files(config.train_dataset)}
     if config.validation_dataset:
         paths["validation_dataset"] = dataset_files(config.validation_dataset)
-    if config.method in ON_EXPERTS:
+    if config.kind in ON_EXPERTS:
         path = Path(config.expert_config)
         paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]
     settings = dataclasses.asdict(config)
