@@ -15,10 +15,9 @@ stream holds anyway, and h. It computes a again, elementwise. The gradient of th
 that the backward needs anyway: <g, y> = <g W_down, a> (+ <g, b>). So y is never stored. The values of the forward are
 those of the library's grouped_mm, bit for bit.
 
-torch.compile sees one node per layer, an operator that runs the same forward and backward (`esft::experts`).
-
-Layers without trained experts use the same function. `reference_experts_forward` is the same mathematics as a plain
-loop over experts under autograd. Tests compare the two.
+torch.compile sees one node per layer, an operator that runs the same forward and backward (`esft::experts`). Layers
+without trained experts use the same function. LoRA (lora.py) adds two thin products for the rows of the prefix.
+`reference_experts_forward` is the same mathematics as a plain loop under autograd. Tests compare the two.
 
 Legend: T tokens, K top-k, N = T*K routed rows, n of them on trained experts, D hidden, F expert hidden, E experts,
 S trained experts of the layer, I and O inputs and outputs of a matrix.
@@ -329,7 +328,7 @@ def _linear(
 
 
 def _factor_grads(dy_nO: Tensor, x_nI: Tensor, A: Tensor, B: Tensor, offs: Tensor, bounds: Bounds) -> tuple:
-    """Return the gradients of A (S, R, I) and B (S, O, R), where y = x A^T B^T in each of the first S groups."""
+    """Return the gradients of A (S, R, I) and B (S, O, R), where y = x A^T B^T in each group."""
     u_nR, du_nR = _grouped_linear(x_nI, A, offs, bounds, False), _grouped_linear(dy_nO, B, offs, bounds, True)
     return _grouped_outer(du_nR, x_nI, offs, bounds, False), _grouped_outer(dy_nO, u_nR, offs, bounds, False)
 
