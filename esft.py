@@ -62,6 +62,7 @@ from deepseek.adapters import (
     find_adapter_tensors,
     find_sources,
     find_state,
+    forget_name,
     has_peft,
     is_for_peft,
     is_lora,
@@ -548,7 +549,7 @@ def merge(model: nn.Module) -> nn.Module:
         if layer.lora:
             layer.lora.merge()
     _release(model, state)
-    model.name_or_path = ""  # it is not that checkpoint any more
+    forget_name(model)
     return model
 
 

@@ -341,6 +341,11 @@ def is_for_peft(folder: str | Path) -> bool:
     return is_lora(folder) and not of_single_experts(folder)
 
 
+def forget_name(model: nn.Module) -> None:
+    """Note that a model is not the checkpoint any more that it was read from. TRL would read its reference there."""
+    model.name_or_path = model.config.name_or_path = ""
+
+
 def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> nn.Module:
     """Merge a LoRA adapter of peft into the model, for good, with `strength` times its change."""
     if has_peft(model) or ((state := find_state(model)) and state.training):
@@ -363,7 +368,7 @@ def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> n
                 raise ValueError(f"{lost[0]} is not in both its files and this model ({len(lost)} such tensors)")
             with rescale_adapter_scale(lora, strength) if strength != 1 else contextlib.nullcontext():
                 merged = lora.merge_and_unload()
-            merged.name_or_path = ""  # it is not that checkpoint any more
+            forget_name(merged)
             for name, param in merged.named_parameters():  # peft has frozen them
                 param.requires_grad_(learns[name])
             return merged

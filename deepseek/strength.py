@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from deepseek.adapters import CONFIG_NAME, is_lora
+from deepseek.adapters import CONFIG_NAME, forget_name, is_lora
 from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.loading import empty_model, load_base_model
@@ -62,5 +62,5 @@ def blend_whole(model: nn.Module, folder: str | Path, strength: float) -> nn.Mod
     theirs = dict(tuned.named_parameters())
     for name, param in model.named_parameters():
         param.data.copy_(blend(param.data, theirs[name].data, strength))
-    model.name_or_path = ""  # it is not that checkpoint any more
+    forget_name(model)
     return model

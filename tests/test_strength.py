@@ -15,6 +15,7 @@ from esft import (
     check_adapter,
     load_base_model,
     load_esft_model,
+    merge,
     save_adapter,
     to_esft,
     unload,
@@ -84,6 +85,19 @@ def test_every_tensor_lies_between_base_and_tuned(kind, strength, parts):
     assert len(changed) > 5 or strength == 0
     if kind == "esft":
         assert_same_tensors(unload(model).state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["esft", "full"])
+def test_a_merged_model_has_lost_the_name_of_its_base(kind, parts):
+    """TRL would read a reference there, which is not this model."""
+    base, made = parts
+    model = load_base_model(base)[0]
+    assert model.config.name_or_path == model.name_or_path == str(base)
+    model = load_esft_model(base, made[kind], strength=0.7)[0]
+    if kind == "esft":
+        assert model.config.name_or_path == str(base)  # until it is merged
+        merge(model)
+    assert model.config.name_or_path == model.name_or_path == ""
 
 
 @pytest.mark.parametrize("kind", ["esft", "full"])
