@@ -72,7 +72,9 @@ def test_reasoning_has_one_name(key):
     assert read({"messages": [ASK, {**ANSWER, key: "hm"}]})[1]["reasoning_content"] == "hm"
 
 
-@pytest.mark.parametrize("name, out", [("mask", 1), ("mask", True), ("weight", 0.0), ("train", False), ("loss", 0)])
+@pytest.mark.parametrize(
+    "name, out", [("mask", 1), ("mask", True), ("weight", 0.0), ("train", False), ("training", False), ("loss", 0)]
+)
 def test_a_mark_of_any_name_takes_a_turn_out(name, out):
     assert read({"messages": [ASK, {**ANSWER, name: out}, ASK, ANSWER]})[1]["mask"] == 1
     assert "mask" not in read({"messages": [ASK, {**ANSWER, name: 1 - out}]})[1]
@@ -80,6 +82,8 @@ def test_a_mark_of_any_name_takes_a_turn_out(name, out):
 
 @pytest.mark.parametrize("row, told", [
     ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "message 2: .*between 0 and 1"),
+    ({"prompt": "q", "completion": "a", "label": False}, "'label' is false, so its answer is not one to learn"),
+    ({"messages": [ASK, ANSWER], "kto_tag": False}, "'kto_tag' is false"),
     ({"messages": [ASK, {**ANSWER, "mask": "1"}]}, 'message 2: "mask" must be 0 or 1'),
     ({"messages": [ASK, {**ANSWER, "content": None}]}, "message 2: the content of assistant must be text"),
     ({"messages": [{**ASK, "content": [{"type": "image"}]}, ANSWER]}, "message 1: the content must be text"),

@@ -37,7 +37,8 @@ ALSO = {  # what a row of a shape may hold beside its keys
     "text": (),
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MARKS = {"mask": 1, "weight": 0, "train": 0, "trainable": 0, "loss": 0}  # key -> the value that takes a turn out
+MARKS = {"mask": 1, **dict.fromkeys(("weight", "train", "trainable", "training", "loss"), 0)}  # value of no loss
+AVOIDED = ("label", "kto_tag")  # keys that are false in rows of KTO whose answer is a bad one
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "tool_call_id", "name", *REASONING, *MARKS)
 
 
@@ -87,6 +88,8 @@ def _shape(row: dict) -> tuple[str, ...]:
 
 def _turns(row: dict) -> list[dict]:
     shape = _shape(row)
+    if bad := [key for key in AVOIDED if row.get(key) is False]:
+        raise ValueError(f"{bad[0]!r} is false, so its answer is not one to learn. Drop such rows.")
     if shape == ("text",):
         return [{"role": TEXT, "content": row["text"]}]
     if shape[0] == "instruction":
