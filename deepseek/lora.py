@@ -65,9 +65,9 @@ class LoraExperts(SelectedExperts):
     def __init__(self, layer: MoELayer, experts: Iterable[int], lora: Lora):
         super().__init__(layer, experts)
         self.rank, self.scale = lora.rank, lora.scale
-        device = layer.module.down_proj.device
+        device, ids = layer.module.down_proj.device, sorted(set(experts) & set(layer.local_ids))
         for name, (rows, columns) in matrix_shapes(layer).items():
-            A = torch.stack([_draw(self.rank, columns, f"{layer.index} {e} {name}") for e in self.expert_ids])
+            A = torch.stack([_draw(self.rank, columns, f"{layer.index} {e} {name}") for e in ids])
             B = torch.zeros(len(A), rows, self.rank)
             self.register_parameter(f"{name}_lora_A", nn.Parameter(A.to(device)))
             self.register_parameter(f"{name}_lora_B", nn.Parameter(B.to(device)))

@@ -5,6 +5,7 @@
     full      every parameter, with transformers' own grouped_mm
     experts   all routed experts and nothing else, with transformers' own grouped_mm
     lora      rank 8 on the linear layers and the fused experts, through peft (train.py's method)
+    lora_selected   rank 8 on the experts that esft trains, and on nothing else
     esft      --n_trained experts per layer, drawn with --seed
     floor     nothing trained: the forward, and the backward through all activations down to the input of the first
               MoE block, on ESFT's kernels; no weight gradient, no optimizer
@@ -43,10 +44,11 @@ from deepseek.experts import moe_layers
 from deepseek.files import write_json
 from esft import ExpertConfig, RouterCapture, to_esft
 from scripts.experiments.common import SHAPES, draw_experts, shape_config
+from training.keys import LORA_SELECTED
 from training.methods import count_trained, prepare_model
 from utils import command_parser, environment, markdown_table, peak_memory_bytes, positive, run_cli
 
-METHODS = ("full", "experts", "lora", "esft", "floor")
+METHODS = ("full", "experts", "lora", "lora_selected", "esft", "floor")
 WARMUP = 2  # steps of a method before its first turn
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
@@ -68,6 +70,8 @@ def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Modul
     """Return the model with what `method` trains made trainable."""
     if method in ("full", "lora"):
         return prepare_model(model, method)
+    if method == "lora_selected":
+        return prepare_model(model, LORA_SELECTED, random_experts(model, args))
     if method == "experts":
         model.requires_grad_(False)
         for layer in moe_layers(model).values():

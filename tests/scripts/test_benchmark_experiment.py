@@ -29,7 +29,7 @@ def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "tiny.json"
     size = ["--batch_size=2", "--seq_length=16", "--steps=1", "--rounds=2", "--threads=1"]
     lora = ["lora"] if importlib.util.find_spec("peft") else []
-    methods = ["--methods", "full", "experts", "esft", "floor", *lora]
+    methods = ["--methods", "full", "experts", "lora_selected", "esft", "floor", *lora]
     done = benchmark("--shape=tiny", *size, *methods, f"--output_path={path}")
     assert done.returncode == 0, done.stderr
     assert [line[:8] for line in done.stderr.splitlines()] == ["  round "] * 2
@@ -40,6 +40,7 @@ def test_lora_is_a_method_too():
     pytest.importorskip("peft")
     args = argparse.Namespace(shape="tiny", device="cpu", seed=0, n_trained=10)
     assert memory_needed("floor", args) < memory_needed("lora", args) < memory_needed("full", args)
+    assert memory_needed("lora_selected", args) < memory_needed("lora", args)
 
 
 @pytest.mark.slow
