@@ -352,7 +352,7 @@ def write_part(study: Study, part: str, rows: list[Row]) -> str:
     print(f"\n{PARTS[part][0]}\n\n{text}")
     if args.output:
         stem = f"{args.output}_{part}"
-        how = f"tasks {' '.join(tasks)}, seeds {' '.join(map(str, seeds))}, {args.steps} steps"
+        how = f"tasks {' '.join(tasks)}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, {args.steps} steps"
         source = f"`python scripts/experiments/frontier.py --parts={part}`, {how}; {study.lab.origin()}"
         write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{text}\n\n{NOTE}\n\n{source}\n")
         environments = list({facts["date"]: facts for facts in study.lab.used}.values())
