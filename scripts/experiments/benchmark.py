@@ -1,4 +1,4 @@
-"""Compare the speed and memory of ways to fine-tune, side by side in one run, on a random DeepSeek-V2 of a named shape.
+"""Compare the speed and memory of ways to fine-tune, side by side in one run, on a random model of a named shape.
 
     python scripts/experiments/benchmark.py --shape 36m --device cpu --threads 2
 
@@ -40,11 +40,13 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import moe_layers
+from deepseek.experts import IMPLEMENTATION, moe_layers
 from deepseek.files import write_json
 from esft import ExpertConfig, RouterCapture, to_esft
-from scripts.experiments.common import SHAPES, draw_experts, shape_config
+from scripts.experiments.common import PUBLISHED, SHAPES, draw_experts, shape_config
+from training.flops import count_flops, peak_flops
 from training.keys import LORA_SELECTED
+from training.loss import TokenLosses, label_positions
 from training.methods import count_trained, prepare_model
 from utils import command_parser, environment, markdown_table, peak_memory_bytes, positive, run_cli
 
@@ -59,10 +61,12 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 def build_model(args: argparse.Namespace, device: str) -> nn.Module:
     """Return a random model of the shape on `device`, in training mode. It is the same for every method."""
     torch.manual_seed(args.seed)
-    dtype = torch.bfloat16 if args.device == "cuda" or args.shape == "v2-lite" else torch.float32
+    dtype = torch.bfloat16 if args.device == "cuda" or args.shape in PUBLISHED else torch.float32
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape_config(args.shape), dtype=dtype, trust_remote_code=False)
     model.set_experts_implementation("grouped_mm")
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -77,13 +81,13 @@ def prepare(model: nn.Module, method: str, args: argparse.Namespace) -> nn.Modul
         for layer in moe_layers(model).values():
             layer.module.requires_grad_(True)
         return model
-    model = to_esft(model, random_experts(model, args), keep_base=False)
     if method == "floor":
-        model.requires_grad_(False)
+        model.requires_grad_(False).set_experts_implementation(IMPLEMENTATION)
         first = next(iter(moe_layers(model).values())).name
         block = model.get_submodule(first.rpartition(".")[0])
         block.register_forward_pre_hook(lambda _, inputs: (inputs[0].requires_grad_(), *inputs[1:]))
-    return model
+        return model
+    return to_esft(model, random_experts(model, args), keep_base=False)
 
 
 def random_experts(model: nn.Module, args: argparse.Namespace) -> ExpertConfig:
@@ -127,17 +131,25 @@ class Method:
         if method == "esft":
             self.facts["routed_share"] = routed_share(model, args)
         self.model = prepare(model, method, args)
+        self.token_losses = TokenLosses(model.get_output_embeddings())
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
         counts = count_trained(self.model)
         counts["trained_share"] = counts["trained_parameters"] / counts["parameters"]
-        self.facts |= {**counts, "memory_before_bytes": memory_bytes()}
+        B, T = args.batch_size, args.seq_length
+        flops = count_flops(self.model)
+        work = torch.tensor([B * T, B * (T - 1), B * T * (T + 1) / 2], dtype=torch.float64)
+        self.facts |= {**counts, "memory_before_bytes": memory_bytes(), "flops_per_token": flops.of(work) / (B * T)}
+        self.facts["peak_flops"] = peak_flops(torch.device(args.device), model.dtype)
 
     def turn(self, steps: int) -> float:
         """Return the seconds that `steps` steps took."""
         data, start = list(itertools.islice(self.batches, steps)), clock()
         for ids_BT in data:
-            self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+            kept = torch.arange(ids_BT.shape[1] - 1, device=ids_BT.device)
+            labels_BM, _ = label_positions(ids_BT, kept)
+            inputs = {"input_ids": ids_BT, "logits_to_keep": kept, "use_cache": False}
+            self.token_losses(self.model, inputs, labels_BM)[0].mean().backward()
             if self.optimizer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -229,6 +241,8 @@ def summarize(results: dict[str, dict], args: argparse.Namespace) -> dict[str, d
     for method, result in results.items():
         result["tokens_per_second"] = spread(rates[method])
         result["rounds"] = rates[method]
+        if result["peak_flops"] and method != "floor":  # the floor's backward is for no parameter
+            result["mfu"] = result["tokens_per_second"]["median"] * result["flops_per_token"] / result["peak_flops"]
         for other in ("full", "floor"):
             if other in rates:
                 result[f"ratio_to_{other}"] = spread([a / b for a, b in zip(rates[method], rates[other])])
@@ -237,14 +251,26 @@ def summarize(results: dict[str, dict], args: argparse.Namespace) -> dict[str, d
 
 def format_results(results: dict[str, dict]) -> str:
     """Return the comparison as Markdown, one method per line."""
-    head = ["method", "tokens/s", "of full", "of floor", "peak MiB", "before", "gradients", "optimizer", "trained"]
+    head = [
+        "method",
+        "tokens/s",
+        "MFU",
+        "of full",
+        "of floor",
+        "peak MiB",
+        "before",
+        "gradients",
+        "optimizer",
+        "trained",
+    ]
     rows = []
     for method, r in results.items():
         ratios = [r.get(f"ratio_to_{other}") for other in ("full", "floor")]
         shown = [f"{x['median']:.2f} [{x['min']:.2f}, {x['max']:.2f}]" if x else "-" for x in ratios]
         sizes = [r[f"{key}_bytes"] / 2**20 for key in ("peak_memory", "memory_before", "gradient", "optimizer")]
         rate, share = f"{r['tokens_per_second']['median']:,.0f}", f"{r['trained_share']:.2%}"
-        rows.append([method, rate, *shown, *(f"{size:,.0f}" for size in sizes), share])
+        mfu = f"{r['mfu']:.1%}" if "mfu" in r else "-"
+        rows.append([method, rate, mfu, *shown, *(f"{size:,.0f}" for size in sizes), share])
     return markdown_table(head, rows)
 
 
@@ -290,6 +316,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seq_length", type=positive, default=256, help="tokens per row (default: %(default)s)")
     add("--steps", type=positive, default=3, help="steps per turn (default: %(default)s)")
     add("--rounds", type=positive, default=7, help="turns of every method (default: %(default)s)")
+    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward")
     add("--seed", type=int, default=0, help="seed of weights, tokens and trained experts (default: %(default)s)")
     add("--threads", type=positive, default=os.cpu_count(), help="CPU threads of each process (default: all cores)")
     add("--output_path", help="the JSON (default: results/benchmarks/<shape>_<device>.json)")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedConfig
 
 from deepseek.files import read_json, write_json, write_text
 from deepseek.loading import load_config, load_tokenizer
@@ -16,7 +16,8 @@ from training.published_models import published_models
 from utils import ROOT, environment, run_command
 
 TINY = ROOT / "results" / "models" / "tiny"
-SHAPES = ("tiny", "36m", "v2-lite")
+PUBLISHED = {"v2-lite": "DeepSeek-V2-Lite", "qwen3-30b-a3b": "Qwen3-30B-A3B"}
+SHAPES = ("tiny", "36m", *PUBLISHED)
 LIKE_V2_LITE = {
     "first_k_dense_replace": 1, "q_lora_rank": None, "n_routed_experts": 64, "n_shared_experts": 2,
     "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
@@ -27,19 +28,19 @@ SMALL_HEADS = {
 }  # fmt: skip
 
 
-def shape_config(shape: str) -> DeepseekV2Config:
-    """Return the configuration of results/models/tiny, of DeepSeek-V2-Lite, or of 36m parameters."""
+def shape_config(shape: str) -> PreTrainedConfig:
+    """Return the configuration of results/models/tiny, of a published model, or of 36m parameters."""
     if shape == "tiny":
         return load_config(TINY)
-    if shape == "v2-lite":
-        return published_models()["DeepSeek-V2-Lite"][0]
+    if shape in PUBLISHED:
+        return published_models()[PUBLISHED[shape]][0]
     size = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 128}
     # queries and values are 48 wide: torch's fused attention needs one width on a CPU
     return DeepseekV2Config(**LIKE_V2_LITE, **SMALL_HEADS, v_head_dim=48, num_hidden_layers=6, **size)
 
 
 def draw_experts(layers: Iterable[int], count: int, seed: int) -> dict[int, list[int]]:
-    """Draw `count` of the 64 experts of each layer. Raise ValueError if there are fewer."""
+    """Draw `count` of the first 64 experts of each layer. Raise ValueError if there are fewer."""
     if count > 64:
         raise ValueError(f"cannot train {count} experts of a layer: it has 64. Give a smaller --n_trained.")
     generator = random.Random(seed)
