@@ -29,6 +29,7 @@ from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
 from deepseek.loading import model_of
 from esft import ExpertConfig
+from training.keys import LORA_SELECTED, ON_EXPERTS
 from training.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -93,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--activation_checkpointing", choices=("auto", "true", "false"), default="auto", help="recompute activations "
         "(default: auto, only if it is needed)")  # fmt: skip
     add("--lora_rank", type=positive, default=8, metavar="R", help="the rank of method lora (default: 8)")
+    add("--lora_experts", choices=("all", "selected"), default="all", help="method lora: on all layers, or on the "
+        "experts of --expert_config or --experts_per_layer alone (default: all)")  # fmt: skip
     add("--device", choices=("cuda", "cpu"), default="cuda", help="the device to estimate for (default: cuda)")
     add("--json", action="store_true", help="print JSON")
     add("--output", default="results/benchmarks/fits", metavar="FILE", help="--table writes FILE.md and FILE.json "
@@ -100,7 +103,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.gpu_gb > 0 and 0 < args.label_share <= 1):
         parser.error("--gpu_gb must be above 0, and --label_share above 0 and at most 1")
-    on_experts = args.method in ("esft", "dpo")
+    if (args.method, args.lora_experts) == ("lora", "selected"):
+        args.method = LORA_SELECTED
+    on_experts = args.method in ON_EXPERTS
     if args.base_model_path and on_experts and not (args.expert_config or args.experts_per_layer):
         parser.error(f"method {args.method} needs --expert_config or --experts_per_layer")
     if not on_experts and (args.expert_config or args.experts_per_layer):

@@ -9,6 +9,7 @@ import esft
 import train
 from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
+from scripts import estimate_memory
 from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, make_model, same, weights
 from tests.rank_helpers import finishes, rank_arguments
 from training.config import read_config
@@ -96,6 +97,17 @@ def test_the_memory_is_estimated(files, device):
     split = Estimator(empty_model(base), LORA_SELECTED, experts)
     quarter = split.estimate(MemorySettings(seq_length=128, device=device, world_size=2, ep_size=2))
     assert quarter.experts == found.experts // 2
+
+
+def test_the_command_estimates_it_for_experts_that_are_named(files, capsys):
+    flags = [f"--base_model_path={files / 'm16'}", "--method=lora", "--lora_rank=4", "--seq_length=128", "--json"]
+    estimate_memory.main([*flags, "--lora_experts=selected", "--experts_per_layer=2"])
+    found = json.loads(capsys.readouterr().out)["memory"]["gradients"]
+    experts = esft.ExpertConfig({1: (0, 1), 2: (0, 1)})
+    model = prepare_model(empty_model(files / "m16"), LORA_SELECTED, experts, lora_rank=4)
+    assert found == count_trained(model)["gradient_bytes"]
+    with pytest.raises(SystemExit):  # all layers, and so no experts to name
+        estimate_memory.main([*flags, "--experts_per_layer=2"])
 
 
 def test_what_does_not_fit_together_is_told_first(files, tmp_path, capsys):
