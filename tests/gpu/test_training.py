@@ -155,14 +155,15 @@ def train_with_base(device):
         return train(esft.to_esft(make_model().to(device), CONFIG), device).eval()
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "lora on selected experts"])
 def test_other_methods_take_the_step_of_the_cpu(device, method):
     if method == "lora":
         pytest.importorskip("peft")
 
     def prepared(where):
         torch.manual_seed(1)
-        model = prepare_model(make_model("qwen3_moe"), method)
+        model = make_model("qwen3_moe")
+        model = prepare_model(model, method) if method in ("full", "lora") else esft.to_esft(model, CONFIG, lora_rank=4)
         with torch.no_grad():
             for name, param in model.named_parameters():
                 if "lora_B" in name:

@@ -41,10 +41,14 @@ def eager(family: str, **changes):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("what", ["full", "every expert", "upper experts", "shared experts", "some experts"])
+@pytest.mark.parametrize(
+    "what", ["full", "every expert", "upper experts", "shared experts", "some experts", "lora on some"]
+)
 def test_the_count_is_that_of_torch(family, what):
     model = eager(family)
-    if what == "full":
+    if what == "lora on some":
+        model = esft.to_esft(model, EXPERTS, lora_rank=8)
+    elif what == "full":
         model.set_experts_implementation("grouped_mm")
         model = prepare_model(model, "full")
     else:
