@@ -140,7 +140,6 @@ def _copy_to_cpu(model: nn.Module) -> nn.Module:
 
 def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings") -> Counter:
     """Run one step on random tokens under a tracker. Return the bytes at its peak by kind, as `trace_step` does."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(tracker.enter_head)
     trained = [param for param in model.parameters() if param.requires_grad]
     for param in trained if s.accumulation else ():  # an earlier micro batch has left gradients
         param.grad = torch.empty_like(param)
@@ -150,11 +149,14 @@ def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings"
     ids_BT = torch.randint(model.config.get_text_config().vocab_size, (B, T), device=device)
     shapes = ((B, T), (labels_each,), (B, labels_each))
     position_ids_BT, kept, labels = (torch.zeros(shape, dtype=torch.long, device=device) for shape in shapes)
+    token_losses = TokenLosses(model.get_output_embeddings())
     with tracker:
+        token_losses.try_head(model)
+        hook = token_losses.head.register_forward_pre_hook(tracker.enter_head)
         for tensor in (ids_BT, position_ids_BT, kept, labels):
             tracker.note(tensor)
         inputs = {"input_ids": ids_BT, "position_ids": position_ids_BT, "logits_to_keep": kept, "use_cache": False}
-        loss = TokenLosses(model.get_output_embeddings())(model, inputs, labels)[0].sum()
+        loss = token_losses(model, inputs, labels)[0].sum()
         loss.backward()
         del loss
     hook.remove()

@@ -36,8 +36,19 @@ class TokenLosses:
     """Computes the loss of every label of a batch, with a model whose head is `head`."""
 
     def __init__(self, head: nn.Module, chunk: int = CHUNK):
-        self.head, self.chunk = head, chunk
-        self.head_is_last = type(head) is nn.Linear  # until a model is seen to go on after its head
+        self.head, self.chunk, self.head_is_last = head, chunk, type(head) is nn.Linear
+
+    @torch.no_grad()
+    def try_head(self, model: nn.Module) -> None:
+        """Find out by one token whether `model` goes on after its head, to scale or cap its logits.
+
+        All ranks call this before the first batch: ranks that share experts must run the model equally often.
+        """
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.head.weight.device)
+        if self.head_is_last:
+            inputs = {"input_ids": ids, "position_ids": ids, "use_cache": False}
+            losses, outputs = self._in_the_head(model, inputs, ids, 0.0)
+            self.head_is_last = outputs.logits is losses
 
     def __call__(self, model: nn.Module, inputs: dict, labels_BM: Tensor, smoothing: float = 0.0):
         """Return (losses, model outputs). The losses are (B, M) in fp32, and 0 where there is no label.
@@ -45,10 +56,7 @@ class TokenLosses:
         `model` may be wrapped. `inputs` hold what it takes, with the M positions of `labels_BM` as "logits_to_keep".
         """
         if self.head_is_last and labels_BM.numel() * len(self.head.weight) > self.chunk:
-            losses_BM, outputs = self._in_the_head(model, inputs, labels_BM, smoothing)
-            if outputs.logits is losses_BM:
-                return losses_BM, outputs
-            self.head_is_last = False  # the model scales or caps its logits
+            return self._in_the_head(model, inputs, labels_BM, smoothing)
         outputs = model(**inputs)
         losses = _losses(outputs.logits.flatten(0, 1).float(), labels_BM.flatten(), smoothing)
         return losses.view(labels_BM.shape), outputs

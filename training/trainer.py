@@ -128,6 +128,7 @@ class ESFTTrainer(SavingTrainer):
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._token_losses = TokenLosses(self.model.get_output_embeddings())
+        self._token_losses.try_head(self.model)
         self.signalled, self.stopping = 0, False  # the signal that came; all processes agreed to stop
         self.step_seconds: list[float] = []
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset

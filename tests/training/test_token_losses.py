@@ -33,6 +33,7 @@ def step(model, chunk: int, smoothing: float = 0.0) -> tuple[torch.Tensor, dict[
     inputs = {**batch(), "use_cache": False}
     labels, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
     token_losses = TokenLosses(model.get_output_embeddings(), chunk)
+    token_losses.try_head(model)
     losses, _ = token_losses(model, inputs, labels, smoothing)
     (losses * torch.linspace(-1, 2, losses.numel()).view_as(losses)).sum().backward()
     named = {re.sub(r"parametrizations\.(.+)\.original$", r"\1", name): p for name, p in model.named_parameters()}
@@ -94,15 +95,16 @@ class Capped(nn.Module):
         return outputs
 
 
-def test_a_model_that_goes_on_after_its_head_is_seen():
+@pytest.mark.parametrize("chunk", [SMALL, LARGE])
+def test_a_model_that_goes_on_after_its_head_runs_once_for_a_batch_of_any_size(chunk):
     model = esft.to_esft(make_model(), EXPERTS)
     wrapped = Capped(model)
     inputs = {**batch(), "use_cache": False}
     labels, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
-    token_losses = TokenLosses(model.get_output_embeddings(), SMALL)
-    for calls in (2, 3):  # it is seen once
-        losses, _ = token_losses(wrapped, inputs, labels)
-        assert wrapped.calls == calls and not token_losses.head_is_last
+    token_losses = TokenLosses(model.get_output_embeddings(), chunk)
+    token_losses.try_head(wrapped)
+    losses, _ = token_losses(wrapped, inputs, labels)
+    assert wrapped.calls == 2 and not token_losses.head_is_last
     kept = inputs["logits_to_keep"]
     logits = model(inputs["input_ids"], use_cache=False).logits[:, kept] / 3
     wanted = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
