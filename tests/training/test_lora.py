@@ -67,6 +67,7 @@ def test_two_processes_that_share_the_experts_train_as_one(files, tmp_path):
     assert any((wanted[name] - found[name].flip(0)).abs().max() > 1e-2 for name in wanted)
 
 
+@pytest.mark.slow
 def test_the_experts_are_scored_and_selected_if_no_config_is_given(files, start):
     start(**SELECTED, expert_config=None, max_steps=1, strategy="topk", top_k=2)
     chosen = json.loads((start.folder / "out" / "expert_configs" / "selected.json").read_text())["experts"]
