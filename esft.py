@@ -384,7 +384,8 @@ def select_experts(
         score_LE = contrast_scores(score_LE, general[score_function], contrast)
     ranked_L, generator = rank(score_LE), random.Random(seed)
     most = min(map(len, ranked_L.values())) if strategy == "topk" else math.inf
-    check_amounts(most, top_p=top_p, fraction=fraction, top_k=top_k, budget=budget, upper_layers=upper_layers)
+    amounts = {"top_p": top_p, "fraction": fraction, "top_k": top_k, "budget": budget, "upper_layers": upper_layers}
+    check_amounts(most, len(ranked_L), **amounts)
     if strategy == "fraction":  # 0.28 * 25 is 7.000000000000001
         counts_L = {layer: max(1, math.ceil(fraction * len(ids) - 1e-9)) for layer, ids in ranked_L.items()}
     elif strategy == "topk":

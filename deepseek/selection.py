@@ -55,15 +55,22 @@ def check_rule(strategy: str, **given: float | None) -> None:
     check_strategy(strategy)
     options = {name: value for name, value in given.items() if value is not None}
     needed, *_ = takes = TAKES[strategy]
-    if options.keys() - takes or (needed != "top_p" and needed not in options) or {"top_p", "budget"} <= options.keys():
+    why = None
+    if others := options.keys() - takes:
         names = " or ".join(takes[:2]) + "".join(f", and {name}" for name in takes[2:])
-        raise ValueError(f"cannot select by {strategy}: it takes {names}. Give no option of another rule.")
+        why = f"it takes {names}, and not {' and '.join(sorted(others))}. Leave that out."
+    elif needed != "top_p" and needed not in options:
+        why = f"it needs {needed}. Give it."
+    elif {"top_p", "budget"} <= options.keys():
+        why = "top_p and budget both say how many. Give one of them."
+    if why:
+        raise ValueError(f"cannot select by {strategy}: {why}")
     check_amounts(**options)
 
 
-def check_amounts(experts: float = math.inf, **amounts: float | None) -> None:
-    """Raise ValueError if an option of a rule is out of its range. `experts` is the most that top_k can be."""
-    most = {"top_p": 1, "budget": 1, "fraction": 1, "top_k": experts, "upper_layers": math.inf}
+def check_amounts(experts: float = math.inf, layers: float = math.inf, **amounts: float | None) -> None:
+    """Raise ValueError if an option is out of its range: top_k up to `experts`, and upper_layers up to `layers`."""
+    most = {"top_p": 1, "budget": 1, "fraction": 1, "top_k": experts, "upper_layers": layers}
     for name, value in amounts.items():
         if value is not None and name in most and not 0 < value <= most[name]:
             up_to = f" and up to {most[name]}" if most[name] < math.inf else ""

@@ -293,11 +293,12 @@ def test_selection_flags(tmp_path, capsys, tiny_model_dir):
     )
     base = ["--expert_scores_dir", tmp_path / "flat.json", "--output_path", tmp_path / "c.json"]
     for flags, words in (
-        (["--strategy", "topk"], ["cannot select by topk: it takes top_k"]),
+        (["--strategy", "topk"], ["cannot select by topk: it needs top_k. Give it."]),
         (["--strategy", "topk", "--top_k", 9], ["top_k is 9", "8"]),
+        (["--strategy", "layers", "--upper_layers", 3], ["upper_layers is 3", "up to 2"]),
         (
             ["--strategy", "fraction", "--fraction", 0.5, "--top_p", 0.2],
-            ["fraction: it takes fraction. Give no option of another"],
+            ["by fraction: it takes fraction, and not top_p. Leave that out."],
         ),
         (["--top_p", "nan"], ["top_p is nan"]),
         (["--score_function", "gate"], ["score 'gate'", "there is token"]),

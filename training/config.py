@@ -151,6 +151,8 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     if config.contrast_scores_dir and not Path(config.contrast_scores_dir).exists():
         path = config.contrast_scores_dir
         yield f"contrast_scores_dir={path} is not there{suggest_path(path)}"
+    if config.contrast != "difference" and not config.contrast_scores_dir:
+        yield f"contrast={config.contrast} needs scores on general data. Give contrast_scores_dir"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
         yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
     if config.global_batch_size and "gradient_accumulation_steps" in config.training:

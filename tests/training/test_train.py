@@ -228,9 +228,13 @@ def test_a_run_selects_by_the_rule_of_its_keys(keys, scored, selected, files, tm
         ({"expert_config": None, "strategy": "globl"}, "cannot select by 'globl' (did you mean 'global'?)"),
         ({"expert_config": None, "strategy": "gradient"}, "it is a score (score_function=gradient)"),
         ({"expert_config": None, "score_function": "grad"}, "score_function"),
-        ({"expert_config": None, "budget": 0.1, "top_p": 0.2}, "it takes top_p or budget"),
+        ({"expert_config": None, "budget": 0.1, "top_p": 0.2}, "top_p and budget both say how many"),
         ({"expert_config": None, "top_p": 0}, "top_p is 0"),
         ({"expert_config": None, "contrast_scores_dir": "nowhere"}, "contrast_scores_dir=nowhere is not there"),
+        (
+            {"expert_config": None, "contrast": "ratio"},
+            "contrast=ratio needs scores on general data. Give contrast_scores_dir",
+        ),
         ({"budget": 0.1}, "budget says how to select experts, and expert_config names them"),
     ],
 )
