@@ -115,8 +115,7 @@ def sample_packs(
     if not packs:
         raise ValueError(f"cannot pack {settings.dataset!r}: no answer begins within seq_length {settings.seq_length}")
     if tokens < settings.n_sample_tokens:
-        wanted = f"fewer than n_sample_tokens {settings.n_sample_tokens}"
-        note(f"{settings.dataset} has {tokens} tokens, {wanted}: all count")
+        note(f"{settings.dataset} has {tokens} tokens, fewer than the {settings.n_sample_tokens} to sample: all count")
     return packs
 
 

@@ -116,12 +116,15 @@ def format_scores(scores: ExpertScores) -> str:
     return markdown_table(["layer", "tokens", *heads, "highest token score"], rows)
 
 
-def note_replaced(path: Path, meta: dict) -> None:
-    """Say so if `path` holds scores that were computed with other settings than `meta`."""
+def note_replaced(path: Path, meta: dict, extra: list[str]) -> None:
+    """Say so if `path` holds scores that were computed with other settings than `meta`, or others than `extra`."""
     try:
-        old = ExpertScores.load(path).meta
+        scores = ExpertScores.load(path)
     except (ValueError, OSError):  # there are none, or they cannot be read
         return
+    old = scores.meta
+    if lost := [name for name in EXTRA if name in scores.by_function and name not in extra]:
+        note(f"{path}: this run removes the scores {', '.join(lost)}, as --scores does not name them")
     if other := [key for key in meta if meta[key] != old.get(key)]:
         dataset, model = old.get("dataset", "an unknown data set"), old.get("model", "an unknown model")
         note(f"{path}: this run replaces the scores of {dataset} on {model} (another {', '.join(other)})")
@@ -151,7 +154,7 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
     meta |= {"streaming": True} if settings.streaming else {}
     usual = asdict(TemplateSettings())
     meta |= {name: value for name, value in asdict(settings.template).items() if value != usual[name]}
-    note_replaced(output_path, meta)
+    note_replaced(output_path, meta, args.scores)
     packs = sample_packs(settings, load_tokenizer(args.base_model_path), model.config.get_text_config().vocab_size)
     if len(packs) < len(devices):
         note(f"the sample has {counted(len(packs), 'pack')}, so {len(packs)} of the {len(devices)} processes are used")

@@ -165,7 +165,7 @@ def test_template_tokens_can_be_left_out(data, tiny_model_dir, tiny_tokenizer, t
     everything = score(data, tiny_model_dir, tmp_path / "all")
     assert some.meta["tokens"] < everything.meta["tokens"] and some.by_function != everything.by_function
     notes = capsys.readouterr().err
-    assert "more than the model's context" in notes and "fewer than n_sample_tokens" in notes
+    assert "more than the model's context" in notes and "fewer than the 131072 to sample" in notes
     assert "replaces" not in notes
 
 
@@ -177,6 +177,9 @@ def test_scores_that_others_replace_are_noted(data, tiny_model_dir, tmp_path, ca
     score(data, tiny_model_dir, tmp_path, *flags, "--seed", 1)
     note = f"summary.json: this run replaces the scores of {data} on {tiny_model_dir} (another seed)"
     assert note in capsys.readouterr().err
+    score(data, tiny_model_dir, tmp_path, *flags, "--seed", 1, "--scores", "reap,prob")
+    score(data, tiny_model_dir, tmp_path, *flags, "--seed", 1, "--scores", "reap")
+    assert "summary.json: this run removes the scores prob, as --scores does not name them" in capsys.readouterr().err
     (tmp_path / "summary.json").write_text('{"token_scores": {"1": {"0": 1.0}}}')
     score(data, tiny_model_dir, tmp_path, *flags)
     assert "replaces the scores of an unknown data set on an unknown model" in capsys.readouterr().err
