@@ -74,6 +74,7 @@ WRONG = [
         {"messages": [ASK, YES]},
         "f:1: a row of preference data needs the keys chosen[+]rejected or messages[+]rejected_r",
     ),
+    ({"prompt": "q", "chosen": "a", "rejected": None}, "this one has prompt, chosen. Rows without"),
     ({"prompt": "q", "completion": "a"}, "this one has prompt, completion. Rows without a rejected .* method=esft"),
     ({"prompt": "q", "chosen": "a"}, "needs the keys chosen[+]rejected"),
     ({"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"}, "nothing stands before .*Add prompt"),

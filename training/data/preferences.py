@@ -92,9 +92,10 @@ def _beginning(row: dict) -> str | None:
 
 def _conversations(row: dict) -> tuple[list, list]:
     if not is_pair(row):
+        found = ", ".join(key for key in row if key in _keys(row)) or "none"
         raise ValueError(
             "a row of preference data needs the keys chosen+rejected or messages+rejected_response, this one has "
-            f"{', '.join(row) or 'none'}. Rows without a rejected answer are for method=esft"
+            f"{found}. Rows without a rejected answer are for method=esft"
         )
     *_, rejected = answers = {key: _turns(row[key], key) for key in _answers(row)}
     beginning = _beginning(row)

@@ -80,10 +80,11 @@ def _shape(row: dict) -> tuple[str, ...]:
     if shape := next((shape for shape in SHAPES if keys >= set(shape)), None):
         return shape
     wanted = " or ".join("+".join(shape) for shape in SHAPES)
+    found = ", ".join(key for key in row if key in keys)
     hint = next(filter(None, (suggest(key, itertools.chain(*SHAPES)) for key in row)), "")
     if keys >= {"chosen", "rejected"}:
         hint = ". Preference rows (chosen, rejected) are for method=dpo"
-    raise ValueError(f"a row needs the keys {wanted}, this one has {', '.join(row) or 'none'}{hint}")
+    raise ValueError(f"a row needs the keys {wanted}, this one has {found or 'none'}{hint}")
 
 
 def _turns(row: dict) -> list[dict]:
