@@ -130,7 +130,7 @@ def show(args: argparse.Namespace, folder: str) -> None:
     model, _ = open_base(args.base_model_path)
     sources = read_adapters(model, args.adapter_dir)[1] if args.adapter_dir else {}
     total = 0
-    for name, (path, key) in sorted(sources.items()):
+    for name, path, key in sorted((name, source.path, key) for name, source in sources.items() for key in source.keys):
         with Shard(path) as shard:
             entry = shard.header[key]
         begin, end = entry["data_offsets"]
