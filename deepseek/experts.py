@@ -285,14 +285,18 @@ def require_own_forward(module: nn.Module) -> tuple[RemovableHandle, RemovableHa
     return module.register_forward_pre_hook(_refuse_implementation), module.register_forward_hook(_refuse_replaced)
 
 
-@torch.compiler.assume_constant_result  # so torch.compile calls it while it traces
+@torch.compiler.assume_constant_result  # so torch.compile calls it while it traces, perhaps several times
 def note_run(module: nn.Module, ran: bool = True) -> bool:
-    """Note whether our forward ran, and return what was noted before. Where rows are in order, it does not matter."""
+    """Note whether our forward ran, and return that. It matters where rows are out of order."""
+    if order := FusedExperts(module).row_order:
+        order.ran = ran
+    return ran
+
+
+@torch.compiler.assume_constant_result
+def _has_run(module: nn.Module) -> bool:
     order = FusedExperts(module).row_order
-    if order is None:
-        return True
-    before, order.ran = order.ran, ran
-    return before
+    return order is None or order.ran
 
 
 def _refuse_implementation(module: nn.Module, _args) -> None:
@@ -307,7 +311,7 @@ def _refuse_implementation(module: nn.Module, _args) -> None:
 
 
 def _refuse_replaced(module: nn.Module, _args, _out) -> None:
-    if not note_run(module, False):
+    if not _has_run(module):
         raise ValueError(
             f"cannot compute the experts: something replaced the forward of {type(module).__name__}, and their rows "
             "are in another order, which only ESFT's own forward knows. Leave out what replaced it, such as Liger."

@@ -133,6 +133,27 @@ def test_layer_by_layer_and_in_place():
         assert_trains_like(eager, model, model)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_the_experts_alone(fullgraph):
+    layer = moe_layers(prepared())[1].module
+    tokens, ids, weights = torch.randn(6, 32), torch.randint(0, 8, (6, 3)), torch.rand(6, 3)
+    call = torch.compile(layer, backend="aot_eager", fullgraph=fullgraph)
+    for _ in range(2):
+        assert torch.equal(call(tokens, ids, weights), layer(tokens, ids, weights))
+
+
+@slow
+def test_a_graph_that_breaks_within_a_layer():
+    model = prepared()
+    block = model.model.layers[1].mlp
+    block.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    block.experts.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    call = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(logits(call), logits(model))
+    assert counters["graph_break"]
+
+
 @slow
 def test_each_model_of_a_process_computes_with_its_own_experts():
     """Compiled code is shared by all models of a class. A copy must not compute with the first model's weights."""
