@@ -22,11 +22,32 @@ from deepseek.experts import FusedExperts
 ROWS = 1024  # of an expert, that are compared with all its rows at a time
 
 
+def expert_forward(layer: FusedExperts, row: int, x_nD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return h, a and y of one expert, given by its row, and its output: y, but for layers with a norm there."""
+    module, (up_name, down_name) = layer.module, layer.weight_names
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        source = layer.trained.get_parameter if row < layer.num_trained and not layer.lora else layer.tensor
+        if row < len(layer.tensor(name)):
+            weight = source(name)[row].to(x.dtype)
+        else:
+            weight = layer.frozen.rows(name, row, row + 1, x.dtype)[0]
+        if layer.lora and row < layer.num_trained:
+            weight = weight + layer.lora.change(name, row).to(x.dtype)
+        y = x @ weight if module.is_transposed else x @ weight.T
+        return y + source(f"{name}_bias")[row].to(x.dtype) if module.has_bias else y
+
+    h_n = linear(x_nD, up_name)
+    a_nF = module._apply_gate(h_n) if module.has_gate else module.act_fn(h_n)
+    y_nD = linear(a_nF, down_name)
+    return h_n, a_nF, y_nD, module.post_expert_norm(y_nD) if module.has_post_expert_norm else y_nD
+
+
 def gated_norms(layer: FusedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, keep_T: Tensor) -> Tensor:
     """Return float64 (E,): for each expert the sum of gate weight x norm of its output, over the tokens in `keep_T`."""
     sums_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=x_TD.device)
-    for expert, token_n, w_n1 in _routed(ids_TK, weights_TK):
-        *_, z_nD = _forward(layer, expert, x_TD[token_n])
+    for expert, row, token_n, w_n1 in _routed(layer, ids_TK, weights_TK):
+        *_, z_nD = expert_forward(layer, row, x_TD[token_n])
         norm_n = z_nD.float().norm(dim=-1) * w_n1[:, 0].float() * keep_T[token_n]
         sums_E[expert] = norm_n.double().sum()
     return sums_E
@@ -42,39 +63,22 @@ def squared_gradients(
     """
     sums_E = torch.zeros(layer.num_experts, dtype=torch.float64, device=x_TD.device)
     bias = float(layer.module.has_bias)
-    for expert, token_n, w_n1 in _routed(ids_TK, weights_TK):
+    for expert, row, token_n, w_n1 in _routed(layer, ids_TK, weights_TK):
         x_nD, document_n = x_TD[token_n], document_T[token_n]
         with torch.enable_grad():
-            h_n, a_nF, y_nD, z_nD = _forward(layer, expert, x_nD, differentiate=True)
+            h_n, a_nF, y_nD, z_nD = expert_forward(layer, row, x_nD.requires_grad_())
             out_nD = z_nD * w_n1
             dh_n, dy_nD = torch.autograd.grad(out_nD, (h_n, y_nD), g_TD[token_n].to(out_nD.dtype))
-        sums_E[expert] = _squared_norm(dh_n, x_nD, document_n, bias)
+        sums_E[expert] = _squared_norm(dh_n, x_nD.detach(), document_n, bias)
         sums_E[expert] += _squared_norm(dy_nD, a_nF.detach(), document_n, bias)
     return sums_E
 
 
-def _routed(ids_TK: Tensor, weights_TK: Tensor):
-    """Yield (expert, its tokens (n,), their gate weights (n, 1)) of each expert that has tokens."""
-    for expert in ids_TK.unique().tolist():
+def _routed(layer: FusedExperts, ids_TK: Tensor, weights_TK: Tensor):
+    """Yield (expert, its row, its tokens (n,), their gate weights (n, 1)) of each expert that has tokens."""
+    for expert in ids_TK.unique():
         token_n, k_n = torch.where(ids_TK == expert)
-        yield expert, token_n, weights_TK.detach()[token_n, k_n, None]
-
-
-def _forward(layer: FusedExperts, expert: int, x_nD: Tensor, differentiate: bool = False) -> tuple[Tensor, ...]:
-    """Return h, a, y of one expert and its output z, which is y but for layers with a norm there."""
-    module, (up_name, down_name) = layer.module, layer.weight_names
-    row = int(layer.rows_of(torch.tensor(expert, device=x_nD.device)))
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        stored = layer.tensor(name).data
-        weight = stored[row] if row < len(stored) else layer.frozen.rows(name, row, row + 1, stored.dtype)[0]
-        y = x @ weight if module.is_transposed else x @ weight.T
-        return y + layer.tensor(f"{name}_bias").data[row] if module.has_bias else y
-
-    h_n = linear(up_name, x_nD.detach().to(layer.tensor(up_name).dtype)).requires_grad_(differentiate)
-    a_nF = module._apply_gate(h_n) if module.has_gate else module.act_fn(h_n)
-    y_nD = linear(down_name, a_nF)
-    return h_n, a_nF, y_nD, module.post_expert_norm(y_nD) if module.has_post_expert_norm else y_nD
+        yield int(expert), int(layer.rows_of(expert)), token_n, weights_TK.detach()[token_n, k_n, None]
 
 
 def _squared_norm(dy_nO: Tensor, x_nI: Tensor, document_n: Tensor, bias: float) -> Tensor:

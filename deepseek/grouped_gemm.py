@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from deepseek.expert_sums import expert_forward
 from deepseek.experts import IMPLEMENTATION, FusedExperts, note_run
 
 REFERENCE = "esft_reference"
@@ -67,26 +68,11 @@ def reference_experts_forward(module: nn.Module, x_TD: Tensor, topk_ids_TK: Tens
     """Do the same as `esft_experts_forward` in a slow and obvious loop. transformers knows it as "esft_reference"."""
     layer = FusedExperts(module)
     note_run(module)
-    rows_TK, (up_name, down_name) = layer.rows_of(topk_ids_TK), layer.weight_names
-
-    def linear(x: Tensor, name: str, row: int) -> Tensor:
-        source = layer.trained.get_parameter if row < layer.num_trained and not layer.lora else layer.tensor
-        if row < len(layer.tensor(name)):
-            weight = source(name)[row].to(x.dtype)
-        else:
-            weight = layer.frozen.rows(name, row, row + 1, x.dtype)[0]
-        if layer.lora and row < layer.num_trained:
-            weight = weight + layer.lora.change(name, row).to(x.dtype)
-        y = x @ weight if module.is_transposed else x @ weight.T
-        return y + source(f"{name}_bias")[row].to(x.dtype) if module.has_bias else y
-
-    out_TD = torch.zeros_like(x_TD)
+    rows_TK, out_TD = layer.rows_of(topk_ids_TK), torch.zeros_like(x_TD)
     for row in rows_TK.unique().tolist():
         token, k = torch.where(rows_TK == row)
-        y = linear(_activate(module, linear(x_TD[token], up_name, row)), down_name, row)
-        if module.has_post_expert_norm:
-            y = module.post_expert_norm(y)
-        out_TD = out_TD.index_add(0, token, (y * topk_weights_TK[token, k, None]).to(x_TD.dtype))
+        *_, z_nD = expert_forward(layer, row, x_TD[token])
+        out_TD = out_TD.index_add(0, token, (z_nD * topk_weights_TK[token, k, None]).to(x_TD.dtype))
     return out_TD
 
 

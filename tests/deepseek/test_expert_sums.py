@@ -8,7 +8,7 @@ from deepseek.experts import moe_layers
 from deepseek.frozen import store_frozen
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.loading import keeps_documents_apart
-from esft import ExpertScores, RouterCapture, to_esft
+from esft import ExpertScores, RouterCapture, merge, to_esft
 from evaluation.expert_scoring import MaskedPack, count_routing, document_loss
 from tests.helpers import FAMILIES, make_model
 from training.data import Encoded, Pack, pack_of
@@ -152,10 +152,16 @@ def test_stored_and_reordered_experts_have_the_same_scores():
         store_frozen(layer, (), None, True)
     model.set_experts_implementation(IMPLEMENTATION)
     trained = to_esft(make_model(), {"experts": {"1": [5, 3], "2": [7]}})
-    for other in (model, trained):
+    merged, with_lora = (to_esft(make_model(), {"experts": {"1": [5, 3]}}, lora_rank=2) for _ in range(2))
+    for one in (merged, with_lora):
+        for number, param in enumerate(param for param in one.parameters() if param.requires_grad):
+            param.data += torch.randn(param.shape, generator=torch.Generator().manual_seed(number))
+    changed = sums(merge(merged), packs, "gradient", "reap")
+    assert (changed["norms"] - plain["norms"]).abs().max() > 0.1 * plain["norms"].max()
+    for other, wanted in ((model, plain), (trained, plain), (with_lora, changed)):
         found = sums(other, packs, "gradient", "reap")
-        close(found["squares"], plain["squares"])
-        close(found["norms"], plain["norms"])
+        close(found["squares"], wanted["squares"])
+        close(found["norms"], wanted["norms"])
 
 
 def test_a_loop_of_ones_own_needs_a_backward():
