@@ -89,7 +89,7 @@ from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
-from deepseek.lora import PREFIX, Lora, LoraExperts, changed_layers, of_single_experts, save_lora
+from deepseek.lora import PREFIX, Lora, LoraExperts, changed_layers, of_single_experts, read_lora, save_lora
 from deepseek.masters import computed_value, release_parameters, train_parameters
 from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
@@ -775,6 +775,9 @@ def _read_checked(
     if state.training and not same:
         raise ValueError("it holds other experts than this model trains. Call unload first.")
     if state.lora:
+        if (lora := read_lora(folder)) != state.lora:
+            raise ValueError(f"it has rank {lora.rank} and alpha {lora.alpha:g}, and this model trains with "
+                             f"{state.lora.rank} and {state.lora.alpha:g}. Give to_esft the same.")  # fmt: skip
         found = find_adapter_tensors(folder, trained_shapes(model), PREFIX)
         sources = {name: Source(path, (key,)) for name, (path, key) in found.items()}
         return state, sources, dict(read_sources(sources, lora_views(model)))

@@ -317,5 +317,7 @@ def test_an_adapter_of_another_kind_is_refused_in_training(tmp_path):
     esft.save_adapter(whole, tmp_path / "whole")
     with pytest.raises(ValueError, match="Call unload first"):
         esft.add_adapter(whole, tmp_path / "lora")
+    with pytest.raises(ValueError, match="it has rank 4 and alpha 8, and this model trains with 4 and 16"):
+        esft.add_adapter(lora(make_model(), alpha=16), tmp_path / "lora")
     with pytest.raises(ValueError, match="Call unload first"):
         esft.add_adapter(lora(make_model()), tmp_path / "whole")
