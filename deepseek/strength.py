@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from deepseek.adapters import CONFIG_NAME, forget_name, is_lora
+from deepseek.adapters import CONFIG_NAME, find_state, forget_name, is_lora
 from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.loading import empty_model, load_base_model
@@ -39,6 +39,8 @@ def is_whole(folder: str | Path) -> bool:
 
 def check_whole(model: nn.Module, folder: str | Path) -> None:
     """Raise ValueError if a whole model was not trained from `model`, which may be without weights."""
+    if find_state(model):
+        raise ValueError(f"cannot use {folder}: the model is in training, or holds an adapter. Call unload first.")
     theirs = {name: param.shape for name, param in empty_model(folder).named_parameters()}
     ours = {name: param.shape for name, param in model.named_parameters()}
     if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):

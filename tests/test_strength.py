@@ -177,9 +177,13 @@ def test_what_has_no_strength_is_refused(tmp_path, capsys, tiny_tokenizer):
     training = to_esft(make_model(), ExpertConfig(EXPERTS))
     with pytest.raises(ValueError, match=r"a model in training takes it at strength 1, not 0\.5"):
         add_adapter(training, tmp_path / "adapter", strength=0.5)
+    loaded = add_adapter(make_model(), tmp_path / "adapter")
     base = save(make_model(), tiny_tokenizer, tmp_path / "base")
     full = save(noisy(make_model()), tiny_tokenizer, tmp_path / "full")
     other = save(make_model(moe_intermediate_size=24), tiny_tokenizer, tmp_path / "other")
+    for model in (training, loaded):  # `unload` would mix both
+        with pytest.raises(ValueError, match="the model is in training, or holds an adapter"):
+            add_adapter(model, full, strength=0.5)
     flags = ["--base_model_path", base, "--output_dir", tmp_path / "out", "--strength=0.5", "--adapter_dir"]
     refused(capsys, merge_adapter.main, [*flags, other], "is not in both, or has another shape", "trained from")
     refused(capsys, merge_adapter.main, [*flags, full, tmp_path / "adapter"], "Merge it alone")
