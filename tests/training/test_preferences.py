@@ -83,6 +83,8 @@ WRONG = [
     ({"chosen": [ASK, YES], "rejected": [ASK, YES, ASK, NO]}, "do not differ in an answer"),
     ({"chosen": [SYSTEM, ASK, YES], "rejected": [SYSTEM, {**ASK, "content": "r"}, NO]}, "not answer the same question"),
     ({"prompt": "r", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "the prompt is not in it"),
+    ({"prompt": "q", "chosen": "a", "rejected": [ASK, NO]}, "is a whole conversation, and the other is not"),
+    ({"prompt": "q", "chosen": [ASK, YES], "rejected": "b"}, "is a whole conversation, and the other is not"),
     ({"messages": [ASK, YES], "chosen": "a", "rejected": "b"}, "before chosen and rejected ends with an answer"),
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "f:1, rejected: message 2: the assistant turn is empty"),
     ({"instruction": "q", "history": 1, "chosen": "a", "rejected": "b"}, "'history' must be a list of pairs"),

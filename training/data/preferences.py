@@ -106,6 +106,8 @@ def _conversations(row: dict) -> tuple[list, list]:
     if rejected in REJECTED:
         same = [] if rejected == "rejected_messages" else before[:-1]
         return before, [*same, *answers[rejected]]
+    if _is_whole(answers["chosen"]) != _is_whole(answers["rejected"]):
+        raise ValueError("one of chosen and rejected is a whole conversation, and the other is not. Make both alike.")
     if _is_whole(answers["chosen"]):  # what a prompt says is in them
         contents = [turn.get("content", turn.get("value")) for turn in answers["chosen"]]
         if not all(turn.get("content", turn.get("value")) in contents for turn in before):
