@@ -59,24 +59,14 @@ def recommend(points: Iterable[Point], base: Point, max_loss: float) -> Point:
 # ---- curves: the points of one model, from the base on --------------------------------------------------------------
 
 
-def learned_at(curve: list[Point], general: float) -> float:
-    """Return the highest task score on a curve where it keeps at least `general`; -inf where it never does."""
-    return max((a for a, _ in _where(curve, "task", "general", general)), default=float("-inf"))
-
-
 def kept_at(curve: list[Point], task: float) -> float:
     """Return the highest general score on a curve where its task score is at least `task`; -inf where it never is."""
-    return max((a for a, _ in _where(curve, "general", "task", task)), default=float("-inf"))
-
-
-def _where(curve: list[Point], wanted: str, bound: str, least: float) -> list[tuple[float, float]]:
-    """Return (wanted, bound) at the corners of a curve where bound >= least, and where the curve crosses `least`."""
-    corners = [(getattr(point, wanted), getattr(point, bound)) for point in sorted(curve, key=lambda p: p.strength)]
-    crossings = []
+    corners = [(point.general, point.task) for point in sorted(curve, key=lambda point: point.strength)]
+    reached = [general for general, learned in corners if learned >= task]
     for (a, x), (b, y) in pairwise(corners):
-        if min(x, y) < least < max(x, y):
-            crossings.append((a + (b - a) * (least - x) / (y - x), least))
-    return [corner for corner in corners if corner[1] >= least] + crossings
+        if min(x, y) < task < max(x, y):  # crossed between two strengths
+            reached.append(a + (b - a) * (task - x) / (y - x))
+    return max(reached, default=float("-inf"))
 
 
 # ---- a picture ------------------------------------------------------------------------------------------------------
