@@ -5,6 +5,8 @@ arXiv 2109.01903). Up to 2 the change is extrapolated. The tuned values are thos
 fine-tuned model.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -54,15 +56,20 @@ def check_whole(model: nn.Module, folder: str | Path) -> None:
 
 
 def blend_whole(model: nn.Module, folder: str | Path, strength: float) -> nn.Module:
-    """Change all parameters of a model towards those of a whole fine-tuned one, for good. Host memory holds that, too.
+    """Change a model toward a whole fine-tuned one, for good: all parameters and buffers. The host holds both.
 
     Raises:
         ValueError, FileNotFoundError: it was not trained from this model, or cannot be loaded.
     """
     check_whole(model, folder)
     tuned, _ = load_base_model(folder)  # in the dtype in which it is stored
-    theirs = dict(tuned.named_parameters())
-    for name, param in model.named_parameters():
-        param.data.copy_(blend(param.data, theirs[name].data, strength))
+    theirs = dict(_tensors(tuned))
+    for name, tensor in _tensors(model):
+        tensor.copy_(blend(tensor, theirs[name], strength))
     forget_name(model)
     return model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and the buffers by name. The biases by which some routers choose are buffers."""
+    return ((name, one.detach()) for name, one in chain(model.named_parameters(), model.named_buffers()))

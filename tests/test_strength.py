@@ -87,6 +87,15 @@ def test_every_tensor_lies_between_base_and_tuned(kind, strength, parts):
         assert_same_tensors(unload(model).state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("strength", [0.7, 1])
+def test_the_biases_of_routers_which_are_buffers_move_with_a_whole_model(strength, tmp_path, tiny_tokenizer):
+    base, tuned = make_model("deepseek_v3"), noisy(make_model("deepseek_v3"))
+    tuned.model.layers[1].mlp.gate.e_score_correction_bias.normal_()
+    save(tuned, tiny_tokenizer, tmp_path)
+    wanted = between(base, tuned, strength)
+    assert_same_tensors(add_adapter(base, tmp_path, strength).state_dict(), wanted)
+
+
 @pytest.mark.parametrize("kind", ["esft", "full"])
 def test_a_merged_model_has_lost_the_name_of_its_base(kind, parts):
     """TRL would read a reference there, which is not this model."""
