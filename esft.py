@@ -424,7 +424,7 @@ class _State:
 def _state(model: nn.Module) -> _State:
     if (state := find_state(model)) is None:
         raise ValueError(
-            "cannot save, unload or merge: the model has no adapter of experts. Call to_esft, or add_adapter. (A LoRA "
+            "cannot find what was trained: the model has no adapter of experts. Call to_esft, or add_adapter. (A LoRA "
             "adapter is merged as it is added.)"
         )
     return state
@@ -812,7 +812,7 @@ class ESFTCallback(TrainerCallback):
 
     Raises:
         ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own. An adapter of peft is on
-            the fused experts.
+            the fused experts. The model has been through no `to_esft`. The checkpoint to resume trained other experts.
     """
 
     def on_init_end(self, args, state, control, model: nn.Module, **_) -> None:
@@ -825,6 +825,11 @@ class ESFTCallback(TrainerCallback):
             raise ValueError(
                 "cannot use ESFTCallback: FSDP saves sharded parameters by itself. Leave the callback out."
             )
+        experts = {str(layer): sorted(ids) for layer, ids in _state(inner_model(model)).config.experts.items()}
+        before = state.stateful_callbacks.get("ESFTCallback", {"attributes": {"experts": experts}})
+        if before["attributes"]["experts"] != experts:  # of the same number they have the same shapes
+            raise ValueError("cannot resume: the checkpoint trained other experts. Call to_esft with its config.")
+        state.stateful_callbacks["ESFTCallback"] = {"args": {}, "attributes": {"experts": experts}}
 
     def on_train_end(self, args, state, control, model: nn.Module, **_) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:  # of a peft model, Trainer reads peft's files

@@ -1,5 +1,6 @@
 """Runs of transformers' Trainer and of TRL's that go on from a checkpoint are those that were never broken off."""
 
+import contextlib
 import importlib.util
 from types import SimpleNamespace
 
@@ -81,6 +82,30 @@ def test_without_the_callback_resuming_is_refused(tmp_path, tiny_tokenizer):
     again = trainer_of("transformers", fresh(torch.float32), tmp_path / "out", tiny_tokenizer, 6, callbacks=[])
     with pytest.raises(ValueError, match=r"cannot load the trained experts: .*esft\.ESFTCallback"):
         again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_other_experts_is_refused(kind, tmp_path, tiny_tokenizer):
+    """The shapes are those of the experts in training, so Trainer would load them."""
+    trainer_of(kind, fresh(torch.float32), tmp_path / "out", tiny_tokenizer, 3).train()
+    for experts, fits in (({"1": [4, 2], "2": [7]}, False), ({"1": [2, 5], "2": [7]}, True)):
+        model = esft.to_esft(make_model(), CONFIG | {"experts": experts})
+        again = trainer_of(kind, model, tmp_path / "again", tiny_tokenizer, 4)
+        expected = (
+            contextlib.nullcontext()
+            if fits
+            else pytest.raises(ValueError, match=r"cannot resume: .* trained other experts")
+        )
+        with expected:
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+        assert len(losses(again)) == 3 + fits  # those of the checkpoint
+
+
+def test_a_model_without_experts_in_training_is_refused_before_the_first_step(tmp_path, tiny_tokenizer):
+    trainer = trainer_of("transformers", make_model(), tmp_path / "out", tiny_tokenizer, 3)
+    with pytest.raises(ValueError, match="cannot find what was trained: the model has no adapter"):
+        trainer.train()
+    assert losses(trainer) == []
 
 
 def test_a_write_that_fails_leaves_the_files_of_trainer(tmp_path, monkeypatch):
