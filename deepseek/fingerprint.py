@@ -73,12 +73,8 @@ def router_parameters(model: nn.Module) -> list[str]:
     for layer in moe_layers(model).values():
         block = layer.name.rpartition(".")[0]
         for key, param in sorted(model.get_submodule(block).named_parameters()):
-            if (
-                param.ndim == 2
-                and param.shape[0] == layer.num_experts
-                and not key.startswith("experts")
-                and "lora_" not in key
-            ):
+            other = key.startswith("experts") or "lora_" in key
+            if param.ndim == 2 and param.shape[0] == layer.num_experts and not other:
                 names.append(f"{block}.{key}")
     return names
 

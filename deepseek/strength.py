@@ -5,7 +5,6 @@ arXiv 2109.01903). Up to 2 the change is extrapolated. The tuned values are thos
 fine-tuned model.
 """
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -63,13 +62,9 @@ def blend_whole(model: nn.Module, folder: str | Path, strength: float) -> nn.Mod
     """
     check_whole(model, folder)
     tuned, _ = load_base_model(folder)  # in the dtype in which it is stored
-    theirs = dict(_tensors(tuned))
-    for name, tensor in _tensors(model):
-        tensor.copy_(blend(tensor, theirs[name], strength))
+    # the biases by which some routers choose are buffers
+    ours, theirs = (dict(chain(one.named_parameters(), one.named_buffers())) for one in (model, tuned))
+    for name, tensor in ours.items():
+        tensor.data.copy_(blend(tensor.data, theirs[name].data, strength))
     forget_name(model)
     return model
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and the buffers by name. The biases by which some routers choose are buffers."""
-    return ((name, one.detach()) for name, one in chain(model.named_parameters(), model.named_buffers()))
