@@ -182,7 +182,8 @@ def format_selection(every: list[ExpertScores], config: ExpertConfig, args: argp
         shown = " ".join(map(str, ids[:16])) + (f" ... ({len(ids) - 16} more)" if len(ids) > 16 else "")
         rows.append([layer, len(ids), len(every_LE[0][layer]), *totals, shown])
     order = "as drawn" if args.strategy == "random" else "best first"
-    table = markdown_table(["layer", "experts", "of", *["score"] * len(every), f"ids, {order}"], rows)
+    heads = [f"score on {name}" for name in task_names(args.eval_dataset, every)] if len(every) > 1 else ["score"]
+    table = markdown_table(["layer", "experts", "of", *heads, f"ids, {order}"], rows)
     taken, of = sum(map(len, config.experts.values())), sum(map(len, every_LE[0].values()))
     also = "\nand shared experts" * config.shared_experts + "\nand all other modules" * config.non_expert_modules
     against = args.contrast_scores_dir and f"{args.contrast or CONTRASTS[0]} with {args.contrast_scores_dir}"

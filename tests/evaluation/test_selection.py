@@ -303,6 +303,7 @@ def test_unions_and_controls_by_command(tasks, tmp_path, capsys, tiny_model_dir)
 
     both = ["--expert_scores_dir", f"{tasks / 'a'},{tasks / 'b'}"]
     data = generate(*both, "--eval_dataset", "a,b", "--model", tiny_model_dir)
+    assert "| layer | experts | of | score on a | score on b | ids, best first |" in capsys.readouterr().out
     config = ExpertConfig.load(tmp_path / "c.json")
     assert config == union_of([select_experts(scores, top_p=0.4) for scores in every])
     assert [task["dataset"] for task in data["meta"]["union_of"]] == ["a", "b"] and data["meta"]["top_p"] == 0.4
