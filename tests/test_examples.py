@@ -229,6 +229,7 @@ def test_merge_and_save_gives_a_plain_model_with_the_adapter_s_weights(merged):
     assert moved(base, found) == chosen(json.loads((merged / "adapter" / "expert_cfg.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.clients
 def test_lm_eval_has_the_same_numbers_for_an_adapter_and_its_merge(merged, monkeypatch):
     pytest.importorskip("lm_eval")

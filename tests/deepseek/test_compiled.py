@@ -71,9 +71,9 @@ def assert_trains_like(eager, model, call):
 @pytest.mark.parametrize(
     "family, dtype, options",
     [
-        ("deepseek_v2", torch.float32, {}),
+        pytest.param("deepseek_v2", torch.float32, {}, marks=slow),
         ("gpt_oss", torch.bfloat16, {}),  # transposed, interleaved and biased
-        ("gpt_oss", torch.float32, {"lora_rank": 3}),
+        pytest.param("gpt_oss", torch.float32, {"lora_rank": 3}, marks=slow),
         pytest.param("deepseek_v2", torch.bfloat16, {}, marks=slow),
         pytest.param("deepseek_v2", torch.bfloat16, {"lora_rank": 4}, marks=slow),
         pytest.param("gpt_oss", torch.float32, {}, marks=slow),

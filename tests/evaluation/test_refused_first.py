@@ -91,9 +91,9 @@ def test_a_lora_adapter_is_checked_before_the_base_answers(how, base, lora, tmp_
     DAMAGES[how](lora)
     load_nothing(monkeypatch)
     flags = [f"--adapter_dir={lora}", "--with_base"]
-    refused(capsys, lambda _: run_eval(base, questions, tmp_path / "out.jsonl", *flags), [], f"LoRA adapter {lora}: ")
+    refused(capsys, lambda _: run_eval(base, questions, tmp_path / "out.jsonl", *flags), [], str(lora))
     argv = [f"--base_model_path={base}", f"--adapter_dir={lora}", "--eval_dataset=law", f"--output_dir={tmp_path}/d"]
-    refused(capsys, routing_drift.main, [*argv, "--overlong=truncate"], f"LoRA adapter {lora}: ")
+    refused(capsys, routing_drift.main, [*argv, "--overlong=truncate"], str(lora))
 
 
 def test_a_sound_adapter_is_loaded(base, adapter, tmp_path):

@@ -92,6 +92,7 @@ class Dies:
         return os._exit, (9,)
 
 
+@pytest.mark.slow
 def test_errors_of_a_process_are_raised_here():
     args = parse_args(["--shape=tiny", "--device=cpu", "--n_trained=65", "--threads=1", "--seq_length=8"])
     with pytest.raises(ValueError, match="it has 64"):

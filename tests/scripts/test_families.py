@@ -110,8 +110,8 @@ def test_a_broken_step_is_caught(name, after, sentence, tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_wrong_is_caught(tmp_path, monkeypatch):
-    ALL_EXPERTS_FUNCTIONS.register("twice", lambda *args: 2 * reference_experts_forward(*args))
-    monkeypatch.setattr(check_families, "REFERENCE", "twice")
+    ALL_EXPERTS_FUNCTIONS.register("esft_twice", lambda *args: 2 * reference_experts_forward(*args))
+    monkeypatch.setattr(check_families, "REFERENCE", "esft_twice")
     auto, model = make_model("qwen3_moe")
     with pytest.raises(BrokenLifeError, match="not the reference loop's"):
         life(model, auto, tmp_path)

@@ -125,7 +125,7 @@ def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothi
             break
         except KeyboardInterrupt:
             continue
-    assert tries > 5 and again == whole and asked <= len(commands) <= asked + 3 * tries
+    assert tries > 3 and again == whole and asked <= len(commands) <= asked + 3 * tries
     for part in "abc":
         assert (tmp_path / "one" / f"frontier_{part}.md").read_text() == (
             tmp_path / "two" / f"frontier_{part}.md"
