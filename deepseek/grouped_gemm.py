@@ -115,8 +115,8 @@ def _backward(layer: FusedExperts, g_TD: Tensor, saved: Sequence[Tensor], bounds
     `saved` are x_TD, topk_weights_TK, what `_forward` returned, and the factors of LoRA. `needs` says whether x_TD and
     the routing weights need a gradient, and for how many trained experts.
     """
-    if layer.trained:
-        layer.trained.write_back()  # FSDP2 has gathered the fused tensors anew, with the rows of the base
+    if layer.trained and "_is_fsdp_managed_module" in vars(layer.module):  # fully_shard sets it
+        layer.trained.write_back()  # it has gathered the fused tensors anew, with the rows of the base
     module, (need_x, need_weights, S) = layer.module, needs
     x_TD, topk_weights_TK, h_N, row_N, perm_N, inverse_N, offs_E, *factors = saved
     dtype, x_TD, lora = x_TD.dtype, x_TD.to(h_N.dtype), _factors(layer, factors)
