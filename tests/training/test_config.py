@@ -10,7 +10,7 @@ import yaml
 from transformers import TrainingArguments
 
 from tests.helpers import ROOT
-from training import config as config_module
+from training import run_config
 from training.config import ALIASES, NO_EFFECT, RunConfig, read_config, training_arguments
 from training.keys import SECRETS
 
@@ -258,7 +258,7 @@ def test_the_released_config_is_read(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("place", ["command line", "file"])
 def test_a_secret_goes_to_the_environment_alone(key, variable, place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(variable, "old")  # restored after the test
-    monkeypatch.setattr(config_module, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(run_config, "get_available_reporting_integrations", lambda: ["wandb"])
     path = tmp_path / "c.yaml"
     path.write_text(f"{key}: s3cret\n" if place == "file" else "")
     config = read_config([*PATHS, f"train_config={path}", *([f"--{key}=s3cret"] if place == "command line" else [])])

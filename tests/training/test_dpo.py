@@ -27,9 +27,9 @@ from tests.helpers import (
     weights,
 )
 from training import data
+from training.batches import collate
 from training.data.preferences import read_pair
 from training.dpo import DPOTrainer
-from training.trainer import collate
 
 ROWS = [
     {

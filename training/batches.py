@@ -1,0 +1,41 @@
+"""Which packs make a batch, and in which order this process sees them."""
+
+import random
+from collections.abc import Iterator
+
+from deepseek.process_groups import Ranks
+from training import data
+from training.loss import label_positions
+
+EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without a batch, which still takes part
+
+
+def collate(packs: list[data.Pack], pad_token_id: int, documents_apart: bool = True) -> dict:
+    """Make a batch of packs, or of none. "rows" are their rows of the data set, for the error about a bad step.
+
+    "kept" are the positions of labels (loss.py).
+    Each document is a row of the batch for a model that does not keep the documents of a pack apart.
+    """
+    rows = [row for pack in packs for row in pack.samples]
+    packs = packs if documents_apart else [document for pack in packs for document in pack.documents()]
+    batch = data.collate(packs or [EMPTY_PACK], pad_token_id)
+    return {**batch, "kept": label_positions(batch["labels"])[1], "rows": rows}
+
+
+class Batches:
+    """A batch sampler of this rank. The order of an epoch's batches depends on `seed` and on the epoch.
+
+    Every rank has the same number of batches; empty ones come last.
+    """
+
+    def __init__(self, length: int, batch_size: int, ranks: Ranks, seed: int):
+        self.length, self.batch_size, self.ranks, self.seed, self.epoch = length, batch_size, ranks, seed, 0
+
+    def __len__(self) -> int:
+        return -(-self.length // (self.batch_size * self.ranks.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = random.Random(f"{self.seed} {self.epoch}").sample(range(self.length), self.length)
+        batches = [order[start : start + self.batch_size] for start in range(0, self.length, self.batch_size)]
+        batches = batches[self.ranks.rank :: self.ranks.world_size]
+        yield from batches + [[]] * (len(self) - len(batches))

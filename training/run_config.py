@@ -1,0 +1,196 @@
+"""The keys of a run that are this project's own, and what is refused about a run's keys before anything is loaded."""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from deepseek.files import suggest, suggest_path
+from deepseek.selection import OPTIONS, STRATEGIES, check_rule
+from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, REFUSED
+
+POSITIVE = (
+    *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dpo_beta"),
+)
+
+
+def _key(default: object, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Our keys of a run; `training` holds the keys that were given of TrainingArguments, and DEFAULTS."""
+
+    _argument_group_name = "keys of this project"
+
+    base_model_path: str = _key(MISSING, "required: the base model: a folder or a hub id; or --model")
+    train_dataset: str = _key(MISSING, "required: a name in datasets/train, a file, or a hub id; or --data")
+    output_dir: str = _key(MISSING, "required: a new folder, or the folder of the same run, to continue it")
+    method: Literal["esft", "dpo", "random", "full", "lora"] = _key(
+        "esft", "dpo: esft on preference data; random: as many experts as esft, drawn by seed"
+    )
+    expert_config: str | None = _key(None, "the experts to train; without it, esft and dpo score and select them first")
+    score_function: Literal["token", "gate", "prob", "gradient", "reap"] = _key(
+        "token", "the score that selects the experts, without expert_config"
+    )
+    strategy: str = _key("cumulative", "the rule that selects them: " + ", ".join(STRATEGIES))
+    top_p: float | None = _key(None, "select up to this sum of scores; by default 0.2, or 0.1 for gate")
+    budget: float | None = _key(None, "share of all routed experts to select, in place of top_p")
+    upper_layers: int | None = _key(None, "strategy layers: select in so many uppermost layers; by default half")
+    fraction: float | None = _key(None, "strategy fraction: share of each layer's experts")
+    top_k: int | None = _key(None, "strategy topk: experts of each layer")
+    contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
+    contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
+    dpo_beta: float = _key(0.1, "method dpo: how strongly the policy is held to the base")
+    template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
+    template_kwargs: str | None = _key(None, 'variables of the chat template, as {"enable_thinking": false}')
+    loss_on: Literal["all", "last", "each"] = _key("all", "answers to learn; each: every one in a document of its own")
+    special_text: Literal["error", "plain", "token"] = _key("error", "what a special token's name in a message becomes")
+    append_end: bool = _key(False, "end answers with the tokenizer's end token where the chat template writes no end")
+    seq_length: int = _key(4096, "tokens in a pack of whole samples")
+    overlong: Literal["error", "truncate"] = _key("error", "what to do with a sample longer than seq_length")
+    n_train_samples: int | None = _key(None, "take only this many samples, drawn by seed")
+    streaming: bool = _key(False, "read no more of train_dataset than n_train_samples, for sets larger than the disk")
+    validation_dataset: str | None = _key(None, "a validation set of its own, in place of validation_fraction")
+    validation_fraction: float = _key(0.02, "share of the samples that is kept for validation")
+    dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
+    lora_rank: int = _key(8, "method lora: the rank")
+    lora_alpha: int = _key(16, "method lora: the scale is alpha / rank")
+    lora_experts: Literal["all", "selected"] = _key("all", "method lora: on all layers, or on selected experts alone")
+    lora_modules: str | None = _key(None, "lora_experts=selected: other layers, too, as self_attn,shared_experts")
+    global_batch_size: int | None = _key(None, "packs in an optimizer step, over all processes and micro batches")
+    ep_size: str = _key("1", "processes that share one copy of the experts, or auto: as few as fit on the GPUs")
+    placement: Literal["score", "contiguous"] = _key("score", "which process holds which experts: even load, or by id")
+    expert_scores_dir: str | None = _key(None, "the scores for placement; by default those beside expert_config")
+    shard_dense: bool = _key(False, "share out the frozen weights that are not experts, too (FSDP2)")
+    frozen_dtype: Literal["fp8", "int8", "nf4"] | None = _key(None, "quantize the frozen experts to save memory")
+    offload_frozen: bool = _key(False, "keep the frozen experts in host memory")
+    activation_checkpointing: Literal["auto", "true", "false"] = _key("auto", "auto: true on a GPU that needs it")
+    attn_implementation: str | None = _key(None, "e.g. flash_attention_2; by default transformers chooses")
+    save_opt_states: bool = _key(False, "keep optimizer states in checkpoints, to resume exactly")
+    verify_frozen: bool = _key(False, "prove by hash that every frozen tensor kept its bits")
+    overwrite: bool = _key(False, "remove an earlier run in output_dir and start afresh; other files are refused")
+    training: dict = field(default_factory=dict, metadata={"help": argparse.SUPPRESS})
+
+    def __post_init__(self):
+        check_rule(self.strategy, **{name: getattr(self, name) for name in OPTIONS})
+        if complaint := next(_complaints(self), None):
+            raise ValueError(f"cannot start this run: {complaint}")
+
+    @property
+    def seed(self) -> int:
+        return self.training.get("seed", DEFAULTS["seed"])
+
+    @property
+    def kind(self) -> str:
+        """The method, where LoRA on selected experts is one of its own."""
+        return LORA_SELECTED if (self.method, self.lora_experts) == ("lora", "selected") else self.method
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a process waits for the others."""
+        return timedelta(seconds=self.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
+
+
+def _complaints(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with a run's settings, beside the type of each."""
+    values = {**vars(config), **config.training}
+    for key, value in values.items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**32:
+            yield f"{key}={value} is not a finite number below 2**32"
+    if config.seed < 0:
+        yield f"seed={config.seed} is below 0"
+    for key in POSITIVE:
+        value = values.get(key)
+        if value is not None and value <= 0 and (key, value) != ("max_steps", -1):
+            yield f"{key}={value} is not above 0"
+    for key in ("label_smoothing_factor", "validation_fraction"):
+        if not 0 <= values.get(key, 0) <= 1:
+            yield f"{key}={values[key]} is not between 0 and 1"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        yield "torch sees no GPU for device=cuda. Use device=cpu, or install a torch with CUDA"
+    reports = values.get("report_to") or []
+    for name in [reports] if isinstance(reports, str) else reports:
+        if name not in ("none", "all", *get_available_reporting_integrations()):
+            yield f"report_to={name} is not installed. Give report_to=none or install it"
+    if values.get("eval_strategy", "no") != "no" and not (config.validation_fraction or config.validation_dataset):
+        yield f"eval_strategy={values['eval_strategy']} needs a validation set. Raise validation_fraction"
+    if config.streaming and not config.n_train_samples:
+        yield "streaming needs to know how many samples to take. Give n_train_samples"
+    if config.expert_scores_dir and not Path(config.expert_scores_dir).exists():
+        path = config.expert_scores_dir
+        yield f"expert_scores_dir={path} is not there{suggest_path(path)}"
+    if config.contrast_scores_dir and not Path(config.contrast_scores_dir).exists():
+        path = config.contrast_scores_dir
+        yield f"contrast_scores_dir={path} is not there{suggest_path(path)}"
+    if config.contrast != "difference" and not config.contrast_scores_dir:
+        yield f"contrast={config.contrast} needs scores on general data. Give contrast_scores_dir"
+    if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
+        yield f"ep_size={config.ep_size} is neither a number above 0 nor auto"
+    if config.global_batch_size and "gradient_accumulation_steps" in config.training:
+        yield "global_batch_size sets gradient_accumulation_steps. Give one of them"
+    batch = batch_split(config)
+    if batch and batch["gradient_accumulation_steps"] % 1:
+        size = batch["per_device_train_batch_size"]
+        yield f"global_batch_size={config.global_batch_size} cannot be shared out in batches of {size}. Change it"
+    if config.kind not in ON_EXPERTS:
+        changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen") if values[key]]
+        changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
+        if changed:
+            others = f"not {config.method}, and for {LORA_SELECTED}"
+            yield f"{changed[0]} is for methods esft, dpo and random, {others}. Leave it out"
+    if config.method == "dpo" and config.loss_on != "all":
+        yield f"loss_on={config.loss_on} is not for method dpo: the loss is on what differs in a pair. Leave it out"
+    if config.method == "random" and not config.expert_config:
+        yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
+    if config.verify_frozen and config.method == "full":
+        yield "verify_frozen has nothing to verify, as method full freezes nothing. Leave it out"
+    for key, (allowed, why) in REFUSED.items():
+        if values.get(key) is not None and values[key] not in allowed:
+            yield f"{key}={values[key]} does not work here: {why}. Leave it out"
+    yield from _unmet_needs(config, values)
+
+
+def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
+    """Yield which keys miss another that they need."""
+    best = "save_strategy=best" if values.get("save_strategy") == "best" else "load_best_model_at_end"
+    if best == "save_strategy=best" or values.get(best):
+        if values.get("eval_strategy", "no") == "no":
+            yield f"{best} needs evaluations. Give eval_steps"
+        if 0 < values.get("max_steps", -1) < values.get("eval_delay", 0):
+            yield f"{best} needs evaluations, and eval_delay={values['eval_delay']} leaves none. Lower it"
+    for key in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if values.get(key) and not values.get("dataloader_num_workers"):
+            yield f"{key} needs dataloader_num_workers above 0"
+    options = values.get("activation_checkpointing_kwargs") or {}
+    if not isinstance(options, dict):
+        yield f"activation_checkpointing_kwargs={options} is not a dict"
+    if unknown := sorted(options.keys() - CHECKPOINTING):
+        yield f"activation_checkpointing_kwargs has no {unknown[0]!r}{suggest(unknown[0], CHECKPOINTING)}"
+    if options.get("offload") and (config.device == "cpu" or not torch.cuda.is_available()):
+        yield "offload in activation_checkpointing_kwargs needs a GPU. Leave it out"
+    if (path := values.get("resume_from_checkpoint")) not in (None, "false"):
+        if not config.save_opt_states:
+            yield f"resume_from_checkpoint={path} needs --save_opt_states"
+        if config.overwrite:
+            yield "resume_from_checkpoint goes on with a run, and overwrite removes it. Give one of them"
+
+
+def batch_split(config: RunConfig) -> dict[str, float]:
+    """Return the keys that `global_batch_size` sets. An uneven split gives a fraction as the accumulation."""
+    if config.global_batch_size is None:
+        return {}
+    share = config.global_batch_size / int(os.environ.get("WORLD_SIZE", 1))
+    size = min(config.training.get("per_device_train_batch_size", 8), max(int(share), 1))
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": share / size}
