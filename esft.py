@@ -26,9 +26,6 @@ The experts of a layer are taken best first until their scores sum to `top_p`; d
 Legend: E experts, L MoE layers; score_E maps expert -> score, and score_LE maps layer -> expert -> score.
 """
 
-import deepseek  # noqa: F401 (before transformers' callbacks, as they load bitsandbytes)
-
-# isort: split
 import contextlib
 import functools
 import itertools
@@ -45,7 +42,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
 from deepseek.adapters import (
     BASE_NAME,
@@ -800,7 +796,7 @@ def load_esft_model(base_model_path: str | Path, adapter_dir: str | Path, streng
     return add_adapter(model, adapter_dir, strength), tokenizer
 
 
-class ESFTCallback(TrainerCallback):
+class ESFTCallback:
     """Makes the checkpoints of transformers' Trainer, and of TRL's, hold what was trained, and nothing else.
 
     Trainer writes the whole model with the names of single experts, and cannot read these names back. With this
@@ -810,10 +806,17 @@ class ESFTCallback(TrainerCallback):
     With an adapter of peft beside the experts, both are in `model.safetensors`, and peft's files are there as well. The
     experts are made trainable again if TRL's `peft_config` has frozen them.
 
+    It does not derive from `transformers.TrainerCallback`: that class imports peft, which takes two seconds.
+
     Raises:
         ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own. An adapter of peft is on
             the fused experts. The model has been through no `to_esft`. The checkpoint to resume trained other experts.
     """
+
+    def __getattr__(self, name: str):
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None  # the events that this callback has no use for
 
     def on_init_end(self, args, state, control, model: nn.Module, **_) -> None:
         prepared = find_state(inner_model(model))

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 import deepseek  # noqa: F401
+import esft
 from tests.helpers import ROOT
 
 FIRST = """
@@ -42,3 +43,22 @@ def test_the_package_is_imported_before_bitsandbytes():
         check=False,
     )
     assert (ended.returncode, ended.stdout.strip()) == (0, "imported"), ended.stderr
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
+def test_the_library_and_the_evaluation_start_without_peft():
+    """peft takes two seconds to import, and neither needs it."""
+    program = "import sys, esft, eval_multigpu; print('peft' in sys.modules, 'bitsandbytes' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["False", "False"]
+
+
+def test_the_callback_answers_every_event_of_the_trainer():
+    from transformers import TrainerCallback  # here, as its import is what the test above is about
+
+    callback = esft.ESFTCallback()
+    events = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+    own = {name for name in vars(esft.ESFTCallback) if name.startswith("on_")}
+    assert len(events) > 10 and own < set(events)
+    assert all(getattr(callback, name)(None, None, None, model=None) is None for name in set(events) - own)
+    assert not hasattr(callback, "name_of_no_event")
