@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
 from deepseek.files import read_json, set_modes, sha256, write_json
+from deepseek.optimizer_rows import by_row, join_rows
 
 MANIFEST = "manifest.json"
 STATES = "states"
 GROUPS = "optimizer.json"
-BLOCK = 256  # entries that share a scale in the 8-bit optimizers of bitsandbytes
-BLOCKWISE, TABLES = ("absmax1", "absmax2"), ("qmap1", "qmap2")  # their states with another shape than the parameter
 
 
 def step_of(checkpoint: Path) -> int:
@@ -106,19 +105,6 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
         write_json(folder / GROUPS, [{k: v for k, v in group.items() if k != "params"} for group in groups])
 
 
-def by_row(key: str, state: Tensor, param: nn.Parameter) -> Tensor | list[Tensor]:
-    """Return the part of an optimizer's state that belongs to each row (expert) of a parameter."""
-    if not state.ndim or key in TABLES:  # the same for all
-        return [state] * len(param)
-    if key not in BLOCKWISE and state.shape[0] == len(param) and state.ndim <= param.ndim:
-        return state
-    if key in BLOCKWISE and param[0].numel() % BLOCK == 0:
-        return state.view(len(param), -1)
-    raise ValueError(
-        f"the optimizer's {key} cannot be split by expert. Set optim=adamw_torch_fused, or leave out --save_opt_states"
-    )
-
-
 @torch.no_grad()
 def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Read what `save_states` wrote on any number of ranks, for the parameters that this rank trains."""
@@ -136,10 +122,7 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
             if any(kind not in kinds[row] for row in rows or ()):
                 raise ValueError(f"cannot resume from {folder}: its states are in 8 and in 32 bits. Keep the ep_size.")
             parts = [where[f"{row}.{kind}"].get_tensor(f"{row}.{kind}") for row in rows or [name]]
-            if not rows or not parts[0].ndim or kind in TABLES:
-                state[kind] = parts[0]
-            else:
-                state[kind] = torch.cat(parts) if kind in BLOCKWISE else torch.stack(parts)
+            state[kind] = join_rows(kind, parts) if rows else parts[0]
             if not state[kind].ndim and not state[kind].is_floating_point():
                 state[kind] = state[kind].item()  # the step, which bitsandbytes keeps as a number
         if "master" in state:

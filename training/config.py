@@ -24,9 +24,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from deepseek.files import check_file, suggest, unique_keys
+from deepseek.optimizer_rows import by_row
 from deepseek.selection import SETTINGS
 from training import keys
-from training.checkpoints import by_row
 from training.config_parser import make_parser, take_secret
 from training.keys import ALIASES, DEFAULTS, NO_EFFECT, ON_EXPERTS, ONLY_FOR
 from training.run_config import RunConfig, batch_split
