@@ -318,6 +318,15 @@ def _refuse_replaced(module: nn.Module, _args, _out) -> None:
         )
 
 
+def check_own_forward(layers: Iterable[MoELayer]) -> None:
+    """Raise ValueError if a forward of the model left out trained experts, because their block was replaced."""
+    if missed := [layer.name for layer in layers if layer.trained and not layer.trained.ran]:
+        raise ValueError(
+            f"cannot train the experts: a forward of the model did not reach {missed[0]}. Something replaced the "
+            "forward of the block around it. Leave that out."
+        )
+
+
 def train_experts(
     layer: FusedExperts, experts: Iterable[int], kind: Callable[..., SelectedExperts] = TrainedExperts
 ) -> None:

@@ -40,15 +40,17 @@ class TokenLosses:
 
     @torch.no_grad()
     def try_head(self, model: nn.Module) -> None:
-        """Find out by one token whether `model` goes on after its head, to scale or cap its logits.
+        """Run `model` on one token, to find out whether it goes on after its head, to scale or cap its logits.
 
         All ranks call this before the first batch: ranks that share experts must run the model equally often.
         """
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.head.weight.device)
+        inputs = {"input_ids": ids, "position_ids": ids, "use_cache": False}
         if self.head_is_last:
-            inputs = {"input_ids": ids, "position_ids": ids, "use_cache": False}
             losses, outputs = self._in_the_head(model, inputs, ids, 0.0)
             self.head_is_last = outputs.logits is losses
+        else:
+            model(**inputs)
 
     def __call__(self, model: nn.Module, inputs: dict, labels_BM: Tensor, smoothing: float = 0.0):
         """Return (losses, model outputs). The losses are (B, M) in fp32, and 0 where there is no label.

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from deepseek.experts import check_own_forward, moe_layers
 from deepseek.gradient_sync import GradientReducer
 from deepseek.process_groups import Ranks, SharedError
 from training import data
@@ -98,6 +99,7 @@ class ESFTTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count of the global batch itself
         self._token_losses = TokenLosses(self.model.get_output_embeddings())
         self._token_losses.try_head(self.model)
+        check_own_forward(moe_layers(self.model).values())
         self.signalled, self.stopping = 0, False  # the signal that came; all processes agreed to stop
         self.step_seconds: list[float] = []
         self._micro_batches: list[tuple[torch.Tensor, list[int]]] = []  # loss, rows of the dataset

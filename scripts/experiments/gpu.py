@@ -8,6 +8,7 @@ time that is left is left out, and one that fails is told with its error. So the
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells its stages otherwise
 
 from deepseek.files import write_json, write_text
 from scripts.experiments import benchmark
@@ -75,10 +77,9 @@ class Report:
         versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
         parts = [self.table(), f"Tests marked gpu: {self.tests}."]
         parts += [f"Left out for lack of time: {', '.join(self.left_out)}."] * bool(self.left_out)
-        parts += [
-            f"`bash scripts/experiments/gpu.sh`, {facts['date'][:10]}, {facts['device']}, {versions}",
-            self.profile,
-        ]
+        parts += ["This was a rehearsal: one step of small shapes, which measures nothing."] * self.args.rehearse
+        command = f"bash scripts/experiments/gpu.sh{' --rehearse' * self.args.rehearse}"
+        parts += [f"`{command}`, {facts['date'][:10]}, {facts['device']}, {versions}", self.profile]
         write_text(f"{self.args.output}.md", "\n\n".join(part for part in parts if part) + "\n")
 
     def table(self) -> str:

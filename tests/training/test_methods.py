@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 import esft
 from deepseek.loading import empty_model
@@ -55,6 +56,18 @@ def test_frozen_rows_of_trained_experts_are_verified(files, start, monkeypatch):
     experts.down_proj.data[experts.trained.row_of_e[4]] += 1
     after = frozen_hashes(trainer.model)
     assert {key for key in before if before[key] != after[key]} == {"model.layers.1.mlp.experts.down_proj"}
+
+
+@pytest.mark.parametrize("method", ["esft", "lora"])
+def test_a_block_that_was_replaced_is_refused_before_the_first_step(files, start, monkeypatch, capsys, method):
+    """Kernels of a hub can replace a whole block, experts and all, and then nothing of them would learn."""
+    selected = {"method": "lora", "lora_experts": "selected"} if method == "lora" else {}
+    start("a", max_steps=1, **selected)
+    monkeypatch.setattr(DeepseekV2Moe, "forward", lambda self, hidden_states: self.shared_experts(hidden_states))
+    message = fails(arguments(files, start.folder / "b", **selected), capsys)
+    assert "did not reach model.layers.1.mlp.experts" in message and not (start.folder / "b").exists()
+    monkeypatch.undo()
+    start("b", max_steps=1, **selected)
 
 
 def test_random_takes_as_many_other_experts(files, start):
