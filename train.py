@@ -38,6 +38,7 @@ from training.data import Template, eval_file_of, held_out_questions, load_data,
 from training.dpo import DPOTrainer
 from training.first_selection import score_and_select, selected_experts
 from training.keys import LORA_SELECTED
+from training.l2_to_base import PullToBase
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
 from training.plan import Plan, join_processes, open_empty, plan_run
@@ -107,6 +108,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         train_dataset=packs,
         eval_dataset=eval_packs or None,
         processing_class=tokenizer,
+        callbacks=[PullToBase(config.l2_to_base)] if config.l2_to_base else None,
     )
     hashes = frozen_hashes(loaded.model) if config.verify_frozen else None
     if checkpoint:

@@ -61,6 +61,7 @@ class MemorySettings:
     shard_dense: bool = False
     frozen_dtype: str | None = None
     offload_frozen: bool = False
+    keep_base: bool = False  # the base's values of what is trained; method dpo always keeps them
     optim: str = "adamw_torch_fused"
     activation_checkpointing: bool = False
     device: str = "cuda"
@@ -157,9 +158,10 @@ class Estimator:
         if s.world_size > s.ep_size or (s.world_size > 1 and held.others):
             moving["transient"] += held.largest_bucket
         gradients = trained = sum(count * size for size, count in held.trained.items())
-        if self.method == "dpo":
+        if s.keep_base or self.method == "dpo":
             base = held.trained_rows + held.others * getattr(torch, s.dtype).itemsize
             host, experts = (host + base, experts) if s.device == "cuda" else (host, experts + base)
+        if self.method == "dpo":
             # the reference's forward saves no activations, and holds the trained values a second time
             moving["transient"] += max(0, trained - moving["activations"])
         if s.accumulation:
@@ -243,7 +245,13 @@ class Estimator:
 
     def _moving(self, s: MemorySettings) -> Counter:
         """Return the bytes by kind that come and go, at their peak."""
-        counted = {"world_size": s.ep_size, "shard_dense": False, "frozen_dtype": None, "offload_frozen": False}
+        counted = {
+            "world_size": s.ep_size,
+            "shard_dense": False,
+            "frozen_dtype": None,
+            "offload_frozen": False,
+            "keep_base": False,
+        }
         key = dataclasses.replace(s, **counted, optim="sgd")
         if key not in self._runs:
             model = self._prepared(key)

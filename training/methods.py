@@ -45,8 +45,9 @@ def prepare_model(
     lora_rank: int = 8,
     lora_alpha: int = 16,
     lora_modules: Collection[str] = (),
+    keep_base: bool = False,
 ) -> nn.Module:
-    """Make trainable what `method` trains, and nothing else."""
+    """Make trainable what `method` trains, and nothing else. With `keep_base`, keep the base's values of it."""
     if method == "full":
         if model.dtype != torch.float32:
             warnings.warn("full fine-tuning in bfloat16 rounds small updates away; set dtype=float32", stacklevel=2)
@@ -57,7 +58,7 @@ def prepare_model(
         if lora_modules:
             _add_lora(model, lora_rank, lora_alpha, lora_modules)
         return esft.to_esft(model, experts, lora_rank=lora_rank, lora_alpha=lora_alpha)
-    return esft.to_esft(model, experts, keep_base=method == "dpo")
+    return esft.to_esft(model, experts, keep_base=keep_base)
 
 
 def lora_layers(model: nn.Module, only: Collection[str] = ()) -> list[str]:

@@ -54,7 +54,13 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
     read_bytes = base.read_bytes if experts or frozen else None
     model = ranks.run_or_fail_together(
         lambda: prepare_model(
-            base, config.kind, plan.experts, config.lora_rank, config.lora_alpha, split_names(config.lora_modules or "")
+            base,
+            config.kind,
+            plan.experts,
+            config.lora_rank,
+            config.lora_alpha,
+            split_names(config.lora_modules or ""),
+            config.keeps_base,
         )
     )
     if placements:

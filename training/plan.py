@@ -174,6 +174,7 @@ def memory_settings(
         shard_dense=config.shard_dense,
         frozen_dtype=plan.frozen_dtype,
         offload_frozen=config.offload_frozen,
+        keep_base=config.keeps_base,
         optim=args.optim.value,
         device=args.device.type,
     )

@@ -51,6 +51,7 @@ class RunConfig:
     top_k: int | None = _key(None, "strategy topk: experts of each layer")
     contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
     contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
+    l2_to_base: float = _key(0.0, "pull what is trained towards the base after each step: by learning rate x this")
     dpo_beta: float = _key(0.1, "method dpo: how strongly the policy is held to the base")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
     template_kwargs: str | None = _key(None, 'variables of the chat template, as {"enable_thinking": false}')
@@ -96,6 +97,11 @@ class RunConfig:
     def kind(self) -> str:
         """The method, where LoRA on selected experts is one of its own."""
         return LORA_SELECTED if (self.method, self.lora_experts) == ("lora", "selected") else self.method
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base's values of what is trained are needed while it is trained."""
+        return self.method == "dpo" or self.l2_to_base > 0
 
     @property
     def timeout(self) -> timedelta:
@@ -160,6 +166,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         if values.get(key) is not None and values[key] not in allowed:
             yield f"{key}={values[key]} does not work here: {why}. Leave it out"
     yield from _unmet_needs(config, values)
+    yield from _wrong_pull(config)
 
 
 def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
@@ -185,6 +192,19 @@ def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
             yield f"resume_from_checkpoint={path} needs --save_opt_states"
         if config.overwrite:
             yield "resume_from_checkpoint goes on with a run, and overwrite removes it. Give one of them"
+
+
+def _wrong_pull(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with `l2_to_base`."""
+    pull, rate = config.l2_to_base, config.training.get("learning_rate", TrainingArguments.learning_rate)
+    if pull < 0:
+        yield f"l2_to_base={pull} is below 0"
+    if pull and config.method == "lora":
+        yield "l2_to_base is not for method lora, whose weight_decay shrinks the change itself. Give weight_decay"
+    if pull and config.method == "full":
+        yield "l2_to_base is for methods esft, dpo and random, which keep the base's values. Leave it out"
+    if pull * rate >= 1:
+        yield f"l2_to_base={pull} at learning rate {rate} would pull past the base. Give less than {1 / rate:g}"
 
 
 def batch_split(config: RunConfig) -> dict[str, float]:
