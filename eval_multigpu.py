@@ -43,11 +43,11 @@ from transformers import HfArgumentParser
 
 import esft
 from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
-from deepseek.files import check_output, read_json, write_json, write_jsonl
+from deepseek.files import check_output, read_json, sha256, write_json, write_jsonl
 from deepseek.loading import empty_model, load_config
 from evaluation import code_runner
 from evaluation.config import EvalConfig, fill_from_run
-from evaluation.journal import AnswerJournal
+from evaluation.journal import AnswerJournal, find_finished
 from evaluation.judge import NO_SCORE, Judge, grade
 from evaluation.lm_eval_harness import Suite, load_suites
 from evaluation.lm_eval_results import evaluate_share
@@ -227,14 +227,36 @@ def write_results(
         "environment": environment(),
     }
     write_jsonl(job.output_path, results)
+    summary |= (
+        {} if journal.keep else {"key": finished_key(journal.key, job, judge), "answers": sha256(job.output_path)}
+    )
     write_json(job.summary_path, summary)
     return summary, results
 
 
-def run(config: EvalConfig) -> list[dict]:
+def finished_key(key: dict, job: Job, judge: Judge | None) -> dict:
+    """Return the key of finished answers: that of the journal, and who graded them."""
+    return {**key, "judge": [judge.model, judge.base_url] if judge and any(job.tasks) else None}
+
+
+def open_journal(
+    config: EvalConfig, job: Job, device: str, judge: Judge | None, finished: tuple[Path, ...]
+) -> AnswerJournal:
+    """Return the journal of a job, with what is there of it in the folders `finished` and in --base_answers."""
+    journal = AnswerJournal(job.output_path, answer_key(config, job, device))
+    of_base = [config.base_answers] if config.base_answers and (job.base or not config.adapter_dir) else []
+    if found := find_finished([*finished, *of_base], finished_key(journal.key, job, judge)):
+        journal.take_finished(found)
+    elif of_base:
+        note(f"{config.base_answers} has no answers of this base to {job.name} with these settings: it is asked")
+    return journal
+
+
+def run(config: EvalConfig, finished: tuple[Path, ...] = ()) -> list[dict]:
     """Evaluate, and return the summaries of all data sets and suites, with --with_base those of the adapter.
 
-    What can be checked without the model is checked before it is loaded.
+    What can be checked without the model is checked before it is loaded. Folders `finished` may hold answers of an
+    earlier evaluation. Those of the same model to the same questions are taken as they are.
     """
     if config.adapter_dir:
         esft.check_adapter(empty_model(config.base_model_path), config.adapter_dir)
@@ -249,8 +271,8 @@ def run(config: EvalConfig) -> list[dict]:
     with contextlib.ExitStack() as stack:
         for path in {*(job.output_path for job in jobs), *suite_paths.values()}:
             stack.enter_context(locked(path))
-        keys = [answer_key(config, job, devices[0][0]) for job in jobs]
-        journals = [stack.enter_context(AnswerJournal(job.output_path, key)) for job, key in zip(jobs, keys)]
+        opened = (open_journal(config, job, devices[0][0], judge, finished) for job in jobs)
+        journals = [stack.enter_context(journal) for journal in opened]
         answer_jobs(config, jobs, devices, journals)
         answers: dict[str, list[dict]] = {}
         for job, journal in zip(jobs, journals):
@@ -264,7 +286,7 @@ def run(config: EvalConfig) -> list[dict]:
             journal.keep = keep
         try:
             here = min(len(loaded), len(devices)) == 1  # other processes load their suites themselves
-            work = functools.partial(evaluate_share, config, suite_paths, loaded if here else None)
+            work = functools.partial(evaluate_share, config, suite_paths, loaded if here else None, finished)
             ranks = run_ranks(work, list(loaded), devices, config.timeout, "suite {}".format)
             for summary in filter(None, stack.enter_context(contextlib.closing(ranks))):
                 summaries[summary["dataset"]] = summary
@@ -297,7 +319,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if not config.datasets and not config.suites:
         cause = "it is not a run, which knows its own task"
         raise ValueError(f"cannot evaluate {config.base_model_path}: {cause}. Give --eval_dataset or --suite.")
-    if len(config.strengths) > 1 or config.choose_strength:
+    if config.is_curve:
         esft.check_adapter(empty_model(config.base_model_path), config.adapter_dir)
         return evaluate_strengths(config, run, output_path(config, "strength", alone=True).with_suffix(""))
     first, *more = split_by_adapter(config)

@@ -23,7 +23,7 @@ NEEDS = {  # flag -> flags that have no effect without it
     "eval_dataset": ("max_new_tokens", "template", "evaluator", "judge_model"),
     "suite": ("task_dir", "num_fewshot", "suite_max_new_tokens", "apply_chat_template"),
     "judge_model": ("judge_base_url",),
-    "adapter_dir": ("with_base", "strength", "choose_strength"),
+    "adapter_dir": ("with_base", "base_answers", "strength", "choose_strength"),
     "choose_strength": ("max_loss",),
 }
 STRENGTHS = "0.5,0.6,0.7,0.8,0.9,1"  # those to choose from
@@ -49,6 +49,12 @@ class EvalConfig:
         "DIR",
     )  # fmt: skip
     with_base: bool = _flag(False, "answer without the adapter too, and print what it changed with 95 %% intervals")
+    base_answers: str | None = _flag(
+        None,
+        "folder of an earlier evaluation: with --with_base, or in a curve of strengths, the base's answers are taken "
+        "from it where model, questions and settings are the same",
+        "DIR",
+    )
     strength: str = _flag(
         "1",
         "how much of the adapter's change to make, 0 to 2: base + strength x (tuned - base); several give a curve. "
@@ -131,6 +137,10 @@ class EvalConfig:
         return found
 
     @property
+    def is_curve(self) -> bool:
+        return len(self.strengths) > 1 or self.choose_strength
+
+    @property
     def datasets(self) -> list[str]:
         return split_names(self.eval_dataset)
 
@@ -160,7 +170,9 @@ class EvalConfig:
             unused = [name for name in names if getattr(self, name) != default[name]]
             if unused and not getattr(self, needed):
                 raise ValueError(f"cannot use --{unused[0]}: it has an effect only with --{needed}. Give that, too.")
-        for path in [self.adapter_dir, self.task_dir, *filter(is_task_file, self.suites)]:
+        if self.base_answers and not (self.with_base or self.is_curve):
+            raise ValueError("cannot use --base_answers: no base is asked. Give --with_base, or several strengths.")
+        for path in [self.adapter_dir, self.base_answers, self.task_dir, *filter(is_task_file, self.suites)]:
             if path and not Path(path).exists():
                 raise ValueError(f"cannot read {path}: no such file or folder{suggest_path(path)}")
 

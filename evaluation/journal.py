@@ -1,11 +1,13 @@
-"""The finished batches of an evaluation, in a file from which an interrupted evaluation goes on."""
+"""The finished batches of an evaluation, in a file from which an interrupted one goes on, and finished answers."""
 
 import contextlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from deepseek.files import read_json, read_jsonl, sha256
 from evaluation.workers import still_here
 from utils import note
 
@@ -21,7 +23,7 @@ class AnswerJournal:
     keep = False
 
     def __init__(self, output_path: Path, key: dict):
-        self.path = output_path.with_name(f".{output_path.name}.partial")
+        self.path, self.key = output_path.with_name(f".{output_path.name}.partial"), key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.results: dict[int, dict] = {}
         self.seconds = 0.0
@@ -49,6 +51,12 @@ class AnswerJournal:
     @property
     def all_failed(self) -> bool:
         return all("error" in result for result in self.results.values())
+
+    def take_finished(self, summary: Path) -> None:
+        """Take the answers beside a summary, but for those that failed."""
+        lines = {i: line for i, line in enumerate(read_jsonl(answers_beside(summary))) if "error" not in line}
+        self.results, self.seconds = {}, 0.0
+        self.add({"indices": [*lines], "results": [*lines.values()], "seconds": read_json(summary)["seconds"]})
 
     def add(self, record: dict) -> None:
         self._write(record)
@@ -96,3 +104,17 @@ class RequestJournal(AnswerJournal):
             self.add({"indices": list(self.waiting), "results": answers, "seconds": seconds})
         self.waiting = {}
         still_here()
+
+
+def answers_beside(summary: Path) -> Path:
+    """Return the file of the answers of a summary."""
+    return summary.with_name(summary.name.replace(".summary.json", ".jsonl"))
+
+
+def find_finished(folders: Iterable[str | Path], key: dict) -> Path | None:
+    """Return the summary with this key in one of the folders, if its answers are there as they were written."""
+    for path in [path for folder in folders for path in sorted(Path(folder).glob("*.summary.json"))]:
+        summary, answers = read_json(path), answers_beside(path)
+        if summary.get("key") == key and answers.is_file() and sha256(answers) == summary["answers"]:
+            return path
+    return None

@@ -12,19 +12,21 @@ HellaSwag and ARC, as is usual. Intervals are 95 % bootstrap intervals over samp
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 import esft
-from deepseek.files import named, write_json, write_jsonl
+from deepseek.files import named, read_json, sha256, write_json, write_jsonl
 from evaluation import generation, lm_eval_harness
 from evaluation.config import EvalConfig
 from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
-from evaluation.journal import RequestJournal
+from evaluation.journal import RequestJournal, answers_beside, find_finished
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.runner import model_key
 from utils import environment, note
@@ -184,15 +186,25 @@ def evaluate_share(
     config: EvalConfig,
     paths: dict[str, Path],
     loaded: dict[str, list[Suite]] | None,
+    finished: tuple[Path, ...],
     names: list[str],
     devices: list[str],
 ) -> Iterator[dict]:
     """Load the model and yield the summaries of one process's suites, by the flags of eval_multigpu.py.
 
     `paths` says where the answers to each suite go. `loaded` has the suites, if this process has loaded them already.
+    Suites that the folders `finished` or, if there is no adapter, --base_answers have results of are not asked.
     """
     found = loaded or load_suites(names, task_dir=config.task_dir, allow_code_execution=config.allow_code_execution)
-    suites = [suite for name in names for suite in found[name]]
+    suites = []
+    for suite in [suite for name in names for suite in found[name]]:
+        folders = [*finished, *([config.base_answers] if config.base_answers and not config.adapter_dir else [])]
+        if summary := find_finished(folders, finished_key(config, suite, False, devices[0])):
+            yield _take(summary, paths[suite.name])
+        else:
+            suites.append(suite)
+    if not suites:
+        return
     model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
     yield from evaluate_suites(model, tokenizer, suites, config, paths)
 
@@ -206,27 +218,30 @@ def evaluate_suites(
     done, the answers are kept beside the outputs, and an evaluation that was interrupted goes on from them.
     """
     base: dict[str, SuiteAnswers] = {}
+    device = str(model.device)
     with contextlib.ExitStack() as stack:
 
         def ask(suite: Suite, path: Path, of_base: bool) -> SuiteAnswers:
-            key = suite_key(config, suite, of_base, str(model.device))
-            journal = stack.enter_context(RequestJournal(path, key))
+            journal = stack.enter_context(RequestJournal(path, suite_key(config, suite, of_base, device)))
             if journal.results:
                 note(f"{len(journal.results)} answers to {suite.name} are there from an interrupted evaluation")
             return evaluate_suite(model, tokenizer, suite, config, journal)
 
         if config.with_base:
+            if config.base_answers:
+                note("--base_answers has suites for curves only: the base is asked again, for the comparison by sample")
             with named(f"adapter {config.adapter_dir}"):
                 esft.check_base({"router": esft.router_fingerprint(model)}, config.adapter_dir)  # before hours of it
             for suite in suites:
-                path = paths[suite.name].with_suffix(".base.jsonl")
+                path, key = paths[suite.name].with_suffix(".base.jsonl"), finished_key(config, suite, True, device)
                 base[suite.name] = ask(suite, path, of_base=True)
-                _write(suite, base[suite.name], None, config, path)
+                _write(suite, base[suite.name], None, config, path, key)
         if config.adapter_dir:
             model = esft.add_adapter(model, config.adapter_dir, config.strengths[0])
         for suite in suites:
+            key = finished_key(config, suite, False, device)  # first: lm-eval changes its tasks as it asks them
             answers = ask(suite, paths[suite.name], of_base=False)
-            yield _write(suite, answers, base.get(suite.name), config, paths[suite.name])
+            yield _write(suite, answers, base.get(suite.name), config, paths[suite.name], key)
 
 
 def suite_key(config: EvalConfig, suite: Suite, of_base: bool, device: str) -> dict:
@@ -235,22 +250,46 @@ def suite_key(config: EvalConfig, suite: Suite, of_base: bool, device: str) -> d
     return {**key, "suite": suite.name, "version of lm-eval": importlib.metadata.version("lm_eval")}
 
 
-def _write(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, config: EvalConfig, path: Path) -> dict:
+def finished_key(config: EvalConfig, suite: Suite, of_base: bool, device: str) -> dict:
+    """Return what decides the results of a suite: also all that decides its requests, and how they are summarized."""
+    tasks = {name: [task.dump_config(), list(task.eval_docs)] for name, task in suite.tasks.items()}
+    digest = hashlib.sha256(json.dumps(tasks, default=str).encode()).hexdigest()
+    return {**suite_key(config, suite, of_base, device), "tasks": digest, **_arguments(config)}
+
+
+def _take(summary: Path, path: Path) -> dict:
+    """Copy the results of a suite to `path` and beside it."""
+    for suffix in (".jsonl", ".lm_eval.json", ".summary.json"):
+        source, target = answers_beside(summary).with_suffix(suffix), path.with_suffix(suffix)
+        if source != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    note(f"the answers to {path.stem} are there from an earlier evaluation")
+    return read_json(summary)
+
+
+def _arguments(config: EvalConfig) -> dict:
+    arguments = {name: getattr(config, name) for name in ARGUMENTS}
+    return arguments | {"batch_size": config.eval_batch_size, "max_new_tokens": config.suite_max_new_tokens}
+
+
+def _write(
+    suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, config: EvalConfig, path: Path, key: dict
+) -> dict:
     from lm_eval.utils import handle_non_serializable
 
     own = {key: value for key, value in answers.results.items() if key != "samples"}
-    arguments = {name: getattr(config, name) for name in ARGUMENTS}
-    arguments |= {"batch_size": config.eval_batch_size, "max_new_tokens": config.suite_max_new_tokens}
     summary = {
         **summarize_suite(suite, answers, base, seed=config.seed),
         "seconds": round(answers.seconds, 2),
         "num_fewshot": {name: answers.results["n-shot"].get(name) for name in suite.tasks},
         "notes": answers.notes,
-        "arguments": arguments,
+        "arguments": _arguments(config),
         "environment": {**environment(), "lm_eval": own.get("lm_eval_version")},
     }
     write_jsonl(path, completion_lines(suite, answers, summary))
     write_json(path.with_suffix(".lm_eval.json"), json.loads(json.dumps(own, default=handle_non_serializable)))
+    summary |= {} if base else {"key": key, "answers": sha256(path)}
     write_json(path.with_suffix(".summary.json"), summary)
     for text in answers.notes:
         note(f"{suite.name}: {text}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from deepseek.files import named, read_json, read_jsonl, suggest_path
 from deepseek.selection import SETTINGS
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
+from evaluation.journal import answers_beside
 from evaluation.results import compare
 from utils import ROOT
 
@@ -211,7 +212,7 @@ def read_trained(
 
 def read_evaluation(path: Path) -> Evaluation:
     """Read a summary of eval_multigpu.py, and the answers beside it, if they are there."""
-    answers = path.with_name(path.name.replace(".summary.json", ".jsonl"))
+    answers = answers_beside(path)
     summary = read_json(path, "dataset", "primary", "n", "mean", "ci95", "groups", "arguments")
     lines = read_jsonl(answers) if answers.is_file() else []
     with named(answers):

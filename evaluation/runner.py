@@ -73,7 +73,7 @@ def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -
         "model": str(folder.resolve()) if files else config.base_model_path,
         "model files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "adapter": adapter and {path.name: sha256(path) for path in sorted(Path(adapter).iterdir()) if path.is_file()},
-        **{name: getattr(config, name) for name in (*ANSWER_FLAGS, *(() if base else ("strength",)))},
+        **{name: getattr(config, name) for name in (*ANSWER_FLAGS, *(("strength",) if adapter else ()))},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "version of torch": torch.__version__,
         "version of transformers": transformers.__version__,
@@ -100,7 +100,7 @@ def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], j
     ]
     done, total = sum(len(journal.results) for journal in journals), sum(len(job.rows) for job in jobs)
     if done:
-        note(f"{done} of {total} answers are there from an evaluation that was interrupted: going on")
+        note(f"{done} of {total} answers are there from an earlier evaluation: going on")
     bar, seconds, tokens = None, 0.0, 0
     with contextlib.ExitStack() as stack:
         work = functools.partial(_answer_share, config, jobs)

@@ -22,8 +22,11 @@ from utils import ROOT, environment, markdown_table, note
 Point = dict  # "strength", and by data set "mean" and "difference" to the base with its "ci95"
 
 
-def evaluate_strengths(config: EvalConfig, run: Callable[[EvalConfig], list[dict]], folder: Path) -> list[dict]:
-    """Evaluate each strength by `run`, print the curve, write it to `folder`, and return all summaries."""
+def evaluate_strengths(config: EvalConfig, run: Callable[..., list[dict]], folder: Path) -> list[dict]:
+    """Evaluate each strength by `run`, print the curve, write it to `folder`, and return all summaries.
+
+    What an earlier curve in this folder has asked already is taken as it is.
+    """
     every, points = [], []
     for strength in sorted({0.0, *config.strengths}):
         note(f"strength {strength:g}" if strength else "the base")
@@ -33,9 +36,10 @@ def evaluate_strengths(config: EvalConfig, run: Callable[[EvalConfig], list[dict
             strength=f"{strength:g}" if strength else "1",
             output_path=None,
             output_dir=str(folder / f"{strength:g}"),
+            base_answers=None if strength else config.base_answers,
             **dict.fromkeys(("with_base", "choose_strength"), False),
         )
-        every.append(run(part))
+        every.append(run(part, (folder / f"{strength:g}",)))
         points.append(point_of(strength, every[-1], every[0], folder))
     names = list(points[0]["mean"])
     print(f"\n{format_curve(points)}")

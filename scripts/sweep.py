@@ -291,6 +291,7 @@ class Sweep:
             eval_dataset=",".join(self.asked),
             base_model_path=self.args.base_model_path,
             adapter_dir=model,
+            base_answers=output.parent if model else None,
             strength=",".join(f"{strength:g}" for strength in self.args.strengths) if model else None,
             output_path=output,
             **self.flags("world_size gpus_per_rank template max_new_tokens eval_batch_size"),
