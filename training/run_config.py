@@ -64,6 +64,8 @@ class RunConfig:
     streaming: bool = _key(False, "read no more of train_dataset than n_train_samples, for sets larger than the disk")
     validation_dataset: str | None = _key(None, "a validation set of its own, in place of validation_fraction")
     validation_fraction: float = _key(0.02, "share of the samples that is kept for validation")
+    replay_dataset: str | None = _key(None, "a general data set to learn beside the task, so that less is forgotten")
+    replay_share: float = _key(0.1, "share of the label tokens that are replayed ones")
     dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
     lora_rank: int = _key(8, "method lora: the rank")
@@ -165,8 +167,19 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     for key, (allowed, why) in REFUSED.items():
         if values.get(key) is not None and values[key] not in allowed:
             yield f"{key}={values[key]} does not work here: {why}. Leave it out"
+    yield from _of_replay(config)
     yield from _unmet_needs(config, values)
     yield from _wrong_pull(config)
+
+
+def _of_replay(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the keys of replay."""
+    if not 0 < config.replay_share < 1:
+        yield f"replay_share={config.replay_share} is not between 0 and 1"
+    if config.replay_share != RunConfig.replay_share and not config.replay_dataset:
+        yield f"replay_share={config.replay_share} needs replay_dataset"
+    if config.replay_dataset and config.method == "dpo":
+        yield "replay_dataset is not for method dpo: a replayed answer has none to compare it with. Leave it out"
 
 
 def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:

@@ -58,6 +58,7 @@ PATHS = (
     "base_model_path",
     "train_dataset",
     "validation_dataset",
+    "replay_dataset",
     "expert_config",
     "expert_scores_dir",
     "contrast_scores_dir",
@@ -184,8 +185,9 @@ def _choose_checkpoint(checkpoints: list[Path], asked: str | None) -> Path | Non
 def run_note(config: RunConfig, packs_per_step: int) -> dict:
     """Return what makes a run this run: its config, the packs of a step, SHA-256 of the files it reads."""
     paths = {} if config.streaming else {"train_dataset": dataset_files(config.train_dataset)}
-    if config.validation_dataset:
-        paths["validation_dataset"] = dataset_files(config.validation_dataset)
+    for key in ("validation_dataset", "replay_dataset"):
+        if getattr(config, key):
+            paths[key] = dataset_files(getattr(config, key))
     if config.kind in ON_EXPERTS:
         path = Path(config.expert_config)
         paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]

@@ -273,7 +273,7 @@ class ESFTTrainer(SavingTrainer):
         found = [pair for part in self.ranks.gather(found) for pair in part]
         rows = [row for finite, rows in found if not finite for row in rows]
         rows = sorted(set(rows or [row for _, rows in found for row in rows]))
-        shown = ", ".join(map(str, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
+        shown = ", ".join(map(data.sample_name, rows[:20])) + (f" and {len(rows) - 20} more" if len(rows) > 20 else "")
         loss = sum(self.ranks.gather(losses.sum().item())) / self.ranks.world_size
         raise SharedError(
             f"cannot take step {self.state.global_step + 1}: the loss is {loss} and the gradient norm {norm} on rows "

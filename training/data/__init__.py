@@ -5,19 +5,20 @@
     preferences.py a row of preference data -> the messages of two conversations
     templates.py   messages -> tokens and labels
     documents.py   what lies between: pieces of text, documents
+    replay.py      which rows of a general data set stand beside those of the task
     packs.py       documents -> packs -> tensors
 
 Tokens are made once, by all cores, and kept in memory-mapped tables. A second run of the same data starts at once, and
 all processes of a run open the same files. What a run needs in memory is a few numbers per document.
 """
 
+import functools
 import hashlib
 import json
 import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from deepseek.files import sha256
 from deepseek.loading import vocab_size
 from training.data.documents import (
     IGNORE,
+    Documents,
     Encoded,
     Skeleton,
     TemplateSettings,
@@ -36,8 +38,9 @@ from training.data.documents import (
     content_marks,
     template_settings,
 )
-from training.data.packs import Pack, Packs, best_fit, collate, has_label, pack, pack_of, sizes_in_pack
+from training.data.packs import Pack, Packs, best_fit, collate, has_label, pack, pack_of, pack_rows, sample_name
 from training.data.preferences import SIDES, is_pair, read_chosen, read_pair, unused_in_pair
+from training.data.replay import add_replay
 from training.data.shapes import SHAPES, conversation, read_messages, unused_fields
 from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve, stream_rows, take_rows
 from training.data.templates import Template
@@ -78,10 +81,12 @@ __all__ = [
     "open_rows",
     "pack",
     "pack_of",
+    "pack_rows",
     "read_chosen",
     "read_messages",
     "read_pair",
     "resolve",
+    "sample_name",
     "sample_rows",
     "split_samples",
     "stream_rows",
@@ -113,23 +118,6 @@ def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
 def load_samples(dataset: str | Path) -> list[dict]:
     """Return the samples of a data set in memory: {"messages": [...]} (training/data/shapes.py)."""
     return [{"messages": read_messages(row, where)} for where, row in open_rows(dataset)]
-
-
-class Documents(Sequence):
-    """Documents in a memory-mapped table. Of each, arrays hold the tokens, the tokens with a label, and the row."""
-
-    def __init__(self, table):
-        self.table = table.with_format("numpy")
-        self.lengths, self.labels, self.rows = (
-            table.data.column(key).to_numpy() for key in ("length", "learned", "row")
-        )
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Encoded:
-        found = self.table[int(index)]
-        return Encoded(found["input_ids"].tolist(), found["labels"].tolist())
 
 
 def features() -> "datasets.Features":  # noqa: F821
@@ -230,20 +218,25 @@ def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Pa
 
 def _load(tokenizer, config: "RunConfig") -> tuple[Packs, Packs]:
     template = Template(tokenizer, template_settings(config), vocab_size(config.base_model_path))
-    how = {"quiet": config.training.get("disable_tqdm", False), "pairs": config.method == "dpo"}
+    pairs = config.method == "dpo"
+    how = {"quiet": config.training.get("disable_tqdm", False), "pairs": pairs}
+    packed = functools.partial(pack_rows, settings=config, together=2 if pairs else 1)
     rows, numbers = sample_rows(config.train_dataset, config.n_train_samples, config.seed, config.streaming)
     documents = encode_rows(rows, template, **how)
     every = list(range(len(rows)))
     if config.validation_dataset:
-        train = _pack_rows(documents, every, numbers, config)
+        train = packed(documents, every, numbers)
         held_out = open_rows(config.validation_dataset, seed=config.seed)
         every = list(range(len(held_out)))
-        validation = _pack_rows(encode_rows(held_out, template, **how), every, np.asarray(every) + 1, config)
+        validation = packed(encode_rows(held_out, template, **how), every, np.asarray(every) + 1)
     else:
         parts = split_samples(every, config.validation_fraction, config.seed)
-        train, validation = (_pack_rows(documents, part, numbers, config) for part in parts)
+        train, validation = (packed(documents, part, numbers) for part in parts)
     if not train:
         raise ValueError(f"cannot train on {config.train_dataset}: no sample is left. Raise seq_length.")
+    if config.replay_dataset:
+        rows = open_rows(config.replay_dataset, seed=config.seed)
+        train = add_replay(train, validation, encode_rows(rows, template, **how), config)
     return train, validation
 
 
@@ -296,20 +289,3 @@ def held_out_questions(run: dict) -> tuple[list[dict], int]:
         if question["role"] == "user" and answer and answer["role"] == "assistant" and more == [None]:
             rows.append({"prompt": question["content"], "answers": [answer["content"]]})
     return rows, len(held_out)
-
-
-def _pack_rows(documents: Documents, rows: list[int], numbers: np.ndarray, config: "RunConfig") -> Packs:
-    """Pack the documents of some rows. The two of a pair stay together."""
-    together = 2 if config.method == "dpo" else 1
-    chosen = np.flatnonzero(np.isin(documents.rows, rows)).reshape(-1, together)
-    samples, sizes = numbers[documents.rows], sizes_in_pack(documents.lengths, config.seq_length, together)
-    found = pack(
-        documents.lengths[chosen].sum(1).tolist(),
-        lambda i: all(has_label(documents[number], sizes[number]) for number in chosen[i]),
-        samples[chosen[:, 0]],
-        config.seq_length,
-        config.overlong,
-        config.seed,
-    )
-    packs = [chosen[members].flatten().tolist() for members in found]
-    return Packs(documents, samples, packs, config.seq_length, together)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 import jinja2
@@ -39,6 +39,23 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+class Documents(Sequence):
+    """Documents in a memory-mapped table. Of each, arrays hold the tokens, the tokens with a label, and the row."""
+
+    def __init__(self, table):
+        self.table = table.with_format("numpy")
+        self.lengths, self.labels, self.rows = (
+            table.data.column(key).to_numpy() for key in ("length", "learned", "row")
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Encoded:
+        found = self.table[int(index)]
+        return Encoded(found["input_ids"].tolist(), found["labels"].tolist())
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from training.data.documents import IGNORE, Encoded
+from training.data.documents import IGNORE, Documents, Encoded
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Whole documents end to end, as lists of one length. `samples` are the numbers of their samples."""
+    """Whole documents end to end, as lists of one length.
+
+    `samples` are the numbers of their samples, from 1, and from -1 down in a pack of replayed documents.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -38,6 +41,10 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def replayed(self) -> bool:
+        return self.samples[0] < 0 if self.samples else False
 
     def add(self, document: Encoded, size: int, sample: int) -> None:
         """Append the first `size` tokens of a document."""
@@ -66,7 +73,7 @@ class Packs(Sequence):
 
     def __init__(
         self,
-        documents: "Documents",  # noqa: F821
+        documents: Documents,
         samples: np.ndarray,
         members: list[list[int]],
         seq_length: int,
@@ -101,6 +108,11 @@ class Packs(Sequence):
         step = self.together
         alone = [members[i : i + step] for members in self.members for i in range(0, len(members), step)]
         return Packs(self.documents, self.samples, alone, self.seq_length, step)
+
+
+def sample_name(number: int) -> str:
+    """Return the number of a sample as text: 3, or "replayed 3" for -3."""
+    return str(number) if number > 0 else f"replayed {-number}"
 
 
 def sizes_in_pack(lengths: np.ndarray, seq_length: int, together: int = 1) -> np.ndarray:
@@ -164,8 +176,8 @@ def pack(
     if too_long and overlong == "error":
         first, longest = too_long[0], max(lengths)
         raise ValueError(
-            f"cannot pack: sample {samples[first]} has {lengths[first]} tokens, more than seq_length={seq_length} "
-            f"({len(too_long)} such samples). Set seq_length={longest} or overlong=truncate"
+            f"cannot pack: sample {sample_name(samples[first])} has {lengths[first]} tokens, more than "
+            f"seq_length={seq_length} ({len(too_long)} such samples). Set seq_length={longest} or overlong=truncate"
         )
     dropped = [i for i in too_long if not learns(i)]
     if too_long:
@@ -202,3 +214,27 @@ def collate(packs: list[Pack], pad_token_id: int) -> dict[str, torch.Tensor]:
         "labels": torch.tensor([p.labels + [IGNORE] * gap for p, gap in gaps]),
         "position_ids": torch.tensor([p.position_ids + list(range(gap)) for p, gap in gaps]),
     }
+
+
+def pack_rows(
+    documents: Documents, rows: Sequence[int], numbers: np.ndarray, settings: object, together: int = 1
+) -> Packs:
+    """Pack the documents of some rows, each as often as its row is there.
+
+    numbers: the number of the sample of each row.
+    settings: seq_length, overlong and seed are among its fields.
+    together: how many documents of a row are packed together.
+    """
+    times = np.bincount(np.asarray(rows, int), minlength=len(numbers))[documents.rows]
+    chosen = np.arange(len(documents)).repeat(times).reshape(-1, together)
+    samples, sizes = numbers[documents.rows], sizes_in_pack(documents.lengths, settings.seq_length, together)
+    found = pack(
+        documents.lengths[chosen].sum(1).tolist(),
+        lambda i: all(has_label(documents[number], sizes[number]) for number in chosen[i]),
+        samples[chosen[:, 0]],
+        settings.seq_length,
+        settings.overlong,
+        settings.seed,
+    )
+    packs = [chosen[members].flatten().tolist() for members in found]
+    return Packs(documents, samples, packs, settings.seq_length, together)
