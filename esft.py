@@ -65,6 +65,7 @@ from deepseek.adapters import (
     lora_shapes,
     lora_views,
     merge_lora,
+    on_host,
     ordinary_parameters,
     read_sources,
     refuse_lora_on_experts,
@@ -87,6 +88,7 @@ from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
 from deepseek.lora import PREFIX, Lora, LoraExperts, changed_layers, of_single_experts, read_lora, save_lora
 from deepseek.masters import computed_value, release_parameters, train_parameters
+from deepseek.reselection import Reselection
 from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
 from deepseek.strength import blend, blend_whole, check_strength, check_whole, is_whole
@@ -97,9 +99,9 @@ WITHOUT_SUM = ("gradient", "reap")  # they have no sum of their own in a layer, 
 SCORE_FILES = ("summary.json", "expert_scores.json")  # in a folder of scores
 
 __all__ = [
-    "ESFTCallback", "ExpertConfig", "ExpertScores", "ReferenceModel", "RouterCapture", "RouterCounts",
-    "adapter_tensors", "add_adapter", "base_values", "load_base_model", "load_esft_model", "merge", "save_adapter",
-    "select_experts", "to_esft", "trained_config", "union", "unload",
+    "ESFTCallback", "ExpertConfig", "ExpertScores", "ReferenceModel", "Reselection", "RouterCapture",
+    "RouterCounts", "adapter_tensors", "add_adapter", "base_values", "load_base_model", "load_esft_model", "merge",
+    "save_adapter", "select_experts", "to_esft", "trained_config", "union", "unload",
 ]  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -493,7 +495,7 @@ def to_esft(
     implementation = IMPLEMENTATION if any(layer.frozen for layer in layers) else model.config._experts_implementation
     state = _State(config, True, implementation, frozen, base_note(model), {} if lora else None, lora=lora)
     if keep_base and not lora:
-        state.displaced = {name: _on_host(view) for name, view in adapter_views(model, config).items()}
+        state.displaced = {name: on_host(view) for name, view in adapter_views(model, config).items()}
     _begin_training(model, state, ordinary)
     return model
 
@@ -616,11 +618,6 @@ class ReferenceModel(nn.Module):
                          "precompute_ref_log_probs=True, give TRL no ref_model.")  # fmt: skip
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """Return a copy in host memory, from where it comes back to a GPU quickly (`base_values`)."""
-    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.to("cpu", copy=True)
-
-
 def _frozen_names(model: nn.Module) -> set[str]:
     return {base_name(name) for name, param in model.named_parameters() if not param.requires_grad}
 
@@ -725,7 +722,7 @@ def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> 
             thaw_experts(layer, config.experts.get(layer.index, ()))
     views = lora_views(model) if state.lora else adapter_views(model, config)
     if not state.training:
-        state.displaced |= {name: _on_host(view) for name, view in views.items()}
+        state.displaced |= {name: on_host(view) for name, view in views.items()}
         state.config = union(state.config, config)
         model._esft = state
     for name, view in views.items():
@@ -811,6 +808,7 @@ class ESFTCallback:
     Raises:
         ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own. An adapter of peft is on
             the fused experts. The model has been through no `to_esft`. The checkpoint to resume trained other experts.
+            A `Reselection` changes them.
     """
 
     def __getattr__(self, name: str):
@@ -841,6 +839,9 @@ class ESFTCallback:
     def on_save(self, args, state, control, model: nn.Module, **_) -> None:
         if not args.should_save:
             return
+        if any(layer.trained and layer.trained.parts for layer in moe_layers(model).values()):
+            raise ValueError("cannot save this checkpoint: a Reselection changes the trained experts, and Trainer "
+                             "could not go on from it. Call save_adapter, or train with train.py.")  # fmt: skip
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         trained = {name: param.data for name, param in model.named_parameters() if param.requires_grad}
         with atomic_path(folder / "model.safetensors") as temporary:

@@ -38,6 +38,11 @@ EXPERT = re.compile(r"(?:^|\.)(?P<layer>\d+)\..*?experts\.(?P<expert>\d+)\.")  #
 # in the model
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, from where it comes back to a GPU quickly."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.to("cpu", copy=True)
+
+
 def ordinary_parameters(model: nn.Module, config) -> list[str]:
     """Return the names (as in the base) of the parameters outside the routed experts that `config` includes.
 

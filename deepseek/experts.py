@@ -24,7 +24,7 @@ Legend: D hidden, F expert hidden, E experts, e of them on this rank, S trained 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -212,19 +212,22 @@ class SelectedExperts(nn.Module):
     """What is trained of the selected experts of one layer, as fp32 parameters whose first dimension S is the expert.
 
     To make one puts these experts first. The buffer `order_e` maps a row to its expert's place in `local_ids`, and
-    `row_of_e` maps back.
+    `row_of_e` maps back. `experts` may map an id to the step since which the expert is trained. Older ones come first.
     """
 
     rank: int | None = None  # of the change, if that is trained instead of the experts themselves
 
-    def __init__(self, layer: FusedExperts, experts: Iterable[int]):
+    def __init__(self, layer: FusedExperts, experts: Iterable[int] | Mapping[int, int]):
         super().__init__()
-        chosen, self._local_ids = set(experts), layer.local_ids
+        chosen = experts if isinstance(experts, Mapping) else dict.fromkeys(experts, 0)
+        self._local_ids = ids = layer.local_ids
+        self.since = {expert: chosen[expert] for expert in ids if expert in chosen}
         before = layer.row_order
-        known = range(len(self._local_ids)) if before is None else before.order_e.tolist()
-        first = [index for index, expert in enumerate(self._local_ids) if expert in chosen]
-        rest = [index for index in known if self._local_ids[index] not in chosen]
+        known = range(len(ids)) if before is None else before.order_e.tolist()
+        first = sorted((i for i, expert in enumerate(ids) if expert in self.since), key=lambda i: self.since[ids[i]])
+        rest = [index for index in known if ids[index] not in self.since]
         self.num_trained, self.ran = len(first), False
+        self.parts: list | None = None  # what an optimizer sees in place of the parameters (reselection.py)
         order_e = torch.tensor(first + rest, device=layer.module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)

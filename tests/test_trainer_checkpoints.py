@@ -128,3 +128,12 @@ def test_a_write_that_fails_leaves_the_files_of_trainer(tmp_path, monkeypatch):
         save()
     assert {path.name: path.read_text() for path in (tmp_path / "checkpoint-1").iterdir()} == written
     assert save() == {"model.safetensors", "adapter"}
+
+
+def test_a_changing_selection_is_refused(tmp_path, tiny_tokenizer):
+    model = fresh(torch.float32)
+    trainer = trainer_of("transformers", model, tmp_path, tiny_tokenizer, 3)
+    trainer.create_optimizer()
+    esft.Reselection(model, trainer.optimizer)
+    with pytest.raises(ValueError, match=r"cannot save this checkpoint: a Reselection changes the trained experts"):
+        trainer.train()
