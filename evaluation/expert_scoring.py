@@ -209,7 +209,7 @@ def count_routing(model: nn.Module, packs: list[MaskedPack], extra: Sequence[str
             for part in [masked] if apart else masked.documents():
                 capture.token_mask = torch.tensor([part.mask])
                 if "gradient" in extra:
-                    document_loss(model, part.pack).backward()
+                    document_losses(model, part.pack).sum().backward()
                 else:
                     forward_pack(model, part.pack)
         yield capture.counts()
@@ -222,18 +222,19 @@ def forward_pack(model: nn.Module, one: Pack) -> None:
     model.base_model(**inputs, use_cache=False)
 
 
-def document_loss(model: nn.Module, one: Pack) -> Tensor:
-    """Return the sum over the documents of a pack of each one's mean cross entropy, over its label tokens.
+def document_losses(model: nn.Module, one: Pack) -> Tensor:
+    """Return the mean cross entropy of each of the G documents of a pack, over its label tokens, as (G,) in fp32.
 
     So the gradient of a document does not depend on the others, and a long answer does not count for more.
     """
     inputs, labels_T = _inputs(model, one)
-    document_T = (inputs["position_ids"][0] == 0).cumsum(0)
+    document_T = (inputs["position_ids"][0] == 0).cumsum(0) - 1
     columns = (labels_T[1:] != IGNORE).nonzero().squeeze(-1)
     logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits[0].float()
     losses = nn.functional.cross_entropy(logits, labels_T[1:][columns].to(logits.device), reduction="none")
     document = document_T[columns].to(logits.device)
-    return (losses / document.bincount()[document]).sum()
+    count_G = document.bincount(minlength=len(one.samples)).clamp(min=1)
+    return losses.new_zeros(len(count_G)).index_add(0, document, losses) / count_G
 
 
 def _inputs(model: nn.Module, one: Pack) -> tuple[dict[str, Tensor], Tensor]:

@@ -9,7 +9,7 @@ from deepseek.frozen import store_frozen
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.loading import keeps_documents_apart
 from esft import ExpertScores, RouterCapture, merge, to_esft
-from evaluation.expert_scoring import MaskedPack, count_routing, document_loss
+from evaluation.expert_scoring import MaskedPack, count_routing, document_losses
 from tests.helpers import FAMILIES, make_model
 from training.data import Encoded, Pack, pack_of
 
@@ -178,10 +178,10 @@ def test_a_loop_of_ones_own_needs_a_backward():
 
 def test_the_loss_of_a_document_is_its_mean():
     model, (one,) = make_model().requires_grad_(False), masked([0, 1, 2, 3])
-    alone = [document_loss(model, part) for part in one.pack.documents()]
-    assert document_loss(model, one.pack).item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    alone = [document_losses(model, part).item() for part in one.pack.documents()]
+    assert document_losses(model, one.pack).tolist() == pytest.approx(alone, rel=1e-5)
     document = documents()[0]
     logits = model(input_ids=torch.tensor([document.input_ids])).logits[0, :-1]
     mean = nn.functional.cross_entropy(logits, torch.tensor(document.labels[1:]))
     ((first, _),) = [(loss, part) for loss, part in zip(alone, one.pack.documents()) if part.samples == [0]]
-    assert first.item() == pytest.approx(mean.item(), rel=1e-5)
+    assert first == pytest.approx(mean.item(), rel=1e-5)
