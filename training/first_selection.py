@@ -21,8 +21,8 @@ def selected_experts(output_dir: str) -> Path:
     return Path(output_dir).absolute() / SELECTION_FOLDERS[1] / "selected.json"
 
 
-def score_and_select(config: RunConfig) -> None:
-    """Write the expert config of a run: scores on its training data, selected as its keys say."""
+def selection_stages(config: RunConfig) -> list[tuple[Path, str, dict[str, object]]]:
+    """Return (output, script, flags) of the two commands that choose the experts of a run."""
     scores, path = Path(config.output_dir) / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
     of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
@@ -34,13 +34,19 @@ def score_and_select(config: RunConfig) -> None:
         del rule["contrast"]
     if config.strategy == "random":
         rule["seed"] = config.seed
-    flags = {
-        "get_expert_scores.py": {"base_model_path": config.base_model_path, "output_dir": scores, **of_run},
-        "generate_expert_config.py": {"expert_scores_dir": scores, "output_path": path, **rule},
-    }
-    for script, values in flags.items():
-        values |= {"eval_dataset": config.train_dataset}
+    of_run |= {"base_model_path": config.base_model_path, "output_dir": scores, "eval_dataset": config.train_dataset}
+    rule |= {"expert_scores_dir": scores, "output_path": path, "eval_dataset": config.train_dataset}
+    return [
+        (scores / "summary.json", "scripts/expert/get_expert_scores.py", of_run),
+        (path, "scripts/expert/generate_expert_config.py", rule),
+    ]
+
+
+def score_and_select(config: RunConfig) -> None:
+    """Write the expert config of a run: scores on its training data, selected as its keys say."""
+    for _, script, flags in selection_stages(config):
         try:
-            run_command([f"scripts/expert/{script}", *(f"--{key}={value}" for key, value in values.items())])
+            run_command([script, *(f"--{key}={value}" for key, value in flags.items())])
         except SystemExit as stop:  # the command has printed its error
-            raise ChildProcessError(f"cannot choose the experts: {script} ended with exit code {stop.code}") from stop
+            name, code = Path(script).name, stop.code
+            raise ChildProcessError(f"cannot choose the experts: {name} ended with exit code {code}") from stop
