@@ -176,7 +176,7 @@ def texts_of(messages: list[dict]) -> Iterator[str]:
     """Yield all texts in messages: contents, reasoning, tool calls, tools."""
     for message in messages:
         yield message["content"]
-        for key in message.keys() - {"role", "content", "mask"}:
+        for key in sorted(message.keys() - {"role", "content", "mask"}):
             yield from _leaves(message[key])
 
 
