@@ -89,12 +89,13 @@ from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
 from deepseek.lora import PREFIX, Lora, LoraExperts, changed_layers, of_single_experts, read_lora, save_lora
 from deepseek.masters import computed_value, release_parameters, train_parameters
 from deepseek.reselection import Reselection
-from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs
+from deepseek.routing import SUMS, RouterCapture, RouterCounts, read_logs, router_weights
 from deepseek.selection import check_amounts, check_strategy, contrast_scores, count_experts, rank
 from deepseek.strength import blend, blend_whole, check_strength, check_whole, is_whole
 
 SCORE_FUNCTIONS = tuple(SUMS)
 TOP_P = {**dict.fromkeys(SCORE_FUNCTIONS, 0.2), "gate": 0.1}  # the paper's for token and gate
+ROUTERS = ("full", "bias")  # what can be trained of them
 WITHOUT_SUM = ("gradient", "reap")  # they have no sum of their own in a layer, so `top_p` is a share of their layer's
 SCORE_FILES = ("summary.json", "expert_scores.json")  # in a folder of scores
 
@@ -227,13 +228,15 @@ class ExpertConfig:
     """What is trained: expert ids by decoder layer, best first, and whether shared experts and all else are trained.
 
     `non_expert_modules` means every parameter outside routed and shared experts: attention, norms, embeddings, head,
-    dense layers and routers, as in the released code. `parameters` names some outside the routed experts.
+    dense layers and routers, as in the released code. `parameters` names some outside the routed experts. `routers` is
+    "full" for all weights of the routers, or "bias" for the bias that some families have there.
     """
 
     experts: dict[int, tuple[int, ...]]
     shared_experts: bool = False
     non_expert_modules: bool = False
     parameters: tuple[str, ...] = ()
+    routers: str | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> "ExpertConfig":
@@ -257,14 +260,14 @@ class ExpertConfig:
     def from_dict(cls, data: Mapping) -> "ExpertConfig":
         """Make a config of one of two forms; "base" and "meta" are notes and are skipped.
 
-        {"experts": {"1": [ids]}, "shared_experts": bool, "non_expert_modules": bool}
+        {"experts": {"1": [ids]}, "shared_experts": bool, "non_expert_modules": bool, "routers": "full" or "bias"}
         {"selected_experts": [["layer_1", 3], ...], "frozen_experts": [["layer_1", 0], ...], "routing_frozen": bool}
 
         "frozen_experts" and "routing_frozen" change nothing, as all that is not selected is frozen. What they say must
         be so.
         """
         flags = ("shared_experts", "non_expert_modules", "routing_frozen")
-        known = ("experts", "selected_experts", "frozen_experts", *flags, "parameters", "base", "meta")
+        known = ("experts", "selected_experts", "frozen_experts", *flags, "parameters", "routers", "base", "meta")
         if unknown := [str(key) for key in data if key not in known] if isinstance(data, Mapping) else []:
             hint = suggest(unknown[0], known)
             if re.fullmatch(r"\w+_scores|layer_\d+_expert_\d+", unknown[0]):
@@ -284,16 +287,18 @@ class ExpertConfig:
         if wrong := [key for key in flags if not isinstance(data.get(key, False), bool)]:
             raise ValueError(f"{wrong[0]} must be true or false, found {data[wrong[0]]!r}")
         shared, others = (data.get(key, False) for key in flags[:2])
-        if data.get("routing_frozen", not others) == others:
+        if (routers := data.get("routers")) not in (None, *ROUTERS):
+            raise ValueError(f"routers must be one of {', '.join(ROUTERS)}, found {routers!r}")
+        if data.get("routing_frozen", not (others or routers)) == bool(others or routers):
             raise ValueError(
-                "routers are trained with non_expert_modules, and only then: routing_frozen contradicts it"
+                "routers are trained with routers or non_expert_modules, and only then: routing_frozen contradicts it"
             )
         parameters = data.get("parameters", [])
         if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
             raise ValueError(f"parameters must be a list of names, found {parameters!r}")
-        if not (any(experts.values()) or shared or others or parameters):
+        if not (any(experts.values()) or shared or others or parameters or routers):
             raise ValueError("it selects nothing: no expert, no shared experts, no other module")
-        return cls(dict(sorted(experts.items())), shared, others, tuple(parameters))
+        return cls(dict(sorted(experts.items())), shared, others, tuple(parameters), routers)
 
     def to_dict(self) -> dict:
         """Return the released form."""
@@ -302,6 +307,7 @@ class ExpertConfig:
             "shared_experts": self.shared_experts,
             "non_expert_modules": self.non_expert_modules,
             **({"parameters": list(self.parameters)} if self.parameters else {}),
+            **({"routers": self.routers} if self.routers else {}),
         }
 
     def check(self, model: nn.Module) -> None:
@@ -321,6 +327,11 @@ class ExpertConfig:
                 )
         if unknown := sorted(set(self.parameters) - set(ordinary_parameters(model, self))):
             raise ValueError(f"the expert config names {unknown[0]}, and this model has no such parameter")
+        if self.routers and not router_weights(model, self.routers):
+            has = (
+                "no bias with a gradient, so train them in full" if self.routers == "bias" else "no weights to be found"
+            )
+            raise ValueError(f"the expert config trains routers, and those of {model.config.model_type} have {has}")
         none = self.shared_experts and not ordinary_parameters(model, ExpertConfig({}, shared_experts=True))
         lack = "the expert config names shared experts, and this model has none"
         if not any(self.experts.values()) and not ordinary_parameters(model, self):
@@ -343,7 +354,7 @@ def union(a: ExpertConfig, b: ExpertConfig) -> ExpertConfig:
     """Return what two adapters hold together. They share no expert."""
     experts = {layer: (*a.experts.get(layer, ()), *b.experts.get(layer, ())) for layer in a.experts | b.experts}
     flags = (a.shared_experts or b.shared_experts, a.non_expert_modules or b.non_expert_modules)
-    return ExpertConfig(dict(sorted(experts.items())), *flags, (*a.parameters, *b.parameters))
+    return ExpertConfig(dict(sorted(experts.items())), *flags, (*a.parameters, *b.parameters), a.routers or b.routers)
 
 
 def select_experts(

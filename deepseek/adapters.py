@@ -26,7 +26,8 @@ from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.lora import PREFIX, Lora, factor_shapes, is_lora, of_single_experts, read_lora
 from deepseek.lora import WEIGHTS_NAME as LORA_WEIGHTS
-from deepseek.masters import DTYPE_OF_BASE, trained_parameter
+from deepseek.masters import DTYPE_OF_BASE, name_in_base, trained_parameter
+from deepseek.routing import router_weights
 from deepseek.shards import DTYPES, Shard
 
 CONFIG_NAME = "expert_cfg.json"
@@ -52,14 +53,15 @@ def ordinary_parameters(model: nn.Module, config) -> list[str]:
     experts = [layer.name for layer in moe_layers(model).values()]
     routed = tuple(f"{name}." for name in experts)
     layers = tuple(re.match(r".*?\.\d+\.", name)[0] for name in experts)
-    names = []
-    for name, _ in model.named_parameters():
-        name = re.sub(r"parametrizations\.(.+)\.original$", r"\1", name)
+    names, of_routers = [], {id(param) for param in router_weights(model, config.routers)}
+    for name, param in model.named_parameters():
+        name = name_in_base(name)
         if name.startswith(routed) or name == DTYPE_OF_BASE:
             continue
         # shared experts are beside the routed experts or, in Granite, beside the block that holds them
         shared = name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name)
-        if name in config.parameters or (config.shared_experts if shared else config.non_expert_modules):
+        named = name in config.parameters or id(param) in of_routers
+        if named or (config.shared_experts if shared else config.non_expert_modules):
             if re.search(r"\.(base_layer|original_module)\.", name):
                 raise ValueError(
                     f"cannot train {base_name(name)}: an adapter of peft is on it, too. Leave it out of the config of "

@@ -8,6 +8,7 @@ fp32 parameters stay as they are. Tied parameters share one master. Two hooks on
 state dict. Its names, order, shapes and dtypes are those of the base.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -43,6 +44,11 @@ class _Masters:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     module_name, _, attribute = name.rpartition(".")
     return model.get_submodule(module_name), attribute
+
+
+def name_in_base(name: str) -> str:
+    """Return the name without masters of a parameter that may be one."""
+    return re.sub(r"parametrizations\.(.+)\.original$", r"\1", name)
 
 
 def train_parameters(model: nn.Module, names: Iterable[str]) -> None:

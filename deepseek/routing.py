@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from deepseek.expert_sums import gated_norms, squared_gradients
 from deepseek.experts import MoELayer, inner_model, moe_layers
+from deepseek.masters import name_in_base
 
 SUMS = {"token": "slots", "gate": "gates", "prob": "probs", "gradient": "squares", "reap": "norms"}  # of each score
 
@@ -76,7 +77,7 @@ class RouterCapture:
         self._holders, self._depth, self._mask = _holders(model, self.layers), 0, None
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._top_k: dict[int, int] = {}
-        self._routers = _routers(model, self.layers) if prob else {}
+        self._routers = find_routers(model, self.layers) if prob else {}
         self._handles: list = []
         if prob and (missing := sorted(self.layers.keys() - self._routers.keys())):
             raise ValueError(
@@ -171,9 +172,7 @@ class RouterCapture:
         def hook(_module, _args, output) -> None:
             # ZAYA's router has one column more than there are experts, for a token that skips them all
             logits_TE = output[position].detach().float()[:, : layer.num_experts]
-            sums_T = logits_TE.sum(-1)
-            done = bool((logits_TE >= 0).all()) and torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-3)
-            probs_TE = (logits_TE if done else logits_TE.softmax(-1)).double()
+            probs_TE = (logits_TE if are_probabilities(logits_TE) else logits_TE.softmax(-1)).double()
             if self._mask is not None:
                 probs_TE = probs_TE * self._mask.to(probs_TE.device)[:, None]
             self._add("probs", layer, (probs_TE * RouterCounts.UNIT).round().long().sum(0))
@@ -215,8 +214,17 @@ def _holders(model: nn.Module, layers: dict[int, MoELayer]) -> list[nn.Module]:
     ]
 
 
-def _routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[nn.Module, int]]:
-    """Return (router, position of the logits in its output) of each layer for which transformers records the logits."""
+def are_probabilities(logits_TE: Tensor) -> bool:
+    """Return whether a router gives probabilities where others give logits."""
+    sums_T = logits_TE.sum(-1)
+    return bool((logits_TE >= 0).all()) and torch.allclose(sums_T, torch.ones_like(sums_T), atol=1e-3)
+
+
+def find_routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[nn.Module, int]]:
+    """Return (router, position of the logits in its output) of each layer for which transformers records the logits.
+
+    Beside the logits, the output holds the gate weights and the expert ids of each token, at the next two positions.
+    """
     recorded = (module._can_record_outputs or {} for module in model.modules() if isinstance(module, PreTrainedModel))
     recorders = [r["router_logits"] for r in recorded if isinstance(r.get("router_logits"), OutputRecorder)]
     routers = {}
@@ -227,6 +235,19 @@ def _routers(model: nn.Module, layers: dict[int, MoELayer]) -> dict[int, tuple[n
                 if isinstance(module, recorder.target_class):
                     routers[layer.index] = (module, recorder.index)
     return routers
+
+
+def router_weights(model: nn.Module, kind: str | None) -> list[nn.Parameter]:
+    """Return what `kind` ("full", "bias", or None for nothing) trains of a model's routers.
+
+    A correction bias changes which experts are chosen and no gate weight, so it has no gradient and is never trained.
+    """
+    found = []
+    for router, _ in find_routers(model, moe_layers(model)).values() if kind else ():
+        named = {name_in_base(name): param for name, param in router.named_parameters()}
+        of_kind = {"bias"} if kind == "bias" else {name for name in named if "correction_bias" not in name}
+        found += [param for name, param in named.items() if name in of_kind]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def describe(adapter: Path) -> dict:
         "num_experts": sum(map(len, experts.values())),
         "shared_experts": config.shared_experts,
         "non_expert_modules": config.non_expert_modules,
+        "routers": config.routers,
         "parameters": sum(parameters.values()),
         "parameters_of_experts": sum(parameters.values()) - sum(parameters[name] for name in others),
         "parameters_of_shared_experts": sum(parameters[name] for name in shared),
@@ -107,7 +108,7 @@ def compare(a: dict, b: dict) -> dict:
     of_a, of_b = ({(layer, e) for layer, ids in one["experts"].items() for e in ids} for one in (a, b))
     both = sorted(of_a & of_b)
     reasons = [f"{len(both)} experts are in both"] if both else []
-    for key in ("shared_experts", "non_expert_modules"):
+    for key in ("shared_experts", "non_expert_modules", "routers"):
         if a[key] and b[key]:
             reasons.append(f"both hold {key.replace('_', ' ')}")
     if difference(*(one["base"] or {} for one in (a, b))):
@@ -140,6 +141,7 @@ def format_adapter(info: dict) -> str:
     fingerprint = f", routers {base['router'][:12]}" if base.get("router") else ", no fingerprint"
     per_layer = f" of {base['num_experts']} each" if base.get("num_experts") else ""
     also = ", and shared experts" * info["shared_experts"] + ", and all other modules" * info["non_expert_modules"]
+    also += f", and the routers ({info['routers']})" if info["routers"] else ""
     share = f" ({info['share']:.2%} of the base)" if "share" in info else ""
     files = counted(len(info["files"]), "file")
     lines = [
