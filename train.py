@@ -42,6 +42,7 @@ from training.l2_to_base import PullToBase
 from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
 from training.plan import Plan, join_processes, open_empty, plan_run
+from training.routers import describe_drift
 from training.run_folder import find_run, owned, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
@@ -103,6 +104,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         before_first_step=functools.partial(prepare_folder, config, checkpoint, note),
         memory_advice=plan.saving,
         documents_apart=loaded.documents_apart,
+        routers=loaded.routers,
         model=loaded.model,
         args=args,
         train_dataset=packs,
@@ -148,6 +150,8 @@ def finish_run(
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""
     kind = "model" if config.method == "full" else "adapter"
     logger.info(f"{utils.counted(results['steps'], 'step')}{loss}; {kind} in {config.output_dir}")
+    if loaded.routers:
+        logger.info(f"  {describe_drift(results)}")
     if trainer.ranks.rank == 0 and not os.environ.get("ESFT_STAGE"):  # scripts/pipeline.py evaluates the model itself
         tell_next(note["config"])
     return results

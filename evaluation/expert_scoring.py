@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from deepseek.loading import keeps_documents_apart, load_base_model
 from deepseek.routing import RouterCapture, RouterCounts
+from esft import add_adapter
 from evaluation.selection import PackCounts
 from evaluation.workers import TIMEOUT, run_ranks
 from training.data import (
@@ -171,13 +172,15 @@ def count_packs(
     dtype: str = "auto",
     extra: Sequence[str] = (),
     timeout: float = TIMEOUT,
+    adapter: str | None = None,
 ) -> PackCounts:
     """Count the routing of every pack under a progress bar, with a process and a model for each entry of `devices`.
 
     extra: of "prob", "reap" and "gradient", what is measured beside the routing.
     timeout: one of several processes that counts no pack for so many seconds ends all.
+    adapter: its folder, to count in the base with it.
     """
-    work = functools.partial(count_share, base_model_path, dtype, extra)
+    work = functools.partial(count_share, base_model_path, dtype, extra, adapter)
     bar, counts_P = None, {}
     ranks = run_ranks(work, list(enumerate(packs)), devices, timeout, lambda item: f"pack {item[0] + 1}")
     with contextlib.closing(ranks) as messages:
@@ -192,10 +195,16 @@ def count_packs(
 
 
 def count_share(
-    base_model_path: str, dtype: str, extra: Sequence[str], share: list[tuple[int, MaskedPack]], devices: list[str]
+    base_model_path: str,
+    dtype: str,
+    extra: Sequence[str],
+    adapter: str | None,
+    share: list[tuple[int, MaskedPack]],
+    devices: list[str],
 ) -> Iterator[tuple[int, RouterCounts] | None]:
     """Yield None when the model is loaded, then (number, counts) of each pack of one process."""
     model, _ = load_base_model(base_model_path, dtype=dtype, device=devices)
+    model = add_adapter(model, adapter) if adapter else model
     yield None
     numbers, packs = zip(*share)
     yield from zip(numbers, count_routing(model, packs, extra))

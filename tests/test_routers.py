@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek.experts import moe_layers
-from esft import ExpertConfig, add_adapter, adapter_tensors, merge, save_adapter, to_esft, unload
+from esft import ExpertConfig, adapter_tensors, add_adapter, merge, save_adapter, to_esft, unload
 from scripts import adapter_info, merge_adapter
 from tests.helpers import FAMILIES, assert_same_tensors, make_model, noisy_adapter, tensors_of
 

@@ -22,14 +22,18 @@ from utils import import_extra, size
 logger = logging.getLogger("esft")
 
 
-def choose_experts(method: str, expert_config: str | None, seed: int, model: nn.Module) -> esft.ExpertConfig | None:
+def choose_experts(
+    method: str, expert_config: str | None, seed: int, model: nn.Module, routers: str | None = None
+) -> esft.ExpertConfig | None:
     """Return the experts to train, checked against `model` (without weights); None for full, and lora on all layers.
 
-    Method random draws as many experts per layer as `expert_config` names, by `seed`.
+    Method random draws as many experts per layer as `expert_config` names, by `seed`. `routers` is trained of them, if
+    it is given, whatever the config says.
     """
     if method not in ON_EXPERTS:
         return None
     named = esft.ExpertConfig.load(expert_config)
+    named = dataclasses.replace(named, routers=routers or named.routers)
     named.check(model)
     if method != "random":
         return named
@@ -164,6 +168,8 @@ def format_trained(model: nn.Module, method: str) -> str:
         for layer in moe_layers(model).values():
             if ids := sorted(selected.experts.get(layer.index, ())):
                 lines.append(f"  layer {layer.index:>3}: {len(ids):>3} of {layer.num_experts} experts  {ids}")
+    if selected and selected.routers:
+        lines.append(f"  routers: {selected.routers}")
     if stored := [layer.frozen for layer in moe_layers(model).values() if layer.frozen] if selected else []:
         where = ", in host memory" if stored[0].offload else ""
         frozen = size(counts["frozen_expert_bytes"])

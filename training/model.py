@@ -19,6 +19,7 @@ from training.config import RunConfig
 from training.data import Packs
 from training.methods import format_trained, prepare_model
 from training.plan import Plan
+from training.routers import TrainedRouters
 from utils import counted, size, split_names
 
 logger = logging.getLogger("esft")
@@ -31,6 +32,7 @@ class LoadedModel:
     model: nn.Module
     documents_apart: bool  # the documents of a pack do not see each other
     read_bytes: int | None  # weights that this rank read, where it read only a part of them
+    routers: TrainedRouters | None = None  # where they are trained
 
 
 def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
@@ -79,9 +81,12 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
             "losses depend on per_device_train_batch_size and on the number of processes, by more than rounding",
             stacklevel=2,
         )
+    routers = None
+    if plan.experts and plan.experts.routers:
+        routers = TrainedRouters(model, plan.experts.routers, config.router_kl, config.router_rate)
     if config.shard_dense and ranks.world_size > 1:
         shard_dense(model, config.timeout, plan.device)
-    return LoadedModel(model, documents_apart, read_bytes)
+    return LoadedModel(model, documents_apart, read_bytes, routers)
 
 
 def place_experts(config: RunConfig, plan: Plan) -> dict[int, Placement]:

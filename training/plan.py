@@ -85,7 +85,9 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
         import_extra("peft", "lora")
         lora_layers(empty, split_names(config.lora_modules or ""))
     if config.expert_config and Path(config.expert_config) != selected_experts(config.output_dir):
-        choose_experts(config.kind, config.expert_config, config.seed, empty)
+        choose_experts(config.kind, config.expert_config, config.seed, empty, config.train_router)
+    elif config.train_router and config.kind in ON_EXPERTS:
+        esft.ExpertConfig({}, routers=config.train_router).check(empty)
     layer = next(iter(moe_layers(empty).values()))
     for name in layer.weight_names if config.frozen_dtype else ():
         quantize(torch.zeros(1, *layer.tensor(name).shape[1:]), config.frozen_dtype)
@@ -98,7 +100,9 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
     On a GPU the first layout that is expected to fit is taken, or the most saving one. Elsewhere nothing is estimated:
     auto means whole copies (ep_size=1) and saved activations (false).
     """
-    experts = ranks.run_or_fail_together(lambda: choose_experts(config.kind, config.expert_config, config.seed, empty))
+    experts = ranks.run_or_fail_together(
+        lambda: choose_experts(config.kind, config.expert_config, config.seed, empty, config.train_router)
+    )
     chosen_on = read_base_note(config.expert_config) if experts and config.method != "random" else {}
     if chosen_on and (how := difference(esft.base_note(empty), chosen_on)):
         warnings.warn(f"the experts of {config.expert_config} were chosen on another base model: {how}", stacklevel=2)

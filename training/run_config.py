@@ -23,6 +23,9 @@ POSITIVE = (
 )
 
 
+ROUTER_SHARE = 0.1  # of the learning rate, for routers
+
+
 def _key(default: object, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -51,6 +54,9 @@ class RunConfig:
     top_k: int | None = _key(None, "strategy topk: experts of each layer")
     contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
     contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
+    train_router: Literal["full", "bias"] | None = _key(None, "train the routers, too, or the bias that some have")
+    router_lr: float | None = _key(None, "with train_router: its learning rate; by default a tenth of learning_rate")
+    router_kl: float = _key(1.0, "with train_router: weight of the penalty on the routers' drift from the base's")
     l2_to_base: float = _key(0.0, "pull what is trained towards the base after each step: by learning rate x this")
     dpo_beta: float = _key(0.1, "method dpo: how strongly the policy is held to the base")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
@@ -104,6 +110,15 @@ class RunConfig:
     def keeps_base(self) -> bool:
         """Whether the base's values of what is trained are needed while it is trained."""
         return self.method == "dpo" or self.l2_to_base > 0
+
+    @property
+    def learning_rate(self) -> float:
+        return self.training.get("learning_rate", TrainingArguments.learning_rate)
+
+    @property
+    def router_rate(self) -> float:
+        """The learning rate of the routers, where they are trained."""
+        return ROUTER_SHARE * self.learning_rate if self.router_lr is None else self.router_lr
 
     @property
     def timeout(self) -> timedelta:
@@ -170,6 +185,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     yield from _of_replay(config)
     yield from _unmet_needs(config, values)
     yield from _wrong_pull(config)
+    yield from _wrong_routers(config, values)
 
 
 def _of_replay(config: RunConfig) -> Iterator[str]:
@@ -209,7 +225,7 @@ def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
 
 def _wrong_pull(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with `l2_to_base`."""
-    pull, rate = config.l2_to_base, config.training.get("learning_rate", TrainingArguments.learning_rate)
+    pull, rate = config.l2_to_base, max(config.learning_rate, config.router_rate)
     if pull < 0:
         yield f"l2_to_base={pull} is below 0"
     if pull and config.method == "lora":
@@ -218,6 +234,20 @@ def _wrong_pull(config: RunConfig) -> Iterator[str]:
         yield "l2_to_base is for methods esft, dpo and random, which keep the base's values. Leave it out"
     if pull * rate >= 1:
         yield f"l2_to_base={pull} at learning rate {rate} would pull past the base. Give less than {1 / rate:g}"
+
+
+def _wrong_routers(config: RunConfig, values: dict) -> Iterator[str]:
+    """Yield what is wrong with the keys of routers."""
+    if config.train_router and config.kind not in ("esft", "dpo", "random"):
+        yield f"train_router is for methods esft, dpo and random, not {config.kind}. Leave it out"
+    for key, usual in {"router_lr": None, "router_kl": 1.0}.items():
+        if values[key] is not None and values[key] < 0:
+            yield f"{key}={values[key]} is below 0"
+        if values[key] != usual and not config.train_router:
+            yield f"{key} is for routers that are trained. Give train_router"
+    options = values.get("activation_checkpointing_kwargs") or {}
+    if config.train_router and config.router_kl and options.get("use_reentrant"):
+        yield "router_kl has no gradient with use_reentrant in activation_checkpointing_kwargs. Leave that out"
 
 
 def batch_split(config: RunConfig) -> dict[str, float]:

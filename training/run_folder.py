@@ -31,6 +31,7 @@ from training.keys import ON_EXPERTS
 from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
+from training.routers import drift_of
 from training.trainer import ESFTTrainer
 from utils import locked, note, peak_memory_bytes
 
@@ -263,6 +264,7 @@ def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_ver
         "train_loss": statistics.fmean(entry["loss"] for entry in state.log_history if "loss" in entry),
         "eval_loss": trainer.eval_losses.get(state.global_step),
         **{key: value for key, value in evaluated.items() if key.startswith("eval_rewards/")},
+        **drift_of(state.log_history),
         "step_seconds": statistics.median(trainer.step_seconds) if trainer.step_seconds else None,
         "world_size": ranks.world_size,
         "ep_size": ranks.ep_size,

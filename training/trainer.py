@@ -11,6 +11,7 @@ gradients, not DDP.
 finite, or after SIGTERM or Ctrl-C.
 """
 
+import contextlib
 import functools
 import logging
 import random
@@ -34,6 +35,7 @@ from training import data
 from training.batches import Batches, collate
 from training.flops import count_flops, peak_flops, work_of
 from training.loss import TokenLosses, label_positions
+from training.routers import TrainedRouters
 from training.saving import SavingTrainer
 
 logger = logging.getLogger("esft")
@@ -73,7 +75,7 @@ class ESFTTrainer(SavingTrainer):
     """The Trainer of a run.
 
     Rank 0 calls `before_first_step` when training begins. What is refused until then changes no file. `memory_advice`
-    is for a GPU whose memory runs out.
+    is for a GPU whose memory runs out. `routers` are given if they are trained.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class ESFTTrainer(SavingTrainer):
         before_first_step: Callable[[], object],
         memory_advice: str,
         documents_apart: bool = True,
+        routers: TrainedRouters | None = None,
         **kwargs,
     ):
         pad_token_id = kwargs["processing_class"].pad_token_id or 0
@@ -106,6 +109,7 @@ class ESFTTrainer(SavingTrainer):
         self._start, self._seconds, self._work = None, 0.0, None
         self._flops = count_flops(self.model, references=method == "dpo")
         self._peak = self._flops and peak_flops(self.args.device, self.model.dtype)
+        self.routers = routers
         self.before_first_step, self.memory_advice, self.progress = before_first_step, memory_advice, Progress()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -169,7 +173,13 @@ class ESFTTrainer(SavingTrainer):
         losses_BM, _, outputs = self._losses(model, inputs, smoothing)
         return losses_BM.sum(), outputs
 
+    def _watched(self, inputs, kind: str = ""):
+        """Return a context for the forward of a batch, in which routers that are trained are measured."""
+        return self.routers.watch(inputs, kind) if self.routers else contextlib.nullcontext()
+
     def _get_num_items_in_batch(self, batch_samples, device):
+        if self.routers:
+            self.routers.tokens = self.accelerator.reduce(self.routers.count(batch_samples).to(device), "sum")
         count = sum((self._count(inputs) for inputs in batch_samples), torch.tensor(0))
         return self.accelerator.reduce(count.to(device, non_blocking=True), "sum")
 
@@ -179,12 +189,15 @@ class ESFTTrainer(SavingTrainer):
         return {**inputs, **{key: value.to(self.args.device, non_blocking=True) for key, value in moved.items()}}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the summed loss / `num_items_in_batch` (by default the terms of this batch)."""
-        loss, outputs = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
+        """Return the summed loss / `num_items_in_batch` (by default the terms of this batch), and penalties."""
+        with self._watched(inputs):
+            loss, outputs = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
         if num_items_in_batch is None:
             loss = loss / self._count(inputs)
         else:  # gradients, and the losses that are shown, are averaged over processes
             loss = loss / num_items_in_batch * self.ranks.world_size
+        if self.routers:
+            loss = loss + self.routers.penalty() * self.ranks.world_size
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -194,7 +207,7 @@ class ESFTTrainer(SavingTrainer):
         self.model.eval()
         for indices in Batches(len(packs), self.args.eval_batch_size, self.ranks, 0):
             inputs = self._prepare_inputs(self.data_collator([packs[index] for index in indices]))
-            with torch.no_grad():
+            with torch.no_grad(), self._watched(inputs, "eval_"):
                 total[0] += self._loss_sum(self.model, inputs)[0]
             total[1] += self._count(inputs)
         total = self.accelerator.reduce(total, "sum")
@@ -207,7 +220,10 @@ class ESFTTrainer(SavingTrainer):
     # ---- a step
 
     def create_optimizer(self, model=None):
-        return self.ranks.run_or_fail_together(functools.partial(super().create_optimizer, model))
+        optimizer = self.ranks.run_or_fail_together(functools.partial(super().create_optimizer, model))
+        if self.routers:
+            self.routers.set_rate(optimizer)
+        return optimizer
 
     def get_train_dataloader(self):
         args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -297,4 +313,7 @@ class ESFTTrainer(SavingTrainer):
             if self._peak:
                 logs["mfu"] = round(self._flops.of(self._work) / self._seconds / self._peak, 4)
             self._seconds, self._work = 0.0, None
+        for kind in ("", "eval_"):
+            if self.routers and f"{kind}loss" in logs:
+                logs |= self.routers.report(lambda sums: self.accelerator.reduce(sums, "sum"), kind)
         super().log(logs, start_time)

@@ -32,7 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output, suggest
 from deepseek.loading import empty_model
-from esft import SCORE_FUNCTIONS, TOP_P, ExpertScores, RouterCapture, base_note, load_tokenizer, select_experts
+from esft import (
+    SCORE_FUNCTIONS,
+    TOP_P,
+    ExpertScores,
+    RouterCapture,
+    base_note,
+    check_adapter,
+    load_tokenizer,
+    select_experts,
+)
 from evaluation.expert_scoring import SampleSettings, count_packs, sample_packs
 from evaluation.selection import PACKS_NAME
 from evaluation.workers import TIMEOUT, plan_devices
@@ -59,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_dataset", "--eval_datasets", required=True, metavar="NAME", help="training data of the task, as in the "
         "paper: a name in datasets/train, a path (.jsonl, .json, .parquet) or a hub id")  # fmt: skip
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="folder or hub id of the base model")
+    add("--adapter_dir", metavar="DIR", help="score the base with this adapter in it, such as one of trained routers")
     add("--output_dir", required=True, metavar="DIR", help="folder for summary.json and packs.safetensors")
     add("--scores", default="", metavar="NAME[,NAME]", help=f"scores beside token and gate: {', '.join(EXTRA)}")
     add("--prob", action="store_true", help="the same as --scores=prob")
@@ -147,11 +157,14 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
     devices = plan_devices(args.device, args.world_size, args.gpus_per_rank)
     model = empty_model(args.base_model_path)
     RouterCapture(model, "prob" in args.scores)  # raises for a model that it cannot count, before any weight is read
+    if args.adapter_dir:
+        check_adapter(empty_model(args.base_model_path), args.adapter_dir)
     settings = sample_settings(args, model)
     meta = {"model": args.base_model_path, "dataset": args.eval_dataset, "seq_length": settings.seq_length}
     for name in ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype"):
         meta[name] = getattr(args, name)
     meta |= {"streaming": True} if settings.streaming else {}
+    meta |= {"adapter": args.adapter_dir} if args.adapter_dir else {}
     usual = asdict(TemplateSettings())
     meta |= {name: value for name, value in asdict(settings.template).items() if value != usual[name]}
     note_replaced(output_path, meta, args.scores)
@@ -160,7 +173,7 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
         note(f"the sample has {counted(len(packs), 'pack')}, so {len(packs)} of the {len(devices)} processes are used")
         devices = devices[: len(packs)]
 
-    options = {"dtype": args.dtype, "extra": args.scores, "timeout": args.timeout}
+    options = {"dtype": args.dtype, "extra": args.scores, "timeout": args.timeout, "adapter": args.adapter_dir}
     counts = count_packs(packs, args.base_model_path, devices=devices, **options)
     meta |= {"documents": sum(len(p.pack.samples) for p in packs), "packs": len(packs), "environment": environment()}
     meta["base"] = base_note(model)

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from deepseek.files import write_jsonl
 from deepseek.fingerprint import checkpoint_note
-from esft import ExpertConfig, ExpertScores, select_experts
+from esft import ExpertConfig, ExpertScores, load_base_model, select_experts
 from evaluation import expert_scoring
 from evaluation.selection import PackCounts
+from scripts import merge_adapter
 from scripts.expert import (
     compare_scores,
     generate_expert_config,
@@ -21,7 +22,7 @@ from scripts.expert import (
     plot_expert_scores,
     preview_config,
 )
-from tests.helpers import make_model, refused
+from tests.helpers import make_model, noisy_adapter, refused
 from training.data import Encoded, Template, TemplateSettings
 
 WORDS = ["what", "is", "it", "yes", "no", "0", "12", "345"]
@@ -77,6 +78,21 @@ def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, t
     assert not torch.equal(packs[0].sums["slots"][0], packs[0].sums["slots"][1])
     other = score(data, tiny_model_dir, tmp_path / "other", *flags[:-1], 4)
     assert other.by_function != one.by_function
+
+
+def test_scores_with_an_adapter_are_those_of_the_merged_model_and_for_the_base(data, tiny_model_dir, tmp_path):
+    """Routers that were trained send tokens elsewhere. An expert config of their scores is for the base."""
+    model, _ = load_base_model(tiny_model_dir)
+    noisy_adapter(model, ExpertConfig({}, routers="full"), tmp_path / "adapter")
+    merge_adapter.main([f"--base_model_path={tiny_model_dir}", f"--adapter_dir={tmp_path / 'adapter'}",
+                        f"--output_dir={tmp_path / 'merged'}"])  # fmt: skip
+    flags = ["--n_sample_tokens", 500, "--seq_length", 128]
+    plain = score(data, tiny_model_dir, tmp_path / "plain", *flags)
+    tuned = score(data, tiny_model_dir, tmp_path / "tuned", *flags, "--adapter_dir", tmp_path / "adapter")
+    merged = score(data, tmp_path / "merged", tmp_path / "of merged", *flags)
+    assert tuned.by_function == merged.by_function != plain.by_function
+    assert tuned.meta["base"] == plain.meta["base"] != merged.meta["base"]
+    assert tuned.meta["adapter"] == str(tmp_path / "adapter") and "adapter" not in plain.meta
 
 
 def test_what_reads_scores_reads_gradient_and_reap(data, tiny_model_dir, tmp_path, capsys):

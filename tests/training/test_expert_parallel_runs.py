@@ -131,11 +131,13 @@ WAYS = {
     "one sample a pack": {"base_model_path": "gpt_oss"},
     "groups of experts": {"base_model_path": "deepseek_v3"},
     "no gate": {"base_model_path": "nemotron_h", "expert_config": "nemotron.json"},
+    "routers trained, near the base": {"train_router": "full", "router_lr": 1e-2, "l2_to_base": 20},
     "frozen in fp8": {"frozen_dtype": "fp8"},
     "frozen in int8, elsewhere": {"frozen_dtype": "int8", "offload_frozen": True, "base_model_path": "gpt_oss"},
     "frozen in nf4, bf16": {"frozen_dtype": "nf4", "dtype": "bfloat16", "shard_dense": True},
 }
 QUICK = ("full", "dense weights shared out", "dense weights shared out, bf16", "one sample a pack", "frozen in fp8")
+QUICK += ("routers trained, near the base",)
 
 
 @pytest.mark.filterwarnings("ignore:in a .* the documents of a pack would see each other")
