@@ -187,7 +187,7 @@ class Reselection:
     def _add(self, params: dict[str, nn.Parameter]) -> None:
         groups = self._optimizer.param_groups
         for name, param in params.items():
-            usual = len(groups) - 1 if name.endswith("_bias") else 0  # as in Trainer: the last has no weight decay
+            usual = min(1, len(groups) - 1) if name.endswith("_bias") else 0  # Trainer's second has no weight decay
             groups[self._group_of.setdefault(name, usual)]["params"].append(param)
 
     def _remove(self, params: list[nn.Parameter]) -> None:

@@ -28,5 +28,6 @@ class PullToBase(TrainerCallback):
             p.untyped_storage().data_ptr(): group["lr"] for group in optimizer.param_groups for p in group["params"]
         }
         for name, view in adapter_views(model, prepared.config).items():
-            base = prepared.displaced[name].to(view.device, non_blocking=True).to(view.dtype)
-            view.lerp_(base, self.strength * rates[view.untyped_storage().data_ptr()])
+            if (rate := rates.get(view.untyped_storage().data_ptr())) is not None:  # experts may have been frozen again
+                base = prepared.displaced[name].to(view.device, non_blocking=True).to(view.dtype)
+                view.lerp_(base, self.strength * rate)

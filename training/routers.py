@@ -110,7 +110,6 @@ class TrainedRouters:
             group["params"] = parts[False]
             if parts[True]:
                 optimizer.add_param_group({**group, "params": parts[True], "lr": self.rate})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def drift_of(history: list[dict]) -> dict[str, float]:
