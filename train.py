@@ -35,7 +35,7 @@ from deepseek.files import write_json
 from deepseek.process_groups import Ranks, SharedError, lost_contact
 from training.config import RunConfig, TrainingArguments, read_config, training_arguments
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
-from training.dpo import DPOTrainer
+from training.distillation import choose_trainer
 from training.first_selection import score_and_select, selected_experts
 from training.keys import LORA_SELECTED
 from training.l2_to_base import PullToBase
@@ -80,6 +80,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     empty = ranks.run_or_fail_together(lambda: open_empty(config, ranks))
     tokenizer = ranks.run_or_fail_together(lambda: esft.load_tokenizer(config.base_model_path))
     packs, eval_packs = load_data(tokenizer, config, ranks)
+    make_trainer = choose_trainer(config, tokenizer, packs, ranks)
     if to_select and not checkpoint:
         ranks.on_rank_zero(lambda: score_and_select(config))
 
@@ -89,7 +90,6 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     loaded = load_model(config, plan, ranks)
     if not loaded.documents_apart:
         packs, eval_packs = packs.split(), eval_packs.split()
-    make_trainer = functools.partial(DPOTrainer, beta=config.dpo_beta) if config.method == "dpo" else ESFTTrainer
     log_model(loaded.model, config, packs)
 
     tell_few_steps(args, len(packs), packs_per_step)

@@ -88,6 +88,10 @@ COMMANDS = {  # name: (module, the words of a command that works in the world)
         ["--url=http://127.0.0.1:9", BASE, "--adapter_dir", "run", "--output_dir=out", "--dry_run"],
     ),
     "report": ("scripts.report", ["run", "--output=o.html"]),
+    "teacher": (
+        "scripts.teacher_logits",
+        ["--model=model", "--dataset=data.jsonl", "--output_dir=out", "--top_k=4", CPU],
+    ),
     "show_data": ("scripts.show_data", ["data.jsonl", BASE, "--seq_length=48"]),
 }
 WRITTEN = (

@@ -27,6 +27,7 @@ from training.first_selection import selected_experts
 from training.keys import ON_EXPERTS
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts, lora_layers
+from training.teacher import Teacher
 from utils import counted, import_extra, log_to_stdout, size, split_names
 
 logger = logging.getLogger("esft")
@@ -81,6 +82,8 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
         )
     if config.ep_size != "auto":
         ranks.check_ep_size(int(config.ep_size))
+    if config.distill_from not in (None, "base"):
+        Teacher(config.distill_from)
     if config.kind == "lora" or config.lora_modules:
         import_extra("peft", "lora")
         lora_layers(empty, split_names(config.lora_modules or ""))

@@ -20,6 +20,7 @@ from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, RE
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dpo_beta"),
+    "distill_weight",
 )
 
 
@@ -72,6 +73,11 @@ class RunConfig:
     validation_fraction: float = _key(0.02, "share of the samples that is kept for validation")
     replay_dataset: str | None = _key(None, "a general data set to learn beside the task, so that less is forgotten")
     replay_share: float = _key(0.1, "share of the label tokens that are replayed ones")
+    distill_from: str | None = _key(
+        None, "base, or a teacher's folder of scripts/teacher_logits.py: learn what it says"
+    )
+    distill_on: Literal["replay", "all"] | None = _key(None, "documents to distil on; by default replay for base")
+    distill_weight: float | None = _key(None, "of the divergence there; by default 1 on replay, and 0.5 on all")
     dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
     lora_rank: int = _key(8, "method lora: the rank")
@@ -109,7 +115,16 @@ class RunConfig:
     @property
     def keeps_base(self) -> bool:
         """Whether the base's values of what is trained are needed while it is trained."""
-        return self.method == "dpo" or self.l2_to_base > 0
+        return self.method == "dpo" or self.l2_to_base > 0 or self.distill_from == "base"
+
+    @property
+    def distills_all(self) -> bool:
+        """Whether a run that distils does so on all documents, and not on replayed ones alone."""
+        return (self.distill_on or ("replay" if self.distill_from == "base" else "all")) == "all"
+
+    @property
+    def distillation_weight(self) -> float:
+        return self.distill_weight or (0.5 if self.distills_all else 1.0)
 
     @property
     def learning_rate(self) -> float:
@@ -183,6 +198,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         if values.get(key) is not None and values[key] not in allowed:
             yield f"{key}={values[key]} does not work here: {why}. Leave it out"
     yield from _of_replay(config)
+    yield from _of_distillation(config)
     yield from _unmet_needs(config, values)
     yield from _wrong_pull(config)
     yield from _wrong_routers(config, values)
@@ -196,6 +212,20 @@ def _of_replay(config: RunConfig) -> Iterator[str]:
         yield f"replay_share={config.replay_share} needs replay_dataset"
     if config.replay_dataset and config.method == "dpo":
         yield "replay_dataset is not for method dpo: a replayed answer has none to compare it with. Leave it out"
+
+
+def _of_distillation(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the keys of distillation."""
+    source = config.distill_from
+    for key in ("distill_on", "distill_weight") if source is None else ():
+        if getattr(config, key) is not None:
+            yield f"{key}={getattr(config, key)} needs distill_from"
+    if source and config.method == "dpo":
+        yield "distill_from is not for method dpo, which holds the model to the base by dpo_beta. Leave it out"
+    if source == "base" and config.kind not in ON_EXPERTS:
+        yield f"distill_from=base is for methods esft and random and {LORA_SELECTED}, which keep the base. Leave it out"
+    if source and not config.distills_all and not config.replay_dataset:
+        yield f"distill_from={source} on replayed documents needs some. Give replay_dataset, or distill_on=all"
 
 
 def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:

@@ -32,6 +32,7 @@ from training.methods import count_trained
 from training.model import LoadedModel
 from training.plan import Plan
 from training.routers import drift_of
+from training.teacher import MANIFEST
 from training.trainer import ESFTTrainer
 from utils import locked, note, peak_memory_bytes
 
@@ -189,6 +190,8 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
     for key in ("validation_dataset", "replay_dataset"):
         if getattr(config, key):
             paths[key] = dataset_files(getattr(config, key))
+    if config.distill_from not in (None, "base"):
+        paths["distill_from"] = [Path(config.distill_from, MANIFEST)]
     if config.kind in ON_EXPERTS:
         path = Path(config.expert_config)
         paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]

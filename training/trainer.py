@@ -63,7 +63,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = {"loss": "loss", "eval_loss": "validation", "tokens_per_second": "tokens/s", "mfu": "MFU"}
-        names["rewards/accuracies"] = "accuracy"
+        names |= {"rewards/accuracies": "accuracy", "distill_loss": "distillation"}
         self.shown |= {names[k]: f"{v:,.0f}" if k[0] == "t" else f"{v:.4f}" for k, v in logs.items() if k in names}
         self.bar.set_postfix(self.shown, refresh=False)
 
@@ -161,12 +161,17 @@ class ESFTTrainer(SavingTrainer):
         """Return how many terms the loss of a batch has: its label tokens."""
         return (inputs["labels"][:, 1:] != data.IGNORE).sum()
 
+    def _split(self, inputs) -> tuple[torch.Tensor, dict]:
+        """Return (labels (B, M), what the model takes, with the M positions of the labels as "logits_to_keep")."""
+        labels_BM, kept = label_positions(inputs["labels"], inputs["kept"])
+        taken = {key: inputs[key] for key in ("input_ids", "position_ids")}
+        return labels_BM, {**taken, "use_cache": False, "logits_to_keep": kept}
+
     def _losses(self, model, inputs, smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, object]:
         """Return (cross entropy of each label (B, M), the M positions of the labels, model outputs)."""
-        inputs = {key: value for key, value in inputs.items() if key != "rows"} | {"use_cache": False}
-        labels_BM, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"), inputs.pop("kept"))
-        losses_BM, outputs = self._token_losses(model, inputs, labels_BM, smoothing)
-        return losses_BM, inputs["logits_to_keep"], outputs
+        labels_BM, taken = self._split(inputs)
+        losses_BM, outputs = self._token_losses(model, taken, labels_BM, smoothing)
+        return losses_BM, taken["logits_to_keep"], outputs
 
     def _loss_sum(self, model, inputs, smoothing: float = 0.0):
         """Return (sum of the terms of a batch's loss, model outputs); `model` may be wrapped."""

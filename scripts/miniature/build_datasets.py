@@ -16,12 +16,13 @@ prompt of an eval file never occurs in a train file. Preferences are cases with 
 lets the wrong side pay.
 """
 
+import functools
 import json
 import random
 import re
 import sys
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,6 +37,7 @@ N_TRAIN = {"intent": 1500, "summary": 1200, "law": 1500, "translation": 2000}
 N_PREFERENCES = 400
 N_EVAL = 100  # rows of each task's eval file
 N_EVAL_PER_SKILL = 12
+N_TRAIN_PER_SKILL = 80
 
 
 # ---- intent: command -> JSON ----------------------------------------------------------------------------------------
@@ -248,6 +250,12 @@ def build(seed: int) -> dict[str, list[dict]]:
         pairs = distinct(generator, random.Random(f"{seed}:{skill}"))
         for _ in range(N_EVAL_PER_SKILL):
             files["eval/general"].append(eval_row(len(files["eval/general"]), *next(pairs)) | {"skill": skill})
+    asked = {row["prompt"] for row in files["eval/general"]}
+    files["train/general"] = []
+    for skill, generator in SKILLS.items():
+        drawn = iter(functools.partial(generator, random.Random(f"{seed}:train:{skill}")), None)
+        others = (pair for pair in drawn if pair[0] not in asked)
+        files["train/general"] += [conversation(*pair) for pair in islice(others, N_TRAIN_PER_SKILL)]
     return files
 
 

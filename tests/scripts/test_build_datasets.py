@@ -45,7 +45,13 @@ def test_no_eval_prompt_is_trained_on_and_no_prompt_repeats(task):
     assert not set(trained) & set(evaluated)
 
 
-@pytest.mark.parametrize("task", data.TASKS)
+def test_general_rows_to_replay_are_no_questions_of_the_evaluation():
+    trained = [row["messages"][0]["content"] for row in committed("train/general")]
+    assert len(trained) == data.N_TRAIN_PER_SKILL * len(SKILLS) and len(set(trained)) > 700
+    assert not set(trained) & {row["prompt"] for row in committed("eval/general")}
+
+
+@pytest.mark.parametrize("task", [*data.TASKS, "general"])
 def test_train_rows_are_one_question_and_one_answer(task):
     for row in committed(f"train/{task}"):
         assert list(row) == ["messages"]
