@@ -72,6 +72,7 @@ from deepseek.adapters import (
     set_requires_grad,
     without_peft,
 )
+from deepseek.base_order import whole
 from deepseek.experts import (
     TrainedExperts,
     base_name,
@@ -79,7 +80,6 @@ from deepseek.experts import (
     moe_layers,
     release_experts,
     train_experts,
-    whole,
 )
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401

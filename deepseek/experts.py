@@ -30,12 +30,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from deepseek.base_order import load_in_base_order, state_dict_in_base_order
+
 if TYPE_CHECKING:
     from deepseek.expert_parallel import Shard
+    from deepseek.fp8 import Fp8Experts
     from deepseek.frozen import FrozenExperts
 
 IMPLEMENTATION = "esft"  # in transformers' registry (grouped_gemm.py). The names of our other forwards begin with it
@@ -77,6 +79,11 @@ class FusedExperts:
         return getattr(self.module, "shard", None)
 
     @property
+    def fp8(self) -> "Fp8Experts | None":
+        """The copies of the matrices in fp8, if the layer multiplies with these (fp8.py)."""
+        return getattr(self.module, "fp8", None)
+
+    @property
     def num_trained(self) -> int:
         return self.trained.num_trained if self.trained else 0
 
@@ -112,7 +119,7 @@ class FusedExperts:
     def expert_shapes(self) -> dict[str, Tensor]:
         """Return tensors without storage, of the shapes that `expert_views` gives for any expert."""
         slices = {name: torch.empty(self.tensor(name).shape[1:], device="meta") for name in self.tensor_names}
-        return {key: view for name, one in slices.items() for key, view in self._split(name, one).items()}
+        return {key: view for name, one in slices.items() for key, view in self.split(name, one).items()}
 
     def expert_views(self, expert: int) -> dict[str, Tensor]:
         """Return the projections of one local expert as views of where its true values are. Write them with `copy_`.
@@ -127,7 +134,7 @@ class FusedExperts:
         source = self.trained if row < self.num_trained and not self.lora else self.module
         views: dict[str, Tensor] = {}
         for name in self.tensor_names:
-            views |= self._split(name, getattr(source, name).data[row])
+            views |= self.split(name, getattr(source, name).data[row])
         return views
 
     def projections(self, name: str) -> tuple[str, ...]:
@@ -140,14 +147,17 @@ class FusedExperts:
             return torch.cat(parts, -2)
         return torch.stack(parts, -2).flatten(-3, -2)
 
-    def _split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """Split one expert's slice of a fused tensor into views by projection."""
-        kind = "bias" if name.endswith("_bias") else "weight"
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Split rows of the fused tensor `name`, (S, ...) or the slice of one expert, into views by projection."""
+        kind, rows = ("bias", -1) if name.endswith("_bias") else ("weight", -2)
         if kind == "weight" and self.module.is_transposed:
-            tensor = tensor.T
+            tensor = tensor.mT
         if not name.startswith("gate_up_proj"):
             return {f"{name.removesuffix('_bias')}.{kind}": tensor}
-        gate, up = tensor.chunk(2) if self.module.is_concatenated else (tensor[::2], tensor[1::2])
+        if self.module.is_concatenated:
+            gate, up = tensor.chunk(2, rows)
+        else:
+            gate, up = tensor.unflatten(rows, (-1, 2)).unbind(rows)
         return {f"gate_proj.{kind}": gate, f"up_proj.{kind}": up}
 
     def keep_local(self, experts: Iterable[int]) -> None:
@@ -233,6 +243,10 @@ class SelectedExperts(nn.Module):
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
         self._layer = layer  # a view, so its module does not become a submodule; a deep copy gets the copied module
         _reorder(layer, order_e if before is None else before.row_of_e[order_e])
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return self._layer.tensor_names
 
     @property
     def expert_ids(self) -> list[int]:
@@ -343,8 +357,8 @@ def train_experts(
         return
     module.trained = kind(layer, experts)
     module._trained_hooks = (
-        module.register_state_dict_post_hook(_state_dict_in_base_order),
-        module.register_load_state_dict_pre_hook(_load_in_base_order),
+        module.register_state_dict_post_hook(state_dict_in_base_order),
+        module.register_load_state_dict_pre_hook(load_in_base_order),
         *(() if layer.frozen else require_own_forward(module)),
     )
 
@@ -358,47 +372,3 @@ def release_experts(layer: FusedExperts) -> None:
     for hook in module._trained_hooks:
         hook.remove()
     del module.trained, module._trained_hooks
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that FSDP2 has sharded as a whole one. All ranks call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-
-
-@torch.no_grad()
-def _state_dict_in_base_order(module: nn.Module, state_dict: dict, prefix: str, _metadata) -> None:
-    trained = module.trained
-    masters = dict(trained.named_parameters())
-    for name in FusedExperts(module).tensor_names:
-        if name in masters:
-            state_dict.pop(f"{prefix}trained.{name}", None)
-        if f"{prefix}{name}" in state_dict:
-            fused = state_dict[f"{prefix}{name}"]
-            rows = whole(fused)[trained.row_of_e.to(fused.device)]
-            if name in masters:
-                first = trained.order_e[: trained.num_trained].to(fused.device)
-                rows[first] = whole(masters[name].data).to(rows)
-            state_dict[f"{prefix}{name}"] = _sharded_like(rows, fused)
-
-
-def _load_in_base_order(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    trained = module.trained
-    masters = dict(trained.named_parameters())
-    names = FusedExperts(module).tensor_names
-    here = {f"{prefix}{name}" for name in names} | {f"{prefix}trained.{name}" for name in masters}
-    if not here & state_dict.keys() and any(re.search(r"experts\.\d+\.", key) for key in state_dict):
-        raise ValueError(
-            "cannot load the trained experts: this state dict names single experts, as save_pretrained writes "
-            "them. Train with esft.ESFTCallback(), so that checkpoints can be loaded."
-        )
-    for name in names:
-        if f"{prefix}{name}" in state_dict:
-            loaded = state_dict[f"{prefix}{name}"]
-            rows = whole(loaded)[trained.order_e.to(loaded.device)]
-            state_dict[f"{prefix}{name}"] = _sharded_like(rows, loaded)
-            if name in masters:
-                state_dict[f"{prefix}trained.{name}"] = _sharded_like(rows[: trained.num_trained].float(), loaded)
