@@ -58,13 +58,17 @@ def quantize(weight: Tensor, dtype: str | None) -> tuple[Tensor, ...]:
         return (weight.clone(),)
     if dtype == "nf4":
         return _quantize_nf4(weight)
-    blocks, largest = _blocks(weight.float(), BLOCKS[dtype]), LARGEST[dtype]
-    scale = blocks.abs().amax((2, 4)) / largest
+    values, scale = scaled(_blocks(weight.float(), BLOCKS[dtype]), (2, 4), dtype)
+    return _entries(values, weight.shape).to(STORED[dtype]), scale[:, :, 0, :, 0]
+
+
+def scaled(entries: Tensor, dims: int | tuple[int, ...], dtype: str) -> tuple[Tensor, Tensor]:
+    """Return the entries (fp32) over their scale, in the range of `dtype`, and the scales, one for all of `dims`."""
+    largest = LARGEST[dtype]
+    scale = entries.abs().amax(dims, keepdim=True) / largest
     # the clamp keeps the inverse of the scale finite, also for a block of zeros
-    divisor = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None, :, None]
-    values = (blocks / divisor).clamp(-largest, largest)
-    values = values.round() if dtype == "int8" else values
-    return _entries(values, weight.shape).to(STORED[dtype]), scale
+    values = (entries / scale.clamp(min=torch.finfo(torch.float32).tiny)).clamp(-largest, largest)
+    return values.round() if dtype == "int8" else values, scale
 
 
 def dequantize(stored: tuple[Tensor, ...], dtype: str | None, shape: torch.Size, to: torch.dtype) -> Tensor:

@@ -84,6 +84,8 @@ def _forward(layer: FusedExperts, x_TD: Tensor, topk_weights_TK: Tensor, rows_TK
     """Return the output (T, D), what the backward needs of it, and the bounds of `_bounds`."""
     if params:
         layer.trained.write_back(params)
+    if layer.fp8:
+        layer.fp8.refresh(layer)
     note_run(layer.module)
     module, (up_name, down_name) = layer.module, layer.weight_names
     up_bias, down_bias = _biases(layer)
@@ -321,6 +323,8 @@ def _factor_grads(dy_nO: Tensor, x_nI: Tensor, A: Tensor, B: Tensor, offs: Tenso
 
 def _base_linear(layer: FusedExperts, name: str, x_NI: Tensor, offs: Tensor, bounds: Bounds, backward: bool) -> Tensor:
     """Do the same without LoRA. Matrices of stored experts (frozen.py) are dequantized a few at a time, if used."""
+    if layer.fp8:
+        return layer.fp8.linear(name, x_NI, offs, backward)
     weight, transposed = layer.tensor(name).data, layer.module.is_transposed != backward
     if len(offs) <= len(weight):
         return _grouped_linear(x_NI, weight[: len(offs)], offs, bounds, transposed)

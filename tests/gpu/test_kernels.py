@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deepseek.fp8 import EMULATE, Fp8Experts, reason_against
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE, has_kernel
 from tests.fused_experts import LAYOUTS, assert_near, inputs, make_experts, run
 
@@ -82,3 +83,27 @@ def test_rows_after_the_last_offset_are_not_read(device):
     left[24:] = right[24:] = float("nan")
     found = torch.nn.functional.grouped_mm(left.T, right, offs=offs)
     assert_near({"dW": found}, {"dW": wanted}, 0.02)
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed_interleaved_bias"])
+def test_products_in_fp8_are_those_of_the_emulation(device, layout, monkeypatch):
+    """On a GPU of compute capability 9: torch's kernel, against its rounding in fp32 products on the CPU."""
+    if device.type == "cuda" and (why := reason_against(device)):
+        pytest.skip(why)
+    monkeypatch.setattr("tests.fused_experts.F", 16)  # the kernel takes multiples of 16
+
+    def in_fp8(on):
+        x_TD, ids_TK, weights_TK = (t.detach().to(on).requires_grad_(t.requires_grad) for t in inputs(torch.bfloat16))
+        module = make_experts(layout, torch.bfloat16, TRAINED).to(on)
+        module.fp8 = Fp8Experts()
+        out, grads = run(module, IMPLEMENTATION, x_TD, ids_TK, weights_TK)
+        return {name: tensor.cpu() for name, tensor in {"out": out, **grads}.items()}
+
+    if device.type == "cpu":
+        monkeypatch.setenv(EMULATE, "1")
+    found = in_fp8(device)
+    monkeypatch.setenv(EMULATE, "1")
+    assert_near(found, in_fp8("cpu"), 0.02)
+    out, _ = call("cpu", IMPLEMENTATION, layout, torch.bfloat16, TRAINED)
+    with pytest.raises(AssertionError):  # bf16 is further away
+        assert_near({"out": found["out"]}, {"out": out}, 0.005)
