@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
 from deepseek.files import read_json, set_modes, sha256, write_json
-from deepseek.optimizer_rows import by_row, join_rows
+from deepseek.optimizer_rows import by_row, join_parts, join_rows, parts_of
 
 MANIFEST = "manifest.json"
 STATES = "states"
@@ -86,7 +86,7 @@ def save_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
     for param, name, rows in _trained(model):
         if rows is None and rank:
             continue
-        states = {key: torch.as_tensor(value) for key, value in optimizer.state.get(param, {}).items()}
+        states = parts_of(optimizer.state.get(param, {}))
         if model.dtype != torch.float32:
             states["master"] = param.detach()
         for key, state in states.items():
@@ -127,7 +127,7 @@ def load_states(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
                 state[kind] = state[kind].item()  # the step, which bitsandbytes keeps as a number
         if "master" in state:
             param.copy_(state.pop("master"))
-        states[number_of[id(param)]] = state
+        states[number_of[id(param)]] = join_parts(state, param, optimizer)
     groups = [
         {**now, **saved}
         for now, saved in zip(optimizer.state_dict()["param_groups"], json.loads((folder / GROUPS).read_text()))

@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 import yaml
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from deepseek.files import check_file, suggest, unique_keys
-from deepseek.optimizer_rows import by_row
+from deepseek.optimizer_rows import by_row, parts_of
 from deepseek.selection import SETTINGS
 from training import keys
 from training.config_parser import make_parser, take_secret
-from training.keys import ALIASES, DEFAULTS, NO_EFFECT, ON_EXPERTS, ONLY_FOR
+from training.keys import ALIASES, DEFAULTS, NO_EFFECT, ON_EXPERTS, ONLY_FOR, SCHEDULE_FREE
+from training.optimizers import OwnOptimizer, optimizer_class
 from training.run_config import RunConfig, batch_split
 from utils import note
 
@@ -183,14 +184,17 @@ def _make_config(values: dict[str, object]) -> RunConfig:
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
     """Return the TrainingArguments of a run. Under torchrun this needs the process group, so it comes after `join`."""
-    batch = {key: int(value) for key, value in batch_split(config).items()}
+    changed = {key: int(value) for key, value in batch_split(config).items()}
+    if own := config.training.get("optim") == OwnOptimizer.MUON.value:
+        changed["optim"] = "adamw_torch"
     try:
         args = TrainingArguments(
-            **{**config.training, **batch},
+            **{**config.training, **changed},
             output_dir=config.output_dir,
             use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
             save_only_model=not config.save_opt_states,
         )
+        args.optim = OwnOptimizer.MUON if own else args.optim
         optimizer = _try_optimizer(args, by_expert=config.kind in ON_EXPERTS)
         schedule = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
@@ -212,12 +216,15 @@ def _try_optimizer(args: TrainingArguments, by_expert: bool) -> torch.optim.Opti
     """
     experts = torch.nn.Parameter(torch.zeros(3, 64, 64, device=args.device))
     experts.grad = torch.ones_like(experts)
-    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.ParameterList([experts]))
+    kind, settings = optimizer_class(args, torch.nn.ParameterList([experts]))
     if settings.keys() & {"model", "params", "optimizer_dict"}:
         raise ValueError(f"optim={args.optim.value} does not train fused experts")
     optimizer = kind([experts], **settings)
-    optimizer.step()
+    if args.optim.value in SCHEDULE_FREE:
+        optimizer.train()
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        optimizer.step()
     if by_expert and not args.save_only_model:
-        for key, state in optimizer.state[experts].items():
-            by_row(key, torch.as_tensor(state), experts)
+        for key, state in parts_of(optimizer.state[experts]).items():
+            by_row(key, state, experts)
     return optimizer

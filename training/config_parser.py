@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from transformers import HfArgumentParser, TrainingArguments
 
 from training.keys import ALIASES, DEFAULTS, NO_EFFECT, SECRETS
+from training.optimizers import OwnOptimizer
 
 
 class _Parser(HfArgumentParser):
@@ -73,6 +74,8 @@ def make_parser(config: type, description: str | None, defaults: dict, argv: lis
     for action in parser._actions:
         if action.option_strings[0].startswith("--no_") or not (action.dest in ours or "--help-all" in argv):
             action.help = argparse.SUPPRESS
+        if action.dest == "optim":
+            action.choices = [*action.choices, OwnOptimizer.MUON.value]
     parser._action_groups.sort(key=lambda group: group.title != config._argument_group_name)
     parser.add_argument("--train_config", metavar="FILE", help="a YAML file of keys, such as configs/base.yaml")
     parser.add_argument("--help-all", action="help", help="explain the keys of transformers, too")

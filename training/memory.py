@@ -39,9 +39,10 @@ OPTIMIZERS: dict[str, Callable[[int], float]] = {
     **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_32bit"), lambda _: 4),
     **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), lambda _: 12),
     **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), lambda _: 3 + 12 / 256),
-    **dict.fromkeys(("rmsprop", "adagrad"), lambda n: n),
+    **dict.fromkeys(("schedule_free_adamw", "schedule_free_radam"), lambda size: 2 * size),
+    **dict.fromkeys(("rmsprop", "adagrad", "muon", "schedule_free_sgd"), lambda n: n),
     "paged_adamw_32bit": lambda _: 8,
-    "adamw_torch_4bit": lambda _: 1 + 8 / 128,
+    "adamw_torch_4bit": lambda _: 1 + 8 / 256,
     "sgd": lambda _: 0,
 }
 
@@ -61,6 +62,7 @@ class MemorySettings:
     shard_dense: bool = False
     frozen_dtype: str | None = None
     offload_frozen: bool = False
+    expert_compute: str | None = None
     keep_base: bool = False  # the base's values of what is trained; method dpo always keeps them
     optim: str = "adamw_torch_fused"
     activation_checkpointing: bool = False
@@ -151,6 +153,8 @@ class Estimator:
                 stored -= host
                 moving["transient"] += int(entries * each)
             experts = held.trained_rows + stored
+        if s.expert_compute:
+            experts *= 2  # two copies of one byte per entry, beside two bytes
         if s.shard_dense and s.world_size > 1:
             # FSDP2 gathers the layer at work, the next one, and the weights outside the layers
             moving["transient"] += min(dense - dense // s.world_size, 2 * held.largest_layer + held.outside)

@@ -11,6 +11,7 @@ from transformers import set_seed
 import esft
 from deepseek.expert_parallel import connect_experts, shard_dense
 from deepseek.experts import moe_layers
+from deepseek.fp8 import compute_in_fp8
 from deepseek.frozen import Storage
 from deepseek.loading import draws_in_training, keeps_documents_apart
 from deepseek.placement import Placement, imbalance, place_layers
@@ -69,6 +70,8 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
         connect_experts(model, placements, plan.experts.experts, ranks)
         read = ranks.gather(read_bytes)
         logger.info(f"  each process reads at most {size(max(read))} of weights")
+    if config.expert_compute:
+        compute_in_fp8(model)
     if not (documents_apart := keeps_documents_apart(base)):
         warnings.warn(
             f"in a {base.config.model_type} the documents of a pack would see each other, so every sample becomes a "

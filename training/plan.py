@@ -17,6 +17,7 @@ import esft
 from deepseek.adapters import read_base_note
 from deepseek.experts import moe_layers
 from deepseek.fingerprint import difference
+from deepseek.fp8 import check_fp8
 from deepseek.frozen import quantize
 from deepseek.loading import empty_model
 from deepseek.partial_loading import quantization
@@ -92,6 +93,15 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
     elif config.train_router and config.kind in ON_EXPERTS:
         esft.ExpertConfig({}, routers=config.train_router).check(empty)
     layer = next(iter(moe_layers(empty).values()))
+    if layer.module.has_bias and config.save_opt_states and config.training.get("optim") == "adafactor":
+        raise ValueError(
+            "cannot keep the states of optim=adafactor by expert: the experts of this model have biases, and it keeps "
+            "means over all of them. Set optim=adamw_torch_fused, or leave out --save_opt_states."
+        )
+    if config.expert_compute:
+        if quantization(empty.config) == "fp8":
+            raise ValueError("cannot compute experts in fp8: the model is stored in fp8. Give its bfloat16 form.")
+        check_fp8([layer], (empty.config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)))
     for name in layer.weight_names if config.frozen_dtype else ():
         quantize(torch.zeros(1, *layer.tensor(name).shape[1:]), config.frozen_dtype)
     return empty
@@ -181,6 +191,7 @@ def memory_settings(
         shard_dense=config.shard_dense,
         frozen_dtype=plan.frozen_dtype,
         offload_frozen=config.offload_frozen,
+        expert_compute=config.expert_compute,
         keep_base=config.keeps_base,
         optim=args.optim.value,
         device=args.device.type,

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from deepseek.files import suggest, suggest_path
+from deepseek.fp8 import reason_against
 from deepseek.selection import OPTIONS, STRATEGIES, check_rule
-from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, REFUSED
+from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, REFUSED, SCHEDULE_FREE
 
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
@@ -90,6 +91,7 @@ class RunConfig:
     expert_scores_dir: str | None = _key(None, "the scores for placement; by default those beside expert_config")
     shard_dense: bool = _key(False, "share out the frozen weights that are not experts, too (FSDP2)")
     frozen_dtype: Literal["fp8", "int8", "nf4"] | None = _key(None, "quantize the frozen experts to save memory")
+    expert_compute: Literal["fp8"] | None = _key(None, "fp8: multiply the experts in fp8, on a GPU that can")
     offload_frozen: bool = _key(False, "keep the frozen experts in host memory")
     activation_checkpointing: Literal["auto", "true", "false"] = _key("auto", "auto: true on a GPU that needs it")
     attn_implementation: str | None = _key(None, "e.g. flash_attention_2; by default transformers chooses")
@@ -166,12 +168,9 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         yield f"eval_strategy={values['eval_strategy']} needs a validation set. Raise validation_fraction"
     if config.streaming and not config.n_train_samples:
         yield "streaming needs to know how many samples to take. Give n_train_samples"
-    if config.expert_scores_dir and not Path(config.expert_scores_dir).exists():
-        path = config.expert_scores_dir
-        yield f"expert_scores_dir={path} is not there{suggest_path(path)}"
-    if config.contrast_scores_dir and not Path(config.contrast_scores_dir).exists():
-        path = config.contrast_scores_dir
-        yield f"contrast_scores_dir={path} is not there{suggest_path(path)}"
+    for key in ("expert_scores_dir", "contrast_scores_dir"):
+        if values[key] and not Path(values[key]).exists():
+            yield f"{key}={values[key]} is not there{suggest_path(values[key])}"
     if config.contrast != "difference" and not config.contrast_scores_dir:
         yield f"contrast={config.contrast} needs scores on general data. Give contrast_scores_dir"
     if config.ep_size != "auto" and not re.fullmatch("0*[1-9][0-9]*", config.ep_size):
@@ -183,7 +182,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         size = batch["per_device_train_batch_size"]
         yield f"global_batch_size={config.global_batch_size} cannot be shared out in batches of {size}. Change it"
     if config.kind not in ON_EXPERTS:
-        changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen") if values[key]]
+        changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen", "expert_compute") if values[key]]
         changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
         if changed:
             others = f"not {config.method}, and for {LORA_SELECTED}"
@@ -199,6 +198,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
             yield f"{key}={values[key]} does not work here: {why}. Leave it out"
     yield from _of_replay(config)
     yield from _of_distillation(config)
+    yield from _of_optimizer(config, values)
     yield from _unmet_needs(config, values)
     yield from _wrong_pull(config)
     yield from _wrong_routers(config, values)
@@ -226,6 +226,24 @@ def _of_distillation(config: RunConfig) -> Iterator[str]:
         yield f"distill_from=base is for methods esft and random and {LORA_SELECTED}, which keep the base. Leave it out"
     if source and not config.distills_all and not config.replay_dataset:
         yield f"distill_from={source} on replayed documents needs some. Give replay_dataset, or distill_on=all"
+
+
+def _of_optimizer(config: RunConfig, values: dict) -> Iterator[str]:
+    """Yield what is wrong with the optimizer, and with the products in fp8."""
+    if config.expert_compute:
+        device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+        if why := reason_against(device):
+            yield f"expert_compute=fp8 does not work here: {why}. Leave it out"
+        if config.frozen_dtype or config.offload_frozen:
+            yield "expert_compute=fp8 multiplies with copies of its own. Leave out frozen_dtype and offload_frozen"
+    if (optim := values.get("optim")) == "muon" and config.method == "lora":
+        yield "optim=muon is for matrices of experts, and method lora trains low-rank factors. Leave it out"
+    if optim in SCHEDULE_FREE:
+        if values.get("lr_scheduler_type", "linear") != "constant":
+            yield f"optim={optim} takes the place of a schedule. Give lr_scheduler_type=constant"
+        if 0 < values.get("warmup_steps", 0) < 1 or (values.get("warmup_steps") and optim == "schedule_free_radam"):
+            other = "has a warmup of its own" if optim == "schedule_free_radam" else "counts steps, not shares"
+            yield f"warmup_steps={values['warmup_steps']} is not for optim={optim}, which {other}. Change it"
 
 
 def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:

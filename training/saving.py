@@ -33,6 +33,7 @@ from deepseek.partial_loading import no_bars
 from deepseek.process_groups import Ranks, lost_contact
 from training import checkpoints
 from training.keys import ON_EXPERTS
+from training.optimizers import optimizer_class
 
 SCHEDULER = "scheduler.json"
 
@@ -147,9 +148,14 @@ class SavingTrainer(Trainer):
         self.state.best_model_checkpoint = best and str(best)
         return super()._finalize_training(*args)
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        return optimizer_class(args, model)
+
     def save_model(self, output_dir=None, _internal_call=False):
         """Let rank 0 write the model, or the adapter after it gathered the tensors of the other ranks."""
         output_dir = output_dir or self.args.output_dir
+        self.optimizer.eval()  # a schedule-free one gives the weights to evaluate; `training_step` calls its train()
         if self.adapter:
             own = esft.adapter_tensors(self.model) if self.ranks.first_replica else {}
             tensors = gather_to_first(own, self.ranks)
@@ -184,13 +190,15 @@ class SavingTrainer(Trainer):
             self._writing(lambda: checkpoints.save_states(self.model, self.optimizer, states, self.ranks.rank))
         if self.args.should_save:
             state = self.lr_scheduler.state_dict()
+            if isinstance(self.lr_scheduler, LambdaLR):  # the rates follow from the settings, and torchao's are tensors
+                state = {key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")}
             self._writing(lambda: write_json(Path(output_dir) / SCHEDULER, state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if not self.adapter:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            checkpoints.load_states(self.model, self.optimizer, Path(checkpoint) / checkpoints.STATES)
+            checkpoints.load_states(self.model, self.optimizer.optimizer, Path(checkpoint) / checkpoints.STATES)
             self.lr_scheduler.load_state_dict(json.loads((Path(checkpoint) / SCHEDULER).read_text()))
         schedule = self.lr_scheduler
         if isinstance(schedule, LambdaLR):  # in a run that was made longer it is another than the saved one
@@ -210,5 +218,6 @@ class SavingTrainer(Trainer):
             self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self):
+        self.optimizer.eval()  # before the weights are there, as it would change them
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         self.eval_losses.clear()

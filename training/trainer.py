@@ -35,6 +35,7 @@ from training import data
 from training.batches import Batches, collate
 from training.flops import count_flops, peak_flops, work_of
 from training.loss import TokenLosses, label_positions
+from training.optimizers import keep_experts_apart
 from training.routers import TrainedRouters
 from training.saving import SavingTrainer
 
@@ -210,6 +211,7 @@ class ESFTTrainer(SavingTrainer):
         packs = eval_dataset or self.eval_dataset
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, its terms
         self.model.eval()
+        self.optimizer.eval()
         for indices in Batches(len(packs), self.args.eval_batch_size, self.ranks, 0):
             inputs = self._prepare_inputs(self.data_collator([packs[index] for index in indices]))
             with torch.no_grad(), self._watched(inputs, "eval_"):
@@ -226,6 +228,7 @@ class ESFTTrainer(SavingTrainer):
 
     def create_optimizer(self, model=None):
         optimizer = self.ranks.run_or_fail_together(functools.partial(super().create_optimizer, model))
+        keep_experts_apart(optimizer, self.model)
         if self.routers:
             self.routers.set_rate(optimizer)
         return optimizer

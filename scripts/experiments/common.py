@@ -3,6 +3,7 @@
 import argparse
 import random
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,33 @@ def train(out: Path, *keys: object, processes: int = 1) -> dict:
     words = [script, f"--output_dir={out}", "overwrite=true", "disable_tqdm=true", *keys]
     run_command(words, processes=processes, quiet=True)
     return read_json(out / "run.json")["results"]
+
+
+def losses_of(folder: Path, args: argparse.Namespace, key: str, values: Iterable[str], *keys: str) -> dict:
+    """Train results/models/tiny on a task, with each value of `key` and each of `args.seeds`. Return validation losses.
+
+    The experts are selected by token scores. The seed draws the order of the data.
+    """
+    scores, experts, task = folder / "scores", folder / "experts.json", f"--eval_dataset={args.train_dataset}"
+    base, size = f"--base_model_path={TINY}", ("--n_sample_tokens=16384", "--seq_length=256")
+    run_command(["scripts/expert/get_expert_scores.py", task, base, f"--output_dir={scores}", *size], quiet=True)
+    run_command(["scripts/expert/generate_expert_config.py", task, f"--expert_scores_dir={scores}",
+                 f"--output_path={experts}", "--score_function=token", "--top_p=0.2"], quiet=True)  # fmt: skip
+    keys += base, f"--train_dataset={args.train_dataset}", f"--expert_config={experts}", f"max_steps={args.steps}"
+    keys += f"--train_config={ROOT}/configs/tiny.yaml", "load_best_model_at_end=false", "save_strategy=no"
+    found: dict[str, list[float]] = {value: [] for value in values}
+    for seed in args.seeds:
+        for value, losses in found.items():
+            losses.append(train(folder / "run", *keys, f"data_seed={seed}", f"{key}={value}")["eval_loss"])
+            print(f"seed {seed}, {key}={value}: validation loss {losses[-1]:.4f}")
+    return found
+
+
+def compared(losses: list[float], plain: list[float]) -> list[str]:
+    """Return the mean of losses, and that of their ratios to others with its range."""
+    ratios = [loss / other for loss, other in zip(losses, plain)]
+    mean = f"{statistics.fmean(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+    return [f"{statistics.fmean(losses):.4f}", mean]
 
 
 def publish(args: argparse.Namespace, script: str, argv: list[str] | None, page: str, remarks="", **results) -> None:

@@ -9,7 +9,6 @@ pages of the files.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -18,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output
 from deepseek.frozen import DTYPES
-from scripts.experiments.common import TINY, publish, train, write_model
-from utils import ROOT, command_parser, markdown_table, positive, run_cli, run_command
+from scripts.experiments.common import compared, losses_of, publish, train, write_model
+from utils import command_parser, markdown_table, positive, run_cli
+
+KINDS = ("null", *DTYPES)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -32,45 +33,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def as_key(dtype: str) -> str:
-    return f"frozen_dtype={'null' if dtype == 'none' else dtype}"
-
-
-def losses(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the validation losses by dtype, one per seed."""
-    scores, experts = folder / "scores", folder / "experts.json"
-    task, base = f"--eval_dataset={args.train_dataset}", f"--base_model_path={TINY}"
-    size = "--n_sample_tokens=16384", "--seq_length=256"
-    run_command(["scripts/expert/get_expert_scores.py", task, base, f"--output_dir={scores}", *size], quiet=True)
-    run_command(["scripts/expert/generate_expert_config.py", task, f"--expert_scores_dir={scores}",
-                 f"--output_path={experts}", "--score_function=token", "--top_p=0.2"], quiet=True)  # fmt: skip
-    keys = [base, f"--train_dataset={args.train_dataset}", f"--expert_config={experts}", f"max_steps={args.steps}"]
-    keys += [f"--train_config={ROOT}/configs/tiny.yaml", "load_best_model_at_end=false", "save_strategy=no"]
-    keys += ["--verify_frozen"]
-    found: dict[str, list[float]] = {dtype: [] for dtype in ("none", *DTYPES)}
-    for seed in args.seeds:
-        for dtype, values in found.items():
-            values.append(train(folder / "run", *keys, f"data_seed={seed}", as_key(dtype))["eval_loss"])
-            print(f"seed {seed}, {dtype}: validation loss {values[-1]:.4f}, frozen tensors kept their bits")
-    return found
-
-
 def memory(folder: Path) -> dict[str, dict]:
     """Return the results of short runs by dtype, on a model that is large enough to show a difference."""
     base = folder / "large"
     write_model(base)
     keys = f"--base_model_path={base}", "--train_dataset=law", f"--expert_config={base / 'experts.json'}"
     options = "seq_length=256", "max_steps=3", "per_device_train_batch_size=2", "validation_fraction=0"
-    return {dtype: train(folder / "run", *keys, *options, as_key(dtype)) for dtype in ("none", *DTYPES)}
+    return {dtype: train(folder / "run", *keys, *options, f"frozen_dtype={dtype}") for dtype in KINDS}
 
 
 def format_table(found: dict[str, list[float]], held: dict[str, dict]) -> str:
     """Return the comparison as Markdown, one line per dtype."""
     rows = []
     for dtype, values in found.items():
-        ratios = [value / plain for value, plain in zip(values, found["none"])]
-        row = [dtype, f"{statistics.fmean(values):.4f}"]
-        row.append(f"{statistics.fmean(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")
+        row = ["none" if dtype == "null" else dtype, *compared(values, found["null"])]
         row += [f"{held[dtype][key] / 2**20:,.0f} MiB" for key in ("frozen_expert_bytes", "peak_memory_bytes")]
         rows.append([*row, f"{held[dtype]['step_seconds']:.2f}"])
     head = ["frozen experts", "validation loss", "of unquantized", "frozen experts take", "peak memory", "step (s)"]
@@ -82,7 +58,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.output:
         check_output(f"{args.output}.md")
     with tempfile.TemporaryDirectory() as name:
-        held, found = memory(Path(name)), losses(Path(name), args)
+        held = memory(Path(name))
+        found = losses_of(Path(name), args, "frozen_dtype", KINDS, "--verify_frozen")
     remarks = (
         f"{args.train_dataset}, seeds {' '.join(map(str, args.seeds))}; loss (means, and the range of the ratio) on "
     )
