@@ -1,0 +1,57 @@
+"""Schedules worth a line in docs/optimizers.md: their rates, step by step, after a kill and in a run made longer."""
+
+import json
+
+import pytest
+
+from tests.helpers import Killed, at_step, kill, same
+
+PEAK = 1e-2
+WSD = {
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}',
+    "warmup_steps": 2,
+}
+COSINE = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"num_cycles": 2}', "warmup_steps": 2}
+
+
+def rates(folder) -> list[float]:
+    """The learning rate of each step, as a share of the highest. A step is logged with the rate that it took."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["learning_rate"] / PEAK for entry in history if "learning_rate" in entry]
+
+
+CURVES = [
+    # up over 2 steps, held, and down over the last 3
+    (WSD, 8, [0, 1 / 2, 1, 1, 1, 1, 2 / 3, 1 / 3]),
+    # up over 2 steps, then two half waves of 3 steps each: (1 + cos(pi k / 3)) / 2
+    (COSINE, 8, [0, 1 / 2, 1, 3 / 4, 1 / 4, 1, 3 / 4, 1 / 4]),
+]
+
+
+@pytest.mark.parametrize("keys, steps, wanted", CURVES, ids=["warmup_stable_decay", "cosine_with_restarts"])
+def test_rates_are_those_of_the_schedule_also_after_a_kill(start, monkeypatch, keys, steps, wanted):
+    keys = {**keys, "max_steps": steps, "save_opt_states": True, "save_steps": 3, "eval_steps": None}
+    start("whole", **keys)
+    assert rates(start.folder / "whole") == pytest.approx(wanted)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(**keys)
+    start(**keys)
+    assert same(start.folder / "whole", start.folder / "out")
+
+
+def test_a_run_goes_on_from_before_its_decay_and_decays_at_its_new_end(start, monkeypatch):
+    keys = {**WSD, "save_opt_states": True, "save_steps": 3, "eval_steps": None}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(**keys, max_steps=8)
+    start(**keys, max_steps=10)
+    start("at once", **keys, max_steps=10)
+    assert rates(start.folder / "out") == pytest.approx([0, 1 / 2, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+    assert same(start.folder / "at once", start.folder / "out")
+
+
+def test_an_unknown_setting_of_a_schedule_is_named(start):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'num_decays'"):
+        start(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs='{"num_decays": 3}')
