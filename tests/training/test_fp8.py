@@ -31,6 +31,7 @@ def run_one(_rank: int, config) -> None:
         train.run(config)
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_experts_have_the_losses_of_one(files, tmp_path, monkeypatch):
     monkeypatch.setenv(EMULATE, "1")
     keys = {**KEYS, "max_steps": 2, "eval_steps": 2, "save_steps": None, "batch_size": 1}

@@ -65,7 +65,10 @@ def values(model, ids=FEW) -> dict:
     return {(id, key): view.clone() for id in ids for key, view in moe_layers(model)[1].expert_views(id).items()}
 
 
-@pytest.mark.parametrize("optim", BY_EXPERT)
+FAST = {"adamw_torch_fused", "muon", "adamw_8bit", "lion_8bit", "schedule_free_adamw"}
+
+
+@pytest.mark.parametrize("optim", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in BY_EXPERT])
 def test_states_go_by_expert_id(files, tmp_path, optim):
     """An expert has the states that it has alone, to the bit, and goes on with them among other experts."""
     need = re.sub(r"\W", "", ROWS[optim][2])
@@ -169,3 +172,18 @@ def test_schedule_free_resumes_and_evaluates_and_saves_the_averaged_weights(star
     found = losses(start.folder / "whole")
     again = start(**{**keys, "overwrite": True, "max_steps": 7, "save_steps": 1, "eval_steps": 1})
     assert again["eval_loss"] == pytest.approx(found["eval_loss", again["steps"]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_with_4_bit_states_resumes(start, bases, monkeypatch):
+    pytest.importorskip("torchao")
+    keys = {
+        "optim": "adamw_torch_4bit",
+        "base_model_path": bases(moe_intermediate_size=128),
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+    }
+    with torch.compiler.set_stance("force_eager"):
+        killed_and_repeated(start, monkeypatch, **keys)
+    saved = weights(start.folder / "whole" / "checkpoint-4" / "states")
+    assert any(state.dtype == torch.uint8 for state in saved.values())

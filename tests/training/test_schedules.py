@@ -41,6 +41,7 @@ def test_rates_are_those_of_the_schedule_also_after_a_kill(start, monkeypatch, k
     assert same(start.folder / "whole", start.folder / "out")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_before_its_decay_and_decays_at_its_new_end(start, monkeypatch):
     keys = {**WSD, "save_opt_states": True, "save_steps": 3, "eval_steps": None}
     with monkeypatch.context() as patch, pytest.raises(Killed):
