@@ -94,7 +94,8 @@ def ask(model: nn.Module, packs: list[Pack], args: argparse.Namespace, tokens: i
         logits = token_losses.logits(model, taken, labels_BM)
         for first in range(0, labels_BM.numel(), ROWS):
             rows = slice(first, first + ROWS)
-            log_MV = logits(rows).float().log_softmax(-1)[labels_BM.flatten()[rows].to(device) != IGNORE]
+            log_MV = logits(rows).float().log_softmax(-1)
+            log_MV = log_MV[(labels_BM.flatten()[rows] != IGNORE).to(log_MV.device)]
             ids_Mk = log_MV[:, :tokens].topk(args.top_k).indices
             ids.append(ids_Mk.int().cpu())
             log_probs.append(top_and_rest(log_MV, ids_Mk).clamp(min=LEAST).half().cpu())
@@ -130,8 +131,9 @@ def write_logits(args: argparse.Namespace) -> dict:
         own = [packs[index] for index in range(start, min(start + args.packs_per_part, len(packs)))]
         path = folder / f"logits-{len(parts) + 1:05d}.safetensors"
         if not path.exists():
+            said = ask(load(), own, args, tokens)
             with atomic_path(path) as temporary:
-                save_file(ask(load(), own, args, tokens), temporary, metadata={"settings": settings})
+                save_file(said, temporary, metadata={"settings": settings})
         noted, keys, log_probs = read_part(path, "keys", "log_probs")
         if noted.get("settings") != settings or keys.tolist() != [key_of(document) for document in documents_of(own)]:
             raise ValueError(f"cannot go on in {folder}: {path.name} is of other settings. Give another folder.")

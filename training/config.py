@@ -133,12 +133,7 @@ def _words(key: str, value: object) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         value = _parsed(key, value, "a list such as '[a, b]'")
     if isinstance(value, list):
-        if key in (
-            "train_dataset",
-            "validation_dataset",
-            "replay_dataset",
-            "lora_modules",
-        ):  # several data sets, as in a:0.7,b:0.3
+        if key.endswith("_dataset") or key == "lora_modules":  # several data sets, as in a:0.7,b:0.3
             return [f"--{key}={','.join(map(str, value))}"]
         return [f"--{key}", *map(str, value)]
     if value is False and key.endswith("_strategy"):  # YAML 1.1 reads no as false

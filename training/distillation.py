@@ -146,12 +146,10 @@ class DistillingTrainer(ESFTTrainer):
             teacher=teacher,
         )
         self.reference = None if teacher else esft.ReferenceModel(self.model)
-        self._in_step = range(self.ranks.rank, self.ranks.rank + 1)  # ranks that must run the model equally often
-        if any(isinstance(param, DTensor) for param in self.model.parameters()):
-            self._in_step = range(self.ranks.world_size)
-        elif self.ranks.ep_size > 1:
-            first = self.ranks.rank - self.ranks.expert_rank
-            self._in_step = range(first, first + self.ranks.ep_size)
+        sharded = any(isinstance(param, DTensor) for param in self.model.parameters())
+        together = self.ranks.world_size if sharded else self.ranks.ep_size  # they must run the model equally often
+        first = self.ranks.rank // together * together
+        self._in_step = slice(first, first + together)
         self._divergence = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum, labels
 
     def get_train_dataloader(self):
@@ -162,9 +160,8 @@ class DistillingTrainer(ESFTTrainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count the terms of a step, and agree on which of its batches are distilled."""
         distilled = [bool(inputs["soft"].any()) for inputs in batch_samples]
-        if self.reference and len(self._in_step) > 1:
-            every = self.ranks.gather(distilled)
-            distilled = [any(flags) for flags in zip(*(every[rank] for rank in self._in_step))]
+        if self.reference:
+            distilled = [any(flags) for flags in zip(*self.ranks.gather(distilled)[self._in_step])]
         for inputs, one in zip(batch_samples, distilled):
             inputs["distilled"] = one
         return super()._get_num_items_in_batch(batch_samples, device)

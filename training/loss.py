@@ -109,7 +109,7 @@ class TokenLosses:
             weights = (head.weight, head.bias)
             if head.weight.requires_grad:  # its values may be others after this forward
                 weights = [None if weight is None else weight.clone() for weight in weights]
-            kept.extend([args[0].flatten(0, 1), weights if head.weight.requires_grad else None])
+            kept.extend([args[0].flatten(0, 1).to(head.weight.device), weights if head.weight.requires_grad else None])
             return (args[0][:, :0],)
 
         hook = self.head.register_forward_pre_hook(take_input)
