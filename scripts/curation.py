@@ -20,8 +20,9 @@ from training.data.documents import texts_of
 from utils import import_extra
 
 WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+")
+WORD_OR_SYMBOL = re.compile(rf"{WORD.pattern}|[^\w\s]")
 RENDERED = re.compile(r"User: (.*?)\s*Assistant:", re.DOTALL)  # a prompt of the published evaluation files
-SHINGLE = 3  # words that are compared as one, in near duplicates
+SHINGLE = 3  # words and symbols that are compared as one, in near duplicates
 RUN, COMMON = 13, 10  # words that are compared as one, with the evaluation; rows that may share them by chance
 CERTAIN = 0.5  # probability from which a language counts
 PERMUTATIONS = 128
@@ -36,8 +37,8 @@ def squeezed(value: object) -> object:
     return [squeezed(inner) for inner in value] if isinstance(value, list) else value
 
 
-def words_of(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFC", text).casefold())
+def words_of(text: str, kind: re.Pattern = WORD) -> list[str]:
+    return kind.findall(unicodedata.normalize("NFC", text).casefold())
 
 
 def runs(words: list[str], length: int) -> set[tuple[str, ...]]:
@@ -81,10 +82,10 @@ class Sample:
 class Duplicates:
     """Finds rows that are equal to a row before that was kept, or nearly so.
 
-    The similarity of two rows is the Jaccard index |A & B| / |A | B| of their sets of runs of SHINGLE words. MinHash
-    with locality-sensitive hashing (Broder 1997; Indyk and Motwani 1998) finds candidates, and their index is computed
-    exactly. So no row is removed that is less similar. At the threshold itself one pair of twenty is missed, and more
-    similar ones almost never.
+    The similarity of two rows is the Jaccard index |A & B| / |A | B| of their sets of runs of SHINGLE words and
+    symbols: 2 + 2 is not 2 - 2. MinHash with locality-sensitive hashing (Broder 1997; Indyk and Motwani 1998) finds
+    candidates, and their index is computed exactly. So no row is removed that is less similar. At the threshold itself
+    one pair of twenty is missed, and more similar ones almost never.
 
     sample: returns a row by its number.
     threshold: the least index of near duplicates. None looks for equal rows only.
@@ -102,7 +103,7 @@ class Duplicates:
         if number := self.equal.get(sample.key):
             return {"reason": "duplicate", "why": f"a copy of row {number}", "of": number}
         if self.threshold:
-            shingles = runs(words_of(sample.text), SHINGLE)
+            shingles = runs(words_of(sample.text, WORD_OR_SYMBOL), SHINGLE)
             sketch = self.sketches.MinHash(PERMUTATIONS)
             sketch.update_batch([" ".join(run).encode() for run in shingles])
             near = [(self.similarity(shingles, number), -number) for number in self.index.query(sketch)]
@@ -115,7 +116,7 @@ class Duplicates:
         return None
 
     def similarity(self, shingles: set, number: int) -> float:
-        others = runs(words_of(self.sample(number).text), SHINGLE)
+        others = runs(words_of(self.sample(number).text, WORD_OR_SYMBOL), SHINGLE)
         return len(shingles & others) / len(shingles | others)
 
 

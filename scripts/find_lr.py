@@ -97,7 +97,9 @@ def plan(args: argparse.Namespace) -> tuple["RunConfig", float]:  # noqa: F821
         if (key := ALIASES.get(word.partition("=")[0], word.partition("=")[0])) == "learning_rate" and args.rates:
             raise ValueError(f"cannot use {word!r}: --rates sets {key}. Leave one of them out.")
     paths = {key: getattr(args, key) for key in PATHS if getattr(args, key)}
-    config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *args.overrides])
+    words = [*(f"--{key}={value}" for key, value in paths.items()), *args.overrides]
+    read_config([*words, f"max_steps={args.steps}", *TRIAL])  # of a trial: refused now and not in each
+    config = read_config(words)
     if config.kind in ("esft", "dpo", LORA_SELECTED) and not config.expert_config:
         config = dataclasses.replace(config, expert_config=str(selected_experts(config.output_dir)))
     usual = training_arguments(dataclasses.replace(config, device="cpu")).learning_rate

@@ -166,6 +166,21 @@ def test_methods_without_experts_choose_none(search, method):
     assert {words[0] for words in search.commands} == {"train.py"}
 
 
+@pytest.mark.parametrize(("method", "script"), [("esft", "train_ep.py"), ("full", "train.py")])
+def test_several_processes_train_experts_in_parallel(method, script, search, monkeypatch, capsys):
+    ran = []
+
+    def run_command(words, processes=1, **_):
+        ran.append((words[0], processes))
+        fake(["train.py", *words[1:]] if words[0].startswith("train") else words, LOSSES)
+
+    monkeypatch.setattr(pipeline, "run_command", run_command)
+    argv = [*FLAGS, f"--output_dir={search.folder}", "--nproc_per_node=2", "--rates=0.002", f"method={method}"]
+    find_lr.main(argv)
+    assert [found for found in ran if found[0].startswith("train")] == [(script, 2)] * 2
+    assert f"python -m torch.distributed.run --standalone --nproc-per-node=2 {script}" in capsys.readouterr().out
+
+
 def test_a_search_that_was_broken_off_goes_on_and_repeats_nothing(search):
     losses = {rate: found for rate, found in LOSSES.items() if rate != "0.008"}  # what has failed is tried again
     search("--general_dataset=general", losses=losses)
@@ -233,6 +248,7 @@ def test_a_base_that_knows_nothing_has_nothing_to_forget(search, monkeypatch):
         (["learning_rat=1"], "learning_rat"),
         (["validation_fraction=0", "eval_strategy=no", "load_best_model_at_end=false"], "no sample is held out"),
         (["--data=lw"], "did you mean 'law'?"),
+        (["save_strategy=best", "method=fll"], "method"),
     ],
 )
 def test_wrong_flags_are_refused_first(flags, sentence, tmp_path, capsys, monkeypatch):
