@@ -85,7 +85,7 @@ class Duplicates:
     The similarity of two rows is the Jaccard index |A & B| / |A | B| of their sets of runs of SHINGLE words and
     symbols: 2 + 2 is not 2 - 2. MinHash with locality-sensitive hashing (Broder 1997; Indyk and Motwani 1998) finds
     candidates, and their index is computed exactly. So no row is removed that is less similar. At the threshold itself
-    one pair of twenty is missed, and more similar ones almost never.
+    one pair of ten to fifty is missed, and more similar ones almost never.
 
     sample: returns a row by its number.
     threshold: the least index of near duplicates. None looks for equal rows only.
@@ -97,7 +97,7 @@ class Duplicates:
         if threshold:
             self.sketches = import_extra("datasketch", "curate")
             weights = (0.05, 0.95)  # of false candidates, which cost time, and of missed ones
-            self.index = self.sketches.MinHashLSH(threshold, PERMUTATIONS, weights)
+            self.index = self.sketches.MinHashLSH(min(threshold, 0.9), PERMUTATIONS, weights)
 
     def __call__(self, sample: Sample) -> dict | None:
         if number := self.equal.get(sample.key):

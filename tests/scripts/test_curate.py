@@ -87,6 +87,11 @@ def test_a_shared_system_prompt_or_tools_do_not_make_near_duplicates(tmp_path):
     assert curated(tmp_path, rows, "--near_duplicates=0.9")[0] == rows
 
 
+def test_at_one_only_case_and_blanks_may_differ(tmp_path):
+    rows = [row(LONG), row(LONG.upper()), row(f"{LONG}!")]
+    assert sorted(curated(tmp_path, rows, "--near_duplicates=1")[1]) == [2]
+
+
 def test_symbols_tell_rows_apart(tmp_path):
     rows = [row(f"what is 2 {sign} 2 {sign} 8 / 4?", "8") for sign in "+-*"] + [row(face, face) for face in ("!", "?!")]
     assert curated(tmp_path, rows, "--near_duplicates=0.8")[0] == rows
