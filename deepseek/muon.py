@@ -60,9 +60,9 @@ class Muon(torch.optim.Optimizer):
         params = list(params)
         groups = []
         for group in params if isinstance(params[0], dict) else [{"params": params}]:
-            parts: dict[str | None, list] = {}
+            parts: dict[str | None, list] = {name: [] for name in (*self._layout, None)}  # the same on every rank
             for param in group["params"]:
-                parts.setdefault(matrix_of.get(param), []).append(param)
+                parts[matrix_of.get(param)].append(param)
             groups += [{**group, "params": part, "matrix": name} for name, part in parts.items()]
         self._adamw = torch.optim.AdamW([{"params": []}], **adamw)
         super().__init__(groups, {**self._adamw.defaults, "momentum": momentum, "ns_steps": ns_steps})

@@ -187,7 +187,9 @@ class Reselection:
     def _add(self, params: dict[str, nn.Parameter]) -> None:
         groups = self._optimizer.param_groups
         for name, param in params.items():
-            usual = min(1, len(groups) - 1) if name.endswith("_bias") else 0  # Trainer's second has no weight decay
+            kinds = [group.get("matrix") for group in groups]  # of Muon
+            fit = [i for i, kind in enumerate(kinds) if kind == (name if name in kinds else None)]
+            usual = fit[min(1, len(fit) - 1) if name.endswith("_bias") else 0]  # Trainer's second has no weight decay
             groups[self._group_of.setdefault(name, usual)]["params"].append(param)
 
     def _remove(self, params: list[nn.Parameter]) -> None:

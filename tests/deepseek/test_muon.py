@@ -96,8 +96,11 @@ def test_groups_keep_their_settings_and_their_states_load():
     groups = [{"params": [*experts, *others[:1]], "weight_decay": 0.5}, {"params": others[1:], "lr": 1e-4}]
     optimizer = Muon(groups, layers.values(), **SETTINGS)
     found = [(g["matrix"], g["weight_decay"], g["lr"], len(g["params"])) for g in optimizer.param_groups]
-    of_experts = [("gate_up_proj", 0.5, 0.01, 1), ("down_proj", 0.5, 0.01, 1)]
-    assert found == [*of_experts, (None, 0.5, 0.01, 1), (None, 0.1, 1e-4, len(others) - 1)]
+    first = [("gate_up_proj", 0.5, 0.01, 1), ("down_proj", 0.5, 0.01, 1), (None, 0.5, 0.01, 1)]
+    second = [("gate_up_proj", 0.1, 1e-4, 0), ("down_proj", 0.1, 1e-4, 0), (None, 0.1, 1e-4, len(others) - 1)]
+    assert found == first + second
+    of_none = Muon([{"params": []}, {"params": []}], layers.values(), **SETTINGS)  # a rank may hold no trained expert
+    assert [group["matrix"] for group in of_none.param_groups] == [matrix for matrix, *_ in found]
     for param in (*experts, *others):
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -131,6 +134,17 @@ def test_experts_that_begin_later_get_the_update_of_muon_too():
             assert 0.1 < size < 0.3
     assert reselection.step == steps
     assert sum("momentum_buffer" in state for state in optimizer.state.values()) == 4
+
+
+def test_a_first_expert_of_a_layout_finds_its_group():
+    model = to_esft(make_model(), ExpertConfig({}, shared_experts=True))
+    optimizer = Muon([p for p in model.parameters() if p.requires_grad], moe_layers(model).values(), **SETTINGS)
+    Reselection(model, optimizer).train(ExpertConfig({1: (3,)}, shared_experts=True))
+    found = {group["matrix"]: {p.shape[1:] for p in group["params"]} for group in optimizer.param_groups}
+    layer = moe_layers(model)[1]
+    assert {name: found[name] for name in layer.weight_names} == {
+        name: {layer.tensor(name).shape[1:]} for name in layer.weight_names
+    }
 
 
 def views(model, id: int) -> dict[str, torch.Tensor]:
