@@ -199,9 +199,17 @@ def train_on_ranks(_rank: int, files: Path, keys: dict, runs: dict) -> None:
 LAYOUTS = {"expert": {"ep_size": 2}, "data": {}, "dense": {"ep_size": 2, "shard_dense": True}}
 
 
-@pytest.mark.parametrize("names", [["expert"], pytest.param(["data", "dense"], marks=pytest.mark.slow)])
-def test_several_processes_have_the_losses_of_one(files, replayed, tmp_path, start, names):
+@pytest.mark.parametrize(
+    ("names", "experts"),
+    [
+        (["expert"], "experts.json"),
+        pytest.param(["data", "dense"], "experts.json", marks=pytest.mark.slow),
+        pytest.param(["data", "dense"], "all.json", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_have_the_losses_of_one(files, replayed, tmp_path, start, names, experts):
     keys = {**replayed, "batch_size": 1, "seq_length": 48, "max_steps": 5, "learning_rate": 2e-3}
+    keys["expert_config"] = files / experts
     start("one", **{**keys, "accumulation_steps": 2})
     layouts = {name: LAYOUTS[name] for name in names}
     run_ranks(2, train_on_ranks, files, keys, {tmp_path / name: layout for name, layout in layouts.items()})
