@@ -200,7 +200,7 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     yield from _of_distillation(config)
     yield from _of_optimizer(config, values)
     yield from _unmet_needs(config, values)
-    yield from _wrong_pull(config)
+    yield from _wrong_pull(config, values)
     yield from _wrong_routers(config, values)
 
 
@@ -271,7 +271,7 @@ def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
             yield "resume_from_checkpoint goes on with a run, and overwrite removes it. Give one of them"
 
 
-def _wrong_pull(config: RunConfig) -> Iterator[str]:
+def _wrong_pull(config: RunConfig, values: dict) -> Iterator[str]:
     """Yield what is wrong with `l2_to_base`."""
     pull, rate = config.l2_to_base, max(config.learning_rate, config.router_rate)
     if pull < 0:
@@ -280,6 +280,8 @@ def _wrong_pull(config: RunConfig) -> Iterator[str]:
         yield "l2_to_base is not for method lora, whose weight_decay shrinks the change itself. Give weight_decay"
     if pull and config.method == "full":
         yield "l2_to_base is for methods esft, dpo and random, which keep the base's values. Leave it out"
+    if pull and (optim := values.get("optim")) in SCHEDULE_FREE:
+        yield f"l2_to_base is not for optim={optim}, which trains other values beside the weights. Leave one out"
     if pull * rate >= 1:
         yield f"l2_to_base={pull} at learning rate {rate} would pull past the base. Give less than {1 / rate:g}"
 

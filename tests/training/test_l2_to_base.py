@@ -72,6 +72,10 @@ def test_in_bf16_the_base_is_the_one_that_is_stored(files, start, monkeypatch):
     [
         ({"l2_to_base": -1}, "l2_to_base=-1.0 is below 0"),
         ({"l2_to_base": 100, "learning_rate": 1e-2}, "past the base"),
+        (
+            {"l2_to_base": 1, "optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
+            "l2_to_base is not for optim=",
+        ),
         ({"l2_to_base": 1, "method": "full"}, "l2_to_base is for methods esft, dpo and random"),
         ({"l2_to_base": 1, "method": "lora"}, "weight_decay"),
         ({"l2_to_base": 1, "method": "lora", "lora_experts": "selected"}, "weight_decay"),
