@@ -5,7 +5,8 @@
 Every rate is trained for a quarter of --steps. It goes on if its validation loss is in the better half, or at most 10 %
 above the best. What is left is trained anew with all --steps, and the lowest validation loss is recommended. A rate
 whose loss is not finite stops. With --general_dataset, questions of what the model must not lose, a rate that loses
-more than --max_loss points of them stops, too. Each training has the whole schedule of its steps.
+more than --max_loss points of them stops, too. If none is left, those that learned too little are tried after all, the
+better ones first. Each training has the whole schedule of its steps.
 
 The other keys are those of train.py, and so is --train_config. Experts are chosen once for all rates. Each stage is a
 command of this project, which is printed. After an interruption the same command goes on, and further --rates train
@@ -37,6 +38,7 @@ from utils import ROOT, command_parser, environment, locked, markdown_table, not
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the run's own rate, where no rates are given
 MARGIN = 0.1  # a loss that is no more than this share above the best is not clearly worse
+WORSE = "above the best"  # why a rate that learns little in a short time stops
 PATHS = ("base_model_path", "train_dataset", "train_config", "output_dir")
 TRIAL = ("eval_strategy=no", "save_strategy=no", "load_best_model_at_end=false", "save_opt_states=false")
 TRIAL += ("overwrite=true",)  # a trial that was broken off begins again
@@ -120,7 +122,7 @@ def prune(trials: list[Trial], base: float | None, max_loss: float) -> list[Tria
         elif lost > max_loss:
             trial.stopped = f"loses {lost:.1f} points"
         elif trial not in half and trial.loss > ordered[0].loss * (1 + MARGIN):
-            trial.stopped = f"{trial.loss / ordered[0].loss - 1:.0%} above the best"
+            trial.stopped = f"{trial.loss / ordered[0].loss - 1:.0%} {WORSE}"
     return [trial for trial in trials if not trial.stopped]
 
 
@@ -148,8 +150,12 @@ class RateFinder:
             raise ValueError("cannot recommend a learning rate: every training failed, see above. Lower --rates.")
         whole = [self.measure(trial.rate, self.args.steps, experts) for trial in prune(short, base, self.args.max_loss)]
         left = prune(whole, base, self.args.max_loss) if whole else []
+        waiting = sorted((trial for trial in short if WORSE in trial.stopped), key=lambda trial: trial.loss)
+        while waiting and not left:  # all that learn fast forget too much
+            whole.append(self.measure(waiting.pop(0).rate, self.args.steps, experts))
+            left = prune(whole[-1:], base, self.args.max_loss)
         taken = min(left, key=lambda trial: trial.loss, default=None)
-        self.write(base, short, whole, taken)
+        self.write(base, short, sorted(whole, key=lambda trial: trial.rate), taken)
         return taken
 
     def select(self) -> list[str]:

@@ -144,9 +144,30 @@ def test_a_rate_that_forgets_is_not_recommended(search, capsys):
     assert "adapter_dir" not in asked[0] and len(asked) == 1 + 4 + 3  # none of what has failed
     search("--general_dataset=general", "--max_loss=10")
     assert read_json(search.folder / "find_lr.json")["recommended"] == 0.004
-    search("--general_dataset=general", "--max_loss=0")
+    search("--general_dataset=general", losses={rate: (*found[:2], 80.0) for rate, found in LOSSES.items()})
+    assert read_json(search.folder / "find_lr.json")["recommended"] == 0.002  # nothing was asked again
+    shutil.rmtree(search.folder)
+    search("--general_dataset=general", losses={rate: (*found[:2], 80.0) for rate, found in LOSSES.items()})
     told = read_json(search.folder / "find_lr.json")
     assert told["recommended"] is None and "No rate is good" in (search.folder / "find_lr.md").read_text()
+    assert len(told["trials"]) == 5 + 4  # all but what failed
+
+
+def test_if_all_that_learn_fast_forget_a_slower_rate_is_tried_after_all(search):
+    losses = {
+        "0.0005": (4.0, 2.0, 92.0),
+        "0.001": (3.0, 1.5, 91.0),  # the best of those that were stopped
+        "0.002": (2.0, 1.2, 89.0),
+        "0.004": (1.2, 0.6, 70.0),
+        "0.008": (1.0, 0.5, 50.0),
+        "0.016": (1.05, 0.7, 40.0),
+    }
+    search("--general_dataset=general", losses=losses)
+    assert trained(search)[6:] == [("40", rate) for rate in ("0.004", "0.008", "0.016", "0.002", "0.001")]
+    text = (search.folder / "find_lr.md").read_text()
+    assert read_json(search.folder / "find_lr.json")["recommended"] == 0.001 and "No lower rate" not in text
+    assert "| **0.001** | **3.0000** | **92.0** | **1.5000** | **91.0** |  |" in text
+    assert "| 0.0005 | 4.0000 | 92.0 | - | - | 300% above the best |" in text and "loses 3.0 points" in text
 
 
 def test_experts_are_chosen_once_for_all_rates(search):
