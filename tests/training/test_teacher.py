@@ -98,7 +98,7 @@ def test_the_divergence_keeps_the_mass_of_the_rest():
             torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"distill_weight": 1}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"distill_weight": 1}, marks=pytest.mark.slow)])
 def test_the_loss_is_that_by_hand(files, start, answers, tiny_tokenizer, changes):
     keys = {**KEYS, **PLAIN, **changes, "distill_from": answers, "batch_size": 50}
     packs, _ = data.load_data(tiny_tokenizer, config_of(files, start.folder / "x", **keys), Ranks())
