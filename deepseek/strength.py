@@ -6,6 +6,7 @@ fine-tuned model.
 """
 
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ MOST = 2.0  # beyond, a change is larger than all that was learned
 
 def check_strength(strength: float) -> None:
     """Raise ValueError for a strength that is not from 0 to 2."""
-    if not 0 <= strength <= MOST:
-        raise ValueError(f"cannot use strength {strength}: it is not from 0 (the base) to {MOST:g}. 1 is as trained.")
+    if not isinstance(strength, Real) or not 0 <= strength <= MOST:
+        raise ValueError(f"cannot use strength {strength!r}: it is not from 0 (the base) to {MOST:g}. 1 is as trained.")
 
 
 def blend(base: Tensor, tuned: Tensor, strength: float) -> Tensor:

@@ -184,6 +184,7 @@ def plan_training(args: argparse.Namespace, known: dict[str, tuple], methods: li
     for method in methods:
         function, train_method = known[method]
         keys = {"method": train_method, **flags(args, "seq_length template seed")}
+        keys |= {"lora_experts": "selected"} if function and train_method == "lora" else {}
         keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
         keys |= {"save_opt_states": "true"} | given[""] | given[method]
         words = [f"{key}={value}" for key, value in keys.items()]

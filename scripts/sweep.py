@@ -25,7 +25,9 @@ from utils import ROOT, counted, environment, markdown_table, note, split_names,
 if TYPE_CHECKING:
     from training.config import RunConfig, TrainingArguments
 
-METHODS = {**dict.fromkeys(RULES, "esft"), "lora": "lora", "full": "full"}  # of a sweep -> of train.py
+ADAPTED, ADAPTED_SHARE = "lora-selected", 0.25  # LoRA on the best experts by token score, a quarter of the parameters
+SELECTS = RULES | {ADAPTED: RULES["esft-token"]}
+METHODS = {**dict.fromkeys(RULES, "esft"), ADAPTED: "lora", "lora": "lora", "full": "full"}  # of a sweep -> of train.py
 DEFAULTS = {
     "shares": [0.07, 0.25],
     "rates": [1.0, 2.0],
@@ -48,7 +50,10 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A training of the grid. `share` is that of all parameters, `budget` that of the experts, `rank` that of LoRA."""
+    """A training of the grid. `share` is that of all parameters, `budget` that of the experts, `rank` that of LoRA.
+
+    With both it is LoRA on these experts.
+    """
 
     method: str
     rate: float
@@ -58,12 +63,13 @@ class Candidate:
 
     @property
     def selection(self) -> str:
-        return f"{self.method}-{100 * self.share:g}".replace(".", "_")
+        share = max(self.share, ADAPTED_SHARE) if self.method == ADAPTED else self.share
+        return f"{self.method}-{100 * share:g}".replace(".", "_")
 
     @property
     def name(self) -> str:
-        size = {"full": "full", "lora": f"lora-r{self.rank}"}.get(self.method, self.selection)
-        return f"{size}-lr{self.rate:g}".replace(".", "_")
+        what, rank = self.selection if self.budget else self.method, f"-r{self.rank}" if self.rank else ""
+        return f"{what}{rank}-lr{self.rate:g}".replace(".", "_")
 
     @property
     def words(self) -> list[str]:
@@ -129,7 +135,7 @@ def check_sweep_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
 
 def sweep_methods() -> dict[str, tuple[str | None, str]]:
     """Return what `plan_training` has to know of the methods of a sweep."""
-    return {name: (RULES.get(name, {}).get("score_function"), method) for name, method in METHODS.items()}
+    return {name: (SELECTS.get(name, {}).get("score_function"), method) for name, method in METHODS.items()}
 
 
 def plan_grid(args: argparse.Namespace, plans: dict[str, Plan]) -> list[Candidate]:
@@ -152,6 +158,10 @@ def plan_grid(args: argparse.Namespace, plans: dict[str, Plan]) -> list[Candidat
             size = {"share": share}
             if method == "lora":
                 size["rank"] = rank_of(empty_model(args.base_model_path), share)
+            elif method == ADAPTED:
+                model = empty_model(args.base_model_path)
+                size["budget"] = min(1, budget_of(model, max(share, ADAPTED_SHARE)))
+                size["rank"] = rank_of(model, share, size["budget"])
             elif method != "full":
                 size["budget"] = budget_of(empty_model(args.base_model_path), share)
             if size.get("budget", 0) > 1:
@@ -225,11 +235,11 @@ class Sweep:
 
     def select(self, grid: list[Candidate]) -> None:
         """Score the experts, and select those of each candidate."""
-        chosen = {c.selection: c for c in grid if c.method in RULES}
+        chosen = {c.selection: c for c in grid if c.method in SELECTS}
         scored = {"expert_scores": self.args.train_dataset}
-        if any("contrast" in RULES[c.method] for c in chosen.values()):
+        if any("contrast" in SELECTS[c.method] for c in chosen.values()):
             scored["general_scores"] = self.args.contrast_dataset
-        functions = {RULES[c.method]["score_function"] for c in chosen.values()} - {"token", "gate"}
+        functions = {SELECTS[c.method]["score_function"] for c in chosen.values()} - {"token", "gate"}
         for name, dataset in scored.items() if chosen else ():
             settings = self.flags("n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
             settings |= {"base_model_path": self.args.base_model_path, "scores": ",".join(sorted(functions)) or None}
@@ -239,7 +249,7 @@ class Sweep:
                 self.folder / name / "summary.json", "scripts/expert/get_expert_scores.py", **paths, **settings
             )
         for candidate in chosen.values():
-            rule = {**RULES[candidate.method], "budget": f"{candidate.budget:.6g}"}
+            rule = {**SELECTS[candidate.method], "budget": f"{candidate.budget:.6g}"}
             rule |= {"contrast_scores_dir": self.folder / "general_scores"} if "contrast" in rule else {}
             rule |= {"seed": self.args.seed} if rule.get("strategy") == "random" else {}
             paths = {"expert_scores_dir": self.folder / "expert_scores", "output_path": self.config_of(candidate)}

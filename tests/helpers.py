@@ -283,10 +283,10 @@ BOTH = {"shared_experts": True, "non_expert_modules": True}
 SHARD = "30KB"
 
 
-def noisy_adapter(model, config, folder):
+def noisy_adapter(model, config, folder, **options):
     """Save an adapter of `config` whose tensors all differ from the model's; returns the trained model."""
     torch.manual_seed(1)
-    to_esft(model, config)
+    to_esft(model, config, **options)
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:

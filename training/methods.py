@@ -15,6 +15,7 @@ import esft
 from deepseek.experts import TrainedExperts, moe_layers
 from deepseek.files import suggest
 from deepseek.frozen import FrozenExperts
+from deepseek.lora import factor_shapes
 from deepseek.process_groups import Ranks
 from training.keys import LORA_SELECTED, ON_EXPERTS
 from utils import import_extra, size
@@ -144,20 +145,28 @@ def count_trained(model: nn.Module) -> dict:
     }
 
 
+def all_experts(model: nn.Module) -> esft.ExpertConfig:
+    return esft.ExpertConfig({index: tuple(range(layer.num_experts)) for index, layer in moe_layers(model).items()})
+
+
 def budget_of(model: nn.Module, share: float) -> float:
     """Return the share of a model's routed experts that is `share` of all its parameters."""
-    every = {index: tuple(range(layer.num_experts)) for index, layer in moe_layers(model).items()}
-    routed = sum(view.numel() for view in esft.adapter_views(model, esft.ExpertConfig(every)).values())
+    routed = sum(view.numel() for view in esft.adapter_views(model, all_experts(model)).values())
     return share * sum(param.numel() for param in model.parameters()) / routed
 
 
-def rank_of(model: nn.Module, share: float) -> int:
+def rank_of(model: nn.Module, share: float, budget: float | None = None) -> int:
     """Return the rank at which LoRA trains as many parameters as `share` of a model's, rounded, and at least 1.
 
-    `model` has no weights, and gets LoRA by this.
+    It is on all layers of `model`, which has no weights and gets LoRA by this, or on a share `budget` of the experts.
     """
     total = sum(param.numel() for param in model.parameters())
-    return max(1, round(share * total / count_trained(_add_lora(model, 1, 2))["trained_parameters"]))
+    if budget:
+        factors = factor_shapes(esft.adapter_shapes(model, all_experts(model)), 1).values()
+        of_rank_1 = budget * sum(shape.numel() for shape in factors)
+    else:
+        of_rank_1 = count_trained(_add_lora(model, 1, 2))["trained_parameters"]
+    return max(1, round(share * total / of_rank_1))
 
 
 def format_trained(model: nn.Module, method: str) -> str:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.experts import moe_layers
 from deepseek.files import read_json, write_json
 from deepseek.loading import empty_model
+from esft import ExpertConfig
 from evaluation.frontier import Point
 from scripts import pipeline, sweep
 from scripts.sweep import Candidate, survivors
 from tests.helpers import ROOT
-from training.methods import budget_of
+from training.keys import LORA_SELECTED
+from training.methods import budget_of, count_trained, prepare_model
 from utils import run_cli
 
 TINY = "results/models/tiny"
@@ -54,6 +57,20 @@ def test_the_grid_has_every_method_at_every_share_and_rate():
     assert [c.rank for c in grid] == [0] * 4 + [2, 2, 9, 9] + [0, 0]
     assert len({c.name for c in grid}) == len(grid) and not any("." in c.name for c in grid)
     assert [c.name for c in grid[4:6]] == ["lora-r2-lr0_001", "lora-r2-lr0_002"]
+
+
+def test_lora_on_selected_experts_trains_the_share_within_a_quarter_of_the_model():
+    """A share beyond a quarter has the experts of that share."""
+    first, more, most = grid_of("--methods=lora-selected", "--shares=0.02,0.07,0.4", "--rates=1")
+    model = empty_model(ROOT / TINY)
+    assert first.budget == more.budget == budget_of(model, 0.25) and most.budget == budget_of(model, 0.4)
+    assert first.selection == more.selection != most.selection
+    assert [c.name for c in (first, more)] == [f"lora-selected-25-r{rank}-lr0_002" for rank in (3, 10)]
+    assert more.words == ["learning_rate=0.002", "lora_rank=10", "lora_alpha=20"]
+    number = round(more.budget * model.config.n_routed_experts)
+    chosen = ExpertConfig({layer: tuple(range(number)) for layer in moe_layers(model)})
+    counts = count_trained(prepare_model(model, LORA_SELECTED, chosen, more.rank, 2 * more.rank))
+    assert counts["trained_parameters"] / counts["parameters"] == pytest.approx(0.07, rel=0.1)
 
 
 def test_shares_of_one_rank_are_one_candidate():
@@ -241,6 +258,18 @@ def test_contrast_scores_the_general_data_too(swept):
     assert ["--eval_dataset=law" in scored[0], "--eval_dataset=summary" in scored[1]] == [True, True]
     (select,) = [words for words in swept.commands if words[0].endswith("generate_expert_config.py")]
     assert f"--contrast_scores_dir={swept.folder}/general_scores" in select and "--contrast=difference" in select
+
+
+def test_lora_on_selected_experts_selects_them_once_and_trains_lora_on_them(swept):
+    names = [f"lora-selected-25-r{rank}-lr{rate}" for rank in (10, 35) for rate in ("0_002", "0_004")]
+    curves = {"base": CURVES["base"], **{name: [(50, 90), (90, 90)] for name in names}}
+    swept("--methods=lora-selected", curves=curves)
+    (select,) = [words for words in swept.commands if words[0].endswith("generate_expert_config.py")]
+    assert "--score_function=token" in select
+    trained = [words for words in swept.commands if words[0] == "train.py"]
+    config = f"--expert_config={swept.folder}/expert_configs/lora-selected-25.json"
+    assert trained and all({config, "method=lora", "lora_experts=selected"} <= set(words) for words in trained)
+    assert {word for words in trained for word in words if "lora_rank" in word} == {"lora_rank=10", "lora_rank=35"}
 
 
 @pytest.mark.slow
