@@ -1,8 +1,31 @@
-"""What a program that trains a model has changed in it."""
+"""Models in training: steps, logits, and what a program that trains a model has changed in it."""
 
 import re
 
 import torch
+
+IDS = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model, ids=IDS) -> torch.Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def trainable(model) -> list[torch.nn.Parameter]:
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def take_steps(model, ids=IDS, count: int = 3, lr: float = 1e-2) -> list[torch.Tensor]:
+    """Take some steps of AdamW on some tokens, and return the loss before each."""
+    optimizer, losses = torch.optim.AdamW(trainable(model), lr=lr), []
+    for _ in range(count):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -21,10 +21,10 @@ from esft import (
     to_esft,
     unload,
 )
-from tests.helpers import FAMILIES, make_model
+from tests.client_helpers import take_steps
+from tests.helpers import BOTH, FAMILIES, make_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-BOTH = {"shared_experts": True, "non_expert_modules": True}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -46,12 +46,7 @@ def assert_bits(model, wanted):
 
 def train(model, config, steps=2):
     """Return the model after a few real steps on `config`."""
-    to_esft(model, config)
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=0.03)
-    for _ in range(steps):
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(to_esft(model, config), IDS, steps, lr=0.03)
     return model
 
 

@@ -12,24 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esft
+from tests.client_helpers import IDS, take_steps
 from tests.helpers import join_world, make_model, run_ranks
 
 pytestmark = pytest.mark.clients
 DTYPES = [torch.float32, torch.bfloat16]
 CONFIG = {"experts": {"1": [5, 2], "2": [7]}}
-IDS = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(0))
-
-
-def steps(model, ids, n: int = 3) -> list[torch.Tensor]:
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(n):
-        loss = model(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return losses
 
 
 def trained(model) -> dict[str, torch.Tensor]:
@@ -43,7 +31,7 @@ def test_an_average_of_weights_is_what_the_formula_gives(dtype, evaluated):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     wanted = None
     for _ in range(3):
-        steps(model, IDS, 1)
+        take_steps(model, IDS, 1)
         average.update_parameters(model)
         now = trained(model)
         wanted = now if wanted is None else {name: 0.5 * wanted[name] + 0.5 * now[name] for name in now}
@@ -64,7 +52,7 @@ def test_a_copy_goes_half_way_when_it_is_told_to(dtype):
     model = esft.to_esft(make_model(dtype=dtype), CONFIG)
     reference = copy.deepcopy(model)
     before = trained(reference)
-    steps(model, IDS, 1)
+    take_steps(model, IDS, 1)
     with torch.no_grad():
         for one, other in zip(reference.parameters(), model.parameters()):
             one.lerp_(other, 0.5)
@@ -83,7 +71,7 @@ def sharded(rank: int, dtype: torch.dtype) -> tuple[list, dict, dict, dict]:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    losses = torch.stack(steps(model, IDS.chunk(ranks.world_size)[rank]))
+    losses = torch.stack(take_steps(model, IDS.chunk(ranks.world_size)[rank]))
     dist.all_reduce(losses)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
@@ -99,7 +87,7 @@ def sharded(rank: int, dtype: torch.dtype) -> tuple[list, dict, dict, dict]:
 def test_fsdp_trains_the_chosen_rows_and_gives_whole_state_dicts(dtype):
     base = make_model(dtype=dtype)
     alone = esft.to_esft(make_model(dtype=dtype), CONFIG)
-    losses = torch.stack(steps(alone, IDS)).tolist()
+    losses = torch.stack(take_steps(alone, IDS)).tolist()
     (found, state, adapter, again), (_, _, other, _) = run_ranks(2, sharded, dtype)
     assert found == pytest.approx(losses, rel=1e-6 if dtype == torch.float32 else 2e-2) and losses[2] < losses[0]
     assert list(state) == list(base.state_dict())
@@ -153,7 +141,7 @@ def counts(model, call):
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_an_adapter_is_saved_from_and_put_into_a_wrapped_model(name, one_process, tmp_path):
     model = esft.to_esft(make_model(), CONFIG)
-    steps(model, IDS, 1)
+    take_steps(model, IDS, 1)
     esft.save_adapter(model, tmp_path / "plain")
     wrapped = WRAPPERS[name](model)
     esft.save_adapter(wrapped, tmp_path / "wrapped")

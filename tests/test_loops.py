@@ -10,7 +10,7 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoModelForCausalLM
 
 import esft
-from tests.client_helpers import chosen, moved, state_of
+from tests.client_helpers import chosen, moved, state_of, trainable
 from tests.helpers import make_model
 
 pytestmark = pytest.mark.clients
@@ -23,17 +23,13 @@ def fresh(dtype=torch.float32):
     return esft.to_esft(make_model(dtype=dtype), CONFIG)
 
 
-def trained(model) -> list[torch.nn.Parameter]:
-    return [param for param in model.parameters() if param.requires_grad]
-
-
 def loss_of(model, ids=IDS):
     return model(ids, labels=ids, use_cache=False).loss
 
 
 def train(model, optimizer=None, steps: int = 4) -> list[float]:
     """Take some steps, and return the losses before each and after the last."""
-    optimizer = optimizer or torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=1e-2)
     losses = []
     for _ in range(steps):
 
@@ -75,7 +71,7 @@ def test_an_optimizer_trains_the_chosen_experts_and_the_adapter_holds_it(name, d
     """Some of them get all parameters. Those that are frozen have no gradient, so no weight decay reaches them."""
     model = fresh(dtype)
     before = state_of(model)
-    params = list(model.parameters()) if name == "SGD, momentum" else trained(model)
+    params = list(model.parameters()) if name == "SGD, momentum" else trainable(model)
     losses = train(model, OPTIMIZERS[name](params))
     assert losses[-1] < losses[0]
     assert moved(before, model.state_dict()) == chosen(CONFIG)
@@ -88,10 +84,10 @@ def test_gradients_are_clipped_and_accumulated():
     loss_of(whole).backward()
     for part in IDS.chunk(2):
         (loss_of(half, part) / 2).backward()
-    for one, other in zip(trained(whole), trained(half), strict=True):
+    for one, other in zip(trainable(whole), trainable(half), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
     norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01)
-    clipped = torch.nn.utils.get_total_norm([param.grad for param in trained(whole)])
+    clipped = torch.nn.utils.get_total_norm([param.grad for param in trainable(whole)])
     assert norm > 0.02 and clipped.item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -153,4 +149,4 @@ def test_whole_models_are_saved_and_loaded(dtype, tmp_path):
     assert torch.equal(logits(assigned), wanted)
     train(assigned)
     assert moved(state, assigned.state_dict()) == chosen(CONFIG)
-    assert {param.dtype for param in trained(assigned)} == {torch.float32}
+    assert {param.dtype for param in trainable(assigned)} == {torch.float32}

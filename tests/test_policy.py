@@ -203,7 +203,15 @@ def test_a_script_imports_only_scripts_of_its_folder():
 
 SHARED_BY_TESTS = {
     f"tests.{name}"
-    for name in ("chat_templates", "client_helpers", "fused_experts", "fuzz_inputs", "helpers", "rank_helpers")
+    for name in (
+        "chat_templates",
+        "client_helpers",
+        "experiment_helpers",
+        "fused_experts",
+        "fuzz_inputs",
+        "helpers",
+        "rank_helpers",
+    )
 }
 
 

@@ -1,6 +1,5 @@
 """The study of the frontier: what is chosen by which questions, verdicts, and equal tables if it is broken off."""
 
-import hashlib
 import statistics
 from pathlib import Path
 
@@ -11,15 +10,11 @@ from esft import ExpertConfig
 from evaluation.frontier import RULES, Point
 from scripts.experiments import frontier, frontier_runs
 from scripts.experiments.frontier import ADAPTED, PAPER, PARTS, SHARED, Row, verdict
+from tests.experiment_helpers import Commands, number
 from tests.helpers import ROOT
 from utils import locked, run_cli
 
 LAYERS, EXPERTS = (1, 2, 3, 4), 64  # of results/models/tiny
-
-
-def number(*parts: object) -> float:
-    """Return a number from 0 to 1 that these decide."""
-    return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:6], 16) / 2**24
 
 
 def evaluate(flags: dict[str, str]) -> None:
@@ -67,17 +62,8 @@ def fake(words: list[str]) -> None:
 
 
 @pytest.fixture
-def commands(monkeypatch) -> list[list[str]]:
-    """What the runner runs, done by `fake`."""
-    seen: list[list[str]] = []
-    monkeypatch.setattr(
-        frontier_runs.FrontierLab, "command", lambda self, *words: (seen.append(list(map(str, words))), fake(seen[-1]))
-    )
-    return seen
-
-
-def trained(commands: list[list[str]]) -> list[list[str]]:
-    return [words for words in commands if words[0] == "train.py"]
+def commands(monkeypatch) -> Commands:
+    return Commands(frontier_runs.FrontierLab, fake, monkeypatch)
 
 
 def test_every_rule_is_in_a_part_at_every_share():
@@ -86,7 +72,7 @@ def test_every_rule_is_in_a_part_at_every_share():
     assert rows == {Row("full"), *every, *(Row(ADAPTED, s) for s in frontier.SHARES[:3])}
 
 
-def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
+def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands):
     flags = [
         "--shares",
         "0.07",
@@ -105,26 +91,9 @@ def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothi
     whole = frontier.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/frontier"])
     asked = len(commands)
     # rates: 4 rows x 3 x 2 tasks; the other seed: 4 rows x 2; random: 2 seeds x 2; (c): 3 rows x 2 tasks
-    assert len(trained(commands)) == 24 + 8 + 4 + 6
-    run, left = frontier_runs.FrontierLab.command, 30
-
-    def breaks_off(self, *words):
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-        run(self, *words)
-
-    commands.clear()
-    tries = 0
-    monkeypatch.setattr(frontier_runs.FrontierLab, "command", breaks_off)
-    while True:
-        tries, left = tries + 1, 30
-        try:
-            again = frontier.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/frontier"])
-            break
-        except KeyboardInterrupt:
-            continue
+    assert len(commands.trained()) == 24 + 8 + 4 + 6
+    folders = [f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/frontier"]
+    again, tries = commands.until_done(lambda: frontier.main([*flags, *folders]), 30)
     assert tries > 3 and again == whole and asked <= len(commands) <= asked + 3 * tries
     for part in "abc":
         assert (tmp_path / "one" / f"frontier_{part}.md").read_text() == (
@@ -135,7 +104,7 @@ def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothi
     parts = {part: frontier.main([*flags, f"--parts={part}"])[part] for part in "abc"}
     assert parts == whole and not commands  # in parts it comes to the same
     more = frontier.main([*flags, "--parts=a", "--seeds", "0", "1", "2"])
-    assert len(trained(commands)) == 3 * 2 and more["a"] != whole["a"]
+    assert len(commands.trained()) == 3 * 2 and more["a"] != whole["a"]
 
 
 def test_what_is_chosen_is_chosen_on_validation_alone(tmp_path, commands, monkeypatch):
@@ -167,7 +136,7 @@ def test_what_is_chosen_is_chosen_on_validation_alone(tmp_path, commands, monkey
 def test_rows_of_a_share_train_as_many_experts_by_other_rules(tmp_path, commands):
     frontier.main(["--parts=b", "--seeds", "0", "--jobs=1", f"--work_dir={tmp_path}"])
     chosen = {}
-    for words in trained(commands):
+    for words in commands.trained():
         flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
         experts = ExpertConfig.load(flags["expert_config"])
         chosen[Path(flags["expert_config"]).stem.partition("-7-")[0]] = experts
@@ -187,7 +156,7 @@ def test_rows_of_a_share_train_as_many_experts_by_other_rules(tmp_path, commands
 def test_lora_on_selected_experts_trains_the_share_of_its_row(tmp_path, commands):
     frontier.main(["--parts=e", "--methods", ADAPTED, "--seeds", "0", "--jobs=1", f"--work_dir={tmp_path}"])
     found = {}
-    for words in trained(commands):
+    for words in commands.trained():
         flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
         if flags["method"] == "lora":
             assert flags["lora_experts"] == "selected" and int(flags["lora_alpha"]) == 2 * int(flags["lora_rank"])
@@ -242,7 +211,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
     def again() -> int:
         commands.clear()
         frontier.main(flags)
-        return len(trained(commands))
+        return len(commands.trained())
 
     assert again() == 6 and again() == 0
     with monkeypatch.context() as patch:

@@ -1,6 +1,5 @@
 """The paper in miniature: intervals, verdicts, pictures, and equal tables however often the runner was broken off."""
 
-import hashlib
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import pytest
 from deepseek.files import read_jsonl, write_json
 from scripts.experiments import paper, paper_results, paper_runs
 from scripts.experiments.paper_results import Claim, half_width, interval, verdict
+from tests.experiment_helpers import Commands, number
 from tests.helpers import ROOT
 from utils import locked, run_cli
 
@@ -68,14 +68,13 @@ def fake(words: list[str]) -> None:
     """Write what train.py, eval_multigpu.py and get_expert_scores.py would, decided by what they are asked."""
     flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
 
-    def number(*keys: str) -> float:
-        text = " ".join(str(flags[key]) for key in keys if key in flags)
-        return int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 2**24
+    def of(*keys: str) -> float:
+        return number(*(flags[key] for key in keys if key in flags))
 
     if words[0] == "train.py":
         assert not Path(flags["output_dir"]).exists()
         chosen = Path(flags["expert_config"]).read_text() if "expert_config" in flags else ""
-        value = number("train_dataset", "method", "seed", "learning_rate") + len(chosen) % 7 / 7
+        value = of("train_dataset", "method", "seed", "learning_rate") + len(chosen) % 7 / 7
         sizes = {"step_seconds": value, "peak_memory_bytes": 2**28, "saved_bytes": 2**20}
         done = {"trained_parameters": 1 + len(chosen), "parameters": 10_000, "eval_loss": value / 9, **sizes}
         write_json(Path(flags["output_dir"]) / "run.json", {"results": done})
@@ -83,58 +82,39 @@ def fake(words: list[str]) -> None:
         model = Path(flags.get("adapter_dir", flags["base_model_path"])) / "run.json"
         learned = json.loads(model.read_text())["results"]["step_seconds"] if model.is_file() else 0.0
         for name in flags["eval_dataset"].split(","):
-            mean = 30 * learned + number("eval_dataset")
+            mean = 30 * learned + of("eval_dataset")
             write_json(Path(flags["output_path"]).with_suffix(f".{name}.summary.json"), {"mean": mean})
     elif words[0] == "scripts/miniature/build_tiny_model.py":
         write_json(Path(flags["output_dir"]) / "config.json", {})
         (Path(flags["output_dir"]) / "model.safetensors").write_text(flags["experts"])
     else:
         assert words[0] == "scripts/expert/get_expert_scores.py"
-        first = {str(e): 0.5 - 0.1 * e + 0.01 * number("eval_dataset", "n_sample_tokens") for e in range(4)}
+        first = {str(e): 0.5 - 0.1 * e + 0.01 * of("eval_dataset", "n_sample_tokens") for e in range(4)}
         scores = {"1": {e: score / sum(first.values()) for e, score in first.items()}}
         write_json(Path(flags["output_dir"]) / "summary.json", {"token_scores": scores, "gate_scores": scores})
 
 
 @pytest.fixture
-def commands(monkeypatch) -> list[list[str]]:
-    """What the runner runs, done by `fake`."""
-    seen: list[list[str]] = []
-    monkeypatch.setattr(
-        paper_runs.Lab, "command", lambda self, *words: (seen.append(list(map(str, words))), fake(seen[-1]))
-    )
-    return seen
+def commands(monkeypatch) -> Commands:
+    return Commands(paper_runs.Lab, fake, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands, monkeypatch):
+def test_a_runner_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands):
     flags = ["--parts=r,a,b,c,d,e,f", "--seeds", "0", "1", "2"]
     whole = paper.main([*flags, f"--work_dir={tmp_path}/whole", f"--output={tmp_path}/one/paper", "--jobs=1"])
     asked = [" ".join(words).replace(str(tmp_path / "whole"), "") for words in commands]
-    trained = [words for words in commands if words[0] == "train.py"]
+    trained = commands.trained()
     timed = 5 * 6  # rounds x methods
     tried = 4 * (len(paper.TRIED) - 1)
     assert len(trained) == 4 * 3 * 6 + 2 * 3 * (4 + 7 + 2 * 2) + timed + tried  # d's third base is a's
     assert {Path(words[1]).name for words in trained} == {"tiny", "tiny16-5500000", "tiny32-5500000"}
-    run, left = paper_runs.Lab.command, 25
 
-    def breaks_off(self, *words):
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-        run(self, *words)
-
-    commands.clear()
-    tries = 0
-    while True:
-        tries, left = tries + 1, 25
+    def start() -> dict:
         (tmp_path / "broken" / "results" / ".tiny-law-full-xyz").mkdir(parents=True, exist_ok=True)  # of a SIGKILL
-        try:
-            monkeypatch.setattr(paper_runs.Lab, "command", breaks_off)
-            again = paper.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/paper", "--jobs=1"])
-        except KeyboardInterrupt:
-            continue
-        break
+        return paper.main([*flags, f"--work_dir={tmp_path}/broken", f"--output={tmp_path}/two/paper", "--jobs=1"])
+
+    again, tries = commands.until_done(start, 25)
     assert tries > 5 and again == whole
     for name in (*(f"paper_{part}.md" for part in "rabcdef"), "paper_claims.md", "paper_claims.json"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
@@ -148,7 +128,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
     def trained() -> int:
         commands.clear()
         paper.main(flags)
-        return sum(words[0] == "train.py" for words in commands)
+        return len(commands.trained())
 
     assert trained() == 2 * 5 and trained() == 0
     kept = sorted((tmp_path / "results").glob("*-shared-*.json"))
