@@ -17,10 +17,14 @@ and no other parameter is in two of them.
 
 --adapter_dir may also be a LoRA adapter of peft, or a whole model that was fine-tuned from the base. These are merged
 in memory, without replaced/.
+
+--fill_lora merges nothing. It writes a LoRA adapter of selected experts again, with zeros for the other experts of the
+layers that it changes, for servers that load all experts of a layer or none (vLLM).
 """
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -34,10 +38,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import esft
-from deepseek.adapters import DTYPES, Source, experts_by_layer
+from deepseek.adapters import BASE_NAME, DTYPES, Source, experts_by_layer, find_adapter_tensors
 from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
+from deepseek.experts import moe_layers
 from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
 from deepseek.loading import empty_model
+from deepseek.lora import CONFIG_NAME as LORA_CONFIG
+from deepseek.lora import PREFIX, factor_shapes, of_single_experts, read_lora
+from deepseek.lora import WEIGHTS_NAME as LORA_WEIGHTS
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from deepseek.strength import blend, check_strength, is_whole
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
@@ -161,6 +169,39 @@ def files_in(folder: Path) -> list[tuple[str, Path]]:
     """Return (name, path) of all that is not a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [(str(path.relative_to(folder)), path) for path in paths]
+
+
+def fill_lora(base: Path, adapter: Path, output: Path) -> int:
+    """Write a LoRA adapter of single experts with zeros for the others of its layers. Return the number of tensors.
+
+    The zeros take no room on disk where the file system knows sparse files.
+
+    Raises:
+        ValueError, FileNotFoundError: it is another adapter, or does not fit the base; or the output is there.
+    """
+    check_free(output, overwrite=False)
+    if not of_single_experts(adapter):
+        raise ValueError(
+            f"cannot fill {adapter}: it is not LoRA on selected experts (lora_experts=selected). Merge it."
+        )
+    model, _ = open_base(base)
+    config, _ = esft.find_adapter(model, adapter)
+    layers, rank = moe_layers(model), read_lora(adapter).rank
+    whole = dataclasses.replace(config, experts={i: tuple(range(layers[i].num_experts)) for i in config.experts})
+    held, shapes = (factor_shapes(esft.adapter_shapes(model, one), rank) for one in (config, whole))
+    with atomic_path(output, folder=True) as folder:
+        folder.mkdir()
+        for name in (BASE_NAME, "run.json"):
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
+        changed = sorted({name.rpartition(".lora_")[0] for name in shapes})
+        write_json(folder / LORA_CONFIG, {**read_json(adapter / LORA_CONFIG), "target_modules": changed})
+        reserve(folder / LORA_WEIGHTS, {f"{PREFIX}{name}": ("F32", [*shape]) for name, shape in shapes.items()})
+        with Shard(folder / LORA_WEIGHTS, "r+b") as new:
+            for name, (path, key) in find_adapter_tensors(adapter, held, PREFIX).items():
+                with Shard(path) as old:
+                    new.write(f"{PREFIX}{name}", old.read(key).float())
+    return len(shapes)
 
 
 def unmerge(merged: Path, output: Path, **options: bool) -> int:
@@ -295,6 +336,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
     strength_help = "how much of the change to make: 0 is the base, 1 is as trained, up to 2 (default: 1)"
     add("--strength", type=float, default=1.0, metavar="S", help=strength_help)
+    add("--fill_lora", action="store_true", help="merge nothing: write a LoRA adapter of selected experts again, with "
+        "zeros for the other experts of its layers")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
     again = "replace an earlier merge in --output_dir; refused if another file is in it"
     add("--overwrite", action="store_true", help=again)
@@ -311,7 +354,14 @@ def main(argv: list[str] | None = None) -> None:
     options = {"overwrite": args.overwrite, "hard_links": args.hard_links}
     if args.unmerge and args.strength != 1:
         raise ValueError("cannot unmerge with --strength: the base comes back bit for bit. Leave it out.")
+    unused = [name for name in ("unmerge", "overwrite", "no_replaced", "hard_links") if getattr(args, name)]
+    unused += ["strength"] * (args.strength != 1) + ["adapter_dir twice"] * (len(args.adapter_dir or [0]) > 1)
+    if args.fill_lora and unused:
+        raise ValueError(f"cannot fill a LoRA adapter with --{unused[0]}: nothing is merged. Leave it out.")
     with locked(output):
+        if args.fill_lora:
+            print(f"{output}: {fill_lora(base, args.adapter_dir[0], output)} tensors")
+            return
         if args.unmerge:
             changed = unmerge(base, output, **options)
         else:

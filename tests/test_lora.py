@@ -13,9 +13,9 @@ import esft
 from deepseek.adapters import BASE_NAME
 from deepseek.experts import moe_layers
 from scripts import merge_adapter
-from tests.helpers import FAMILIES, assert_near, make_model, tensors_of
+from tests.client_helpers import IDS, logits, take_steps, trainable
+from tests.helpers import FAMILIES, assert_near, make_model, refused, tensors_of
 
-IDS = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(0))
 EXPERTS = {"experts": {"1": [5, 2], "2": [7]}}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -24,33 +24,12 @@ def experts_of(family: str) -> dict:
     return {"experts": {"2": [7, 1]}} if family == "nemotron_h" else EXPERTS
 
 
-def logits(model, ids=IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.float()
-
-
-def trained(model) -> dict[str, nn.Parameter]:
-    return {name: param for name, param in model.named_parameters() if param.requires_grad}
-
-
 def lora(model, config=EXPERTS, rank=4, alpha=8, moved=True, **options):
     """A model with factors that are all away from their start."""
     esft.to_esft(model, config, lora_rank=rank, lora_alpha=alpha, **options)
-    for number, param in enumerate(trained(model).values()) if moved else ():
+    for number, param in enumerate(trainable(model)) if moved else ():
         param.data += 0.1 * torch.randn(param.shape, generator=torch.Generator().manual_seed(number))
     return model
-
-
-def steps(model, count: int = 3) -> list[float]:
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
-    losses = []
-    for _ in range(count):
-        loss = model(IDS, labels=IDS, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,12 +39,13 @@ def test_only_the_factors_of_selected_experts_learn(family, dtype):
     config = experts_of(family)
     esft.to_esft(model, config, lora_rank=4)
     assert torch.equal(logits(model), logits(base))
-    params = trained(model)
-    assert all(".experts.trained." in name and name[-6:-1] == "lora_" for name in params)
+    params = trainable(model)
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    assert all(".experts.trained." in name and name[-6:-1] == "lora_" for name in names)
     count, layers = sum(map(len, config["experts"].values())), moe_layers(base)
     each = [shape for _, shape in next(iter(layers.values())).expert_shapes().items() if shape.ndim == 2]
-    assert sum(p.numel() for p in params.values()) == count * 4 * sum(sum(matrix.shape) for matrix in each)
-    losses = steps(model)
+    assert sum(p.numel() for p in params) == count * 4 * sum(sum(matrix.shape) for matrix in each)
+    losses = take_steps(model)
     assert losses[2] < losses[0]
     state = model.state_dict()
     for name, tensor in base.state_dict().items():  # every weight of the base kept its bits
@@ -142,20 +122,65 @@ class Plain(nn.Module):
         return SimpleNamespace(logits=self.lm_head(self.model(ids, use_cache=use_cache).last_hidden_state))
 
 
+@pytest.fixture
+def filled(tmp_path):
+    """An adapter, and the same with zeros for the other experts of its layers, as --fill_lora writes it."""
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "filled"
+    make_model().save_pretrained(base)
+    esft.save_adapter(lora(make_model()), adapter)
+    merge_adapter.main([f"--base_model_path={base}", f"--adapter_dir={adapter}", f"--output_dir={out}", "--fill_lora"])
+    return adapter, out
+
+
+def test_filled_up_it_has_a_key_for_every_expert_of_its_layers_and_changes_no_other(filled):
+    adapter, out = filled
+    before, after = tensors_of(adapter), tensors_of(out)
+    wanted = {f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}.lora_{letter}.weight"
+              for layer in (1, 2) for expert in range(8) for name in ("gate_proj", "up_proj", "down_proj")
+              for letter in "AB"}  # fmt: skip
+    assert after.keys() == wanted and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(after[name].any() for name in wanted - before.keys())
+    assert {path.name for path in out.iterdir()} == {path.name for path in adapter.iterdir()}
+    targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) == len(wanted) / 2 and "model.layers.2.mlp.experts.0.up_proj" in targets
+    loaded = esft.add_adapter(make_model(), out)
+    assert esft.trained_config(loaded).experts == {1: tuple(range(8)), 2: tuple(range(8))}
+    assert torch.equal(logits(loaded), logits(esft.add_adapter(make_model(), adapter)))
+
+
+def test_most_of_a_filled_file_takes_no_room(tmp_path):
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "filled"
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128}
+    make_model(**sizes).save_pretrained(base)
+    esft.save_adapter(lora(make_model(**sizes), {"experts": {"1": [3]}}, rank=64), adapter)
+    merge_adapter.fill_lora(base, adapter, out)
+    small, large = ((folder / "adapter_model.safetensors").stat() for folder in (adapter, out))
+    assert large.st_size > 7 * small.st_size and 512 * large.st_blocks < 2 * small.st_size
+
+
+@pytest.mark.parametrize("flag", ["--strength=0.5", "--overwrite", "--no_replaced"])
+def test_filling_up_merges_nothing(flag, filled, tmp_path, capsys):
+    words = ["--base_model_path", tmp_path / "base", "--output_dir", tmp_path / "new", "--fill_lora"]
+    refused(capsys, merge_adapter.main, [*words, "--adapter_dir", filled[0], flag], "nothing is merged. Leave it out")
+    esft.save_adapter(esft.to_esft(make_model(), EXPERTS), tmp_path / "whole")
+    refused(capsys, merge_adapter.main, [*words, "--adapter_dir", tmp_path / "whole"], "it is not LoRA on selected")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.clients
-def test_peft_loads_it_where_experts_are_linear_layers_and_gives_the_same_logits(tmp_path):
-    esft.save_adapter(lora(make_model()), tmp_path)
-    unfused = make_model()
+@pytest.mark.parametrize("which", [0, 1], ids=["selected", "filled"])
+def test_peft_loads_it_where_experts_are_linear_layers_and_gives_the_same_logits(which, filled):
+    folder, unfused = filled[which], make_model()
     for layer in moe_layers(unfused).values():
         block, _, name = layer.name.rpartition(".")
         setattr(unfused.get_submodule(block), name, Unfused(layer))
     assert_near("unfused", logits(unfused), logits(make_model()), 1e-5)
-    config = peft.LoraConfig.from_pretrained(str(tmp_path))
+    config = peft.LoraConfig.from_pretrained(str(folder))
     config.task_type = None  # that of a model of transformers
-    loaded = peft.PeftModel.from_pretrained(Plain(unfused), str(tmp_path), config=config)
-    found = loaded.load_adapter(str(tmp_path), "default")
+    loaded = peft.PeftModel.from_pretrained(Plain(unfused), str(folder), config=config)
+    found = loaded.load_adapter(str(folder), "default")
     assert not found.missing_keys and not found.unexpected_keys
-    ours = esft.add_adapter(make_model(), tmp_path)
+    ours = esft.add_adapter(make_model(), filled[0])
     assert_near("peft", logits(loaded), logits(ours), 1e-5)
     assert_near("merged by peft", logits(loaded.merge_and_unload()), logits(ours), 1e-5)
 
@@ -181,11 +206,11 @@ def test_merged_on_disk_it_has_the_values_of_memory_and_unmerges(family, dtype, 
 
 def test_a_step_goes_on_exactly_with_the_loaded_factors(tmp_path):
     model = lora(make_model(), moved=False)
-    steps(model)
+    take_steps(model)
     esft.save_adapter(model, tmp_path)
     other = lora(make_model(), moved=True)
     esft.add_adapter(other, tmp_path)
-    assert steps(other) == steps(model)
+    assert take_steps(other) == take_steps(model)
 
 
 def test_a_reference_is_the_base_and_changes_no_gradient():
@@ -196,16 +221,14 @@ def test_a_reference_is_the_base_and_changes_no_gradient():
     twin = lora(make_model())
     twin(IDS, labels=IDS, use_cache=False).loss.backward()
     assert torch.equal(reference, logits(make_model())) and not torch.equal(reference, logits(model))
-    assert all(
-        torch.equal(param.grad, other.grad) for param, other in zip(*(trained(m).values() for m in (model, twin)))
-    )
+    assert all(torch.equal(param.grad, other.grad) for param, other in zip(*(trainable(m) for m in (model, twin))))
 
 
 @pytest.mark.parametrize("frozen", ["int8", "fp8", "nf4"])
 def test_with_quantized_frozen_experts_the_selected_ones_keep_their_dtype(frozen, tmp_path):
     sizes = {"hidden_size": 64, "moe_intermediate_size": 64}
     model = lora(make_model(dtype=torch.bfloat16, **sizes), frozen_dtype=frozen, moved=False)
-    losses = steps(model)
+    losses = take_steps(model)
     assert losses[2] < losses[0]
     esft.save_adapter(model, tmp_path)
     plain = esft.add_adapter(make_model(dtype=torch.bfloat16, **sizes), tmp_path)
@@ -223,7 +246,7 @@ def test_activation_checkpointing_changes_no_gradient():
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     for model in (plain, checkpointed):
         model(IDS, labels=IDS, use_cache=False).loss.backward()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*(trained(m).values() for m in (plain, checkpointed))))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(*(trainable(m) for m in (plain, checkpointed))))
 
 
 def test_unloading_in_training_gives_the_base_back():
@@ -238,8 +261,8 @@ def test_one_adapter_holds_the_experts_and_the_attention_of_peft(tmp_path):
     attention = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, attention)
     esft.to_esft(model, EXPERTS, lora_rank=4, lora_alpha=8)  # again, since peft freezes what it finds
-    assert len(trained(model)) == 2 * 6 + 3 * 2 * 2
-    losses = steps(wrapped)
+    assert len(trainable(model)) == 2 * 6 + 3 * 2 * 2
+    losses = take_steps(wrapped)
     assert losses[2] < losses[0]
     esft.save_adapter(wrapped, tmp_path)
     loaded = esft.add_adapter(make_model(), tmp_path)
