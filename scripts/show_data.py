@@ -3,10 +3,10 @@ r"""Show training data as the model will see it: where the loss falls, and what 
     python scripts/show_data.py law --base_model_path=results/models/tiny
     python scripts/show_data.py my_task.jsonl --base_model_path=M --n_samples=5 --seq_length=4096
 
-The first documents are printed as text. What carries loss is green; in a pipe it stands between the marks ⟦ and ⟧.
-Of preference data both answers of a pair are shown. Then come counts of turns and tokens, the lengths, and the fields
-that training does not use. The data are read and encoded as train.py does it, so what train.py would refuse is refused
-here.
+The first documents of each data set are printed as text. What carries loss is green; in a pipe it stands between the
+marks ⟦ and ⟧. Of preference data both answers of a pair are shown. Then come counts of turns and tokens, the lengths,
+and the fields that training does not use. The data are read and encoded as train.py does it, so what train.py would
+refuse is refused here.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("dataset", metavar="DATA", help="a name in datasets/train, a file, a folder or a hub id (docs/data.md)")
     add("--base_model_path", "--model", required=True, metavar="MODEL", help="the model whose tokenizer encodes it")
-    add("--n_samples", type=positive, default=3, metavar="N", help="documents, or pairs, to print (default: 3)")
+    add("--n_samples", type=positive, default=3, metavar="N", help="documents, or pairs, of each set (default: 3)")
     add("--n_rows", type=positive, metavar="N", help="read only N rows, as streaming=true does (default: all)")
     add("--seq_length", type=positive, default=4096, metavar="T", help="count what is longer (default: 4096)")
     add_template_flags(parser)
@@ -90,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     pairs = is_pair(rows[0][1])
     together = 2 if pairs else 1
     documents = encode_rows(rows, template, pairs=pairs)
-    for number in range(min(args.n_samples * together, len(documents))):
+    starts = np.searchsorted(documents.rows, [0, *itertools.accumulate(rows.sets)]).tolist()
+    spans = itertools.pairwise(starts)  # of each set that is named
+    for number in [n for start, end in spans for n in range(start, end)[: args.n_samples * together]]:
         where, _ = rows[int(documents.rows[number])]
         side = f", {SIDES[number % 2]}" if pairs else ""
         print(f"--- {where}{side}: {documents.lengths[number]:,} tokens")

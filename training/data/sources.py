@@ -66,6 +66,7 @@ class Rows:
         self.parts = parts
         self.starts = [0, *itertools.accumulate(len(table) for _, table in parts)]
         self.indices = indices
+        self.sets = [len(self)]  # the rows of each set, where several were named
 
     def __len__(self) -> int:
         return self.starts[-1] if self.indices is None else len(self.indices)
@@ -125,6 +126,7 @@ def open_rows(dataset: str | Path, split: str = "train", seed: int = 0) -> Rows:
     if any(weight is not None for weight in weights):
         kept = _draw(dataset, kept, [1.0 if weight is None else weight for weight in weights], seed)
     rows = Rows(parts, list(itertools.chain(*kept)))
+    rows.sets = list(map(len, kept))
     if not rows:
         raise ValueError(f"cannot read data set {str(dataset)!r}: it has no rows")
     return rows
