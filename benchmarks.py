@@ -147,11 +147,13 @@ def load_rows(dataset: str, n_samples: int | None = None, seed: int = 0) -> list
         if answers is None and isinstance(row.get("test"), str):
             answers = [row.get("canonical_solution", "")]
         prompted = isinstance(row.get("prompt"), str) and row["prompt"].strip()
+        prompted = prompted and isinstance(row.get("system", ""), str)
         answered = isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
         if not prompted or not answered:
             training = answers is None and any(row.keys() >= set(keys) for keys in SHAPES)
             raise ValueError(
-                f'{where}: a row needs "prompt", a text, and "raw_answers" (or "answers"), a list of texts'
+                f'{where}: a row needs "prompt" (and may have "system"), a text, and "raw_answers" (or "answers"), a '
+                f"list of texts"
                 f"{'; this one is training data' if training else ''}"
             )
         rows.append({**row, "raw_answers": answers})

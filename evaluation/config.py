@@ -192,8 +192,13 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
     """
     folder, found, general = Path(config.base_model_path), {}, config.with_general
     if (folder / "run.json").is_file():
-        run = read_json(folder / "run.json", "config")["config"]
-        if run["method"] != "full" or config.strength != "1" or config.choose_strength:
+        told = read_json(folder / "run.json", "config")
+        run = told["config"]
+        if not told.get("results"):
+            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+            hint = "".join(f", or give {path}" for path in checkpoints[-1:])
+            raise ValueError(f"cannot evaluate {folder}: its run did not finish. Go on with it{hint}.")
+        if run["method"] != "full" or config.strength != "1" or config.choose_strength or config.with_base:
             base = run["base_model_path"]
             if base.count("/") != 1 and not Path(base).exists():  # so it is not a hub id, either
                 how = f"--base_model_path=BASE --adapter_dir={folder}"

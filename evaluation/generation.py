@@ -44,7 +44,12 @@ class Completion(NamedTuple):
     answer: str | None = None
 
 
-def make_batches(prompts: list[str], template: Template, batch_size: int) -> list[list[int]]:
+def question(row: dict) -> str | tuple[str, str]:
+    """Return what `Template.encode_prompt` takes of a row."""
+    return (row["system"], row["prompt"]) if row.get("system") else row["prompt"]
+
+
+def make_batches(prompts: list[str | tuple[str, str]], template: Template, batch_size: int) -> list[list[int]]:
     """Cut the indices of the prompts into batches, longest first: what does not fit in memory fails at once.
 
     Raises ValueError where every prompt holds a token that the model does not know.
@@ -82,7 +87,7 @@ def generation_config(model, config: GenerationConfig) -> Iterator[None]:
 
 
 def complete(
-    model, template: Template, prompts: list[str], max_new_tokens: int, keep_reasoning: bool = False
+    model, template: Template, prompts: list[str | tuple[str, str]], max_new_tokens: int, keep_reasoning: bool = False
 ) -> list[Completion]:
     """Answer the prompts greedily in one batch, padded on the left. An answer ends before its first end token.
 
@@ -119,7 +124,7 @@ def complete(
     return completions
 
 
-def _complete_each(model, template: Template, prompts: list[str], **options) -> list[Completion | str]:
+def _complete_each(model, template: Template, prompts: list, **options) -> list[Completion | str]:
     """Answer the prompts in one batch, or one by one where that fails. A prompt that fails gives a sentence."""
     try:
         return complete(model, template, prompts, **options)
@@ -158,5 +163,5 @@ def score(row: dict, completion: Completion | str, evaluator: Evaluator) -> dict
 
 def evaluate(model, template: Template, rows: list[dict], evaluator: Evaluator, **options) -> list[dict]:
     """Answer and score the rows of one batch, in their order. The options are `max_new_tokens` and `keep_reasoning`."""
-    completions = _complete_each(model, template, [row["prompt"] for row in rows], **options)
+    completions = _complete_each(model, template, [question(row) for row in rows], **options)
     return [score(row, completion, evaluator) for row, completion in zip(rows, completions)]

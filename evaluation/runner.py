@@ -22,7 +22,7 @@ from deepseek.files import named, sha256
 from deepseek.loading import vocab_size
 from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
-from evaluation.generation import Evaluator, evaluate, make_batches
+from evaluation.generation import Evaluator, evaluate, make_batches, question
 from evaluation.journal import AnswerJournal
 from evaluation.workers import run_ranks
 from training.data import Template, TemplateSettings, templates
@@ -85,7 +85,7 @@ def check_prompts(base_model_path: str, settings: TemplateSettings, rows: list[d
     """Raise ValueError if a question cannot be asked, as with a tokenizer without a chat template."""
     template = Template(esft.load_tokenizer(base_model_path), settings)
     for row in rows:
-        template.encode_prompt(row["prompt"])
+        template.encode_prompt(question(row))
 
 
 def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], journals: list[AnswerJournal]) -> None:
@@ -95,7 +95,7 @@ def answer_jobs(config: EvalConfig, jobs: list[Job], devices: list[list[str]], j
     left = [
         (number, batch)
         for number, (job, journal) in enumerate(zip(jobs, journals))
-        for batch in make_batches([r["prompt"] for r in job.rows], template, config.eval_batch_size)
+        for batch in make_batches([question(row) for row in job.rows], template, config.eval_batch_size)
         if not journal.results.keys() >= set(batch)
     ]
     done, total = sum(len(journal.results) for journal in journals), sum(len(job.rows) for job in jobs)

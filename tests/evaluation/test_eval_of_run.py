@@ -9,9 +9,10 @@ import pytest
 import eval_multigpu
 import train
 from deepseek.files import read_jsonl, write_jsonl
+from evaluation import generation
 from evaluation.config import EvalConfig, fill_from_run
-from tests.helpers import ROOT, arguments, contents
-from training.data import load_samples, split_samples
+from tests.helpers import ROOT, Killed, arguments, at_step, contents, kill, refused
+from training.data import held_out_questions, load_samples, split_samples
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,49 @@ def test_the_template_is_that_of_the_adapters_run(run_folder, tmp_path, capsys, 
         assert f"note: {key}=" in capsys.readouterr().err
     other = fill_from_run(EvalConfig(**flags | {"adapter_dir": str(tmp_path)}))
     assert other.template == "chat" and not capsys.readouterr().err
+
+
+def test_what_was_held_out_is_asked_after_its_system_message(files, tmp_path, monkeypatch, capsys):
+    system, turns = {"role": "system", "content": "be brief"}, read_jsonl(files / "data.jsonl")
+    rows = [{"messages": [system, *row["messages"]]} for row in turns[:10]]
+    rows += [{"messages": row["messages"] * 2} for row in turns[10:12]]  # two questions
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    run = {"train_dataset": str(tmp_path / "mine.jsonl"), "n_train_samples": None, "validation_fraction": 1.0}
+    asked, held_out = held_out_questions({**run, "training": {}})
+    assert held_out == 11 and len(asked) in (9, 10) and {row["system"] for row in asked} == {"be brief"}
+    write_jsonl(tmp_path / "with.jsonl", asked)
+    write_jsonl(tmp_path / "without.jsonl", ({**row, "system": ""} for row in asked))
+    seen, complete = [], generation.complete
+    monkeypatch.setattr(generation, "complete", lambda *a, **k: seen.extend(a[2]) or complete(*a, **k))
+    evaluate(tmp_path, monkeypatch, f"--model={files / 'm32'}", "--eval_dataset=with.jsonl,without.jsonl")
+    assert set(seen) == {row["prompt"] for row in asked} | {("be brief", row["prompt"]) for row in asked}
+    write_jsonl(tmp_path / "with.jsonl", [{**asked[0], "system": ["be brief"]}])
+    with pytest.raises(ValueError, match=r'a row needs "prompt" \(and may have "system"\), a text'):
+        evaluate(tmp_path, monkeypatch, f"--model={files / 'm32'}", "--eval_dataset=with.jsonl")
+
+
+@pytest.mark.parametrize("method", ["esft", "full"])
+def test_a_run_that_did_not_finish_is_told_as_such(method, files, tmp_path, monkeypatch, capsys):
+    folder, flags = tmp_path / "out", ([], ["--with_base"], ["--strength=0.5,1"])
+    keys = {"method": method, "expert_config": files / "experts.json" if method == "esft" else None}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 2, kill)
+        train.main(arguments(files, folder, **keys))
+    for more in flags:
+        refused(capsys, eval_multigpu.main, [f"--model={folder}", *more], "its run did not finish. Go on with it.")
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-9").mkdir()
+    refused(capsys, eval_multigpu.main, [f"--model={folder}"], f"Go on with it, or give {folder}/checkpoint-10.")
+
+
+def test_a_whole_model_is_compared_with_its_base(files, tmp_path, monkeypatch):
+    folder = tmp_path / "full"
+    keys = {"method": "full", "expert_config": None, "max_steps": 1, "save_steps": None, "eval_steps": None}
+    train.main(arguments(files, folder, **keys))
+    (both,) = evaluate(tmp_path, monkeypatch, f"--model={folder}", "--with_base", "--output_path=both.jsonl")
+    evaluate(tmp_path, monkeypatch, f"--model={folder}", "--output_path=alone.jsonl")
+    assert (tmp_path / "both.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+    asked = f"--eval_dataset={folder / 'held_out.jsonl'}"
+    evaluate(tmp_path, monkeypatch, f"--model={files / 'm32'}", asked, "--output_path=base.jsonl")
+    assert (tmp_path / "both.base.jsonl").read_text() == (tmp_path / "base.jsonl").read_text()
+    assert both["against_base"]["n"] == both["n"] == 6

@@ -238,3 +238,21 @@ def test_settings_without_effect_on_the_released_template_are_refused(keys):
 def test_template_kwargs_are_an_object():
     with pytest.raises(ValueError, match="it must be a JSON object"):
         TemplateSettings(template_kwargs=[1])
+
+
+@pytest.mark.parametrize("template", ["chat", "released"])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_question_after_a_system_message_is_asked_as_it_was_trained(name, template):
+    tokenizer = tokenizer_of(name)
+    made = Template(tokenizer, TemplateSettings(template))
+    messages = [{"role": "system", "content": "Be brief."}, *TURNS[:2]]
+    try:
+        (document,) = made.encode([messages])[0]
+    except ValueError:  # the family's template takes none
+        with pytest.raises(ValueError, match="cannot"):
+            made.encode_prompt(("Be brief.", TURNS[0]["content"]))
+        return
+    before = next(i for i, label in enumerate(document.labels) if label != IGNORE)
+    asked = made.encode_prompt(("Be brief.", TURNS[0]["content"]))
+    assert document.input_ids[:before][: len(asked)] == asked and "Be brief." in tokenizer.decode(asked)
+    assert asked != made.encode_prompt(TURNS[0]["content"])

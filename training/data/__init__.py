@@ -275,7 +275,8 @@ def eval_file_of(train_dataset: str) -> str | None:
 def held_out_questions(run: dict) -> tuple[list[dict], int]:
     """Return what a run held out for validation, as rows of an eval file, and the number of samples held out.
 
-    Samples of more than one question and one answer are left out. `run` is the config in a run.json.
+    Samples of more than one question and one answer, beside a system message, are left out. `run` is the config in a
+    run.json.
     """
     if run.get("validation_dataset"):
         held_out = open_rows(run["validation_dataset"])
@@ -285,7 +286,9 @@ def held_out_questions(run: dict) -> tuple[list[dict], int]:
         held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
     rows = []
     for where, row in held_out:
-        question, answer, *more = [*read_chosen(row, where), None]
-        if question["role"] == "user" and answer and answer["role"] == "assistant" and more == [None]:
-            rows.append({"prompt": question["content"], "answers": [answer["content"]]})
+        messages = read_chosen(row, where)
+        system = {"system": messages.pop(0)["content"]} if messages[0]["role"] == "system" else {}
+        if [message["role"] for message in messages] == ["user", "assistant"]:
+            question, answer = (message["content"] for message in messages)
+            rows.append({**system, "prompt": question, "answers": [answer]})
     return rows, len(held_out)

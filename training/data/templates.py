@@ -197,17 +197,22 @@ class Template:
             left_out += (NO_END,)
         return [Document(self._pieces(text, spans, spelled), not spelled, left_out) for text, spans in found]
 
-    def encode_prompt(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt: str | tuple[str, str]) -> list[int]:
         """Return the tokens before the answer to `prompt`, a user's plain text, as `encode` has them.
+
+        A pair is the text of a system message, and that of the user.
 
         A prompt that is rendered already ("User: ... Assistant:", as in the published evaluation files) gets BOS only.
         """
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        if prompt.startswith("User: ") and prompt.endswith("Assistant:"):
+        system, prompt = ("", prompt) if isinstance(prompt, str) else prompt
+        if not system and prompt.startswith("User: ") and prompt.endswith("Assistant:"):
             return bos + self._ids(prompt)
         if self.settings.template == "released":
-            return bos + self._ids(f"User: {prompt.strip()}\n\nAssistant:")
-        return self._ids(self._render([{"role": "user", "content": prompt}], answer_next=True))
+            head = f"{system.strip()}\n\n" if system else ""
+            return bos + self._ids(f"{head}User: {prompt.strip()}\n\nAssistant:")
+        first = [{"role": "system", "content": system}] if system else []
+        return self._ids(self._render([*first, {"role": "user", "content": prompt}], answer_next=True))
 
     @functools.cached_property
     def end_token(self) -> int | None:
