@@ -35,10 +35,11 @@ from training.data import (
     collate,
     content_marks,
     has_label,
-    open_rows,
     pack,
     pack_of,
     read_chosen,
+    sample_rows,
+    split_samples,
     stream_rows,
 )
 from utils import note
@@ -46,13 +47,18 @@ from utils import note
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Which documents of a data set are sampled, and how they become packs."""
+    """Which documents of a data set are sampled, and how they become packs.
+
+    With `n_train_samples` and `validation_fraction`, only the samples that a run with these keys trains on.
+    """
 
     dataset: str
     n_sample_tokens: int = 131072
     seq_length: int = 4096
     overlong: str = "error"
     streaming: bool = False
+    n_train_samples: int | None = None
+    validation_fraction: float = 0.0
     template: TemplateSettings = field(default_factory=TemplateSettings)
     skip_template_tokens: bool = False
     seed: int = 0
@@ -122,15 +128,18 @@ def sample_packs(
 
 def _rows_in_order(settings: SampleSettings, samples: list[dict] | None) -> Iterator[tuple[int, str, dict]]:
     """Yield (number in the data set, where, row) in the order of the seed."""
-    if settings.streaming:
+    if settings.streaming and not settings.n_train_samples:
         for number, (where, row) in enumerate(stream_rows(settings.dataset, seed=settings.seed), 1):
             yield number, where, row
         return
-    rows = open_rows(settings.dataset, seed=settings.seed) if samples is None else samples
-    order = list(range(len(rows)))
+    if samples is None:
+        rows, numbers = sample_rows(settings.dataset, settings.n_train_samples, settings.seed, settings.streaming)
+    else:
+        rows, numbers = [(f"sample {i}", sample) for i, sample in enumerate(samples, 1)], range(1, len(samples) + 1)
+    order, _ = split_samples(list(range(len(rows))), settings.validation_fraction, settings.seed)
     random.Random(settings.seed).shuffle(order)
     for i in order:
-        yield i + 1, *(rows[i] if samples is None else (f"sample {i + 1}", samples[i]))
+        yield int(numbers[i]), *rows[i]
 
 
 def content_masks(messages: list[dict], documents: list[Encoded], template: Template) -> list[list[bool]]:

@@ -28,6 +28,8 @@ def selection_stages(config: RunConfig) -> list[tuple[Path, str, dict[str, objec
     of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
     of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
     of_run["scores"] = config.score_function
+    of_run |= {"n_train_samples": config.n_train_samples} if config.n_train_samples else {}
+    of_run |= {} if config.validation_dataset else {"validation_fraction": config.validation_fraction}
     of_run |= {key: "true" for key in ("streaming", "append_end") if getattr(config, key)}
     rule = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
     if not config.contrast_scores_dir:

@@ -22,6 +22,7 @@ from deepseek.frozen import quantize
 from deepseek.loading import empty_model
 from deepseek.partial_loading import quantization
 from deepseek.process_groups import Ranks, SharedError, join
+from deepseek.selection import check_amounts
 from training.config import RunConfig
 from training.data import Packs
 from training.first_selection import selected_experts
@@ -88,11 +89,14 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
     if config.kind == "lora" or config.lora_modules:
         import_extra("peft", "lora")
         lora_layers(empty, split_names(config.lora_modules or ""))
+    layers = moe_layers(empty)
     if config.expert_config and Path(config.expert_config) != selected_experts(config.output_dir):
         choose_experts(config.kind, config.expert_config, config.seed, empty, config.train_router)
     elif config.train_router and config.kind in ON_EXPERTS:
         esft.ExpertConfig({}, routers=config.train_router).check(empty)
-    layer = next(iter(moe_layers(empty).values()))
+    most = min(layer.num_experts for layer in layers.values())
+    check_amounts(most, len(layers), top_k=config.top_k, upper_layers=config.upper_layers)
+    layer = next(iter(layers.values()))
     if layer.module.has_bias and config.save_opt_states and config.training.get("optim") == "adafactor":
         raise ValueError(
             "cannot keep the states of optim=adafactor by expert: the experts of this model have biases, and it keeps "

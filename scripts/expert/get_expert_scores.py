@@ -26,8 +26,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import check_output, suggest
@@ -90,6 +88,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--seq_length", type=positive, default=4096, metavar="N", help="longest pack, in tokens (default: 4096)")
     add("--overlong", choices=("error", "truncate"), default="error", help="of a document longer than seq_length: stop "
         "with an error, or keep only the first seq_length tokens (default: error)")  # fmt: skip
+    add("--n_train_samples", type=positive, metavar="N", help="take only the samples that train.py takes with it")
+    add("--validation_fraction", type=float, default=0.0, metavar="X", help="leave out the samples that train.py holds "
+        "out with it (default: 0)")  # fmt: skip
     add("--streaming", action="store_true", help="read no more of the data set than the sample needs, for sets larger "
         "than the disk")  # fmt: skip
     add_template_flags(parser)
@@ -101,16 +102,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed_number, default=0, metavar="N", help="seed of the documents' order (default: 0)")
 
 
-def sample_settings(args: argparse.Namespace, model: nn.Module) -> SampleSettings:
-    """Return what the flags sample, with packs that fit into the model's context."""
-    seq_length = args.seq_length
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and context < seq_length:
-        note(f"seq_length {seq_length} is more than the model's context, so packs have at most {context} tokens")
-        seq_length = context
-    names = ("n_sample_tokens", "overlong", "streaming", "skip_template_tokens", "seed")
+def sample_settings(args: argparse.Namespace) -> SampleSettings:
+    """Return what the flags sample."""
+    names = ("n_sample_tokens", "seq_length", "overlong", "streaming", "skip_template_tokens", "seed")
+    names += ("n_train_samples", "validation_fraction")
     values = {name: getattr(args, name) for name in names}
-    return SampleSettings(args.eval_dataset, seq_length=seq_length, template=template_settings(args), **values)
+    return SampleSettings(args.eval_dataset, template=template_settings(args), **values)
 
 
 def format_scores(scores: ExpertScores) -> str:
@@ -159,11 +156,12 @@ def write_scores(args: argparse.Namespace) -> ExpertScores:
     RouterCapture(model, "prob" in args.scores)  # raises for a model that it cannot count, before any weight is read
     if args.adapter_dir:
         check_adapter(empty_model(args.base_model_path), args.adapter_dir)
-    settings = sample_settings(args, model)
+    settings = sample_settings(args)
     meta = {"model": args.base_model_path, "dataset": args.eval_dataset, "seq_length": settings.seq_length}
     for name in ("template", "skip_template_tokens", "n_sample_tokens", "overlong", "seed", "dtype"):
         meta[name] = getattr(args, name)
-    meta |= {"streaming": True} if settings.streaming else {}
+    for name in ("streaming", "n_train_samples", "validation_fraction"):
+        meta |= {name: value} if (value := getattr(settings, name)) else {}
     meta |= {"adapter": args.adapter_dir} if args.adapter_dir else {}
     usual = asdict(TemplateSettings())
     meta |= {name: value for name, value in asdict(settings.template).items() if value != usual[name]}

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"cannot compare {adapter}: it has other layers or experts than {args.base_model_path}")
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else None
     known = empty.config.get_text_config().vocab_size
-    packs = sample_packs(sample_settings(args, empty), tokenizer, known, samples)
+    packs = sample_packs(sample_settings(args), tokenizer, known, samples)
 
     place = {"dtype": args.dtype, "device": device if len(device) > 1 else device[0]}
     base, _ = load_base_model(args.base_model_path, **place)

@@ -58,6 +58,12 @@ def test_a_model_that_cannot_be_trained(selected, spoil, why, files, tmp_path, c
         ({"ep_size": 2}, None, "it does not divide the 1 processes"),
         ({"ep_size": 2, "expert_config": None}, None, "it does not divide the 1 processes"),
         ({"expert_config": "expert8.json"}, None, "names expert 8 of layer 1"),
+        (
+            {"expert_config": None, "strategy": "topk", "top_k": 9},
+            None,
+            "top_k is 9. Give a number above 0 and up to 8",
+        ),
+        ({"expert_config": None, "strategy": "layers", "upper_layers": 3}, None, "upper_layers is 3. Give a number"),
         ({"expert_config": "expert8.json", "method": "random"}, None, "names expert 8 of layer 1"),
     ],
 )

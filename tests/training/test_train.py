@@ -185,6 +185,7 @@ def test_without_an_expert_config_esft_scores_and_selects_first(files, start, mo
         start(**keys)
     assert [script for script, _ in ran] == ["get_expert_scores.py", "generate_expert_config.py"]
     out, wanted = start.folder / "out", {"seq_length": "48", "template": "chat", "overlong": "error", "seed": "0"}
+    wanted |= {"validation_fraction": "0.2"}
     assert wanted.items() <= ran[0][1].items() and ran[0][1]["eval_dataset"] == str(files / "data.jsonl")
     assert ran[0][1]["output_dir"] == ran[1][1]["expert_scores_dir"] == str(out / "expert_scores")
     start(**keys)
