@@ -480,7 +480,7 @@ def to_esft(
         offload_frozen: keep the frozen experts in host memory.
         lora_rank: train a low-rank change of the experts (deepseek/lora.py) instead of the experts themselves. Its
             scale is `lora_alpha` / `lora_rank`. LoRA of peft on other layers goes into the same adapter, and needs the
-            same rank and scale.
+            same rank and scale. Save it by `save_adapter`: `save_pretrained` writes the base until `merge` was called.
 
     Raises:
         ValueError: the model has no such layer or expert, or no fused experts, or was prepared before. An adapter of
@@ -532,7 +532,10 @@ def _begin_training(model: nn.Module, state: _State, ordinary: list[str]) -> Non
 
 @_on_inner_model
 def unload(model: nn.Module) -> nn.Module:
-    """Give the base model back, bit for bit. Whatever was trained or loaded is gone."""
+    """Give the base model back, bit for bit. Whatever was trained or loaded is gone.
+
+    What `add_adapter` merges for good stays: a LoRA adapter that peft merged, or a whole model.
+    """
     state = _state(model)
     if state.displaced is None:
         raise ValueError("cannot unload: the base's values were not kept. Use to_esft(model, config, keep_base=True).")
@@ -615,6 +618,8 @@ class ReferenceModel(nn.Module):
 
     def __call__(self, *args, **kwargs):  # TRL replaces `forward` here as it does in the model itself
         (model,) = self._model
+        if "forward" in vars(self) and "forward" not in vars(model):
+            raise ValueError("cannot use this reference: TRL trains another model. Give ReferenceModel that one.")
         in_training = [module for module in model.modules() if module.training]
         with base_values(model), torch.no_grad():
             model.eval()

@@ -73,6 +73,9 @@ class RouterCapture:
     def __init__(self, model: nn.Module, prob: bool = False, reap: bool = False, gradient: bool = False):
         self.layers, self._reap, self._gradient = moe_layers(model), reap, gradient
         self._model, self._frozen_here, self._document = model, [], None
+        if (reap or gradient) and any(layer.shard for layer in self.layers.values()):
+            raise ValueError("cannot measure what experts do: a process has only some of them. Score them before, with "
+                             "whole copies of the model.")  # fmt: skip
         self.token_mask: Tensor | None = None
         self._holders, self._depth, self._mask = _holders(model, self.layers), 0, None
         self._sums: dict[tuple[str, int], Tensor] = {}

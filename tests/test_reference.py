@@ -9,38 +9,21 @@ from torch.distributed.fsdp import fully_shard
 
 import datasets
 import esft
-from tests.helpers import BOTH, FAMILIES, join_world, make_model, run_ranks
+from tests.client_helpers import IDS, logits, state_of, trainable
+from tests.helpers import BOTH, FAMILIES, assert_same_tensors, join_world, make_model, run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16]
-IDS = torch.randint(3, 128, (4, 9), generator=torch.Generator().manual_seed(0))
 EXPERTS = {"experts": {"1": [5, 2], "2": [7]}}
 ALL = {**EXPERTS, **BOTH}
-
-
-def logits(model, ids=IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def moved(dtype=torch.float32, config=ALL, family="deepseek_v2", **changes):
     """A model whose trained values are all away from the base's."""
     model = esft.to_esft(make_model(family, dtype), config, **changes)
     torch.manual_seed(1)
-    for param in trained(model):
+    for param in trainable(model):
         param.data += 0.05 * torch.randn_like(param)
     return model
-
-
-def trained(model) -> list[nn.Parameter]:
-    return [param for param in model.parameters() if param.requires_grad]
-
-
-def bits(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,26 +31,26 @@ def assert_same_bits(found: dict, wanted: dict) -> None:
 def test_the_values_are_the_base_s_while_it_is_open_and_the_trained_ones_afterwards(family, dtype):
     experts = {"experts": {"2": [7, 1]}} if family == "nemotron_h" else EXPERTS
     model = moved(dtype, {**experts, **BOTH}, family)
-    after, kept = logits(model), bits(model)
-    params = [(param, param._version, param.data_ptr()) for param in trained(model)]
+    after, kept = logits(model), state_of(model)
+    params = [(param, param._version, param.data_ptr()) for param in trainable(model)]
     base = logits(make_model(family, dtype))
     assert not torch.equal(after, base)
     with esft.base_values(model):
         assert torch.equal(logits(model), base)
-        assert_same_bits(model.state_dict(), make_model(family, dtype).state_dict())
+        assert_same_tensors(model.state_dict(), make_model(family, dtype).state_dict())
     assert torch.equal(logits(model), after)
-    assert_same_bits(model.state_dict(), kept)
-    assert [(param, param._version, param.data_ptr()) for param in trained(model)] == params
+    assert_same_tensors(model.state_dict(), kept)
+    assert [(param, param._version, param.data_ptr()) for param in trainable(model)] == params
 
 
 def test_an_error_inside_leaves_the_trained_values():
     model = moved()
-    kept = bits(model)
+    kept = state_of(model)
     with pytest.raises(KeyError), esft.base_values(model):
         raise KeyError
     with pytest.raises(ValueError, match="exactly one of input_ids"):
         esft.ReferenceModel(model)(use_cache=False)
-    assert_same_bits(model.state_dict(), kept)
+    assert_same_tensors(model.state_dict(), kept)
 
 
 def test_a_loaded_adapter_makes_way_for_the_base_as_well(tmp_path):
@@ -89,7 +72,7 @@ def test_a_reference_between_a_forward_and_its_backward_changes_no_gradient(dtyp
         loss = model(IDS, labels=IDS, use_cache=False).loss
         between(model)
         loss.backward()
-        return [param.grad for param in trained(model)]
+        return [param.grad for param in trainable(model)]
 
     wanted = gradients(lambda model: None)
     found = gradients(lambda model: esft.ReferenceModel(model)(IDS, use_cache=False))
@@ -103,7 +86,7 @@ def log_probs(model, ids: torch.Tensor) -> torch.Tensor:
 
 def dpo_steps(model, reference, ids=IDS) -> list[torch.Tensor]:
     """Three steps of DPO by hand. The first half of the rows is preferred to the second."""
-    optimizer, losses = torch.optim.AdamW(trained(model), lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(trainable(model), lr=1e-2), []
     for _ in range(3):
         policy = log_probs(model, ids)
         with torch.no_grad():
@@ -123,7 +106,7 @@ def test_dpo_is_that_with_a_whole_second_model(dtype):
     found = dpo_steps(one, esft.ReferenceModel(one))
     wanted = dpo_steps(other, make_model(dtype=dtype))
     assert torch.stack(found).tolist() == torch.stack(wanted).tolist() and wanted[2] < wanted[0]
-    assert_same_bits(one.state_dict(), other.state_dict())
+    assert_same_tensors(one.state_dict(), other.state_dict())
 
 
 def test_a_reference_is_in_evaluation_mode_and_the_model_keeps_its_modes():
@@ -192,7 +175,7 @@ def under_ddp(rank: int) -> tuple[list, dict]:
     model = esft.to_esft(make_model(), EXPERTS)
     outer = nn.parallel.DistributedDataParallel(model)
     losses = dpo_steps(outer, esft.ReferenceModel(outer), IDS[rank::2])
-    return torch.stack(losses).tolist(), bits(model)
+    return torch.stack(losses).tolist(), state_of(model)
 
 
 @pytest.mark.clients
@@ -258,7 +241,16 @@ def test_a_run_of_trl_that_goes_on_has_the_base_as_its_reference(tmp_path, tiny_
     keys = ["loss", "rewards/chosen", "rewards/margins"]
     one, other = ([[entry[key] for key in keys] for entry in t.state.log_history[2:4]] for t in (again, whole))
     assert one == other and found["eval_rewards/margins"] == wanted["eval_rewards/margins"] != 0
-    assert_same_bits(again.model.state_dict(), whole.model.state_dict())
+    assert_same_tensors(again.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.clients
+def test_a_reference_of_another_model_is_refused_in_a_sentence(tmp_path, tiny_tokenizer):
+    def of_another(_):
+        return esft.ReferenceModel(esft.to_esft(make_model(), ALL))
+
+    with pytest.raises(ValueError, match=r"TRL trains another model\. Give ReferenceModel that one"):
+        trl_run(of_another, tmp_path, tiny_tokenizer, torch.float32)
 
 
 @pytest.mark.clients
@@ -275,7 +267,7 @@ def test_trl_can_neither_move_a_reference_nor_ask_it_for_its_weights(tmp_path, t
     with pytest.raises(ValueError, match="zip"):
         run = {"sync_ref_model": True, "ref_model_sync_steps": 1, "learning_rate": 0.0}
         trl_run(reference, tmp_path, tiny_tokenizer, torch.float32, **run)
-    assert_same_bits(models[0].state_dict(), make_model().state_dict())
+    assert_same_tensors(models[0].state_dict(), make_model().state_dict())
 
 
 def grpo_run(reference, folder, tokenizer) -> tuple[list, dict]:
@@ -293,7 +285,7 @@ def grpo_run(reference, folder, tokenizer) -> tuple[list, dict]:
     trainer.beta, trainer.ref_model = 0.5, reference(model)  # TRL would load a whole one
     torch.manual_seed(0)  # of the answers that are sampled
     trainer.train()
-    return [entry["kl"] for entry in trainer.state.log_history if "kl" in entry], bits(model)
+    return [entry["kl"] for entry in trainer.state.log_history if "kl" in entry], state_of(model)
 
 
 @pytest.mark.clients

@@ -164,6 +164,17 @@ def test_stored_and_reordered_experts_have_the_same_scores():
         close(found["norms"], wanted["norms"])
 
 
+@pytest.mark.parametrize("kind", ["reap", "gradient"])
+def test_a_process_with_some_experts_measures_none(kind):
+    """The sums of a rank would lack the tokens that others sent, and the experts that others hold."""
+    model = make_model()
+    RouterCapture(model, **{kind: True})
+    next(iter(moe_layers(model).values())).module.shard = "a placement"
+    with pytest.raises(ValueError, match="cannot measure what experts do: a process has only some of them"):
+        RouterCapture(model, **{kind: True})
+    RouterCapture(model, prob=True)  # the routing is that of the rank's own tokens
+
+
 def test_a_loop_of_ones_own_needs_a_backward():
     model, ids = make_model(), torch.tensor([documents()[0].input_ids])
     with RouterCapture(model, gradient=True) as capture, torch.no_grad():
