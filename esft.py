@@ -82,7 +82,7 @@ from deepseek.experts import (
     train_experts,
 )
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
-from deepseek.fingerprint import base_note, router_fingerprint  # noqa: F401
+from deepseek.fingerprint import base_note, difference, router_fingerprint  # noqa: F401
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
@@ -823,8 +823,8 @@ class ESFTCallback:
 
     Raises:
         ValueError: the parameters are sharded. FSDP saves and loads them in a way of its own. An adapter of peft is on
-            the fused experts. The model has been through no `to_esft`. The checkpoint to resume trained other experts.
-            A `Reselection` changes them.
+            the fused experts. The model has been through no `to_esft`. The checkpoint to resume trained other experts,
+            or another base. A `Reselection` changes them.
     """
 
     def __getattr__(self, name: str):
@@ -842,11 +842,14 @@ class ESFTCallback:
             raise ValueError(
                 "cannot use ESFTCallback: FSDP saves sharded parameters by itself. Leave the callback out."
             )
-        experts = {str(layer): sorted(ids) for layer, ids in _state(inner_model(model)).config.experts.items()}
-        before = state.stateful_callbacks.get("ESFTCallback", {"attributes": {"experts": experts}})
-        if before["attributes"]["experts"] != experts:  # of the same number they have the same shapes
+        made = _state(inner_model(model))
+        now = {"experts": {str(layer): sorted(ids) for layer, ids in made.config.experts.items()}, "base": made.base}
+        before = {**now, **state.stateful_callbacks.get("ESFTCallback", {"attributes": {}})["attributes"]}
+        if before["experts"] != now["experts"]:  # of the same number they have the same shapes
             raise ValueError("cannot resume: the checkpoint trained other experts. Call to_esft with its config.")
-        state.stateful_callbacks["ESFTCallback"] = {"args": {}, "attributes": {"experts": experts}}
+        if how := difference(made.base, before["base"]):
+            raise ValueError(f"cannot resume: the checkpoint is of another base model: {how}. Load that one.")
+        state.stateful_callbacks["ESFTCallback"] = {"args": {}, "attributes": now}
 
     def on_train_end(self, args, state, control, model: nn.Module, **_) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:  # of a peft model, Trainer reads peft's files

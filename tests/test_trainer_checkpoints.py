@@ -101,6 +101,16 @@ def test_a_checkpoint_of_other_experts_is_refused(kind, tmp_path, tiny_tokenizer
         assert len(losses(again)) == 3 + fits  # those of the checkpoint
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_another_base_is_refused(kind, tmp_path, tiny_tokenizer):
+    """It holds what was trained alone, so the rest would be the other base's."""
+    trainer_of(kind, fresh(torch.float32), tmp_path / "out", tiny_tokenizer, 3).train()
+    other = esft.to_esft(make_model(seed=1), CONFIG)
+    again = trainer_of(kind, other, tmp_path / "again", tiny_tokenizer, 4)
+    with pytest.raises(ValueError, match=r"cannot resume: .* of another base model: the routers' weights differ"):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+
+
 def test_a_model_without_experts_in_training_is_refused_before_the_first_step(tmp_path, tiny_tokenizer):
     trainer = trainer_of("transformers", make_model(), tmp_path / "out", tiny_tokenizer, 3)
     with pytest.raises(ValueError, match="cannot find what was trained: the model has no adapter"):
