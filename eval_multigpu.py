@@ -227,25 +227,19 @@ def write_results(
         "environment": environment(),
     }
     write_jsonl(job.output_path, results)
-    summary |= (
-        {} if journal.keep else {"key": finished_key(journal.key, job, judge), "answers": sha256(job.output_path)}
-    )
+    summary |= {} if journal.keep else {"key": journal.finished_key, "answers": sha256(job.output_path)}
     write_json(job.summary_path, summary)
     return summary, results
-
-
-def finished_key(key: dict, job: Job, judge: Judge | None) -> dict:
-    """Return the key of finished answers: that of the journal, and who graded them."""
-    return {**key, "judge": [judge.model, judge.base_url] if judge and any(job.tasks) else None}
 
 
 def open_journal(
     config: EvalConfig, job: Job, device: str, judge: Judge | None, finished: tuple[Path, ...]
 ) -> AnswerJournal:
     """Return the journal of a job, with what is there of it in the folders `finished` and in --base_answers."""
-    journal = AnswerJournal(job.output_path, answer_key(config, job, device))
+    graded_by = [judge.model, judge.base_url] if judge and any(job.tasks) else None
+    journal = AnswerJournal(job.output_path, answer_key(config, job, device), graded_by)
     of_base = [config.base_answers] if config.base_answers and (job.base or not config.adapter_dir) else []
-    if found := find_finished([*finished, *of_base], finished_key(journal.key, job, judge)):
+    if found := find_finished([*finished, *of_base], journal.finished_key):
         journal.take_finished(found)
     elif of_base:
         note(f"{config.base_answers} has no answers of this base to {job.name} with these settings: it is asked")

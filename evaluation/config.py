@@ -170,6 +170,8 @@ class EvalConfig:
             unused = [name for name in names if getattr(self, name) != default[name]]
             if unused and not getattr(self, needed):
                 raise ValueError(f"cannot use --{unused[0]}: it has an effect only with --{needed}. Give that, too.")
+        if self.base_answers and self.suites:
+            note("--base_answers has no effect on suites: the base is asked them again")
         if self.base_answers and not (self.with_base or self.is_curve):
             raise ValueError("cannot use --base_answers: no base is asked. Give --with_base, or several strengths.")
         for path in [self.adapter_dir, self.base_answers, self.task_dir, *filter(is_task_file, self.suites)]:

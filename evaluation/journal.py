@@ -22,8 +22,9 @@ class AnswerJournal:
 
     keep = False
 
-    def __init__(self, output_path: Path, key: dict):
-        self.path, self.key = output_path.with_name(f".{output_path.name}.partial"), key
+    def __init__(self, output_path: Path, key: dict, graded_by: list[str] | None = None):
+        self.path = output_path.with_name(f".{output_path.name}.partial")
+        self.finished_key = {**key, "judge": graded_by}  # of the answers that are finished
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.results: dict[int, dict] = {}
         self.seconds = 0.0

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from deepseek.files import named, read_json, sha256, write_json, write_jsonl
 from evaluation import generation, lm_eval_harness
 from evaluation.config import EvalConfig
 from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
-from evaluation.journal import RequestJournal, answers_beside, find_finished
+from evaluation.journal import RequestJournal, find_finished
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.runner import model_key
 from utils import environment, note
@@ -193,20 +192,15 @@ def evaluate_share(
     """Load the model and yield the summaries of one process's suites, by the flags of eval_multigpu.py.
 
     `paths` says where the answers to each suite go. `loaded` has the suites, if this process has loaded them already.
-    Suites that the folders `finished` or, if there is no adapter, --base_answers have results of are not asked.
+    Suites that the folders `finished` have results of are not asked.
     """
     found = loaded or load_suites(names, task_dir=config.task_dir, allow_code_execution=config.allow_code_execution)
-    suites = []
-    for suite in [suite for name in names for suite in found[name]]:
-        folders = [*finished, *([config.base_answers] if config.base_answers and not config.adapter_dir else [])]
-        if summary := find_finished(folders, finished_key(config, suite, False, devices[0])):
-            yield _take(summary, paths[suite.name])
-        else:
-            suites.append(suite)
-    if not suites:
-        return
-    model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
-    yield from evaluate_suites(model, tokenizer, suites, config, paths)
+    suites = [suite for name in names for suite in found[name]]
+    known = [find_finished(finished, finished_key(config, suite, devices[0])) for suite in suites]
+    yield from (read_json(path) for path in known if path)
+    if left := [suite for suite, path in zip(suites, known) if not path]:
+        model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
+        yield from evaluate_suites(model, tokenizer, left, config, paths)
 
 
 def evaluate_suites(
@@ -228,18 +222,16 @@ def evaluate_suites(
             return evaluate_suite(model, tokenizer, suite, config, journal)
 
         if config.with_base:
-            if config.base_answers:
-                note("--base_answers has suites for curves only: the base is asked again, for the comparison by sample")
             with named(f"adapter {config.adapter_dir}"):
                 esft.check_base({"router": esft.router_fingerprint(model)}, config.adapter_dir)  # before hours of it
             for suite in suites:
-                path, key = paths[suite.name].with_suffix(".base.jsonl"), finished_key(config, suite, True, device)
+                path = paths[suite.name].with_suffix(".base.jsonl")
                 base[suite.name] = ask(suite, path, of_base=True)
-                _write(suite, base[suite.name], None, config, path, key)
+                _write(suite, base[suite.name], None, config, path, None)
         if config.adapter_dir:
             model = esft.add_adapter(model, config.adapter_dir, config.strengths[0])
         for suite in suites:
-            key = finished_key(config, suite, False, device)  # first: lm-eval changes its tasks as it asks them
+            key = finished_key(config, suite, device)  # first: lm-eval changes its tasks as it asks them
             answers = ask(suite, paths[suite.name], of_base=False)
             yield _write(suite, answers, base.get(suite.name), config, paths[suite.name], key)
 
@@ -250,22 +242,11 @@ def suite_key(config: EvalConfig, suite: Suite, of_base: bool, device: str) -> d
     return {**key, "suite": suite.name, "version of lm-eval": importlib.metadata.version("lm_eval")}
 
 
-def finished_key(config: EvalConfig, suite: Suite, of_base: bool, device: str) -> dict:
+def finished_key(config: EvalConfig, suite: Suite, device: str) -> dict:
     """Return what decides the results of a suite: also all that decides its requests, and how they are summarized."""
     tasks = {name: [task.dump_config(), list(task.eval_docs)] for name, task in suite.tasks.items()}
     digest = hashlib.sha256(json.dumps(tasks, default=str).encode()).hexdigest()
-    return {**suite_key(config, suite, of_base, device), "tasks": digest, **_arguments(config)}
-
-
-def _take(summary: Path, path: Path) -> dict:
-    """Copy the results of a suite to `path` and beside it."""
-    for suffix in (".jsonl", ".lm_eval.json", ".summary.json"):
-        source, target = answers_beside(summary).with_suffix(suffix), path.with_suffix(suffix)
-        if source != target:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    note(f"the answers to {path.stem} are there from an earlier evaluation")
-    return read_json(summary)
+    return {**suite_key(config, suite, False, device), "tasks": digest, **_arguments(config)}
 
 
 def _arguments(config: EvalConfig) -> dict:
@@ -274,7 +255,7 @@ def _arguments(config: EvalConfig) -> dict:
 
 
 def _write(
-    suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, config: EvalConfig, path: Path, key: dict
+    suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None, config: EvalConfig, path: Path, key: dict | None
 ) -> dict:
     from lm_eval.utils import handle_non_serializable
 
@@ -289,7 +270,7 @@ def _write(
     }
     write_jsonl(path, completion_lines(suite, answers, summary))
     write_json(path.with_suffix(".lm_eval.json"), json.loads(json.dumps(own, default=handle_non_serializable)))
-    summary |= {} if base else {"key": key, "answers": sha256(path)}
+    summary |= {"key": key, "answers": sha256(path)} if key and not base else {}
     write_json(path.with_suffix(".summary.json"), summary)
     for text in answers.notes:
         note(f"{suite.name}: {text}")

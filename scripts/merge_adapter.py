@@ -191,11 +191,9 @@ def fill_lora(base: Path, adapter: Path, output: Path) -> int:
     held, shapes = (factor_shapes(esft.adapter_shapes(model, one), rank) for one in (config, whole))
     with atomic_path(output, folder=True) as folder:
         folder.mkdir()
-        for name in (BASE_NAME, "run.json"):
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, folder / name)
         changed = sorted({name.rpartition(".lora_")[0] for name in shapes})
         write_json(folder / LORA_CONFIG, {**read_json(adapter / LORA_CONFIG), "target_modules": changed})
+        write_json(folder / BASE_NAME, {"base": esft.base_note(model)})
         reserve(folder / LORA_WEIGHTS, {f"{PREFIX}{name}": ("F32", [*shape]) for name, shape in shapes.items()})
         with Shard(folder / LORA_WEIGHTS, "r+b") as new:
             for name, (path, key) in find_adapter_tensors(adapter, held, PREFIX).items():

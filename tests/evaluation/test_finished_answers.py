@@ -138,6 +138,6 @@ def test_finished_suites_of_a_curve_are_not_asked(model_dir, adapter_dir, suite_
     assert curve("a") == 3
     shutil.rmtree(tmp_path / "a" / "out" / "0.5")
     assert curve("a") == 1
-    assert curve("b", f"--base_answers={tmp_path / 'a' / 'out' / '0'}") == 2
+    assert curve("b", f"--base_answers={tmp_path / 'a' / 'out' / '0'}") == 3
     assert written(tmp_path / "a") == written(tmp_path / "b")
     assert curve("a", "--n_samples=2") == 3

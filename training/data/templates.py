@@ -200,19 +200,17 @@ class Template:
     def encode_prompt(self, prompt: str | tuple[str, str]) -> list[int]:
         """Return the tokens before the answer to `prompt`, a user's plain text, as `encode` has them.
 
-        A pair is the text of a system message, and that of the user.
-
-        A prompt that is rendered already ("User: ... Assistant:", as in the published evaluation files) gets BOS only.
+        A pair is a system message's text and the user's. A prompt that is rendered already ("User: ... Assistant:", as
+        in the published evaluation files) gets BOS only.
         """
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         system, prompt = ("", prompt) if isinstance(prompt, str) else prompt
         if not system and prompt.startswith("User: ") and prompt.endswith("Assistant:"):
             return bos + self._ids(prompt)
         if self.settings.template == "released":
-            head = f"{system.strip()}\n\n" if system else ""
-            return bos + self._ids(f"{head}User: {prompt.strip()}\n\nAssistant:")
-        first = [{"role": "system", "content": system}] if system else []
-        return self._ids(self._render([*first, {"role": "user", "content": prompt}], answer_next=True))
+            return bos + self._ids(f"{system.strip()}\n\nUser: {prompt.strip()}\n\nAssistant:".lstrip())
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        return self._ids(self._render(turns[not system :], answer_next=True))
 
     @functools.cached_property
     def end_token(self) -> int | None:
@@ -310,8 +308,7 @@ class Template:
 
     def _answer(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text that asks for the last message, and the message as the model has to say it."""
-        before, after = self._render(messages[:-1], answer_next=True), self._render(messages)
-        last = messages[-1]
+        before, after, last = self._render(messages[:-1], answer_next=True), self._render(messages), messages[-1]
         if after.startswith(before):
             end = self._end(after, len(before), last)
             return after[:end], [(len(before), end)]
@@ -367,15 +364,13 @@ class Template:
 
     def _released(self, messages: list[dict], spelled: list[str]) -> Document:
         """Return the pieces of the format of the published checkpoints, each of which is encoded alone."""
-        eos, text, lost = self.tokenizer.eos_token, "", []
-        pieces = [Piece(self.tokenizer.bos_token or "")]
+        eos, text, lost, pieces = self.tokenizer.eos_token, "", [], [Piece(self.tokenizer.bos_token or "")]
         for message in messages:
             role, content = message["role"], message["content"].strip()
             if role == "assistant":
                 loss = _learned(message)
-                pieces += [*self._split(f"{text}Assistant:", spelled), *self._split(f" {content}", spelled, loss)]
-                pieces.append(Piece(eos, loss))
-                text = ""
+                answer = [*self._split(f" {content}", spelled, loss), Piece(eos, loss)]
+                pieces, text = [*pieces, *self._split(f"{text}Assistant:", spelled), *answer], ""
             else:
                 text += f"User: {content}\n\n" if role == "user" else f"{content}\n\n"
             lost += [key for key in ("reasoning_content", "tool_calls", "tools") if message.get(key)]
