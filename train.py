@@ -37,9 +37,9 @@ from training.config import RunConfig, TrainingArguments, read_config, training_
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
 from training.distillation import choose_trainer
 from training.first_selection import score_and_select, selected_experts
+from training.frozen_proof import FrozenProof
 from training.keys import LORA_SELECTED
 from training.l2_to_base import PullToBase
-from training.methods import check_frozen, frozen_hashes
 from training.model import LoadedModel, load_model, log_model
 from training.plan import Plan, join_processes, open_empty, plan_run
 from training.routers import describe_drift
@@ -100,6 +100,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     note["environment"] = utils.environment()
     trainer = make_trainer(
         method=config.kind,
+        schedule=plan.schedule,
         ranks=ranks,
         before_first_step=functools.partial(prepare_folder, config, checkpoint, note),
         memory_advice=plan.saving,
@@ -112,11 +113,11 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         processing_class=tokenizer,
         callbacks=[PullToBase(config.l2_to_base)] if config.l2_to_base else None,
     )
-    hashes = frozen_hashes(loaded.model) if config.verify_frozen else None
+    proof = FrozenProof(loaded.model, ranks, plan.schedule) if config.verify_frozen else None
     if checkpoint:
         logger.info(f"  going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    return finish_run(config, trainer, loaded, plan, hashes, note)
+    return finish_run(config, trainer, loaded, plan, proof, note)
 
 
 def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
@@ -135,16 +136,16 @@ def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> 
 
 
 def finish_run(
-    config: RunConfig, trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, hashes: dict | None, note: dict
+    config: RunConfig, trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, proof: FrozenProof | None, note: dict
 ) -> dict:
     """Verify the frozen tensors, evaluate and save the model, and write the run's results, which are returned."""
-    if hashes is not None:
-        check_frozen(hashes, loaded.model, trainer.ranks)
+    if proof:
+        proof.check(trainer.state.global_step)
     if trainer.eval_dataset and trainer.state.global_step not in trainer.eval_losses:
         trainer.evaluate()
     trainer.save_model()
     trainer.write_on_first(trainer.save_state)
-    results = results_of(trainer, loaded, plan, frozen_verified=hashes is not None)
+    results = results_of(trainer, loaded, plan, frozen_verified=proof is not None)
     trainer.write_on_first(lambda: write_json(Path(config.output_dir, "run.json"), {**note, "results": results}))
     best = f" at step {results['best_step']}, the best checkpoint" if results["best_step"] else ""
     loss = f"; validation loss {results['eval_loss']:.4f}{best}" if trainer.eval_dataset else ""

@@ -28,6 +28,7 @@ Legend: T tokens, D hidden, K top-k, N = T*K routed rows, R rows a rank holds af
 group.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from deepseek.experts import FusedExperts, moe_layers
 from deepseek.grouped_gemm import grouped_experts
 from deepseek.placement import Placement
 from deepseek.process_groups import Ranks
+from deepseek.reselection import ids_by_row
 
 IMPLEMENTATION = "esft_expert_parallel"
 
@@ -112,6 +114,18 @@ def connect_experts(
         sizes = tuple(map(len, placement))
         layer.module.shard = Shard(ranks.experts, sizes, sizes[ranks.expert_rank], bool(trained))
     model.set_experts_implementation(IMPLEMENTATION)
+
+
+def follow_rows(model: nn.Module, ranks: Ranks) -> None:
+    """Send tokens to the rows where the experts are now, after a change of what is trained. All ranks call this."""
+    layers = moe_layers(model).values()
+    own = {layer.index: (ids_by_row(layer), layer.num_trained) for layer in layers}
+    first = ranks.rank - ranks.expert_rank
+    replica = ranks.gather(own)[first : first + ranks.ep_size]
+    for layer in layers:
+        rows_P, trained_P = zip(*(rank[layer.index] for rank in replica))
+        layer.module.slot_E.copy_(torch.argsort(torch.tensor([expert for ids in rows_P for expert in ids])))
+        layer.module.shard = dataclasses.replace(layer.module.shard, trained=any(trained_P))
 
 
 def _pack(x_ND: Tensor, index_N: Tensor, weight_N: Tensor) -> Tensor:

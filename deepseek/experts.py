@@ -229,15 +229,15 @@ class SelectedExperts(nn.Module):
 
     def __init__(self, layer: FusedExperts, experts: Iterable[int] | Mapping[int, int]):
         super().__init__()
-        chosen = experts if isinstance(experts, Mapping) else dict.fromkeys(experts, 0)
-        self._local_ids = ids = layer.local_ids
-        self.since = {expert: chosen[expert] for expert in ids if expert in chosen}
-        before = layer.row_order
+        step_of = experts if isinstance(experts, Mapping) else dict.fromkeys(experts, 0)
+        ids, before = layer.local_ids, layer.row_order
+        self.expert_ids = sorted(set(ids) & set(step_of), key=lambda expert: (step_of[expert], expert))  # in row order
+        self.since = {expert: step_of[expert] for expert in self.expert_ids}
         known = range(len(ids)) if before is None else before.order_e.tolist()
-        first = sorted((i for i, expert in enumerate(ids) if expert in self.since), key=lambda i: self.since[ids[i]])
+        first = [ids.index(expert) for expert in self.expert_ids]
         rest = [index for index in known if ids[index] not in self.since]
         self.num_trained, self.ran = len(first), False
-        self.parts: list | None = None  # what an optimizer sees in place of the parameters (reselection.py)
+        self.parts: list = []  # what an optimizer sees in place of the parameters (reselection.py)
         order_e = torch.tensor(first + rest, device=layer.module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
@@ -247,11 +247,6 @@ class SelectedExperts(nn.Module):
     @property
     def tensor_names(self) -> tuple[str, ...]:
         return self._layer.tensor_names
-
-    @property
-    def expert_ids(self) -> list[int]:
-        """Ids of the trained experts, in row order."""
-        return [self._local_ids[index] for index in self.order_e[: self.num_trained].tolist()]
 
     def _apply(self, fn, recurse=True):
         """Keep the parameters in fp32 when the model is cast."""

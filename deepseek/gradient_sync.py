@@ -79,9 +79,13 @@ class GradientReducer:
             self._add(reversed(self.others), ranks.world)
         self._bucket_of = {id(param): bucket for bucket in self.buckets for param in bucket.params}
         self._started = 0
-        for bucket in self.buckets:
-            for param in bucket.params:
-                param.register_post_accumulate_grad_hook(self._ready)
+        params = [param for bucket in self.buckets for param in bucket.params]
+        self._hooks = [param.register_post_accumulate_grad_hook(self._ready) for param in params]
+
+    def close(self) -> None:
+        """Leave the gradients alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _add(self, params: Iterable[nn.Parameter], group) -> None:
         full, size, kind = [], 0, None

@@ -23,7 +23,7 @@ Legend: S trained experts of the layer.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deepseek.adapters import adapter_shapes, adapter_views, find_state, on_host
-from deepseek.experts import MoELayer, SelectedExperts, inner_model, moe_layers, release_experts, train_experts
+from deepseek.experts import (
+    FusedExperts,
+    MoELayer,
+    SelectedExperts,
+    inner_model,
+    moe_layers,
+    release_experts,
+    train_experts,
+)
 from deepseek.frozen import thaw_experts
-from deepseek.optimizer_rows import by_row, join_rows
+from deepseek.optimizer_rows import by_row, join_parts, join_rows, parts_of
 
 Since = Mapping[int, Mapping[int, int]]  # layer -> expert -> the step since which it is trained
 
@@ -46,6 +54,12 @@ def current_experts(model: nn.Module) -> dict[int, tuple[int, ...]]:
     """Return the experts that are trained now on this rank, by layer. `trained_config` has all that ever were."""
     layers = moe_layers(model).values()
     return {layer.index: tuple(layer.trained.expert_ids) for layer in layers if layer.trained}
+
+
+def ids_by_row(layer: FusedExperts) -> list[int]:
+    """Return the ids of the experts on this rank in the order of their rows."""
+    order = layer.row_order
+    return layer.local_ids if order is None else [layer.local_ids[index] for index in order.order_e.tolist()]
 
 
 @torch.no_grad()
@@ -62,8 +76,9 @@ def change_experts(model: nn.Module, since_L: Since, config) -> None:
     for layer in moe_layers(model).values():
         since = since_L.get(layer.index, {})
         here = {expert: since[expert] for expert in layer.local_ids if expert in since}
-        if here != (layer.trained.since if layer.trained else {}):
-            _change_layer(layer, here)
+        ever, known = (set(c.experts.get(layer.index, ())) for c in (config, state.config))
+        if here != (layer.trained.since if layer.trained else {}) or ever - known:
+            _change_layer(layer, here, ever)
     if state.displaced is not None:
         views = adapter_views(model, config).items()
         state.displaced |= {name: on_host(view) for name, view in views if name not in state.displaced}
@@ -72,14 +87,15 @@ def change_experts(model: nn.Module, since_L: Since, config) -> None:
     state.trained[:] = [*others, *(layer.trained for layer in moe_layers(model).values() if layer.trained)]
 
 
-def _change_layer(layer: MoELayer, since: Mapping[int, int]) -> None:
+def _change_layer(layer: MoELayer, since: Mapping[int, int], ever: Collection[int]) -> None:
+    """Train the experts `since` of a layer, and give all that were `ever` trained rows of the fused tensors."""
     kept: dict[int, dict[str, Tensor]] = {}
     if layer.trained:
         masters = dict(layer.trained.named_parameters())
         for row, expert in enumerate(layer.trained.expert_ids):
             kept[expert] = {name: master.data[row] for name, master in masters.items()}
         release_experts(layer)
-    thaw_experts(layer, since)
+    thaw_experts(layer, ever)
     train_experts(layer, since)
     for row, expert in enumerate(layer.trained.expert_ids if layer.trained else ()):
         for name, values in kept.get(expert, {}).items():
@@ -204,10 +220,12 @@ class Reselection:
         rows = [old.expert_ids.index(expert) for expert in expert_ids]
         for param in old.params.values() if len(rows) < len(old.expert_ids) else ():
             state = self._optimizer.state.get(param, {})
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    parts = by_row(key, value, param)
-                    state[key] = join_rows(key, [parts[row] for row in rows])
+            parts = parts_of({key: value for key, value in state.items() if isinstance(value, Tensor)})
+            for key, part in parts.items():
+                row_of = by_row(key, part, param)
+                parts[key] = join_rows(key, [row_of[row] for row in rows])
+            param.data = param.data[rows]
+            state |= join_parts(parts, param, self._optimizer)
 
     def _lead(self) -> None:
         """Make the views those of the masters, and their gradients, too."""

@@ -135,12 +135,12 @@ class RouterCapture:
 
     def _count(self, layer: MoELayer):
         def hook(_module, args) -> None:
-            _, ids_TK, weights_TK, *_ = args
+            ids_TK, weights_TK = args[1], args[2].detach()  # else activation checkpointing would see tensors be saved
             T, self._top_k[layer.index] = ids_TK.shape
             mask_T = torch.ones(T) if self._mask is None else self._mask
             keep_T = mask_T.to(ids_TK.device, torch.int64)
             slots_N = (keep_T[:, None] * (weights_TK != 0)).reshape(-1)  # in ZAYA, weight 0 skips the expert
-            gates_N = (weights_TK.detach().double() * RouterCounts.UNIT).round().long().reshape(-1) * slots_N
+            gates_N = (weights_TK.double() * RouterCounts.UNIT).round().long().reshape(-1) * slots_N
             ids_N = ids_TK.reshape(-1)
             zeros_E = torch.zeros(layer.num_experts, dtype=torch.int64, device=ids_N.device)
             self._add("slots", layer, zeros_E.scatter_add(0, ids_N, slots_N))
@@ -185,6 +185,11 @@ class RouterCapture:
     def _add(self, kind: str, layer: MoELayer, value: Tensor) -> None:
         total = self._sums.get((kind, layer.index))
         self._sums[kind, layer.index] = value if total is None else total.to(value.device) + value
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether a forward was seen."""
+        return bool(self._sums)
 
     def counts(self) -> RouterCounts:
         """Return the counts so far, in host memory."""

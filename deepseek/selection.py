@@ -123,29 +123,35 @@ def count_experts(
     score_LE: ScoreTable, strategy: str, top_p: float, budget: float | None, upper_layers: int | None, shares: bool
 ) -> dict[int, int]:
     """Return how many of its best experts each layer gives under a rule that takes `top_p` or `budget`."""
+    order = order_experts(score_LE, strategy, upper_layers, shares)
+    if budget is None:
+        before_L = sums_before(score_LE, rank(score_LE), shares)
+        number = sum(before < top_p for before_N in before_L.values() for before in before_N)
+    else:
+        number = max(1, round(budget * sum(map(len, score_LE.values()))))
+    if number > len(order):
+        raise ValueError(f"cannot select {number} experts: the upper {len({layer for layer, _ in order})} layers have "
+                         f"{len(order)}. Give more upper_layers, or a smaller budget.")  # fmt: skip
+    counts_L = Counter(layer for layer, _ in order[:number])
+    return (
+        spread(counts_L, {la: len(score_E) for la, score_E in score_LE.items()}) if strategy == "uniform" else counts_L
+    )
+
+
+def order_experts(score_LE: ScoreTable, strategy: str, upper_layers: int | None, shares: bool) -> list[tuple[int, int]]:
+    """Return (layer, expert) in the order in which a rule that takes `budget` selects them."""
     ranked_L = rank(score_LE)
     before_L = sums_before(score_LE, ranked_L, shares)
     places = [(layer, row) for layer, ids in ranked_L.items() for row in range(len(ids))]
-
-    def score(layer: int, row: int) -> float:
-        return score_LE[layer][ranked_L[layer][row]]
-
-    if budget is None:
-        number = sum(before_L[layer][row] < top_p for layer, row in places)
-    else:
-        number = max(1, round(budget * len(places)))
     if strategy == "layers":
         upper = sorted(ranked_L)[-(upper_layers or math.ceil(len(ranked_L) / 2)) :]
         places = [(layer, row) for layer, row in places if layer in upper]
-        if number > len(places):
-            raise ValueError(f"cannot select {number} experts: the upper {len(upper)} layers have {len(places)}. Give "
-                             "more upper_layers, or a smaller budget.")  # fmt: skip
-    if strategy == "global":
-        order = sorted(places, key=lambda place: -score(*place))  # stable: a tie goes to the lower layer
-    else:
-        order = sorted(places, key=lambda place: (before_L[place[0]][place[1]], -score(*place)))
-    counts_L = Counter(layer for layer, _ in order[:number])
-    return spread(counts_L, {la: len(ids) for la, ids in ranked_L.items()}) if strategy == "uniform" else counts_L
+
+    def key(place: tuple[int, int]) -> tuple[float, float]:  # the sort is stable: a tie goes to the lower layer
+        layer, row = place
+        return 0 if strategy == "global" else before_L[layer][row], -score_LE[layer][ranked_L[layer][row]]
+
+    return [(layer, ranked_L[layer][row]) for layer, row in sorted(places, key=key)]
 
 
 def spread(counts_L: dict[int, int], layers: Iterable[int]) -> dict[int, int]:

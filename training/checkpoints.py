@@ -5,6 +5,7 @@
         states/rank-0.safetensors, ...           per trained tensor: optimizer states, and the fp32 master of a bf16
                                                  model, by expert id: <experts module>.<id>.<fused tensor>.exp_avg
         states/optimizer.json                    parameter groups (learning rate, betas, ...)
+        selection.json                           the experts that are trained now, if these change (expert_schedule.py)
         scheduler.json, trainer_state.json       as Trainer has them
         manifest.json                            SHA-256 of every other file, written last
 
@@ -66,9 +67,14 @@ def _trained(model: nn.Module) -> Iterator[tuple[nn.Parameter, str, list[str] | 
     """Yield (trained parameter, its name, the names of its rows where they are experts)."""
     known = set()
     for layer in moe_layers(model).values():
-        for tensor, param in layer.trained.named_parameters() if layer.trained else ():
-            known.add(id(param))
-            yield param, f"{layer.name}.{tensor}", [f"{layer.name}.{id}.{tensor}" for id in layer.trained.expert_ids]
+        if not layer.trained:
+            continue
+        masters = dict(layer.trained.named_parameters())
+        known |= set(map(id, masters.values()))
+        parts = [(part.expert_ids, part.params) for part in layer.trained.parts]
+        for ids, params in parts or [(layer.trained.expert_ids, masters)]:
+            for tensor, param in params.items():
+                yield param, f"{layer.name}.{tensor}", [f"{layer.name}.{expert}.{tensor}" for expert in ids]
     for name, param in model.named_parameters():
         if param.requires_grad and id(param) not in known:
             yield param, name, None

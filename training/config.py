@@ -63,7 +63,11 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
     config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
     usual = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-    if config.expert_config and (unused := [key for key in SETTINGS if getattr(config, key) != usual[key]]):
+    of_order = {"score_function"} if config.expand_experts else set()  # of the experts to add
+    unused = [key for key in SETTINGS if getattr(config, key) != usual[key] and key not in of_order]
+    if config.expand_experts and "start" in config.expand_experts:
+        unused.append("start of expand_experts")
+    if config.expert_config and unused:
         what = f"{unused[0]} says how to select experts, and expert_config names them"
         raise ValueError(f"cannot start this run: {what}. Leave one of them out.")
     for key, (other, values) in ONLY_FOR.items():
@@ -189,8 +193,9 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
             use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
             save_only_model=not config.save_opt_states,
         )
+        splits = config.save_opt_states or config.reselect_steps is not None
         args.optim = OwnOptimizer.MUON if own else args.optim
-        optimizer = _try_optimizer(args, by_expert=config.kind in ON_EXPERTS)
+        optimizer = _try_optimizer(args, by_expert=config.kind in ON_EXPERTS and splits)
         schedule = get_scheduler(
             args.lr_scheduler_type, optimizer, args.get_warmup_steps(100), 100, args.lr_scheduler_kwargs
         )
@@ -219,7 +224,7 @@ def _try_optimizer(args: TrainingArguments, by_expert: bool) -> torch.optim.Opti
         optimizer.train()
     with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
         optimizer.step()
-    if by_expert and not args.save_only_model:
+    if by_expert:
         for key, state in parts_of(optimizer.state[experts]).items():
             by_row(key, state, experts)
     return optimizer

@@ -176,7 +176,8 @@ class DistillingTrainer(ESFTTrainer):
         else:
             divergence = top_divergence(inputs["ids"], inputs["log_probs"])
         terms = SoftTerms(labels_BM.flatten(), smoothing, inputs["soft"], self.weight, divergence)
-        losses_BM, outputs = self._token_losses(model, taken, labels_BM, terms=terms)
+        with self._counted(inputs):
+            losses_BM, outputs = self._token_losses(model, taken, labels_BM, terms=terms)
         self._divergence += torch.stack([terms.divergence_M.double().sum(), inputs["soft"].double().sum()])
         return losses_BM.sum(), outputs
 

@@ -9,6 +9,7 @@ Two commands of the project do it, by the keys of the run, each in a process of 
 import json
 from pathlib import Path
 
+import esft
 from deepseek.selection import SETTINGS
 from training.config import RunConfig
 from utils import run_command
@@ -19,6 +20,16 @@ SELECTION_FOLDERS = ("expert_scores", "expert_configs")  # in an output folder
 def selected_experts(output_dir: str) -> Path:
     """Return the path of the expert config that `score_and_select` writes."""
     return Path(output_dir).absolute() / SELECTION_FOLDERS[1] / "selected.json"
+
+
+def find_scores(config: RunConfig) -> Path | None:
+    """Return the expert scores that were given, or those where the README's commands put them, if there are any."""
+    if config.expert_scores_dir:
+        return Path(config.expert_scores_dir)
+    made = Path(config.expert_config)
+    folder = made.parent.parent / "expert_scores"
+    folders = (folder / made.stem, folder)
+    return next((path for path in folders if any((path / name).is_file() for name in esft.SCORE_FILES)), None)
 
 
 def selection_stages(config: RunConfig) -> list[tuple[Path, str, dict[str, object]]]:
@@ -32,6 +43,8 @@ def selection_stages(config: RunConfig) -> list[tuple[Path, str, dict[str, objec
     of_run |= {} if config.validation_dataset else {"validation_fraction": config.validation_fraction}
     of_run |= {key: "true" for key in ("streaming", "append_end") if getattr(config, key)}
     rule = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
+    if "start" in (config.expand_experts or {}):
+        rule["budget"] = config.expand_experts["start"]
     if not config.contrast_scores_dir:
         del rule["contrast"]
     if config.strategy == "random":

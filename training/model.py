@@ -3,7 +3,6 @@
 import logging
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from transformers import set_seed
@@ -18,6 +17,7 @@ from deepseek.placement import Placement, imbalance, place_layers
 from deepseek.process_groups import Ranks
 from training.config import RunConfig
 from training.data import Packs
+from training.first_selection import find_scores
 from training.methods import format_trained, prepare_model
 from training.plan import Plan
 from training.routers import TrainedRouters
@@ -98,7 +98,7 @@ def place_experts(config: RunConfig, plan: Plan) -> dict[int, Placement]:
     load_LE, source = None, "no expert scores found (expert_scores_dir=...), so all experts count the same"
     if (path := find_scores(config)) is not None:
         load_LE, source = esft.ExpertScores.load(path)["token"], f"by {path}"
-    contiguous, trained = config.placement == "contiguous", plan.experts.experts
+    contiguous, trained = config.placement == "contiguous", plan.most_experts.experts
     placements = place_layers(num_experts_L, trained, plan.ep_size, load_LE, contiguous)
     load_LE = load_LE or {index: dict.fromkeys(range(n), 1 / n) for index, n in num_experts_L.items()}
     found = imbalance(placements, trained, load_LE)
@@ -108,16 +108,6 @@ def place_experts(config: RunConfig, plan: Plan) -> dict[int, Placement]:
         f"{found['trained']:.2f} x the mean number of trained experts"
     )
     return placements
-
-
-def find_scores(config: RunConfig) -> Path | None:
-    """Return the expert scores that were given, or those where the README's commands put them, if there are any."""
-    if config.expert_scores_dir:
-        return Path(config.expert_scores_dir)
-    made = Path(config.expert_config)
-    folder = made.parent.parent / "expert_scores"
-    folders = (folder / made.stem, folder)
-    return next((path for path in folders if any((path / name).is_file() for name in esft.SCORE_FILES)), None)
 
 
 def log_model(model: nn.Module, config: RunConfig, packs: Packs) -> None:

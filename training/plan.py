@@ -25,6 +25,7 @@ from deepseek.process_groups import Ranks, SharedError, join
 from deepseek.selection import check_amounts
 from training.config import RunConfig
 from training.data import Packs
+from training.expert_schedule import ExpertSchedule
 from training.first_selection import selected_experts
 from training.keys import ON_EXPERTS
 from training.memory import Estimator, MemoryEstimate, MemorySettings
@@ -45,8 +46,14 @@ class Plan:
     device: torch.device
     ep_size: int
     activation_checkpointing: bool
+    schedule: ExpertSchedule | None = None  # if other experts are trained from some step on
     memory: MemoryEstimate | None = None
     saving: str = "activation_checkpointing=true"  # keys that would save memory, the least costly first
+
+    @property
+    def most_experts(self) -> esft.ExpertConfig | None:
+        """The experts at the end of a run that expands, and those to train of any other."""
+        return self.schedule.at_end if self.schedule else self.experts
 
 
 def join_processes(config: RunConfig) -> Ranks:
@@ -91,7 +98,8 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
         lora_layers(empty, split_names(config.lora_modules or ""))
     layers = moe_layers(empty)
     if config.expert_config and Path(config.expert_config) != selected_experts(config.output_dir):
-        choose_experts(config.kind, config.expert_config, config.seed, empty, config.train_router)
+        experts = choose_experts(config.kind, config.expert_config, config.seed, empty, config.train_router)
+        schedule_of(config, experts, empty)
     elif config.train_router and config.kind in ON_EXPERTS:
         esft.ExpertConfig({}, routers=config.train_router).check(empty)
     most = min(layer.num_experts for layer in layers.values())
@@ -125,7 +133,8 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
         warnings.warn(f"the experts of {config.expert_config} were chosen on another base model: {how}", stacklevel=2)
     frozen_dtype = config.frozen_dtype or ("fp8" if quantization(empty.config) == "fp8" else None)
     layouts = possible_layouts(config, empty, ranks.world_size)
-    plan = Plan(empty, experts, frozen_dtype, args.device, *layouts[0])
+    schedule = ranks.run_or_fail_together(lambda: schedule_of(config, experts, empty))
+    plan = Plan(empty, experts, frozen_dtype, args.device, *layouts[0], schedule)
     budget = memory_of_a_process(args.device)
     most = layouts[-1][0]
     if config.ep_size == "auto" and budget is None and most > 1:
@@ -136,6 +145,12 @@ def plan_run(config: RunConfig, args: TrainingArguments, packs: Packs, ranks: Ra
     settings = memory_settings(config, args, plan, packs, ranks.world_size)
     found = ranks.on_rank_zero(lambda: first_that_fits(layouts, settings, plan, config, budget))
     return dataclasses.replace(plan, **found)
+
+
+def schedule_of(config: RunConfig, experts: esft.ExpertConfig | None, empty: nn.Module) -> ExpertSchedule | None:
+    """Return what changes the experts of a run while it trains, or None. Raise where that cannot be done."""
+    num_experts_L = {index: layer.num_experts for index, layer in moe_layers(empty).items()}
+    return ExpertSchedule(config, experts, num_experts_L) if config.changes_experts else None
 
 
 def possible_layouts(config: RunConfig, empty: nn.Module, world_size: int) -> list[tuple[int, bool]]:
@@ -160,7 +175,7 @@ def first_that_fits(
     """Return the fields of the Plan of the first layout whose peak is at most `budget` bytes, else of the last."""
     tried = []
     try:
-        estimator = Estimator(plan.empty, config.kind, plan.experts, config.lora_rank)
+        estimator = Estimator(plan.empty, config.kind, plan.most_experts, config.lora_rank)
         for ep_size, checkpointing in layouts:
             settings = dataclasses.replace(settings, ep_size=ep_size, activation_checkpointing=checkpointing)
             memory = estimator.estimate(settings)

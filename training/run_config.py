@@ -20,6 +20,7 @@ from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, RE
 
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
+    "reselect_steps",
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dpo_beta"),
     "distill_weight",
 )
@@ -59,6 +60,11 @@ class RunConfig:
     train_router: Literal["full", "bias"] | None = _key(None, "train the routers, too, or the bias that some have")
     router_lr: float | None = _key(None, "with train_router: its learning rate; by default a tenth of learning_rate")
     router_kl: float = _key(1.0, "with train_router: weight of the penalty on the routers' drift from the base's")
+    expand_experts: str | None = _key(None, "add experts while training, as {to: 0.3, by: 0.05, when: plateau}")
+    reselect_steps: int | None = _key(None, "exchange experts for those that get more tokens, every so many steps")
+    reselect_max: float | None = _key(
+        None, "share of all experts that may be trained by then; default: twice the first"
+    )
     l2_to_base: float = _key(0.0, "pull what is trained towards the base after each step: by learning rate x this")
     dpo_beta: float = _key(0.1, "method dpo: how strongly the policy is held to the base")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
@@ -117,7 +123,7 @@ class RunConfig:
     @property
     def keeps_base(self) -> bool:
         """Whether the base's values of what is trained are needed while it is trained."""
-        return self.method == "dpo" or self.l2_to_base > 0 or self.distill_from == "base"
+        return self.method == "dpo" or self.l2_to_base > 0 or self.distill_from == "base" or self.changes_experts
 
     @property
     def distills_all(self) -> bool:
@@ -127,6 +133,11 @@ class RunConfig:
     @property
     def distillation_weight(self) -> float:
         return self.distill_weight or (0.5 if self.distills_all else 1.0)
+
+    @property
+    def changes_experts(self) -> bool:
+        """Whether other experts are trained from some step on."""
+        return bool(self.expand_experts or self.reselect_steps)
 
     @property
     def learning_rate(self) -> float:
@@ -202,6 +213,36 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     yield from _unmet_needs(config, values)
     yield from _wrong_pull(config, values)
     yield from _wrong_routers(config, values)
+    yield from _of_changes(config, values)
+
+
+def _of_changes(config: RunConfig, values: dict) -> Iterator[str]:
+    """Yield what is wrong with the keys that change which experts are trained."""
+    keys = [key for key in ("expand_experts", "reselect_steps", "reselect_max") if values[key] is not None]
+    if keys and config.kind not in ("esft", "dpo"):
+        yield f"{keys[0]} is for methods esft and dpo, not for {config.kind}. Leave it out"
+    if keys and (optim := values.get("optim")) in SCHEDULE_FREE:
+        yield f"{keys[0]} does not go with optim={optim}, whose average is one for old and new experts. Leave one out"
+    if config.reselect_max is not None and not (config.reselect_steps and 0 < config.reselect_max <= 1):
+        yield f"reselect_max={config.reselect_max} is a share up to 1, and needs reselect_steps"
+    expand = config.expand_experts
+    if expand is None:
+        return
+    example = "Give it as {to: 0.3, by: 0.05, when: plateau}"
+    if not isinstance(expand, dict) or not {"to", "by", "when"} <= expand.keys() <= {"start", "to", "by", "when"}:
+        yield f"expand_experts={expand} does not have to, by and when (and start). {example}"
+        return
+    for key in expand.keys() - {"when"}:
+        if not (isinstance(expand[key], (int, float)) and 0 < expand[key] <= 1):
+            yield f"{key} of expand_experts is {expand[key]}, not a share of all experts up to 1. {example}"
+    if expand["when"] != "plateau" and not (type(expand["when"]) is int and expand["when"] > 0):
+        yield f"when of expand_experts is {expand['when']}, neither plateau nor a number of steps. {example}"
+    if expand["when"] == "plateau" and values.get("eval_strategy", "no") == "no":
+        yield "expand_experts with when=plateau needs evaluations. Give eval_steps"
+    if config.strategy not in ("cumulative", "global", "layers"):
+        yield f"expand_experts knows no next best under strategy={config.strategy}. Give cumulative, global or layers"
+    if "start" in expand and (config.budget or config.top_p):
+        yield "start of expand_experts says with how many to begin, as top_p and budget do. Give one of them"
 
 
 def _of_replay(config: RunConfig) -> Iterator[str]:

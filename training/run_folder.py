@@ -26,7 +26,7 @@ from deepseek.process_groups import Ranks
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
 from training.data import dataset_files, is_known
-from training.first_selection import SELECTION_FOLDERS
+from training.first_selection import SELECTION_FOLDERS, find_scores
 from training.keys import ON_EXPERTS
 from training.methods import count_trained
 from training.model import LoadedModel
@@ -46,7 +46,16 @@ LAYOUT = {
     "output_dir",  # a folder that was moved still holds the same run
 }
 WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkpoint; `overwrite` removes nothing else
-    *("run.json", "trainer_state.json", "training_args.bin", "manifest.json", "states/*", "optimizer.*", "scheduler.*"),
+    *(
+        "run.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "manifest.json",
+        "selection.json",
+        "states/*",
+        "optimizer.*",
+        "scheduler.*",
+    ),
     *("adapter*.safetensors", "adapter_config.json", esft.CONFIG_NAME, BASE_NAME, "config.json"),
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -195,6 +204,8 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
     if config.kind in ON_EXPERTS:
         path = Path(config.expert_config)
         paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]
+    if config.expand_experts and (scores := find_scores(config)):
+        paths["expert_scores"] = [scores] if scores.is_file() else [scores / name for name in esft.SCORE_FILES[:1]]
     settings = dataclasses.asdict(config)
     for key in PATHS:  # a path must work from anywhere; the name of a data set stays one
         if settings[key] and Path(settings[key]).exists() and not is_known(settings[key]):
@@ -276,4 +287,5 @@ def results_of(trainer: ESFTTrainer, loaded: LoadedModel, plan: Plan, frozen_ver
         "read_bytes": max(ranks.gather(loaded.read_bytes or 0)) or None,
         "saved_bytes": sum(path.stat().st_size for path in Path(trainer.args.output_dir).glob("*.safetensors")),
         "frozen_verified": frozen_verified,
+        **({"expert_changes": trainer.schedule.changes} if trainer.schedule else {}),
     }

@@ -18,6 +18,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ from deepseek.files import set_modes, write_json
 from deepseek.partial_loading import no_bars
 from deepseek.process_groups import Ranks, lost_contact
 from training import checkpoints
+from training.expert_schedule import SELECTION, ExpertSchedule
 from training.keys import ON_EXPERTS
 from training.optimizers import optimizer_class
 
@@ -41,8 +43,11 @@ SCHEDULER = "scheduler.json"
 class SavingTrainer(Trainer):
     """transformers' Trainer with checkpoints of a method: an adapter with its states, a LoRA adapter, or a model."""
 
-    def __init__(self, *, method: str, ranks: Ranks, **kwargs):
+    def __init__(self, *, method: str, ranks: Ranks, schedule: ExpertSchedule | None = None, **kwargs):
         super().__init__(**kwargs)
+        self.schedule = schedule
+        if schedule:
+            schedule.join(self.model, ranks)
         self.adapter, self.lora, self.ranks = method in ON_EXPERTS, method == "lora", ranks
         self.eval_losses: dict[int, float] = {}  # by step, of the weights at hand
         self._staging: Path | None = None
@@ -188,11 +193,14 @@ class SavingTrainer(Trainer):
         if self.ranks.first_replica:
             states = Path(output_dir) / checkpoints.STATES
             self._writing(lambda: checkpoints.save_states(self.model, self.optimizer, states, self.ranks.rank))
+        selection = self.schedule.state() if self.schedule else None
         if self.args.should_save:
             state = self.lr_scheduler.state_dict()
             if isinstance(self.lr_scheduler, LambdaLR):  # the rates follow from the settings, and torchao's are tensors
                 state = {key: value for key, value in state.items() if key not in ("base_lrs", "_last_lr")}
             self._writing(lambda: write_json(Path(output_dir) / SCHEDULER, state))
+            if selection:
+                self._writing(lambda: write_json(Path(output_dir) / SELECTION, selection))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if not self.adapter:
@@ -211,7 +219,8 @@ class SavingTrainer(Trainer):
         if self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.adapter:
-            esft.add_adapter(self.model, resume_from_checkpoint)
+            with self.schedule.restoring(Path(resume_from_checkpoint)) if self.schedule else nullcontext():
+                esft.add_adapter(self.model, resume_from_checkpoint)
         else:  # Trainer's own way leaves the experts out: their names on disk are not those in memory
             with no_bars():
                 saved, _ = esft.load_base_model(resume_from_checkpoint, dtype=self.model.dtype)

@@ -16,6 +16,7 @@ import functools
 import logging
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -128,7 +129,6 @@ class ESFTTrainer(SavingTrainer):
         before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._reducer = GradientReducer(self.model, self.ranks, lambda: self.accelerator.sync_gradients)
         try:
             super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -171,13 +171,19 @@ class ESFTTrainer(SavingTrainer):
     def _losses(self, model, inputs, smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, object]:
         """Return (cross entropy of each label (B, M), the M positions of the labels, model outputs)."""
         labels_BM, taken = self._split(inputs)
-        losses_BM, outputs = self._token_losses(model, taken, labels_BM, smoothing)
+        with self._counted(inputs):
+            losses_BM, outputs = self._token_losses(model, taken, labels_BM, smoothing)
         return losses_BM, taken["logits_to_keep"], outputs
 
     def _loss_sum(self, model, inputs, smoothing: float = 0.0):
         """Return (sum of the terms of a batch's loss, model outputs); `model` may be wrapped."""
         losses_BM, _, outputs = self._losses(model, inputs, smoothing)
         return losses_BM.sum(), outputs
+
+    def _counted(self, inputs):
+        """Return a context for the forward of a batch, in which its tokens are counted if a run needs that."""
+        counts = self.schedule and torch.is_grad_enabled()  # no validation, no reference
+        return self.schedule.counting(inputs["labels"]) if counts else contextlib.nullcontext()
 
     def _watched(self, inputs, kind: str = ""):
         """Return a context for the forward of a batch, in which routers that are trained are measured."""
@@ -231,6 +237,12 @@ class ESFTTrainer(SavingTrainer):
         keep_experts_apart(optimizer, self.model)
         if self.routers:
             self.routers.set_rate(optimizer)
+        self._reducer = GradientReducer(self.model, self.ranks, lambda: self.accelerator.sync_gradients)
+        if self.schedule:
+            packs_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.ranks.world_size
+            tokens = packs_per_step * statistics.fmean(self.train_dataset.lengths)
+            warmup = self.args.get_warmup_steps(self.state.max_steps)
+            self.schedule.begin(optimizer, self.state.global_step, warmup, tokens)
         return optimizer
 
     def get_train_dataloader(self):
@@ -263,6 +275,9 @@ class ESFTTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._start = time.perf_counter()
+        if self.schedule and self.schedule.before_step(self.state):
+            self._reducer.close()
+            self._reducer = GradientReducer(self.model, self.ranks, lambda: self.accelerator.sync_gradients)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
