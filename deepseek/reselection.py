@@ -31,15 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deepseek.adapters import adapter_shapes, adapter_views, find_state, on_host
-from deepseek.experts import (
-    FusedExperts,
-    MoELayer,
-    SelectedExperts,
-    inner_model,
-    moe_layers,
-    release_experts,
-    train_experts,
-)
+from deepseek.experts import MoELayer, SelectedExperts, inner_model, moe_layers, release_experts, train_experts
 from deepseek.frozen import thaw_experts
 from deepseek.optimizer_rows import by_row, join_parts, join_rows, parts_of
 
@@ -56,7 +48,7 @@ def current_experts(model: nn.Module) -> dict[int, tuple[int, ...]]:
     return {layer.index: tuple(layer.trained.expert_ids) for layer in layers if layer.trained}
 
 
-def ids_by_row(layer: FusedExperts) -> list[int]:
+def ids_by_row(layer: MoELayer) -> list[int]:
     """Return the ids of the experts on this rank in the order of their rows."""
     order = layer.row_order
     return layer.local_ids if order is None else [layer.local_ids[index] for index in order.order_e.tolist()]
@@ -269,7 +261,7 @@ def _generations(layer: MoELayer) -> list[Generation]:
 
 def with_experts(config, experts_L: Mapping[int, tuple[int, ...]]):
     """Return a config of all that `config` names, and of `experts_L`."""
-    experts = dict(config.experts)
-    for layer, ids in experts_L.items():
-        experts[layer] = (*experts.get(layer, ()), *(e for e in ids if e not in experts.get(layer, ())))
+    before = config.experts
+    more = {la: tuple(e for e in ids if e not in before.get(la, ())) for la, ids in experts_L.items()}
+    experts = {la: before.get(la, ()) + more.get(la, ()) for la in before | more}
     return dataclasses.replace(config, experts=dict(sorted(experts.items())))

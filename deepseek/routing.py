@@ -186,11 +186,6 @@ class RouterCapture:
         total = self._sums.get((kind, layer.index))
         self._sums[kind, layer.index] = value if total is None else total.to(value.device) + value
 
-    @property
-    def has_counted(self) -> bool:
-        """Whether a forward was seen."""
-        return bool(self._sums)
-
     def counts(self) -> RouterCounts:
         """Return the counts so far, in host memory."""
         tokens = {index: int(self._sums.get(("tokens", index), 0)) for index in self.layers}

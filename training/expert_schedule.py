@@ -73,17 +73,17 @@ class ExpertSchedule:
         self.expand, self.order = config.expand_experts or {}, expansion_order(config, num_experts_L)
         self.every, self.kind = config.reselect_steps, "gates" if config.score_function == "gate" else "slots"
         self.since: dict[int, dict[int, int]] = {la: dict.fromkeys(ids, 0) for la, ids in experts.experts.items()}
-        begins, ends = sum(map(len, self.since.values())), round(self.expand.get("to", 0) * self.total)
-        if self.expand and begins >= ends:
+        begins, self.ends = sum(map(len, self.since.values())), round(self.expand.get("to", 0) * self.total)
+        if self.expand and begins >= self.ends:
             raise ValueError(f"cannot expand the experts: the run begins with {begins} of {self.total}, and "
                              f"to={self.expand['to']} is not more. Raise it, or begin with fewer.")  # fmt: skip
-        self.at_end = with_experts(experts, self._first({la: set(ids) for la, ids in self.since.items()}, ends))
-        self.most = round(self.total * config.reselect_max) if config.reselect_max else max(2 * begins, ends)
+        self.at_end = with_experts(experts, self._first({la: set(ids) for la, ids in self.since.items()}, self.ends))
+        self.most = round(self.total * config.reselect_max) if config.reselect_max else max(2 * begins, self.ends)
         self.changes: list[dict] = []
         self.reselection: esft.Reselection | None = None
         self.proof = None  # a frozen_proof.FrozenProof, with verify_frozen
         self._earlier: Tensor | None = None  # counts of the same window before a resume, (L, E)
-        self._window, self._measures = 0, False
+        self._window, self._measures, self._counted = 0, False, False
 
     def join(self, model: nn.Module, ranks: Ranks) -> None:
         """Take the model and the ranks of the run."""
@@ -100,7 +100,8 @@ class ExpertSchedule:
         """Change the experts where that is due after `state.global_step` steps. Return whether they changed."""
         step, chosen = state.global_step, {layer: set(of_layer) for layer, of_layer in self.since.items()}
         if self.expand and self._is_expansion_due(state):
-            chosen = self._expanded(chosen)
+            by = max(1, round(self.expand["by"] * self.total))
+            chosen = self._first(chosen, min(self.ends, sum(map(len, chosen.values())) + by))
         if self.every and step and step % self.every == 0:
             chosen = self._reselected(chosen)
         self._measures = bool(self.every) and self.every - step % self.every <= self._window
@@ -117,11 +118,6 @@ class ExpertSchedule:
         *before, (last, loss) = losses or [(None, math.inf)]
         return bool(before) and last == step and loss >= min(value for _, value in before)
 
-    def _expanded(self, now: dict[int, set[int]]) -> dict[int, set[int]]:
-        count = sum(map(len, now.values()))
-        by, to = (max(1, round(self.expand[key] * self.total)) for key in ("by", "to"))
-        return self._first(now, min(to, count + by))
-
     def _first(self, now: dict[int, set[int]], count: int) -> dict[int, set[int]]:
         """Return the experts of `now` with the next best, `count` in all."""
         more = [(layer, expert) for layer, expert in self.order if expert not in now.get(layer, ())]
@@ -131,15 +127,14 @@ class ExpertSchedule:
     def _reselected(self, now: dict[int, set[int]]) -> dict[int, set[int]]:
         """Exchange trained experts for others of their layer that got more tokens, as long as the adapter has room."""
         sums_LE = dict(zip(self.num_experts_L, self._all_counts().tolist()))
-        self._capture, self._earlier = esft.RouterCapture(self.model), None
+        self._capture, self._earlier, self._counted = esft.RouterCapture(self.model), None, False
         ever, swaps, more, less = {la: set(ids) for la, ids in self._config.experts.items()}, [], *MARGIN
         for layer, trained in now.items():
             sum_E = sums_LE[layer]
             worst = sorted(trained, key=lambda e: (sum_E[e], -e))
             best = sorted(set(range(len(sum_E))) - trained, key=lambda e: (-sum_E[e], e))
-            swaps += [
-                (sum_E[b] - sum_E[w], layer, w, b) for w, b in zip(worst, best) if less * sum_E[b] > more * sum_E[w]
-            ]
+            pairs = [(w, b) for w, b in zip(worst, best) if less * sum_E[b] > more * sum_E[w]]
+            swaps += [(sum_E[b] - sum_E[w], layer, w, b) for w, b in pairs]
         chosen = {layer: set(trained) for layer, trained in now.items()}
         for _, layer, old, new in sorted(swaps, key=lambda swap: (-swap[0], swap[1:])):
             if new in ever[layer] or sum(map(len, ever.values())) < self.most:
@@ -153,15 +148,16 @@ class ExpertSchedule:
         """Count the tokens of a batch at the routers while open, in the steps that need it. Padding is not counted."""
         if not self._measures:
             return contextlib.nullcontext()
+        self._counted = True
         self._capture.token_mask = (labels_BT != IGNORE).flip(1).cumsum(1).flip(1) > 0  # up to a row's last label
         return self._capture
 
     def _all_counts(self) -> Tensor:
         """Return the counts of this window of all ranks, (L, E). All ranks call this."""
+        own = [self._capture.counts().sums[self.kind]] if self._counted else []
+        own += [] if self._earlier is None else [self._earlier]
         zeros_LE = torch.zeros(len(self.num_experts_L), max(self.num_experts_L.values()), dtype=torch.int64)
-        own_LE = self._capture.counts().sums[self.kind] if self._capture.has_counted else zeros_LE
-        own_LE = own_LE if self._earlier is None else own_LE + self._earlier
-        return torch.tensor(self.ranks.gather(own_LE.tolist())).sum(0)
+        return torch.tensor(self.ranks.gather(sum(own, zeros_LE).tolist())).sum(0)
 
     # ---- the change
 
@@ -170,14 +166,12 @@ class ExpertSchedule:
         return find_state(self.model).config
 
     def _change(self, step: int, chosen: dict[int, set[int]]) -> None:
-        before = self.since
-        self.since = {
-            la: {e: before.get(la, {}).get(e, step) for e in sorted(ids)} for la, ids in chosen.items() if ids
-        }
+        old = self.since
+        self.since = {la: {e: old.get(la, {}).get(e, step) for e in sorted(ids)} for la, ids in chosen.items() if ids}
         config = with_experts(self._config, {layer: tuple(ids) for layer, ids in self.since.items()})
         parts = []
         for layer in self.num_experts_L:
-            was, now = before.get(layer, {}).keys(), self.since.get(layer, {}).keys()
+            was, now = old.get(layer, {}).keys(), self.since.get(layer, {}).keys()
             if was != now:
                 added, removed = sorted(now - was), sorted(was - now)
                 self.changes.append({"step": step, "layer": layer, "added": added, "removed": removed})
@@ -212,9 +206,8 @@ class ExpertSchedule:
         if self.reselection:  # the run is over, and this is its best checkpoint
             if self.proof:
                 self.proof.close(self.reselection.step)
-            now, self.since = self.since, {}
-            for layer, ids in config.experts.items():
-                self.since[layer] = {expert: step for expert, step in now.get(layer, {}).items() if expert in ids}
+            now, known = self.since, config.experts
+            self.since = {la: {e: step for e, step in now[la].items() if e in known.get(la, ())} for la in now}
             self._put(config)
             yield
             return

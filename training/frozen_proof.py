@@ -71,12 +71,8 @@ class FrozenProof:
 
     def _compare(self, found: Mapping[str, str]) -> None:
         changed = [name for name, value in found.items() if self.hashes[name] != value]
-        self.ranks.raise_on_all(
-            f"cannot go on: {len(changed)} frozen experts changed in training, {changed[0]} the first. This is a bug. "
-            "Please report it."
-            if changed
-            else None
-        )
+        lost = f"{len(changed)} frozen experts changed in training, {', '.join(changed[:1])} the first"
+        self.ranks.raise_on_all(changed and f"cannot go on: {lost}. This is a bug. Please report it.")
 
     # ---- checkpoints
 

@@ -62,9 +62,7 @@ class RunConfig:
     router_kl: float = _key(1.0, "with train_router: weight of the penalty on the routers' drift from the base's")
     expand_experts: str | None = _key(None, "add experts while training, as {to: 0.3, by: 0.05, when: plateau}")
     reselect_steps: int | None = _key(None, "exchange experts for those that get more tokens, every so many steps")
-    reselect_max: float | None = _key(
-        None, "share of all experts that may be trained by then; default: twice the first"
-    )
+    reselect_max: float | None = _key(None, "share of all experts that may ever be trained; by default twice the first")
     l2_to_base: float = _key(0.0, "pull what is trained towards the base after each step: by learning rate x this")
     dpo_beta: float = _key(0.1, "method dpo: how strongly the policy is held to the base")
     template: Literal["chat", "released"] = _key("chat", "the tokenizer's chat template, or the published ESFT one")
