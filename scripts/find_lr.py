@@ -255,6 +255,8 @@ def draw(base: float | None, short: list[Trial], whole: list[Trial], taken: Tria
         if taken:
             ax.axvline(taken.rate, color="#e8000b", lw=0.8, label=f"recommended: {taken.rate:g}")
         ax.set(xscale="log", xlabel="learning rate", ylabel=label)
+        ax.set_xticks([t.rate for t in short], [f"{t.rate:g}" for t in short])
+        ax.set_xticks([], minor=True)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=8)
     return figure
