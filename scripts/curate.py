@@ -49,7 +49,18 @@ from training.data import (
     sample_rows,
     template_settings,
 )
-from utils import command_parser, counted, environment, locked, markdown_table, positive, run_cli, split_names
+from utils import (
+    command_parser,
+    counted,
+    environment,
+    locked,
+    markdown_table,
+    note,
+    positive,
+    reason_of,
+    run_cli,
+    split_names,
+)
 
 EXAMPLES = 5  # of each reason, in the report
 PACK = 1024  # tokens that go through a model at once
@@ -159,14 +170,18 @@ def rank(args: argparse.Namespace, documents: Documents, rows: list[int]) -> lis
             for i in rows]  # fmt: skip
 
 
-def trained_on(adapter: str) -> set[bytes]:
-    """Return the keys of the rows that an adapter was trained on, if its folder tells (run.json)."""
-    note = Path(adapter, "run.json")
-    if not note.is_file():
-        return set()
-    run = read_json(note, "config")["config"]
+def trained_on(adapter: str) -> set[bytes] | None:
+    """Return the keys of the rows that an adapter was trained on, or None if its folder does not tell."""
+    path = Path(adapter, "run.json")
+    if not path.is_file():
+        return None
+    run = read_json(path, "config")["config"]
     seed, streaming = run["training"].get("seed", 0), run.get("streaming", False)
-    rows, _ = sample_rows(run["train_dataset"], run["n_train_samples"], seed, streaming)
+    try:
+        rows, _ = sample_rows(run["train_dataset"], run["n_train_samples"], seed, streaming)
+    except (ValueError, OSError) as error:
+        note(f"it is not known which rows {adapter} was trained on: {reason_of(error)}")
+        return None
     return {Sample(0, where, row).key for where, row in rows}
 
 
@@ -233,8 +248,9 @@ def curate(args: argparse.Namespace, rows: Rows, documents: Documents | None) ->
 
     report: dict = {"data": args.data, "rows": len(rows)}
     if args.most_useful and kept:
-        gaps, seen = rank(args, documents, kept), trained_on(args.adapter_dir)
-        report |= {"gaps": gaps, "seen_by_tuned": sum(key in seen for key in keys)}
+        seen = trained_on(args.adapter_dir)
+        gaps = rank(args, documents, kept)
+        report |= {"gaps": gaps, "seen_by_tuned": seen and sum(key in seen for key in keys)}
         best = sorted(gaps, key=lambda gap: -gap["gap"])
         for gap in best[args.most_useful :]:
             why = f"its loss falls by {gap['gap']:.3f}, from {gap['base_loss']:.3f}"

@@ -255,6 +255,10 @@ def test_the_rows_that_the_tuned_model_was_trained_on_are_counted(tmp_path, file
     curated(tmp_path, rows, "--most_useful=2", f"--model={files / 'm32'}", f"--adapter_dir={adapter}")
     assert read_json(tmp_path / "kept.report.json")["seen_by_tuned"] == 3
     assert "3 of the 6 rows" in (tmp_path / "kept.report.md").read_text()
+    (tmp_path / "seen.jsonl").unlink()
+    curated(tmp_path, rows, "--most_useful=2", f"--model={files / 'm32'}", f"--adapter_dir={adapter}")
+    assert read_json(tmp_path / "kept.report.json")["seen_by_tuned"] is None
+    assert "it is not known which rows" in capsys.readouterr().err
     (adapter / "run.json").unlink()
 
 
