@@ -196,9 +196,10 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
     if (folder / "run.json").is_file():
         told = read_json(folder / "run.json", "config")
         run = told["config"]
-        if not told.get("results"):
+        if not told.get("results") and not config.adapter_dir:
             checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
-            hint = "".join(f", or give {path}" for path in checkpoints[-1:])
+            flag = "--model" if run["method"] == "full" else "--adapter_dir"
+            hint = "".join(f", or give {flag}={path}" for path in checkpoints[-1:])
             raise ValueError(f"cannot evaluate {folder}: its run did not finish. Go on with it{hint}.")
         if run["method"] != "full" or config.strength != "1" or config.choose_strength or config.with_base:
             base = run["base_model_path"]

@@ -125,10 +125,11 @@ def test_a_folder_that_does_not_exist_is_named_before_anything_else(tmp_path, fl
 
 
 def test_the_eval_file_beside_the_training_data_comes_first(run_folder, tmp_path):
-    run = json.loads((run_folder / "run.json").read_text())["config"]
+    note = json.loads((run_folder / "run.json").read_text())
+    run = note["config"]
 
     def task_of(changes: dict) -> str:
-        (tmp_path / "run.json").write_text(json.dumps({"config": {**run, **changes}}))
+        (tmp_path / "run.json").write_text(json.dumps({**note, "config": {**run, **changes}}))
         return fill_from_run(EvalConfig(str(tmp_path))).eval_dataset
 
     for split in ("train", "eval"):
@@ -190,7 +191,10 @@ def test_a_run_that_did_not_finish_is_told_as_such(method, files, tmp_path, monk
         refused(capsys, eval_multigpu.main, [f"--model={folder}", *more], "its run did not finish. Go on with it.")
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-9").mkdir()
-    refused(capsys, eval_multigpu.main, [f"--model={folder}"], f"Go on with it, or give {folder}/checkpoint-10.")
+    told = f"Go on with it, or give {'--model' if method == 'full' else '--adapter_dir'}={folder}/checkpoint-10."
+    refused(capsys, eval_multigpu.main, [f"--model={folder}"], told)
+    named = EvalConfig(str(folder), adapter_dir=str(folder / "checkpoint-10"), eval_dataset="law")
+    assert fill_from_run(named).adapter_dir == str(folder / "checkpoint-10")
 
 
 def test_a_whole_model_is_compared_with_its_base(files, tmp_path, monkeypatch):
