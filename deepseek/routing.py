@@ -66,8 +66,8 @@ class RouterCapture:
     at 0.
 
     Raises:
-        ValueError: the model has no fused experts, or no router logits for `prob`. From `counts`: a layer's hook missed
-            tokens, or saw NaN, or no backward reached it.
+        ValueError: the model has no fused experts, no router logits for `prob`, or not all experts for `reap` and
+            `gradient`. From `counts`: a layer's hook missed tokens, or saw NaN, or no backward reached it.
     """
 
     def __init__(self, model: nn.Module, prob: bool = False, reap: bool = False, gradient: bool = False):

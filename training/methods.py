@@ -15,7 +15,7 @@ import esft
 from deepseek.experts import TrainedExperts, moe_layers
 from deepseek.files import suggest
 from deepseek.frozen import FrozenExperts
-from deepseek.lora import factor_shapes
+from deepseek.lora import matrix_shapes
 from deepseek.process_groups import Ranks
 from deepseek.reselection import ids_by_row
 from training.keys import LORA_SELECTED, ON_EXPERTS
@@ -146,13 +146,10 @@ def count_trained(model: nn.Module) -> dict:
     }
 
 
-def all_experts(model: nn.Module) -> esft.ExpertConfig:
-    return esft.ExpertConfig({index: tuple(range(layer.num_experts)) for index, layer in moe_layers(model).items()})
-
-
 def budget_of(model: nn.Module, share: float) -> float:
     """Return the share of a model's routed experts that is `share` of all its parameters."""
-    routed = sum(view.numel() for view in esft.adapter_views(model, all_experts(model)).values())
+    every = {index: tuple(range(layer.num_experts)) for index, layer in moe_layers(model).items()}
+    routed = sum(view.numel() for view in esft.adapter_views(model, esft.ExpertConfig(every)).values())
     return share * sum(param.numel() for param in model.parameters()) / routed
 
 
@@ -163,8 +160,8 @@ def rank_of(model: nn.Module, share: float, budget: float | None = None) -> int:
     """
     total = sum(param.numel() for param in model.parameters())
     if budget:
-        factors = factor_shapes(esft.adapter_shapes(model, all_experts(model)), 1).values()
-        of_rank_1 = budget * sum(shape.numel() for shape in factors)
+        layers = moe_layers(model).values()
+        of_rank_1 = budget * sum(layer.num_experts * sum(map(sum, matrix_shapes(layer).values())) for layer in layers)
     else:
         of_rank_1 = count_trained(_add_lora(model, 1, 2))["trained_parameters"]
     return max(1, round(share * total / of_rank_1))
