@@ -35,6 +35,7 @@ STRATEGIES = tuple(TAKES)
 CONTRASTS = ("difference", "ratio")
 OPTIONS = ("top_p", "budget", "upper_layers", "fraction", "top_k")  # of the rules, beside the seed
 SETTINGS = ("score_function", "strategy", *OPTIONS, "contrast_scores_dir", "contrast")  # all that says how to select
+OF_ORDER = {"score_function", "strategy", "upper_layers", "contrast_scores_dir", "contrast"}  # which expert comes next
 SCORES = {"gradient", "reap"}  # which others call rules, too
 DIGITS = 12  # of a difference of scores: what is beyond is rounding, and would break ties
 

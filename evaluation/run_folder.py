@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.files import named, read_json, read_jsonl, suggest_path
-from deepseek.selection import SETTINGS
+from deepseek.selection import OF_ORDER, SETTINGS
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
 from evaluation.journal import answers_beside
 from evaluation.results import compare
@@ -60,8 +60,12 @@ class Trained:
         folder, paths = self.folder.resolve(), ("base_model_path", "train_dataset", "expert_config", "output_dir")
         settings = self.settings | {"output_dir": folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}
         flags = (f"--{key}={settings[key]}" for key in paths if settings.get(key))
-        left_out = {*paths, *(SETTINGS if settings.get("expert_config") else ())}  # a config says what was selected
+        expand = settings.get("expand_experts") or {}
+        selected = {*SETTINGS} - (OF_ORDER if expand else set()) if settings.get("expert_config") else set()
+        left_out = {*paths, *selected}  # a config says what was selected, and with how many to start
         keys = {key: value for key, value in self.settings.items() if key not in left_out and value is not None}
+        if expand and selected:
+            keys["expand_experts"] = {key: value for key, value in expand.items() if key != "start"}
         world = self.results.get("world_size") or 1
         on_experts = self.settings["method"] in ("esft", "dpo", "random") or settings.get("lora_experts") == "selected"
         script = "train_ep.py" if world > 1 and on_experts else "train.py"

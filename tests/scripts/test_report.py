@@ -385,3 +385,17 @@ def test_what_is_no_run_is_one_sentence(break_it, sentence, run, tmp_path, capsy
 
 def test_a_folder_given_twice_is_shown_once(run):
     assert page(run / ".." / "mine", run).source == page(run).source
+
+
+def test_a_run_that_changed_its_experts_says_when_and_its_command_begins_with_the_same(tmp_path):
+    write_training(tmp_path, "esft", 442368)
+    note = json.loads((tmp_path / "run.json").read_text())
+    note["config"] |= {"expand_experts": {"start": 0.1, "to": 0.3, "by": 0.1, "when": 40}, "score_function": "gate"}
+    changes = [{"step": 40, "layer": 2, "added": [4, 9], "removed": []}]
+    note["results"]["expert_changes"] = [*changes, {"step": 80, "layer": 1, "added": [1], "removed": [5]}]
+    write_json(tmp_path / "run.json", note)
+    text = " ".join(html.unescape(re.sub("<[^>]+>", "", report.page([tmp_path]))).split())
+    assert "after step 40 in layer 2 +4 +9; after step 80 in layer 1 +1 -5." in text
+    (model,) = read_run(tmp_path, "run", "").trained
+    assert "--expert_config=law.json" in model.command and "score_function=gate" in model.command
+    assert 'expand_experts={"to": 0.3, "by": 0.1, "when": 40}' in model.command

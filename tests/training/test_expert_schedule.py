@@ -1,7 +1,10 @@
 """Runs that change which experts they train: when, which, what stays, what is proven, and that they resume exactly."""
 
+import functools
 import json
+import random
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ import esft
 import train
 from deepseek.experts import moe_layers
 from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, run_ranks, same, weights
-from tests.rank_helpers import log_worse
+from tests.rank_helpers import STEP, finishes, gets, log_worse, rank_arguments, steps, train_on
 from training import expert_schedule
 from training.expert_schedule import ExpertSchedule
 from training.trainer import ESFTTrainer
@@ -78,6 +81,9 @@ WAYS = {
     },
     "all else trained": {"expand_experts": TO_HALF, "expert_config": "all.json", "warmup_steps": 3},
     "adafactor": {"reselect_steps": 2, "optim": "adafactor"},
+    "muon": {"reselect_steps": 2, "expand_experts": TO_HALF, "optim": "muon"},
+    "8 bits": {"reselect_steps": 2, "expand_experts": TO_HALF, "optim": "adamw_bnb_8bit"},
+    "4 bits": {"reselect_steps": 2, "optim": "adamw_torch_4bit"},
 }
 
 
@@ -86,13 +92,16 @@ def keys_of(files, way: dict) -> dict:
     return {"expert_scores_dir": files / "scores", "save_opt_states": True, "verify_frozen": True, **way, **paths}
 
 
-SLOW = {"all else trained", "adafactor"}
+SLOW = {"all else trained", "adafactor", "muon", "8 bits", "4 bits"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(w, marks=[pytest.mark.slow] if w in SLOW else []) for w in WAYS])
-def test_killed_at_a_change_a_run_goes_on_bit_for_bit(files, scores, start, monkeypatch, capsys, name):
+def test_killed_at_a_change_a_run_goes_on_bit_for_bit(files, bases, scores, start, monkeypatch, capsys, name):
     """The first kill falls into a change, the second on the step after another one."""
     keys = {**keys_of(files, WAYS[name]), "save_steps": 3 if "adafactor" in name else 2}
+    if "bits" in name:  # experts of whole blocks
+        pytest.importorskip("bitsandbytes" if "8" in name else "torchao")
+        keys |= {"base_model_path": bases(moe_intermediate_size=128), "learning_rate": 1e-3}
     whole = start("whole", **keys)
     assert len(whole["expert_changes"]) > 1
     proven = capsys.readouterr().out.split("frozen:")[1]
@@ -238,6 +247,28 @@ def test_two_processes_are_one_and_resume_bit_for_bit(files, scores, tmp_path, n
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert (found[key] - value).float().norm() <= (5e-2 if "bf16" in name else 1e-5) * value.float().norm(), key
+
+
+CHANGE = "training.expert_schedule.ExpertSchedule._change"
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_on_two_processes_a_run_goes_on_bit_for_bit(files, scores, tmp_path):
+    """Four of the kills fall on a change of the selection, half of these before it and half after it."""
+    keys = {"expert_scores_dir": scores, "verify_frozen": True, "reselect_steps": 6, "reselect_max": 0.9}
+    keys |= {"expand_experts": "{to: 0.75, by: 0.06, when: 4}", "max_steps": 90, "save_steps": 2, "save_total_limit": 2}
+    finishes(2, rank_arguments(files, tmp_path / "whole", **keys), tmp_path)
+    argv, moments = rank_arguments(files, tmp_path / "out", **keys), random.Random(0)
+    for number in range(20):
+        place, nth = (CHANGE, 1) if number in (1, 2, 4, 5) else (STEP, moments.randint(2, 6))
+        when = {"victim": number % 2, "place": place, "nth": nth, "after": number in (2, 5)}
+        ended = train_on(2, argv, tmp_path, functools.partial(gets, sent=signal.SIGKILL, **when))
+        assert ended[number % 2].code == -signal.SIGKILL, ended[0].err
+    assert 4 < steps(tmp_path / "out")[-1] < 90
+    finishes(2, argv, tmp_path)
+    assert same(tmp_path / "whole", tmp_path / "out")
+    changes = [note_of(tmp_path / name)["results"]["expert_changes"] for name in ("whole", "out")]
+    assert changes[0] == changes[1] and len({change["step"] for change in changes[0]}) > 6
 
 
 # ---- what is refused
