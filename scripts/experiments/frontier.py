@@ -7,6 +7,7 @@
     c  the rows of (a) on the tasks that are not in --tasks, with the first seed
     d  the other rules at the other shares (nearly as long as all the rest)
     e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
+    f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
 
 A method is not one point: its learning rate decides what it forgets, and base + strength x (tuned - base) costs no
 training. So every training is evaluated at four strengths, and every method is taken at its best rate and strength:
@@ -34,7 +35,7 @@ from deepseek.files import check_output, write_json, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import check_picture, save_figure
 from evaluation.frontier import RULES, Point, draw_frontier, kept_at, recommend
-from scripts.experiments.frontier_runs import MAX_LOSS, FrontierLab, Trial
+from scripts.experiments.frontier_runs import MAX_LOSS, RECIPES, FrontierLab, Trial
 from scripts.experiments.paper_results import half_width, interval
 from scripts.experiments.paper_runs import TASKS, TINY
 from training.methods import budget_of, rank_of
@@ -69,7 +70,7 @@ class Row:
         return RATES.get(self.name, RATES[""])
 
 
-NAMES = [*CORE, "full", *OTHERS, ADAPTED]
+NAMES = [*CORE, "full", *OTHERS, ADAPTED, *RECIPES]
 PARTS: dict[str, tuple[str, list[Row]]] = {
     "a": ("The paper's rule, two others, LoRA and full", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
     "b": ("All rules at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in OTHERS)]),
@@ -77,6 +78,7 @@ PARTS: dict[str, tuple[str, list[Row]]] = {
     "d": ("The other rules at the other shares",
           [Row(name, s) for name in (PAPER, *OTHERS) for s in SHARES if s != 0.07]),
     "e": ("LoRA on selected experts", [Row(name, s) for name in (PAPER, "lora", ADAPTED) for s in SHARES[:3]]),
+    "f": ("What a run can do while it trains, at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in RECIPES)]),
 }  # fmt: skip
 
 
@@ -91,7 +93,7 @@ class Study:
     def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
         """Return a training of a row, at its best rate if no other is given."""
         method = {"lora": "lora", ADAPTED: "lora", "full": "full", "base": "base"}.get(row.name, "esft")
-        rule = PAPER if row.name in (SHARED, ADAPTED) else row.name if method == "esft" else ""
+        rule = PAPER if row.name in (SHARED, ADAPTED, *RECIPES) else row.name if method == "esft" else ""
         rate = "" if method == "base" else rate or self.rate_of[row]
         return Trial(task, method, seed, learning_rate=rate, shared=row.name == SHARED, row=row.name, rule=rule,
                      share=row.share, validated=seed == self.first, **self.size(row))  # fmt: skip

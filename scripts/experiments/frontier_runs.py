@@ -21,6 +21,15 @@ from utils import ROOT
 STRENGTHS = (0.5, 0.7, 0.85, 1.0)
 MAX_LOSS = 2.0  # points of general skills on the validation questions that a chosen strength may cost
 SEEDS_OF_GENERAL = {"validation": 11, "contrast": 12}  # of build_datasets.py, whose own is another
+RECIPES = {  # name -> keys of train.py beside those of the paper's rule; "{...}" are what FrontierLab.more puts in
+    "replay": ("replay_dataset={general}", "replay_share=0.2"),
+    "distill": ("replay_dataset={general}", "replay_share=0.2", "distill_from=base"),
+    "l2": ("l2_to_base=1",),
+    "expand": ("expand_experts={{to: {budget}, by: {third}, when: 100}}", "expert_scores_dir={scores}"),
+    "reselect": ("reselect_steps=100",),
+    "router": ("train_router=full",),
+    "muon": ("optim=muon",),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class Trial(Run):
     @property
     def selects(self) -> bool:
         return bool(self.rule)
+
+    @property
+    def first_budget(self) -> float:
+        """The share of the routed experts with which a run begins."""
+        return self.budget / 3 if self.row == "expand" else self.budget
 
     @property
     def keys(self) -> list[str]:
@@ -101,10 +115,15 @@ class FrontierLab(Lab):
         """Write the expert config of a run, and return its path."""
         rule, scores = RULES[run.rule], ExpertScores.load(self.scores(run.base, run.task))
         general = ExpertScores.load(self.scores(run.base, "general")) if "contrast" in rule else None
-        chosen = select_experts(scores, **rule, budget=run.budget, general=general, seed=run.seed)
+        chosen = select_experts(scores, **rule, budget=run.first_budget, general=general, seed=run.seed)
         path = self.folder / "configs" / f"{run.name}.json"
         write_json(path, dataclasses.replace(chosen, shared_experts=run.shared).to_dict())
         return path
+
+    def train(self, run: Trial, out: Path, steps: int, *more: str) -> dict:
+        third, scores = run.budget / 3, self.scores(run.base, run.task)
+        values = {"general": self.samples("general"), "budget": run.budget, "third": third, "scores": scores}
+        return super().train(run, out, steps, *(key.format(**values) for key in RECIPES.get(run.row, ())))
 
     def make(self, runs: Iterable[Trial], what: str) -> None:
         runs = list(runs)

@@ -190,14 +190,14 @@ class Lab:
         scores = {name: read_json(path)["mean"] for name, path in summaries.items()}
         return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
 
-    def train(self, run: Run, out: Path, steps: int) -> dict:
-        """Train, and return the results in run.json: seconds of a step, bytes, parameters."""
+    def train(self, run: Run, out: Path, steps: int, *more: str) -> dict:
+        """Train with `more` keys, and return the results in run.json: seconds of a step, bytes, parameters."""
         keys = ["--train_config=configs/tiny.yaml", f"--train_dataset={run.task}", f"--output_dir={out}", *run.keys,
                 f"max_steps={steps}", "save_strategy=no", "load_best_model_at_end=false", "disable_tqdm=true",
                 "device=cpu"]  # fmt: skip
         if run.selects:
             keys.append(f"--expert_config={self.experts(run)}")
-        self.command("train.py", f"--base_model_path={run.base}", *keys)
+        self.command("train.py", f"--base_model_path={run.base}", *keys, *more)
         return read_json(out / "run.json")["results"]
 
     def timed(self, run: Run, number: int, steps: int) -> dict:

@@ -12,6 +12,7 @@ from scripts.experiments import frontier, frontier_runs
 from scripts.experiments.frontier import ADAPTED, PAPER, PARTS, SHARED, Row, verdict
 from tests.experiment_helpers import Commands, number
 from tests.helpers import ROOT
+from training.config import read_config
 from utils import locked, run_cli
 
 LAYERS, EXPERTS = (1, 2, 3, 4), 64  # of results/models/tiny
@@ -69,7 +70,34 @@ def commands(monkeypatch) -> Commands:
 def test_every_rule_is_in_a_part_at_every_share():
     rows = {row for _, rows in PARTS.values() for row in rows}
     every = {Row(name, s) for name in (*RULES, "lora", SHARED) for s in frontier.SHARES}
-    assert rows == {Row("full"), *every, *(Row(ADAPTED, s) for s in frontier.SHARES[:3])}
+    recipes = {Row(name, 0.07) for name in frontier_runs.RECIPES}
+    assert rows == {Row("full"), *every, *recipes, *(Row(ADAPTED, s) for s in frontier.SHARES[:3])}
+
+
+def test_a_recipe_is_the_paper_s_rule_with_keys_that_a_run_takes(tmp_path, commands):
+    names = [*frontier_runs.RECIPES, PAPER]
+    flags = ["--parts=f", "--tasks=law", "--seeds=0", "--steps=9", f"--work_dir={tmp_path}", "--jobs=1"]
+    frontier.main([*flags, "--methods", *names])
+    keys_of = {}
+    for words in trained(commands):
+        keys = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+        config = read_config(words[1:])  # an unknown key or a bad value raises
+        assert config.method == "esft" and config.training["max_steps"] == 9
+        name = Path(keys["expert_config"]).stem.split("-7-")[0].removeprefix("law-")
+        keys_of[name] = keys
+        count = sum(map(len, ExpertConfig.load(keys["expert_config"]).experts.values()))
+        assert count == pytest.approx(whole_budget(name), abs=1)
+    assert keys_of.keys() == set(names)
+    assert {len(keys.keys() - keys_of[PAPER].keys()) > 0 for name, keys in keys_of.items() if name != PAPER} == {True}
+    replayed = Path(keys_of["replay"]["replay_dataset"])
+    asked = {row["prompt"] for row in read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")}
+    assert replayed.stem == "conversations" and not any(prompt in replayed.read_text() for prompt in asked)
+
+
+def whole_budget(row: str) -> float:
+    """How many experts a recipe begins with: all that 7 % of the parameters hold, or a third of them."""
+    every = frontier.budget_of(frontier.empty_model(ROOT / frontier.TINY), 0.07) * len(LAYERS) * EXPERTS
+    return every / 3 if row == "expand" else every
 
 
 def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothing(tmp_path, commands):
