@@ -24,7 +24,7 @@ SEEDS_OF_GENERAL = {"validation": 11, "contrast": 12}  # of build_datasets.py, w
 RECIPES = {  # name -> keys of train.py beside those of the paper's rule; "{...}" are what FrontierLab.more puts in
     "replay": ("replay_dataset={general}", "replay_share=0.2"),
     "distill": ("replay_dataset={general}", "replay_share=0.2", "distill_from=base"),
-    "l2": ("l2_to_base=1",),
+    "l2": ("l2_to_base=30",),
     "expand": ("expand_experts={{to: {budget}, by: {third}, when: 100}}", "expert_scores_dir={scores}"),
     "reselect": ("reselect_steps=100",),
     "router": ("train_router=full",),
