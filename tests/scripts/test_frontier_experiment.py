@@ -79,7 +79,7 @@ def test_a_recipe_is_the_paper_s_rule_with_keys_that_a_run_takes(tmp_path, comma
     flags = ["--parts=f", "--tasks=law", "--seeds=0", "--steps=9", f"--work_dir={tmp_path}", "--jobs=1"]
     frontier.main([*flags, "--methods", *names])
     keys_of = {}
-    for words in trained(commands):
+    for words in commands.trained():
         keys = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
         config = read_config(words[1:])  # an unknown key or a bad value raises
         assert config.method == "esft" and config.training["max_steps"] == 9
