@@ -27,6 +27,7 @@ SECRETS = {"wandb_api_key": "WANDB_API_KEY", "hub_token": "HF_TOKEN"}  # key -> 
 LORA_SELECTED = "lora with lora_experts=selected"  # a method of its own beside lora
 ON_EXPERTS = ("esft", "random", "dpo", LORA_SELECTED)  # methods that train chosen experts
 SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd")  # values of optim
+TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 DEFAULTS = {  # of TrainingArguments, where ours differ
     **{"report_to": "none", "logging_steps": 1, "save_strategy": "no", "seed": 0},
     "use_cache": True,  # only the config of a saved model says so: training itself never uses the cache

@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from deepseek.files import suggest, suggest_path
 from deepseek.fp8 import reason_against
 from deepseek.selection import OPTIONS, STRATEGIES, check_rule
-from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, REFUSED, SCHEDULE_FREE
+from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, REFUSED, SCHEDULE_FREE, TORCHAO
 
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
@@ -275,6 +275,10 @@ def _of_optimizer(config: RunConfig, values: dict) -> Iterator[str]:
             yield f"expert_compute=fp8 does not work here: {why}. Leave it out"
         if config.frozen_dtype or config.offload_frozen:
             yield "expert_compute=fp8 multiplies with copies of its own. Leave out frozen_dtype and offload_frozen"
+        if config.reselect_steps:
+            yield "expert_compute=fp8 would not see the base's values of experts frozen again. Leave out reselect_steps"
+    if config.changes_experts and values.get("optim") in (*SCHEDULE_FREE, *TORCHAO):
+        yield f"optim={values['optim']} cannot take experts in or out while it runs. Set optim=adamw_torch_fused"
     if (optim := values.get("optim")) == "muon" and config.method == "lora":
         yield "optim=muon is for matrices of experts, and method lora trains low-rank factors. Leave it out"
     if optim in SCHEDULE_FREE:

@@ -10,6 +10,7 @@ import train
 from deepseek.experts import moe_layers
 from esft import ExpertConfig, to_esft
 from tests.helpers import (
+    EXPERTS,
     ROOT,
     Killed,
     arguments,
@@ -103,6 +104,8 @@ def test_states_go_by_expert_id(files, tmp_path, optim):
 REFUSED = [
     ({"optim": "muon", "method": "lora", "expert_config": None}, "optim=muon is for matrices of experts"),
     ({"optim": "muon", "optim_args": "speed=3"}, "unexpected keyword argument 'speed'"),
+    ({"optim": "adamw_torch_4bit", "reselect_steps": 2}, "cannot take experts in or out while it runs"),
+    ({"optim": "schedule_free_sgd", **SCHEDULE_FREE, "reselect_steps": 2}, "cannot take experts in or out"),
     ({"optim": "schedule_free_adamw"}, "takes the place of a schedule. Give lr_scheduler_type=constant"),
     ({"optim": "schedule_free_adamw", **SCHEDULE_FREE, "warmup_steps": 0.1}, "counts steps, not shares. Change it"),
     ({"optim": "schedule_free_radam", **SCHEDULE_FREE, "warmup_steps": 2}, "has a warmup of its own. Change it"),
@@ -172,6 +175,17 @@ def test_schedule_free_resumes_and_evaluates_and_saves_the_averaged_weights(star
     found = losses(start.folder / "whole")
     again = start(**{**keys, "overwrite": True, "max_steps": 7, "save_steps": 1, "eval_steps": 1})
     assert again["eval_loss"] == pytest.approx(found["eval_loss", again["steps"]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_muon_resumes_where_experts_are_exchanged(start, monkeypatch):
+    """One step after the exchange: the optimizer sees the new experts as parameters of their own."""
+    keys = {"optim": "muon", "reselect_steps": 2, "reselect_max": 0.9, "max_steps": 6, "learning_rate": 3e-3}
+    killed_and_repeated(start, monkeypatch, **keys)
+    saved = weights(start.folder / "whole" / "checkpoint-6" / "states")
+    found = re.findall(r"layers.(\d).mlp.experts.(\d).down_proj.momentum_buffer", " ".join(saved))
+    assert set(found) != {(layer, str(id)) for layer, ids in EXPERTS["experts"].items() for id in ids}
+    assert not any(".mlp.experts." in key for key in saved if key.endswith(".exp_avg"))
 
 
 @pytest.mark.slow
