@@ -80,6 +80,7 @@ WAYS = {
         **{"expand_experts": TO_HALF, "reselect_steps": 3, "base_model_path": "m16", "frozen_dtype": "int8"},
     },
     "all else trained": {"expand_experts": TO_HALF, "expert_config": "all.json", "warmup_steps": 3},
+    "routers trained, near the base": {"reselect_steps": 2, "train_router": "full", "l2_to_base": 20},
     "adafactor": {"reselect_steps": 2, "optim": "adafactor"},
     "muon": {"reselect_steps": 2, "expand_experts": TO_HALF, "optim": "muon"},
     "8 bits": {"reselect_steps": 2, "expand_experts": TO_HALF, "optim": "adamw_bnb_8bit"},
@@ -92,7 +93,7 @@ def keys_of(files, way: dict) -> dict:
     return {"expert_scores_dir": files / "scores", "save_opt_states": True, "verify_frozen": True, **way, **paths}
 
 
-SLOW = {"all else trained", "adafactor", "muon", "8 bits", "4 bits"}
+SLOW = {"all else trained", "adafactor", "muon", "8 bits", "4 bits", "routers trained, near the base"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(w, marks=[pytest.mark.slow] if w in SLOW else []) for w in WAYS])
