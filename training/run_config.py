@@ -26,9 +26,6 @@ POSITIVE = (
 )
 
 
-ROUTER_SHARE = 0.1  # of the learning rate, for routers
-
-
 def _key(default: object, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -58,7 +55,7 @@ class RunConfig:
     contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
     contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
     train_router: Literal["full", "bias"] | None = _key(None, "train the routers, too, or the bias that some have")
-    router_lr: float | None = _key(None, "with train_router: its learning rate; by default a tenth of learning_rate")
+    router_lr: float | None = _key(None, "with train_router: its learning rate; by default learning_rate")
     router_kl: float = _key(1.0, "with train_router: weight of the penalty on the routers' drift from the base's")
     expand_experts: str | None = _key(None, "add experts while training, as {to: 0.3, by: 0.05, when: plateau}")
     reselect_steps: int | None = _key(None, "exchange experts for those that get more tokens, every so many steps")
@@ -144,7 +141,7 @@ class RunConfig:
     @property
     def router_rate(self) -> float:
         """The learning rate of the routers, where they are trained."""
-        return ROUTER_SHARE * self.learning_rate if self.router_lr is None else self.router_lr
+        return self.learning_rate if self.router_lr is None else self.router_lr
 
     @property
     def timeout(self) -> timedelta:
