@@ -20,6 +20,8 @@ from deepseek.files import write_json
 from tests.client_helpers import chosen, moved, state_of
 from tests.helpers import ROOT, assert_near, assert_same_tensors, make_model, run_ranks
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = ROOT / "docs" / "examples"
 TINY = str(ROOT / "results" / "models" / "tiny")
 EVAL = str(ROOT / "datasets" / "eval" / "law.jsonl")

@@ -105,6 +105,7 @@ def test_it_imports_beside_files_of_the_same_names_as_ours(installed, tmp_path):
     assert (ended.returncode, ended.stdout) == (0, "to_esft\n"), ended.stderr
 
 
+@pytest.mark.long
 def test_a_data_package_of_the_user_s_is_left_alone(installed, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("mine = True\n")
@@ -112,6 +113,7 @@ def test_a_data_package_of_the_user_s_is_left_alone(installed, tmp_path):
     assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
 
 
+@pytest.mark.long
 def test_the_installed_library_does_the_whole_method(installed, tiny_model_dir, tmp_path):
     ended = run(USES_THE_LIBRARY, tmp_path, installed, str(tiny_model_dir), str(installed))
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr

@@ -215,6 +215,7 @@ def trl_run(reference, folder, tokenizer, dtype, resume=None, **changes):
     return trainer, trainer.evaluate()
 
 
+@pytest.mark.long
 @pytest.mark.clients
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

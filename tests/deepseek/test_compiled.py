@@ -14,7 +14,7 @@ import esft
 from deepseek.experts import moe_layers
 from tests.helpers import make_model
 
-pytestmark = pytest.mark.clients
+pytestmark = [pytest.mark.long, pytest.mark.clients]
 slow = pytest.mark.slow
 DTYPES = [torch.float32, torch.bfloat16]
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -30,6 +30,8 @@ from deepseek.process_groups import Ranks
 from tests.helpers import FAMILIES, RANK_TIMEOUT, assert_near, join_world, make_model, run_ranks
 from training.data import IGNORE
 
+pytestmark = pytest.mark.long
+
 DENSE = {"shared_experts": True, "non_expert_modules": True}
 
 

@@ -94,6 +94,7 @@ def bring_together(rank: int) -> list:
     return [own, *(gather_to_first(own, join_world().with_experts(ep_size, RANK_TIMEOUT)) for ep_size in (1, 2, 4))]
 
 
+@pytest.mark.long
 def test_tensors_of_a_replica_come_to_the_first_rank():
     owns, *gathered = zip(*run_ranks(4, bring_together))
     for ep_size, found in zip((1, 2, 4), gathered):

@@ -32,6 +32,7 @@ def test_only_the_line_about_an_unused_kernel_is_dropped(caplog):
     assert [record.getMessage() for record in caplog.records] == ["Failed to load something else"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_the_package_is_imported_before_bitsandbytes():
     """train.py imports transformers' Trainer, which imports peft, which imports bitsandbytes."""
@@ -45,6 +46,7 @@ def test_the_package_is_imported_before_bitsandbytes():
     assert (ended.returncode, ended.stdout.strip()) == (0, "imported"), ended.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 def test_the_library_and_the_evaluation_start_without_peft():
     """peft takes two seconds to import, and neither needs it."""

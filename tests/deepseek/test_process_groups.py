@@ -21,6 +21,7 @@ def misbehave(rank: int, how: str) -> int:
     return rank
 
 
+@pytest.mark.long
 def test_ranks_that_fail_are_told_and_never_waited_for():
     assert run_ranks(3, misbehave, "not at all") == [0, 1, 2]
     for how, text, timeout in (

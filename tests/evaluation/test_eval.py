@@ -20,6 +20,7 @@ from tests.helpers import PROMPTS, ROOT, contents, run_eval, stop_after, untimed
 from utils import run_cli
 
 
+@pytest.mark.long
 def test_any_number_of_processes_writes_the_same(model_dir, eval_file, tmp_path, capsys):
     (one,) = run_eval(model_dir, eval_file, tmp_path / "one.jsonl")
     text = (tmp_path / "one.jsonl").read_text()

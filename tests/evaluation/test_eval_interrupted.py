@@ -71,6 +71,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(model_dir, tmp_path, watch
     assert untimed(resumed) == untimed(unbroken) and not partial.exists()
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_command_and_the_same_command_goes_on(model_dir, tmp_path, watched, capsys):
     eval_file = write_rows(tmp_path / "mine.jsonl", ["a", "die", "c", "d", "e", "f"])  # "die" is in the third batch
     (tmp_path / "armed").touch()
@@ -89,6 +90,7 @@ def test_a_rank_that_dies_ends_the_command_and_the_same_command_goes_on(model_di
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_what_a_rank_raises_names_it(model_dir, eval_file, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(model_dir, broken)
@@ -160,6 +162,7 @@ def test_another_adapter_in_the_same_folder_starts_over(tiny_model, tiny_model_d
     assert "with another adapter: starting over" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_base_and_adapter_on_ranks_and_after_an_interruption(
     model_dir, adapter_dir, eval_file, tmp_path, monkeypatch, capsys
 ):

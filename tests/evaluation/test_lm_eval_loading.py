@@ -45,6 +45,7 @@ def test_wrong_names_are_one_sentence(suite_dir):
         load_suites([str(suite_dir / "mine_by_size.yaml")])
 
 
+@pytest.mark.long
 def test_lm_eval_has_the_suites_that_the_help_names():
     index = lm_eval_harness._task_manager(None, True).task_index
     for name in KNOWN:

@@ -80,6 +80,7 @@ def clock(monkeypatch):
     return clock
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_ends_all_and_is_named_with_its_item(clock):
     found = []
     sentence = "rank 0 has not answered for 5 seconds, at item 3. Run the same command"
@@ -90,6 +91,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named_with_its_item(clock):
     assert sorted(filter(None, found)) == [1, 2, 4] and not multiprocessing.active_children()
 
 
+@pytest.mark.long
 def test_a_rank_that_works_long_says_so():
     messages = list(run_ranks(work_long, [1, 2, 3], [["cpu"], ["cpu"]]))
     assert sorted(filter(None, messages)) == [1, 2, 3] and messages.count(None) == 9

@@ -171,6 +171,7 @@ print(peak("small"), peak("large"), peak("small", held=size))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_peak_memory_is_a_fraction_of_a_shard(parts, tmp_path):
     """Bytes that one process has resident at most, after a merge of a few KB, one of shards of some 55 MB, and one that

@@ -138,6 +138,7 @@ def at_work(tmp_path):
         process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stage_ends_before_a_pipeline_that_is_stopped(number, code, at_work, tmp_path):
     at_work.send_signal(number)

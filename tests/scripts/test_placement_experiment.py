@@ -130,6 +130,7 @@ def test_a_log_that_cannot_be_halved_or_shows_no_trained_expert_is_refused(tmp_p
         run(tmp_path, tmp_path / "two", {"2": [0]})
 
 
+@pytest.mark.long
 def test_the_command_tells_an_error_in_one_sentence(tmp_path):
     command = [sys.executable, "scripts/experiments/placement.py", f"--expert_scores_dir={tmp_path}"]
     command.append(f"--expert_config={tmp_path / 'none.json'}")

@@ -61,6 +61,7 @@ def score(data, model_dir, output_dir, *flags) -> ExpertScores:
     return get_expert_scores.main([str(arg) for arg in argv])
 
 
+@pytest.mark.long
 def test_scores_are_the_same_for_any_number_of_processes(data, tiny_model_dir, tmp_path, capsys):
     flags = ["--n_sample_tokens", 1000, "--seq_length", 128, "--scores", "prob,gradient,reap", "--seed", 3]
     one = score(data, tiny_model_dir, tmp_path / "one", *flags)
@@ -140,6 +141,7 @@ def test_scores_do_not_depend_on_the_packs(data, tiny_tokenizer, tmp_path):
     assert len(PackCounts.load(tmp_path / "512")) == long.meta["packs"] < long.meta["documents"]
 
 
+@pytest.mark.long
 def test_a_failing_rank_reaches_the_user_as_its_sentence(data, tiny_model_dir, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model_dir, broken)

@@ -14,6 +14,8 @@ from tests.helpers import Killed, at_step, kill, losses, same
 from tests.rank_helpers import STEP, gets, log_worse, rank_arguments, steps, train_on
 from training.trainer import ESFTTrainer
 
+pytestmark = pytest.mark.long
+
 KEYS = {"max_steps": 10, "load_best_model_at_end": True, "save_opt_states": True, "save_total_limit": 2}
 
 

@@ -88,6 +88,7 @@ def assert_near(found: list[dict], wanted: list[dict]) -> None:
         assert {key: one[key] for key in other} == pytest.approx(other, rel=1e-5, abs=2e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"dpo_beta": 0.5, "label_smoothing_factor": 0.2}])
 def test_the_loss_is_the_same_however_the_batch_is_cut(start, prefs, tiny_tokenizer, changes):
     wanted = dpo_by_hand(tiny_tokenizer, ROWS, *changes.values())
@@ -139,6 +140,7 @@ def test_where_documents_of_a_pack_see_each_other_each_answer_is_alone(start, pr
     assert_near(history(tmp_path / "out")[:3], dpo_by_hand(tiny_tokenizer, ROWS, family="gpt_oss"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"base_model_path": "m16", "expert_config": "all.json"}])
 def test_a_run_broken_off_goes_on_bit_for_bit(files, start, prefs, monkeypatch, changes):
     keys = {**prefs, "save_opt_states": True, "max_steps": 7, "save_steps": 3, "logging_steps": 2, "batch_size": 1}
@@ -175,6 +177,7 @@ def train_on_ranks(rank: int, files: Path, prefs: dict, runs: dict) -> list[dict
     return [train.run(config_of(files, out, **{**prefs, **keys})) for out, keys in runs.items()]
 
 
+@pytest.mark.long
 def test_several_processes_have_the_losses_of_one(files, prefs, tmp_path, start):
     keys = {**prefs, **RUN, "learning_rate": 2e-3, "max_grad_norm": 0.3}
     start("one", **{**keys, "accumulation_steps": 2})

@@ -16,6 +16,8 @@ from training import checkpoints
 from training.data import load_data
 from training.trainer import ESFTTrainer
 
+pytestmark = pytest.mark.long
+
 DENSE = {"shared_experts": True, "non_expert_modules": True}
 
 

@@ -19,6 +19,8 @@ from training import expert_schedule
 from training.expert_schedule import ExpertSchedule
 from training.trainer import ESFTTrainer
 
+pytestmark = pytest.mark.long
+
 TO_HALF = "{to: 0.5, by: 0.125, when: 2}"  # 5 of 16 experts, after step 2 two more, after step 4 one more
 EXPANDED = [
     {"step": 2, "layer": 1, "added": [7], "removed": []},

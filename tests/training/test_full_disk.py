@@ -28,6 +28,7 @@ def fill(disk: Path) -> None:
             pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "victim, place", [(0, "esft.save_adapter"), (1, "training.checkpoints.save_states")], ids=["adapter", "states"]
 )

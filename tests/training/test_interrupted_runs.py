@@ -15,6 +15,8 @@ from tests.helpers import same
 from tests.rank_helpers import GONE, STEP, assert_near, finishes, gets, rank_arguments, steps, told, train_on
 from training.checkpoints import find_damage, list_checkpoints
 
+pytestmark = pytest.mark.long
+
 
 def test_killed_at_any_point_of_a_checkpoint_a_run_goes_on_bit_for_bit(files, unbroken, tmp_path):
     out, argv = tmp_path / "out", rank_arguments(files, tmp_path / "out")

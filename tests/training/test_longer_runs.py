@@ -9,6 +9,8 @@ import pytest
 from tests.helpers import Killed, arguments, at_step, fails, kill, losses, same, weights
 from training.checkpoints import find_damage
 
+pytestmark = pytest.mark.long
+
 SAVED = {"save_opt_states": True, "lr_scheduler_type": "constant"}
 
 

@@ -108,6 +108,7 @@ def test_a_step_without_storage_holds_what_a_real_one_does(family, checkpointing
 CASE = {"shape": "tiny", "method": "esft", "checkpointing": False, "accumulation": False, "dtype": "float32"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the highest resident set is read from /proc")
 def test_the_estimate_agrees_with_the_memory_of_a_process():
     measured = experiment.measure(CASE, steps=2)

@@ -135,6 +135,7 @@ def killed_and_repeated(start, monkeypatch, **keys) -> None:
     assert same(start.folder / "whole", start.folder / "out")
 
 
+@pytest.mark.long
 def test_muon_resumes_beside_adamw_on_all_modules(files, start, monkeypatch):
     keys = {"optim": "muon", "expert_config": files / "all.json", "base_model_path": files / "m16", "max_steps": 5}
     killed_and_repeated(start, monkeypatch, **keys)

@@ -4,6 +4,8 @@ import pytest
 
 from tests.helpers import Killed, arguments, at_step, fails, kill
 
+pytestmark = pytest.mark.long
+
 KEYS = {"overwrite": True, "learning_rate": 1e-3}
 OWN = [
     "notes.txt",

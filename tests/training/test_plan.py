@@ -48,6 +48,7 @@ def plan(files, tmp_path, monkeypatch, caplog):
     return make
 
 
+@pytest.mark.long
 def test_the_first_that_fits_is_taken(plan, files, tmp_path):
     order = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True)]
     config = config_of(files, tmp_path / "out")
@@ -72,6 +73,7 @@ def test_where_nothing_fits_the_most_is_taken_with_a_warning(plan):
     assert (found.ep_size, found.activation_checkpointing) == (4, True)
 
 
+@pytest.mark.long
 def test_ep_size_divides_the_world_and_leaves_no_rank_without_experts(plan):
     with pytest.warns(UserWarning, match="may run out"):
         assert plan(6, 1, ep_size="auto")[0].ep_size == 6
@@ -108,6 +110,7 @@ def test_a_run_goes_on_with_an_optimizer_of_unknown_states(plan):
     assert found.memory is None and "cannot estimate the memory of optim=adafactor" in said[0]
 
 
+@pytest.mark.long
 def test_a_run_saves_memory_by_itself_and_says_what_to_do_when_it_is_out(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.plan.memory_of_a_process", lambda device: 1)
     enabled = []

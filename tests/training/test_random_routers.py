@@ -26,6 +26,7 @@ def phimoe(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
+@pytest.mark.long
 def test_a_run_with_random_routers_repeats_on_the_same_layout_only(start, phimoe):
     for name, changes in {"one": {}, "two": {}, "other": ONE_BY_ONE}.items():
         with pytest.warns(UserWarning, match=DRAWS):

@@ -65,6 +65,7 @@ def test_a_run_does_not_go_on_with_another_base(change, begun, files, start, cap
     assert before == {path: path.stat().st_mtime_ns for path in (start.folder / "out").rglob("*")}
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_the_same_weights_in_other_files(begun, start, whole):
     keys, base = begun
     in_shards(base)

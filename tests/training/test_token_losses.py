@@ -173,6 +173,7 @@ for size in (chunk, 10**12):  # the plain loss last, as the highest resident set
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the highest resident set")
 @pytest.mark.parametrize(
     ("labels", "chunk", "most"),
