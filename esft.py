@@ -83,6 +83,7 @@ from deepseek.experts import (
 )
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, difference, router_fingerprint  # noqa: F401
+from deepseek.fp8 import note_changes
 from deepseek.frozen import forbid_state_dict, store_frozen, thaw_experts
 from deepseek.grouped_gemm import IMPLEMENTATION
 from deepseek.loading import load_base_model, load_tokenizer  # noqa: F401
@@ -592,12 +593,14 @@ def base_values(model: nn.Module) -> Iterator[None]:
     trained = {name: view.clone() for name, view in views.items()}
     for name, view in views.items():
         view.copy_(base[name], non_blocking=True)
+    note_changes(model, state.config.experts)
     try:
         with without_peft(model):
             yield
     finally:
         for name, view in views.items():
             view.copy_(trained[name])
+        note_changes(model, state.config.experts)
         for layer in moe_layers(model).values():
             if layer.trained:
                 layer.trained.write_back()  # a backward reads the fused rows
@@ -743,6 +746,7 @@ def add_adapter(model: nn.Module, folder: str | Path, strength: float = 1.0) -> 
         model._esft = state
     for name, view in views.items():
         view.copy_(blend(view, sources[name].value(read[name], view), strength))
+    note_changes(model, config.experts)
     return model
 
 

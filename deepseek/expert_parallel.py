@@ -47,7 +47,6 @@ from deepseek.experts import FusedExperts, moe_layers
 from deepseek.grouped_gemm import grouped_experts
 from deepseek.placement import Placement
 from deepseek.process_groups import Ranks
-from deepseek.reselection import ids_by_row
 
 IMPLEMENTATION = "esft_expert_parallel"
 
@@ -119,7 +118,7 @@ def connect_experts(
 def follow_rows(model: nn.Module, ranks: Ranks) -> None:
     """Send tokens to the rows where the experts are now, after a change of what is trained. All ranks call this."""
     layers = moe_layers(model).values()
-    own = {layer.index: (ids_by_row(layer), layer.num_trained) for layer in layers}
+    own = {layer.index: (layer.ids_by_row, layer.num_trained) for layer in layers}
     first = ranks.rank - ranks.expert_rank
     replica = ranks.gather(own)[first : first + ranks.ep_size]
     for layer in layers:

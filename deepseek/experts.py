@@ -112,6 +112,12 @@ class FusedExperts:
         """The holder of `order_e` and `row_of_e`; None where the rows are in the order of the local ids."""
         return self.trained or self.frozen
 
+    @property
+    def ids_by_row(self) -> list[int]:
+        """Ids of the experts on this rank in the order of their rows."""
+        order = self.row_order
+        return self.local_ids if order is None else [self.local_ids[index] for index in order.order_e.tolist()]
+
     def rows_of(self, index: Tensor) -> Tensor:
         """Return the rows of experts that are given by their place in `local_ids`."""
         return index if self.row_order is None else self.row_order.row_of_e[index]

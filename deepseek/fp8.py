@@ -18,7 +18,7 @@ Legend: N routed rows, E experts, O and I outputs and inputs of a product.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +70,12 @@ class Fp8Experts:
     def __init__(self):
         self._copies: dict[tuple[str, bool], Quantized] = {}  # by name of the fused matrix, and whether for a backward
         self._order: object = self  # of the rows that the copies have
+        self.changed: set[int] = set()  # frozen rows that were written to since the last forward
 
     def refresh(self, layer: FusedExperts) -> None:
         """Bring the copies up to date before a forward: trained rows always, and all if the rows have a new order."""
         S, stale = layer.num_trained, self._order is not layer.row_order
+        rows = [slice(S)] * (S > 0) + [slice(row, row + 1) for row in sorted(self.changed)]
         for name in layer.weight_names:
             weight = layer.tensor(name).data
             for backward in (False, True):
@@ -81,10 +83,11 @@ class Fp8Experts:
                 if stale or self._copies[name, backward][0].device != weight.device:
                     parts = [quantize_rows(one) for one in source]  # one after the other, because it takes fp32
                     self._copies[name, backward] = tuple(map(torch.stack, zip(*parts)))
-                elif S:
-                    for copy, part in zip(self._copies[name, backward], quantize_rows(source[:S])):
-                        copy[:S] = part
-        self._order = layer.row_order
+                    continue
+                for some in rows:
+                    for copy, part in zip(self._copies[name, backward], quantize_rows(source[some])):
+                        copy[some] = part
+        self._order, self.changed = layer.row_order, set()
 
     def linear(self, name: str, x_NI: Tensor, offs: Tensor, backward: bool) -> Tensor:
         """Multiply the rows of the first len(offs) experts by their matrices, which are transposed in the backward."""
@@ -105,7 +108,7 @@ def _multiply(x_NI: Tensor, scale_N: Tensor, weight_EOI: Tensor, scale_EO: Tenso
 def compute_in_fp8(model: nn.Module) -> nn.Module:
     """Let the experts of a model multiply in fp8, in training and in evaluation. Return the model.
 
-    Only trained experts may change afterwards.
+    Who writes to experts that are not trained calls `note_changes`.
 
     Raises:
         ValueError: `check_fp8`, or the device cannot.
@@ -117,3 +120,11 @@ def compute_in_fp8(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.module.fp8 = Fp8Experts()
     return model
+
+
+def note_changes(model: nn.Module, experts_L: Mapping[int, Collection[int]]) -> None:
+    """Note that these experts may have been written to, by layer, so that the next forward copies them again."""
+    for layer in moe_layers(model).values():
+        if layer.fp8:
+            frozen = list(enumerate(layer.ids_by_row))[layer.num_trained :]
+            layer.fp8.changed |= {row for row, expert in frozen if expert in experts_L.get(layer.index, ())}

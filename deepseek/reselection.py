@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from deepseek.adapters import adapter_shapes, adapter_views, find_state, on_host
 from deepseek.experts import MoELayer, SelectedExperts, inner_model, moe_layers, release_experts, train_experts
+from deepseek.fp8 import note_changes
 from deepseek.frozen import thaw_experts
 from deepseek.optimizer_rows import by_row, join_parts, join_rows, parts_of
 
@@ -48,12 +49,6 @@ def current_experts(model: nn.Module) -> dict[int, tuple[int, ...]]:
     return {layer.index: tuple(layer.trained.expert_ids) for layer in layers if layer.trained}
 
 
-def ids_by_row(layer: MoELayer) -> list[int]:
-    """Return the ids of the experts on this rank in the order of their rows."""
-    order = layer.row_order
-    return layer.local_ids if order is None else [layer.local_ids[index] for index in order.order_e.tolist()]
-
-
 @torch.no_grad()
 def change_experts(model: nn.Module, since_L: Since, config) -> None:
     """Train exactly the routed experts of `since_L` from now on. `config` names them and all that were trained before.
@@ -65,6 +60,7 @@ def change_experts(model: nn.Module, since_L: Since, config) -> None:
     for name, view in adapter_views(model, state.config).items():
         if name not in names:
             view.copy_(state.displaced.pop(name))
+    note_changes(model, state.config.experts)
     for layer in moe_layers(model).values():
         since = since_L.get(layer.index, {})
         here = {expert: since[expert] for expert in layer.local_ids if expert in since}

@@ -17,7 +17,6 @@ from deepseek.files import suggest
 from deepseek.frozen import FrozenExperts
 from deepseek.lora import matrix_shapes
 from deepseek.process_groups import Ranks
-from deepseek.reselection import ids_by_row
 from training.keys import LORA_SELECTED, ON_EXPERTS
 from utils import import_extra, size
 
@@ -215,7 +214,7 @@ def expert_hashes(model: nn.Module) -> dict[str, str]:
     """Return SHA-256 of each frozen routed expert that this rank holds, by <experts module>.<id>."""
     hashes = {}
     for layer in moe_layers(model).values():
-        for row, expert in enumerate(ids_by_row(layer)):
+        for row, expert in enumerate(layer.ids_by_row):
             if row < layer.num_trained:
                 continue
             fused = [layer.tensor(name)[row] for name in layer.tensor_names if row < len(layer.tensor(name))]

@@ -10,7 +10,7 @@ from deepseek.experts import FusedExperts, MoELayer, moe_layers, train_experts
 from deepseek.fp8 import EMULATE, compute_in_fp8, quantize_rows
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.lora import Lora, LoraExperts
-from esft import ExpertConfig, base_values, to_esft
+from esft import ExpertConfig, Reselection, add_adapter, base_values, save_adapter, to_esft
 from tests.fused_experts import LAYOUTS, E, assert_near, inputs, make_experts, run
 from tests.helpers import make_model
 
@@ -156,3 +156,32 @@ def test_the_base_s_values_are_computed_in_fp8_while_they_are_open():
         with base_values(model):
             assert torch.equal(model(ids).logits, base)
         assert torch.equal(model(ids).logits, tuned) and not torch.equal(tuned, base)
+
+
+def test_values_of_frozen_experts_that_were_replaced_are_quantized_anew(tmp_path):
+    """An expert that left is frozen, and yet gets the base's values, or those of an adapter."""
+    ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    model = make_model(dtype=torch.bfloat16)
+    compute_in_fp8(to_esft(model, ExpertConfig({1: (5, 2), 2: (0,)}), keep_base=True))
+
+    def logits():
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+
+    base, optimizer = logits(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    reselection = Reselection(model, optimizer)
+    for config in ({1: (5, 1), 2: (0,)}, {1: (3,), 2: (4,)}):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reselection.train(ExpertConfig(config))
+        tuned = logits()
+        with base_values(model):
+            assert torch.equal(logits(), base)
+        assert torch.equal(logits(), tuned) and not torch.equal(tuned, base)
+    save_adapter(model, tmp_path / "tuned")
+    with base_values(model):
+        save_adapter(model, tmp_path / "base")
+    for name, wanted in (("base", base), ("tuned", tuned)):
+        add_adapter(model, tmp_path / name)
+        assert torch.equal(logits(), wanted)
