@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from tqdm import tqdm
 
 from deepseek.files import suggest
 
@@ -183,7 +184,8 @@ def note(text: str) -> None:
 
 class _Print(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+        with tqdm.external_write_mode():  # a progress bar gives way to the line
+            print(record.getMessage(), flush=True)
 
 
 def log_to_stdout(rank: int) -> None:

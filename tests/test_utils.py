@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tqdm import tqdm
 
 import utils
 from deepseek.files import (
@@ -292,6 +294,16 @@ def test_a_quiet_command_returns_what_it_printed_or_tells_its_error(tmp_path):
     tool.write_text("import sys; sys.exit('first\\nerror: it broke\\nlast')")
     with pytest.raises(ChildProcessError, match=rf"^cannot run {tool}: it broke$"):
         utils.run_command([tool], quiet=True)
+
+
+def test_a_line_of_the_log_stands_apart_from_a_progress_bar(capsys):
+    utils.log_to_stdout(0)
+    with tqdm(total=9, desc="training") as bar:
+        bar.update(1)
+        logging.getLogger("esft").info("after step 1")
+        both = capsys.readouterr()
+    cleared = both.err.rstrip("\r").split("\r")
+    assert both.out == "after step 1\n" and any(part and not part.strip() for part in cleared)
 
 
 def test_a_warning_is_one_line():
