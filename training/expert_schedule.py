@@ -33,6 +33,7 @@ from deepseek.selection import contrast_scores, order_experts
 from training.data import IGNORE
 from training.first_selection import find_scores
 from training.run_config import RunConfig
+from utils import counted
 
 logger = logging.getLogger("esft")
 SELECTION = "selection.json"
@@ -74,11 +75,16 @@ class ExpertSchedule:
         self.every, self.kind = config.reselect_steps, "gates" if config.score_function == "gate" else "slots"
         self.since: dict[int, dict[int, int]] = {la: dict.fromkeys(ids, 0) for la, ids in experts.experts.items()}
         begins, self.ends = sum(map(len, self.since.values())), round(self.expand.get("to", 0) * self.total)
+        self.by = max(1, round(self.expand.get("by", 0) * self.total))
+        self.additions = math.ceil((self.ends - begins) / self.by)
         if self.expand and begins >= self.ends:
             raise ValueError(f"cannot expand the experts: the run begins with {begins} of {self.total}, and "
                              f"to={self.expand['to']} is not more. Raise it, or begin with fewer.")  # fmt: skip
         self.at_end = with_experts(experts, self._first({la: set(ids) for la, ids in self.since.items()}, self.ends))
         self.most = round(self.total * config.reselect_max) if config.reselect_max else max(2 * begins, self.ends)
+        if config.reselect_max and self.most <= begins:
+            raise ValueError(f"cannot exchange experts: the run begins with {begins} of {self.total}, and reselect_max="
+                             f"{config.reselect_max} leaves room for no other. Raise it.")  # fmt: skip
         self.changes: list[dict] = []
         self.reselection: esft.Reselection | None = None
         self.proof = None  # a frozen_proof.FrozenProof, with verify_frozen
@@ -94,14 +100,22 @@ class ExpertSchedule:
         self.reselection = esft.Reselection(self.model, optimizer, warmup, step)
         self._window = min(self.every or 0, math.ceil(SAMPLE / tokens))
 
+    def tell_late(self, steps: int) -> None:
+        """Say so if a run of so many steps is over before a change that its keys ask for."""
+        if self.every and self.every >= steps:
+            logger.info(f"  reselect_steps={self.every} exchanges nothing in {counted(steps, 'step')}. Lower it")
+        when = self.expand.get("when", "plateau")
+        if when != "plateau" and when * self.additions >= steps:
+            logger.info(f"  to={self.expand['to']} is reached after step {when * self.additions}, and the run has "
+                        f"{steps}. Lower when, or raise by")  # fmt: skip
+
     # ---- when
 
     def before_step(self, state: TrainerState) -> bool:
         """Change the experts where that is due after `state.global_step` steps. Return whether they changed."""
         step, chosen = state.global_step, {layer: set(of_layer) for layer, of_layer in self.since.items()}
         if self.expand and self._is_expansion_due(state):
-            by = max(1, round(self.expand["by"] * self.total))
-            chosen = self._first(chosen, min(self.ends, sum(map(len, chosen.values())) + by))
+            chosen = self._first(chosen, min(self.ends, sum(map(len, chosen.values())) + self.by))
         if self.every and step and step % self.every == 0:
             chosen = self._reselected(chosen)
         self._measures = bool(self.every) and self.every - step % self.every <= self._window

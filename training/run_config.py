@@ -216,8 +216,6 @@ def _of_changes(config: RunConfig, values: dict) -> Iterator[str]:
     keys = [key for key in ("expand_experts", "reselect_steps", "reselect_max") if values[key] is not None]
     if keys and config.kind not in ("esft", "dpo"):
         yield f"{keys[0]} is for methods esft and dpo, not for {config.kind}. Leave it out"
-    if keys and (optim := values.get("optim")) in SCHEDULE_FREE:
-        yield f"{keys[0]} does not go with optim={optim}, whose average is one for old and new experts. Leave one out"
     if config.reselect_max is not None and not (config.reselect_steps and 0 < config.reselect_max <= 1):
         yield f"reselect_max={config.reselect_max} is a share up to 1, and needs reselect_steps"
     expand = config.expand_experts
@@ -225,11 +223,13 @@ def _of_changes(config: RunConfig, values: dict) -> Iterator[str]:
         return
     example = "Give it as {to: 0.3, by: 0.05, when: plateau}"
     if not isinstance(expand, dict) or not {"to", "by", "when"} <= expand.keys() <= {"start", "to", "by", "when"}:
-        yield f"expand_experts={expand} does not have to, by and when (and start). {example}"
+        yield f"expand_experts={expand} must have to, by and when, and may have start. {example}"
         return
     for key in expand.keys() - {"when"}:
         if not (isinstance(expand[key], (int, float)) and 0 < expand[key] <= 1):
             yield f"{key} of expand_experts is {expand[key]}, not a share of all experts up to 1. {example}"
+    if expand.get("start", 0) >= expand["to"]:
+        yield f"expand_experts begins with {expand['start']} and goes up to {expand['to']}, which is not more. Raise to"
     if expand["when"] != "plateau" and not (type(expand["when"]) is int and expand["when"] > 0):
         yield f"when of expand_experts is {expand['when']}, neither plateau nor a number of steps. {example}"
     if expand["when"] == "plateau" and values.get("eval_strategy", "no") == "no":

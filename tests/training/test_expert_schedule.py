@@ -274,18 +274,39 @@ def test_killed_twenty_times_on_two_processes_a_run_goes_on_bit_for_bit(files, s
     assert changes[0] == changes[1] and len({change["step"] for change in changes[0]}) > 6
 
 
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"expand_experts": TO_HALF}, []),
+        ({"expand_experts": "{to: 0.5, by: 0.125, when: 3}"}, ["to=0.5 is reached after step 6, and the run has 6"]),
+        ({"reselect_steps": 5}, []),
+        ({"reselect_steps": 6}, ["reselect_steps=6 exchanges nothing in 6 steps"]),
+    ],
+)
+def test_a_change_that_the_run_does_not_live_to_see_is_told(scores, start, capsys, keys, told):
+    start(expert_scores_dir=scores, **keys)
+    lines = capsys.readouterr().out.splitlines()
+    late = [line for line in lines if "is reached after" in line or "exchanges nothing" in line]
+    assert [line.strip().partition(". ")[0] for line in late] == told
+
+
 # ---- what is refused
 
 
 @pytest.mark.parametrize(
     "keys, text",
     [
-        ({"expand_experts": "{to: 0.5, by: 0.1}"}, "does not have to, by and when"),
-        ({"expand_experts": "0.5"}, "does not have to, by and when"),
+        ({"expand_experts": "{to: 0.5, by: 0.1}"}, "must have to, by and when"),
+        ({"expand_experts": "0.5"}, "must have to, by and when"),
         ({"expand_experts": "{to: 50, by: 0.1, when: 2}"}, "to of expand_experts is 50, not a share"),
         ({"expand_experts": "{to: 0.5, by: 0.1, when: 0.5}"}, "when of expand_experts is 0.5, neither plateau nor"),
         ({"expand_experts": "{to: 0.5, by: 0.1, when: plateau}", "eval_steps": None}, "needs evaluations"),
         ({"expand_experts": "{start: 0.1, to: 0.5, by: 0.1, when: 2}"}, "start of expand_experts says"),
+        (
+            {"expand_experts": "{to: 0.5, by: 0.1, when: 2, foo: 1}"},
+            "must have to, by and when, and may have start. Give",
+        ),
+        ({"expand_experts": "{start: 0.5, to: 0.5, by: 0.1, when: 2}"}, "begins with 0.5 and goes up to 0.5, which is"),
         ({"expand_experts": "{to: 0.3, by: 0.1, when: 2}"}, "begins with 5 of 16, and to=0.3 is not more"),
         ({"expand_experts": TO_HALF, "expert_scores_dir": None}, "no scores beside expert_config"),
         ({"expand_experts": TO_HALF, "method": "random"}, "expand_experts is for methods esft and dpo"),
@@ -295,6 +316,10 @@ def test_killed_twenty_times_on_two_processes_a_run_goes_on_bit_for_bit(files, s
         ),
         ({"reselect_steps": 0}, "reselect_steps=0 is not above 0"),
         ({"reselect_max": 0.5}, "needs reselect_steps"),
+        (
+            {"reselect_steps": 2, "reselect_max": 0.3},
+            "begins with 5 of 16, and reselect_max=0.3 leaves room for no other",
+        ),
     ],
 )
 def test_what_cannot_be_changed_is_refused_before_data_are_read(files, scores, tmp_path, capsys, keys, text):
