@@ -198,7 +198,10 @@ def format_report(report: dict, removed: list[dict], texts: Callable[[int], str]
     counts = [*report["removed"].items(), ("kept", report["kept"]), ("all", report["rows"])]
     parts = [f"# What was removed from {report['data']}", markdown_table(["", "rows"], counts)]
     if "tokens" in report:
-        lines = [[name, *(f"{value:g}" for value in part.values())] for name, part in report["tokens"].items()]
+        shown = {
+            name: ("-" if n is None else f"{n:g}" for n in part.values()) for name, part in report["tokens"].items()
+        }
+        lines = [[name, *numbers] for name, numbers in shown.items()]
         parts.append(markdown_table(["tokens of", "rows", *QUANTILES], lines))
     if "gaps" in report:
         gone = {found["row"] for found in removed if found["reason"] == "less_useful"}
@@ -273,6 +276,10 @@ def main(argv: list[str] | None = None) -> None:
     pairs = is_pair(rows[0][1])
     if pairs and args.most_useful:
         raise ValueError(f"cannot rank preference data by its loss: {args.data} has pairs. Leave out --most_useful.")
+    if args.most_useful and args.most_useful >= len(rows):
+        raise ValueError(
+            f"cannot choose {args.most_useful} of {counted(len(rows), 'row')}: all stay. Lower --most_useful."
+        )
     if model := args.base_model_path:
         template = Template(load_tokenizer(model), template_settings(args), vocab_size(model))
         documents = encode_rows(rows, template, pairs=pairs)
@@ -281,6 +288,10 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if args.dry_run:
         return
+    if not report["kept"]:
+        raise ValueError(
+            f"cannot write {args.output}: no row of {args.data} is left. Loosen what removes them (see above)."
+        )
     files = outputs(args.output)
     with locked(args.output):
         write_jsonl(files["removed.jsonl"], ({**found, "sample": rows[found["row"] - 1][1]} for found in removed))

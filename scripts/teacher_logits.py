@@ -147,9 +147,12 @@ def write_logits(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     check_output(args.output_dir, folder=True)
+    folder = Path(args.output_dir)
+    if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*logits-*")):
+        raise ValueError(f"cannot write {folder}: it holds other files. Give another path.")
     with locked(args.output_dir):
         manifest = write_logits(args)
-    nbytes = sum((Path(args.output_dir) / name).stat().st_size for name in manifest["parts"])
+    nbytes = sum((folder / name).stat().st_size for name in manifest["parts"])
     print(f"{counted(manifest['labels'], 'label token')}: the top {args.top_k} hold {manifest['mass']:.1%} of what the "
           f"teacher expects; {size(nbytes)} in {args.output_dir}")  # fmt: skip
     return manifest

@@ -354,6 +354,7 @@ def test_if_writing_fails_no_rows_are_kept_without_a_report(tmp_path, monkeypatc
         (["--output={d}"], "cannot write {d}: it is read, too. Give another path."),
         (["--output={d}.csv"], "{d}.csv does not end in .jsonl"),
         (["--model={m}", "--adapter_dir={t}/no", "--most_useful=1"], "no"),
+        (["--model={m}", "--max_tokens=1"], "kept.jsonl: no row of {d} is left. Loosen what removes them"),
     ],
 )
 def test_what_cannot_be_done_is_refused_first(flags, words, tmp_path, files, capsys, monkeypatch):
@@ -364,6 +365,14 @@ def test_what_cannot_be_done_is_refused_first(flags, words, tmp_path, files, cap
     monkeypatch.setattr(curate, "loss_per_row", lambda *_: pytest.fail("a model was asked"))
     refused(capsys, curate.main, argv, words.format(d=data))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_as_many_useful_rows_as_there_are_need_no_model(tmp_path, files, adapter, capsys, monkeypatch):
+    write_jsonl(tmp_path / "data.jsonl", [row("a"), row("b")])
+    monkeypatch.setattr(curate, "loss_per_row", lambda *_: pytest.fail("a model was asked"))
+    argv = [f"--data={tmp_path / 'data.jsonl'}", f"--output={tmp_path / 'kept.jsonl'}", "--most_useful=2"]
+    argv += [f"--model={files / 'm32'}", f"--adapter_dir={adapter}"]
+    refused(capsys, curate.main, argv, "cannot choose 2 of 2 rows: all stay. Lower --most_useful.")
 
 
 def test_pairs_are_not_ranked_by_their_loss(tmp_path, files, adapter, capsys):

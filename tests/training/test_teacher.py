@@ -215,6 +215,8 @@ def test_what_does_not_fit_is_refused_before_the_model_is_read(files, teacher, a
         assert not out.exists()
     with pytest.raises(ValueError, match="their tokens differ"):
         ask(teacher, files, out, tokenizer=other)
+    with pytest.raises(ValueError, match=r"cannot write .*other: it holds other files. Give another path\."):
+        ask(teacher, files, other)
     with pytest.raises(ValueError, match="cannot keep top_k=79 of 79 tokens"):
         ask(teacher, files, out, top_k=79)
     part = tmp_path / "damaged"
