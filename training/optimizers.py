@@ -6,6 +6,8 @@ Small parameters have 32-bit states, and what is small depends on the number of 
 states of an expert independent of its neighbours.
 """
 
+import re
+
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -15,6 +17,7 @@ from deepseek.experts import moe_layers
 from deepseek.muon import Muon
 from deepseek.optimizer_rows import BLOCK
 
+MUON = {"momentum": r"0?\.\d+|0", "ns_steps": r"[1-9]\d?"}  # settings of Muon, and what they may be
 SMALL = 4096  # entries of a parameter, below which bitsandbytes and torchao keep 32-bit states
 
 
@@ -28,7 +31,11 @@ def optimizer_class(args: TrainingArguments, model: nn.Module) -> tuple[type[tor
     """Return the class of a run's optimizer and its settings, as Trainer.get_optimizer_cls_and_kwargs does."""
     if args.optim is not OwnOptimizer.MUON:
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
-    given = dict(pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+    given = dict(pair.partition("=")[::2] for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+    if not all(re.fullmatch(MUON.get(key, "(?!)"), value) for key, value in given.items()):
+        raise ValueError(
+            f"optim_args={args.optim_args} is not momentum, from 0 to below 1, or ns_steps, from 1, of muon"
+        )
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     settings |= {"layers": moe_layers(model, dense_ok=True).values()}
     return Muon, settings | {key: int(value) if key == "ns_steps" else float(value) for key, value in given.items()}

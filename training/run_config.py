@@ -191,8 +191,8 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         changed = [key for key in ("shard_dense", "frozen_dtype", "offload_frozen", "expert_compute") if values[key]]
         changed += ["ep_size"] * (config.ep_size not in ("1", "auto"))
         if changed:
-            others = f"not {config.method}, and for {LORA_SELECTED}"
-            yield f"{changed[0]} is for methods esft, dpo and random, {others}. Leave it out"
+            others = f"and {LORA_SELECTED}, not {config.method}"
+            yield f"{changed[0]} is for methods esft, dpo, random {others}. Leave it out"
     if config.method == "dpo" and config.loss_on != "all":
         yield f"loss_on={config.loss_on} is not for method dpo: the loss is on what differs in a pair. Leave it out"
     if config.method == "random" and not config.expert_config:
@@ -246,6 +246,8 @@ def _of_replay(config: RunConfig) -> Iterator[str]:
         yield f"replay_share={config.replay_share} is not between 0 and 1"
     if config.replay_share != RunConfig.replay_share and not config.replay_dataset:
         yield f"replay_share={config.replay_share} needs replay_dataset"
+    if config.replay_dataset == config.train_dataset:
+        yield f"replay_dataset={config.replay_dataset} is the training data itself. Give data that it must not forget"
     if config.replay_dataset and config.method == "dpo":
         yield "replay_dataset is not for method dpo: a replayed answer has none to compare it with. Leave it out"
 
@@ -276,6 +278,8 @@ def _of_optimizer(config: RunConfig, values: dict) -> Iterator[str]:
             yield "expert_compute=fp8 would not see the base's values of experts frozen again. Leave out reselect_steps"
     if config.changes_experts and values.get("optim") in (*SCHEDULE_FREE, *TORCHAO):
         yield f"optim={values['optim']} cannot take experts in or out while it runs. Set optim=adamw_torch_fused"
+    if str(values.get("optim")).startswith(("lomo", "adalomo", "galore", "apollo")):
+        yield f"optim={values['optim']} does not train fused experts. Set optim=adamw_torch_fused"
     if (optim := values.get("optim")) == "muon" and config.method == "lora":
         yield "optim=muon is for matrices of experts, and method lora trains low-rank factors. Leave it out"
     if optim in SCHEDULE_FREE:

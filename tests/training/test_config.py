@@ -85,8 +85,8 @@ def test_every_key_of_training_arguments_is_accepted():
         ("method=random", "method random needs --expert_config"),
         ("bf16=true", "dtype=bfloat16"),
         ("verify_frozen=true", "method full freezes nothing"),
-        ("ep_size=2", "ep_size is for methods esft, dpo and random, not full"),
-        ("frozen_dtype=fp8", "frozen_dtype is for methods esft, dpo and random"),
+        ("ep_size=2", "ep_size is for methods esft, dpo, random and lora with lora_experts=selected, not full"),
+        ("frozen_dtype=fp8", "frozen_dtype is for methods esft, dpo, random and lora"),
         ("global_batch_size=4 accumulation_steps=2", "Give one of them"),
         (
             "ignore_data_skip=true",

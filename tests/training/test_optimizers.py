@@ -103,7 +103,10 @@ def test_states_go_by_expert_id(files, tmp_path, optim):
 
 REFUSED = [
     ({"optim": "muon", "method": "lora", "expert_config": None}, "optim=muon is for matrices of experts"),
-    ({"optim": "muon", "optim_args": "speed=3"}, "unexpected keyword argument 'speed'"),
+    ({"optim": "muon", "optim_args": "speed=3"}, "optim_args=speed=3 is not momentum, from 0 to below 1, or ns_steps"),
+    ({"optim": "muon", "optim_args": "ns_steps=5,momentum=2"}, "momentum=2 is not momentum, from 0 to below 1"),
+    ({"optim": "muon", "optim_args": "momentum"}, "optim_args=momentum is not momentum, from 0 to below 1"),
+    ({"optim": "galore_adamw"}, "optim=galore_adamw does not train fused experts"),
     ({"optim": "adamw_torch_4bit", "reselect_steps": 2}, "cannot take experts in or out while it runs"),
     ({"optim": "schedule_free_sgd", **SCHEDULE_FREE, "reselect_steps": 2}, "cannot take experts in or out"),
     ({"optim": "schedule_free_adamw"}, "takes the place of a schedule. Give lr_scheduler_type=constant"),

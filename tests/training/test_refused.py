@@ -99,7 +99,7 @@ WRONG = [
     ({"load_best_model_at_end": True, "save_steps": 3}, "not a round multiple"),
     ({"learning_rate": -1}, "Invalid learning rate"),
     ({"adam_beta1": 2}, "Invalid beta parameter"),
-    ({"optim": "lomo"}, "install `lomo_optim`"),
+    ({"optim": "lomo"}, "optim=lomo does not train fused experts"),
     ({"optim": "ademamix", "save_opt_states": True}, "state1 cannot be split by expert"),
     ({"learning_rate": "nan"}, "learning_rate=nan is not a finite number"),
     ({"learning_rate": "1e400"}, "learning_rate=inf is not a finite number"),
