@@ -37,7 +37,7 @@ def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if not gpus and device != "cuda":
         if gpus_per_rank > 1:
-            note("gpus_per_rank has no effect on the CPU")
+            note("the model runs on the CPU, and is not spread over GPUs")
         return [["cpu"]] * world_size
     if (needed := world_size * gpus_per_rank) > gpus:
         flags = f"--device {device} --world_size {world_size} --gpus_per_rank {gpus_per_rank}"

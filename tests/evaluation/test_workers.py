@@ -43,7 +43,7 @@ def test_no_gpu_where_one_was_asked_for(monkeypatch, capsys):
         plan_devices("cuda", 1, 2)
     assert not capsys.readouterr().err
     assert plan_devices("auto", 4, 2) == plan_devices("cpu", 4, 2) == [["cpu"]] * 4
-    assert capsys.readouterr().err == "note: gpus_per_rank has no effect on the CPU\n" * 2
+    assert capsys.readouterr().err == "note: the model runs on the CPU, and is not spread over GPUs\n" * 2
 
 
 def hang_at_three(share, _devices):

@@ -1,5 +1,7 @@
 """Rows of a general data set beside those of the task: how many, which, in packs of their own, and told."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -56,14 +58,15 @@ def test_the_packs_of_the_task_are_those_of_a_run_without_replay(files, general,
 
 
 def test_a_row_of_the_validation_set_is_never_replayed(files, tmp_path, tiny_tokenizer, capsys):
-    """The task's own data are replayed, among them the rows that validate."""
-    keys = {"replay_dataset": files / "data.jsonl", "replay_share": 0.6}
+    """A copy of the task's own data is replayed, among it the rows that validate."""
+    copy = shutil.copy(files / "data.jsonl", tmp_path / "copy.jsonl")
+    keys = {"replay_dataset": copy, "replay_share": 0.6}
     packs, held_out = loaded(files, tmp_path, tiny_tokenizer, **keys)
     replayed = texts([pack for pack in packs if pack.replayed], tiny_tokenizer)
     validating = set(texts(held_out, tiny_tokenizer))
     assert len(validating) == 6 and len(set(replayed)) == 24 and not validating & set(replayed)
     told = capsys.readouterr().err
-    assert "6 rows of it are in the validation set, and are not replayed" in told
+    assert "6 rows of it left out, being in the validation set, too" in told
     write_jsonl(tmp_path / "few.jsonl", data.load_samples(files / "data.jsonl")[:1])
     keys = {"replay_dataset": tmp_path / "few.jsonl", "validation_dataset": tmp_path / "few.jsonl"}
     assert "every row of it is in the validation set" in fails(arguments(files, tmp_path / "x", **keys), capsys)
@@ -143,6 +146,7 @@ def test_where_documents_of_a_pack_see_each_other_each_is_a_pack(files, general,
         ({"replay_dataset": None}, "replay_share=0.2 needs replay_dataset"),
         ({"replay_dataset": "nothing.jsonl"}, "cannot find data set 'nothing.jsonl'"),
         ({"method": "dpo"}, "replay_dataset is not for method dpo"),
+        ({"train_dataset": "law", "replay_dataset": "law"}, "replay_dataset=law is the training data itself"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(files, general, tmp_path, capsys, changes, words):

@@ -56,7 +56,7 @@ def add_replay(train: Packs, validation: Packs, documents: Documents, config: "R
         f"loss ({labels / (labels + of_task):.1%} of all)"
     )
     if left_out:
-        note(f"replay: {counted(len(left_out), 'row')} of it are in the validation set, and are not replayed")
+        note(f"replay: {counted(len(left_out), 'row')} of it left out, being in the validation set, too")
     both = Documents(datasets.concatenate_datasets([train.documents.table, documents.table]))
     shifted = [[len(train.documents) + number for number in members] for members in replayed.members]
     samples = np.concatenate([train.samples, replayed.samples])
