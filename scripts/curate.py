@@ -47,6 +47,7 @@ from training.data import (
     open_rows,
     pack_of,
     sample_rows,
+    split_samples,
     template_settings,
 )
 from utils import (
@@ -182,6 +183,8 @@ def trained_on(adapter: str) -> set[bytes] | None:
     except (ValueError, OSError) as error:
         note(f"it is not known which rows {adapter} was trained on: {reason_of(error)}")
         return None
+    if not run.get("validation_dataset"):
+        rows = rows.select(split_samples(list(range(len(rows))), run["validation_fraction"], seed)[0])
     return {Sample(0, where, row).key for where, row in rows}
 
 

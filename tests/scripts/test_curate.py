@@ -249,11 +249,11 @@ def test_the_most_useful_rows_are_those_whose_loss_fell_most(tmp_path, files, ad
 def test_the_rows_that_the_tuned_model_was_trained_on_are_counted(tmp_path, files, adapter, capsys):
     rows = [row(f"is it {i}?", str(i)) for i in range(6)]
     write_jsonl(tmp_path / "seen.jsonl", rows[:4])
-    (adapter / "run.json").write_text(
-        json.dumps({"config": {"train_dataset": str(tmp_path / "seen.jsonl"), "n_train_samples": 3, "training": {}}})
-    )
-    curated(tmp_path, rows, "--most_useful=2", f"--model={files / 'm32'}", f"--adapter_dir={adapter}")
-    assert read_json(tmp_path / "kept.report.json")["seen_by_tuned"] == 3
+    run = {"train_dataset": str(tmp_path / "seen.jsonl"), "n_train_samples": 3, "training": {}}
+    for validating, seen in (0.34, 2), (0, 3):
+        (adapter / "run.json").write_text(json.dumps({"config": {**run, "validation_fraction": validating}}))
+        curated(tmp_path, rows, "--most_useful=2", f"--model={files / 'm32'}", f"--adapter_dir={adapter}")
+        assert read_json(tmp_path / "kept.report.json")["seen_by_tuned"] == seen
     assert "3 of the 6 rows" in (tmp_path / "kept.report.md").read_text()
     (tmp_path / "seen.jsonl").unlink()
     curated(tmp_path, rows, "--most_useful=2", f"--model={files / 'm32'}", f"--adapter_dir={adapter}")
