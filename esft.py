@@ -332,7 +332,7 @@ class ExpertConfig:
             has = (
                 "no bias with a gradient, so train them in full" if self.routers == "bias" else "no weights to be found"
             )
-            raise ValueError(f"the expert config trains routers, and those of {model.config.model_type} have {has}")
+            raise ValueError(f"cannot train routers: those of {model.config.model_type} have {has}.")
         none = self.shared_experts and not ordinary_parameters(model, ExpertConfig({}, shared_experts=True))
         lack = "the expert config names shared experts, and this model has none"
         if not any(self.experts.values()) and not ordinary_parameters(model, self):
