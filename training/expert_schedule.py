@@ -80,6 +80,10 @@ class ExpertSchedule:
         if self.expand and begins >= self.ends:
             raise ValueError(f"cannot expand the experts: the run begins with {begins} of {self.total}, and "
                              f"to={self.expand['to']} is not more. Raise it, or begin with fewer.")  # fmt: skip
+        reach = begins + sum(expert not in self.since.get(layer, ()) for layer, expert in self.order)
+        if self.expand and self.ends > reach:
+            raise ValueError(f"cannot expand the experts: strategy={config.strategy} reaches {reach} of {self.total}, "
+                             f"and to={self.expand['to']} is more. Lower it.")  # fmt: skip
         self.at_end = with_experts(experts, self._first({la: set(ids) for la, ids in self.since.items()}, self.ends))
         self.most = round(self.total * config.reselect_max) if config.reselect_max else max(2 * begins, self.ends)
         if config.reselect_max and self.most <= begins:
@@ -150,8 +154,9 @@ class ExpertSchedule:
             pairs = [(w, b) for w, b in zip(worst, best) if less * sum_E[b] > more * sum_E[w]]
             swaps += [(sum_E[b] - sum_E[w], layer, w, b) for w, b in pairs]
         chosen = {layer: set(trained) for layer, trained in now.items()}
+        room = self.most - max(0, self.ends - sum(map(len, now.values())))  # what expansion will need is left
         for _, layer, old, new in sorted(swaps, key=lambda swap: (-swap[0], swap[1:])):
-            if new in ever[layer] or sum(map(len, ever.values())) < self.most:
+            if new in ever[layer] or sum(map(len, ever.values())) < room:
                 chosen[layer] = chosen[layer] - {old} | {new}
                 ever[layer].add(new)
         return chosen

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import ExplicitEnum
 
+from deepseek.adapters import find_state
 from deepseek.experts import moe_layers
 from deepseek.muon import Muon
 from deepseek.optimizer_rows import BLOCK
@@ -46,8 +47,10 @@ def keep_experts_apart(optimizer: torch.optim.Optimizer, model: nn.Module) -> No
 
     They are known by the shape of a row, since parameters come and go where a run changes its experts.
     """
-    layers = [layer for layer in moe_layers(model, dense_ok=True).values() if layer.trained]
-    rows = {param.shape[1:] for layer in layers for param in layer.trained.parameters()}
+    layers = moe_layers(model, dense_ok=True).values()
+    rows = {param.shape[1:] for layer in layers if layer.trained for param in layer.trained.parameters()}
+    if find_state(model) and not rows:  # this process has none yet
+        rows = {layer.tensor(name).shape[1:] for layer in layers for name in layer.tensor_names}
     whole = {shape for shape in rows if shape.numel() % BLOCK or shape.numel() < SMALL}
     library = type(optimizer).__module__.partition(".")[0]
     if library == "bitsandbytes":  # its own way to do this holds for all optimizers of the process

@@ -105,10 +105,11 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
     most = min(layer.num_experts for layer in layers.values())
     check_amounts(most, len(layers), top_k=config.top_k, upper_layers=config.upper_layers)
     layer = next(iter(layers.values()))
-    if layer.module.has_bias and config.save_opt_states and config.training.get("optim") == "adafactor":
+    splits = config.save_opt_states or config.reselect_steps
+    if layer.module.has_bias and splits and config.training.get("optim") == "adafactor":
         raise ValueError(
             "cannot keep the states of optim=adafactor by expert: the experts of this model have biases, and it keeps "
-            "means over all of them. Set optim=adamw_torch_fused, or leave out --save_opt_states."
+            "means over all of them. Set optim=adamw_torch_fused, or leave out save_opt_states and reselect_steps."
         )
     if config.expert_compute:
         if quantization(empty.config) == "fp8":

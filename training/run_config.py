@@ -234,6 +234,8 @@ def _of_changes(config: RunConfig, values: dict) -> Iterator[str]:
         yield f"when of expand_experts is {expand['when']}, neither plateau nor a number of steps. {example}"
     if expand["when"] == "plateau" and values.get("eval_strategy", "no") == "no":
         yield "expand_experts with when=plateau needs evaluations. Give eval_steps"
+    if (config.reselect_max or 1) < expand["to"]:
+        yield f"reselect_max={config.reselect_max} is less than what expand_experts ends with. Raise it"
     if config.strategy not in ("cumulative", "global", "layers"):
         yield f"expand_experts knows no next best under strategy={config.strategy}. Give cumulative, global or layers"
     if "start" in expand and (config.budget or config.top_p):

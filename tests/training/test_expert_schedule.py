@@ -194,6 +194,12 @@ def test_experts_are_exchanged_within_a_layer_up_to_the_cap(counts, most, chosen
     assert schedule._reselected({1: {0, 1}, 2: {0}}) == chosen
 
 
+def test_an_exchange_leaves_the_room_that_expansion_needs(monkeypatch):
+    schedule = schedule_of([[1, 2, 70, 90, 0, 0], [3, 0, 0, 0, 0, 80]], {1: (0, 1), 2: (0,)}, monkeypatch)
+    schedule.most, schedule.ends = 6, 5
+    assert schedule._reselected({1: {0, 1}, 2: {0}}) == {1: {3, 1}, 2: {0}}  # of 6, expansion needs 2
+
+
 def test_tokens_are_counted_once_whatever_the_batches_and_processes(files, scores, monkeypatch, tmp_path):
     """Padding, validation and the recomputed forward are not counted. The last label of a pack ends what is counted."""
     keys = {"reselect_steps": 2, "max_steps": 3, "eval_steps": 1, "learning_rate": 0}
@@ -319,6 +325,11 @@ def test_a_change_that_the_run_does_not_live_to_see_is_told(scores, start, capsy
         (
             {"reselect_steps": 2, "reselect_max": 0.3},
             "begins with 5 of 16, and reselect_max=0.3 leaves room for no other",
+        ),
+        ({"expand_experts": TO_HALF, "reselect_steps": 2, "reselect_max": 0.4}, "reselect_max=0.4 is less than what"),
+        (
+            {"expand_experts": "{to: 0.9, by: 0.1, when: 2}", "strategy": "layers", "upper_layers": 1},
+            "strategy=layers reaches 10 of 16, and to=0.9 is more",
         ),
     ],
 )

@@ -124,7 +124,21 @@ def test_what_does_not_fit_an_optimizer_is_refused(files, tmp_path, capsys, chan
 def test_adafactor_cannot_keep_states_of_experts_with_biases(files, bases, tmp_path, capsys):
     biased = {"optim": "adafactor", "base_model_path": bases("gpt_oss"), "expert_config": None}
     words = "the experts of this model have biases, and it keeps means over all of them"
-    assert words in fails(arguments(files, tmp_path / "out", **biased, save_opt_states=True), capsys)
+    for splits in ({"save_opt_states": True}, {"reselect_steps": 2}):
+        assert words in fails(arguments(files, tmp_path / "out", **biased, **splits), capsys)
+
+
+@pytest.mark.parametrize("ids", [(), FEW])
+def test_experts_that_come_later_have_states_of_their_own_too(ids):
+    """A process may have none at the start. bitsandbytes itself would give a row of 16 x 64 entries 8 bits."""
+    model = to_esft(
+        make_model("gpt_oss", **WIDE), ExpertConfig({1: ids}, shared_experts=False, non_expert_modules=True)
+    )
+    kind = type("Adam8bit", (), {"__module__": "bitsandbytes.optim", "get_config": lambda *_: {"optim_bits": 8}})
+    optimizer = kind()
+    keep_experts_apart(optimizer, model)
+    bits = [optimizer.get_config(0, 0, {"params": [torch.zeros(9, *shape)]})["optim_bits"] for shape in ((64,), (99,))]
+    assert bits == [32, 8]  # a bias of an expert, and another parameter
 
 
 def killed_and_repeated(start, monkeypatch, **keys) -> None:
