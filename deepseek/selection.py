@@ -35,9 +35,15 @@ STRATEGIES = tuple(TAKES)
 CONTRASTS = ("difference", "ratio")
 OPTIONS = ("top_p", "budget", "upper_layers", "fraction", "top_k")  # of the rules, beside the seed
 SETTINGS = ("score_function", "strategy", *OPTIONS, "contrast_scores_dir", "contrast")  # all that says how to select
-OF_ORDER = {"score_function", "strategy", "upper_layers", "contrast_scores_dir", "contrast"}  # which expert comes next
 SCORES = {"gradient", "reap"}  # which others call rules, too
 DIGITS = 12  # of a difference of scores: what is beyond is rounding, and would break ties
+
+
+def settings_beside_a_config(expand: bool, reselect: bool) -> set[str]:
+    """Return which of SETTINGS count in a run whose config names the first experts: those that say which come next."""
+    if expand:
+        return {"score_function", "strategy", "upper_layers", "contrast_scores_dir", "contrast"}
+    return {"score_function"} if reselect else set()
 
 
 def check_strategy(strategy: str) -> None:

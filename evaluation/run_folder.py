@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek.files import named, read_json, read_jsonl, suggest_path
-from deepseek.selection import OF_ORDER, SETTINGS
+from deepseek.selection import SETTINGS, settings_beside_a_config
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
 from evaluation.journal import answers_beside
 from evaluation.results import compare
@@ -61,7 +61,8 @@ class Trained:
         settings = self.settings | {"output_dir": folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}
         flags = (f"--{key}={settings[key]}" for key in paths if settings.get(key))
         expand = settings.get("expand_experts") or {}
-        selected = {*SETTINGS} - (OF_ORDER if expand else set()) if settings.get("expert_config") else set()
+        used = settings_beside_a_config(bool(expand), bool(settings.get("reselect_steps")))
+        selected = {*SETTINGS} - used if settings.get("expert_config") else set()
         left_out = {*paths, *selected}  # a config says what was selected, and with how many to start
         keys = {key: value for key, value in self.settings.items() if key not in left_out and value is not None}
         if expand and selected:

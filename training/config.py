@@ -25,7 +25,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from deepseek.files import check_file, suggest, unique_keys
 from deepseek.optimizer_rows import by_row, parts_of
-from deepseek.selection import OF_ORDER, SETTINGS
+from deepseek.selection import SETTINGS, settings_beside_a_config
 from training import keys
 from training.config_parser import make_parser, take_secret
 from training.keys import ALIASES, DEFAULTS, NO_EFFECT, ON_EXPERTS, ONLY_FOR, SCHEDULE_FREE
@@ -63,8 +63,8 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
     found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
     config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
     usual = {f.name: f.default for f in dataclasses.fields(RunConfig)}
-    of_order = OF_ORDER if config.expand_experts else set()
-    unused = [key for key in SETTINGS if getattr(config, key) != usual[key] and key not in of_order]
+    used = settings_beside_a_config(bool(config.expand_experts), bool(config.reselect_steps))
+    unused = [key for key in SETTINGS if getattr(config, key) != usual[key] and key not in used]
     if config.expand_experts and "start" in config.expand_experts:
         unused.append("start of expand_experts")
     if config.expert_config and unused:

@@ -293,3 +293,14 @@ def test_a_list_of_data_sets_is_one_name(tmp_path):
     (tmp_path / "c.yaml").write_text("train_dataset: ['a:0.7', 'b:0.3']\nvalidation_dataset: [c, d]\n")
     config = read_config(["base_model_path=m", "output_dir=o", "method=full", f"train_config={tmp_path / 'c.yaml'}"])
     assert (config.train_dataset, config.validation_dataset) == ("a:0.7,b:0.3", "c,d")
+
+
+def test_a_score_beside_a_config_is_for_runs_that_go_on_selecting():
+    words = [*PATHS, "expert_config=experts.json", "score_function=gate"]
+    for more in ["reselect_steps=2"], ["expand_experts={to: 0.5, by: 0.1, when: 2}"]:
+        config = read_config([*words, *more])
+        assert config.score_function == "gate"
+    with pytest.raises(ValueError, match="score_function says how to select experts, and expert_config names them"):
+        read_config(words)
+    with pytest.raises(ValueError, match="strategy says how to select experts"):
+        read_config([*words, "reselect_steps=2", "strategy=global"])
