@@ -19,6 +19,7 @@ from scripts import curate
 from tests.helpers import ROOT, make_model, noisy_adapter, refused
 from training.data import IGNORE, encode, open_rows, read_messages
 
+OTHER = "a row that stays"
 LONG = "The court of appeal in Lisbon heard on monday how a grey van left the harbour without lights and hit the gate"
 GERMAN = "Wo ist der Schlüssel für das alte Haus am Rande der Stadt, und wer hat ihn zuletzt gesehen?"
 
@@ -175,12 +176,12 @@ def test_rows_that_hold_an_evaluation_question_are_removed(tmp_path, questions):
 
 def test_what_many_rows_share_is_a_template_and_no_question(tmp_path, questions):
     shared = [row(f"{' '.join(LONG.split()[:14])} number {i}") for i in range(10)]
-    assert len(curated(tmp_path, [*shared, shared[0]], questions)[1]) == 11  # ten different rows
+    assert len(curated(tmp_path, [*shared, shared[0], row(OTHER)], questions)[1]) == 11  # ten different rows
     assert curated(tmp_path, [*shared, row(f"{LONG} or not")], questions)[1].keys() == {11}  # holds more than they do
     more = [*shared, row(f"{' '.join(LONG.split()[:14])} and more")]
     assert curated(tmp_path, more, questions) == (more, {})
     asked = [row(QUESTIONS[0]["prompt"], str(i)) for i in range(12)]  # but a whole question is one
-    assert len(curated(tmp_path, asked, questions)[1]) == 12
+    assert len(curated(tmp_path, [*asked, row(OTHER)], questions)[1]) == 12
 
 
 def test_scripts_without_blanks_are_cut_into_characters(tmp_path):
@@ -203,7 +204,7 @@ def test_lengths_are_tokens_of_the_model(tmp_path, files):
 
 
 def test_the_first_reason_counts_and_a_removed_row_stands_for_no_other(tmp_path, questions):
-    rows = [row(f"{LONG}. Who drove it?"), row(f"{LONG}. Who drove the car?")]
+    rows = [row(f"{LONG}. Who drove it?"), row(f"{LONG}. Who drove the car?"), row(OTHER)]
     removed = curated(tmp_path, rows, questions, "--near_duplicates=0.5")[1]
     assert {n: r["reason"] for n, r in removed.items()} == {1: "overlap", 2: "overlap"}  # 2 is no duplicate of 1
 

@@ -44,7 +44,7 @@ def test_two_processes_that_share_the_experts_have_the_losses_of_one(files, tmp_
 
 REFUSED = [
     ({}, False, "it needs a GPU of compute capability 9"),
-    ({"method": "lora", "expert_config": None}, True, "expert_compute is for methods esft, dpo and random"),
+    ({"method": "lora", "expert_config": None}, True, "expert_compute is for methods esft, dpo, random and lora with"),
     ({"frozen_dtype": "int8"}, True, "copies of its own. Leave out frozen_dtype and offload_frozen"),
     ({"reselect_steps": 2}, True, "of experts frozen again. Leave out reselect_steps"),
     ({"dtype": "float32"}, True, "the weights are torch.float32. Set dtype=bfloat16"),

@@ -115,7 +115,7 @@ def test_what_does_not_fit_together_is_told_first(files, tmp_path, capsys):
     told = fails(arguments(files, tmp_path / "a", **SELECTED, lora_modules="self_atn"), capsys)
     assert "cannot put LoRA on 'self_atn' (did you mean 'self_attn'?)" in told
     told = fails(arguments(files, tmp_path / "a", method="lora", frozen_dtype="int8"), capsys)
-    assert f"not lora, and for {LORA_SELECTED}" in told
+    assert f"is for methods esft, dpo, random and {LORA_SELECTED}, not lora" in told
     read_config(arguments(files, tmp_path / "a", method="lora", lora_modules="self_attn"))
     assert f"lora_modules has no effect: it is for method {LORA_SELECTED}, and this is lora" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
