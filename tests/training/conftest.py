@@ -9,7 +9,7 @@ import pytest
 
 import train
 from deepseek.files import write_json
-from tests.helpers import arguments
+from tests.helpers import Killed, arguments, at_step, kill, same
 from tests.rank_helpers import STEP, copy_run, finishes, gets, rank_arguments, train_on
 
 
@@ -30,6 +30,26 @@ def start(files, tmp_path):
 
     start.folder = tmp_path
     return start
+
+
+@pytest.fixture
+def killed_and_repeated(start, monkeypatch):
+    """Run a command whole, and once more with a kill in step `at` and a second start, which end alike to the bit.
+
+    The results of both are returned.
+    """
+
+    def run(at: int = 5, **keys) -> tuple[dict, dict]:
+        keys = {"save_opt_states": True, **keys}
+        whole = start("whole", **keys)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            at_step(patch, at, kill)
+            start(**keys)
+        again = start(**keys)
+        assert same(start.folder / "whole", start.folder / "out")
+        return whole, again
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,12 @@ from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
 from tests.helpers import (
     EXPERTS,
-    Killed,
     arguments,
     assert_near,
-    at_step,
     config_of,
     fails,
-    kill,
     make_model,
     run_ranks,
-    same,
     trainer_of,
     weights,
 )
@@ -183,15 +179,10 @@ def test_the_validation_loss_is_the_cross_entropy_of_the_task(start, replayed):
         pytest.param({"method": "lora", "lora_experts": "selected"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_broken_off_goes_on_bit_for_bit(start, replayed, monkeypatch, changes):
+def test_a_run_broken_off_goes_on_bit_for_bit(start, replayed, changes, killed_and_repeated):
     keys = {**replayed, "save_opt_states": True, "max_steps": 7, "save_steps": 3, "logging_steps": 2, "batch_size": 1}
     keys |= {"validation_fraction": 0.2, "eval_steps": 2, "verify_frozen": True, **changes}
-    start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
+    killed_and_repeated(**keys)
     values = [[entry.get("distill_loss") for entry in history(start.folder / name)] for name in ("out", "whole")]
     assert values[0] == values[1] and any(values[0])
 

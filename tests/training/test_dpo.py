@@ -15,15 +15,11 @@ from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
 from tests.helpers import (
     EXPERTS,
-    Killed,
     arguments,
-    at_step,
     config_of,
     fails,
-    kill,
     make_model,
     run_ranks,
-    same,
     weights,
 )
 from training import data
@@ -142,16 +138,11 @@ def test_where_documents_of_a_pack_see_each_other_each_answer_is_alone(start, pr
 
 @pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"base_model_path": "m16", "expert_config": "all.json"}])
-def test_a_run_broken_off_goes_on_bit_for_bit(files, start, prefs, monkeypatch, changes):
+def test_a_run_broken_off_goes_on_bit_for_bit(files, start, prefs, changes, killed_and_repeated):
     keys = {**prefs, "save_opt_states": True, "max_steps": 7, "save_steps": 3, "logging_steps": 2, "batch_size": 1}
     keys |= {"seq_length": 160, "validation_fraction": 0.2, "eval_steps": 2, "activation_checkpointing": True}
     keys |= {key: files / value for key, value in changes.items()}
-    whole = start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    result = start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
+    whole, result = killed_and_repeated(**keys)
     for one, other in zip(history(start.folder / "out"), history(start.folder / "whole"), strict=True):
         assert [one.get(key) for key in REWARDS] == [other.get(key) for key in REWARDS]
     names = ["eval_loss", *(f"eval_{key}" for key in REWARDS)]

@@ -4,20 +4,16 @@ import pytest
 
 import train
 from deepseek.fp8 import EMULATE
-from tests.helpers import Killed, arguments, at_step, config_of, fails, kill, losses, run_ranks, same
+from tests.helpers import arguments, config_of, fails, losses, run_ranks
 
 KEYS = {"expert_compute": "fp8", "dtype": "bfloat16"}
 
 
-def test_a_run_learns_nearly_as_in_bf16_and_goes_on_bit_for_bit(start, monkeypatch):
+def test_a_run_learns_nearly_as_in_bf16_and_goes_on_bit_for_bit(start, monkeypatch, killed_and_repeated):
     monkeypatch.setenv(EMULATE, "1")
     keys = {**KEYS, "save_opt_states": True, "verify_frozen": True}
-    whole = start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out") and whole["frozen_verified"]
+    whole, _ = killed_and_repeated(**keys)
+    assert whole["frozen_verified"]
     start("bf16", dtype="bfloat16")
     found, plain = losses(start.folder / "whole"), losses(start.folder / "bf16")
     assert found["loss", 1] == pytest.approx(plain["loss", 1], rel=0.03) and found["loss", 1] != plain["loss", 1]

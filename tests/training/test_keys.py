@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 import train
 from scripts.push_adapter import SECRET
-from tests.helpers import ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same, trainer_of, weights
+from tests.helpers import ROOT, arguments, config_of, fails, losses, trainer_of, weights
 from training.config import RunConfig, read_config
 from training.keys import ALIASES, NO_EFFECT, REFUSED, SECRETS
 
@@ -129,14 +129,9 @@ def test_a_key_of_the_training_changes_the_weights(files, start, key):
     assert any(not torch.equal(left[name], right[name]) for name in left)
 
 
-def test_noise_on_embeddings_is_the_same_after_an_interruption(start, monkeypatch):
+def test_noise_on_embeddings_is_the_same_after_an_interruption(killed_and_repeated):
     keys = {"neftune_noise_alpha": 5, "save_opt_states": True}
-    start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
+    killed_and_repeated(**keys)
 
 
 OTHERS = {  # values of keys that are not plain booleans or texts

@@ -7,7 +7,7 @@ import torch
 
 from deepseek.loading import empty_model
 from esft import ExpertConfig, adapter_tensors, to_esft
-from tests.helpers import Killed, arguments, at_step, config_of, fails, kill, make_model, same, trainer_of, weights
+from tests.helpers import arguments, config_of, fails, make_model, trainer_of, weights
 from training.memory import Estimator, MemorySettings
 
 ONE = {"max_steps": 1, "eval_steps": None, "save_steps": None, "lr_scheduler_type": "constant"}
@@ -46,15 +46,10 @@ def test_what_is_trained_stays_within_about_one_step(start):
     assert max(change.abs().max() for change in pulled.values()) < 1.2e-3
 
 
-def test_a_run_broken_off_goes_on_bit_for_bit(files, start, monkeypatch):
+def test_a_run_broken_off_goes_on_bit_for_bit(files, killed_and_repeated):
     keys = {"base_model_path": files / "m16", "expert_config": files / "all.json", "l2_to_base": 20.0}
     keys |= {"save_opt_states": True, "verify_frozen": True, "max_steps": 4, "eval_steps": None}
-    assert start("whole", **keys)["frozen_verified"]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 4, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
+    assert killed_and_repeated(at=4, **keys)[0]["frozen_verified"]
 
 
 def test_in_bf16_the_base_is_the_one_that_is_stored(files, start, monkeypatch):

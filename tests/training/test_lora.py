@@ -10,7 +10,7 @@ import train
 from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
 from scripts import estimate_memory
-from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, make_model, same, weights
+from tests.helpers import EXPERTS, arguments, config_of, fails, make_model, weights
 from tests.rank_helpers import finishes, rank_arguments
 from training.config import read_config
 from training.keys import LORA_SELECTED
@@ -26,7 +26,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_learns_and_goes_on_bit_for_bit_after_a_kill(files, start, monkeypatch, name):
+def test_a_run_learns_and_goes_on_bit_for_bit_after_a_kill(files, start, name, killed_and_repeated):
     changes = {
         **SELECTED,
         **RUNS[name],
@@ -37,13 +37,8 @@ def test_a_run_learns_and_goes_on_bit_for_bit_after_a_kill(files, start, monkeyp
     }
     if "base_model_path" in changes:
         changes["base_model_path"] = files / changes["base_model_path"]
-    whole = start("whole", **changes)
+    whole, result = killed_and_repeated(at=4, **changes)
     assert whole["frozen_verified"]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 4, kill)
-        start(**changes)
-    result = start(**changes)
-    assert same(start.folder / "whole", start.folder / "out")
     assert (result["train_loss"], result["eval_loss"]) == (whole["train_loss"], whole["eval_loss"])
     held = weights(start.folder / "out")
     assert sum(tensor.numel() for tensor in held.values()) == whole["trained_parameters"]

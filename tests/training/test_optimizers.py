@@ -12,16 +12,12 @@ from esft import ExpertConfig, to_esft
 from tests.helpers import (
     EXPERTS,
     ROOT,
-    Killed,
     arguments,
-    at_step,
     config_of,
     fails,
-    kill,
     losses,
     make_model,
     run_ranks,
-    same,
     weights,
 )
 from training.checkpoints import load_states, save_states
@@ -141,21 +137,10 @@ def test_experts_that_come_later_have_states_of_their_own_too(ids):
     assert bits == [32, 8]  # a bias of an expert, and another parameter
 
 
-def killed_and_repeated(start, monkeypatch, **keys) -> None:
-    """A run with these keys that is killed in its fifth step and started again is the unbroken one, to the bit."""
-    keys = {"save_opt_states": True, **keys}
-    start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
-
-
 @pytest.mark.long
-def test_muon_resumes_beside_adamw_on_all_modules(files, start, monkeypatch):
+def test_muon_resumes_beside_adamw_on_all_modules(files, start, killed_and_repeated):
     keys = {"optim": "muon", "expert_config": files / "all.json", "base_model_path": files / "m16", "max_steps": 5}
-    killed_and_repeated(start, monkeypatch, **keys)
+    killed_and_repeated(**keys)
     saved = weights(start.folder / "whole" / "checkpoint-4" / "states")
     kinds = {kind: {key for key in saved if key.endswith(f".{kind}")} for kind in ("momentum_buffer", "exp_avg")}
     assert {key for key in kinds["momentum_buffer"] if ".mlp.experts.3." in key} and kinds["exp_avg"]
@@ -181,11 +166,11 @@ def run_one(_rank: int, config) -> None:
 
 
 @pytest.mark.parametrize("end", ["best", pytest.param("last", marks=pytest.mark.slow)])
-def test_schedule_free_resumes_and_evaluates_and_saves_the_averaged_weights(start, monkeypatch, end):
+def test_schedule_free_resumes_and_evaluates_and_saves_the_averaged_weights(start, end, killed_and_repeated):
     pytest.importorskip("schedulefree")
     keys = {"optim": "schedule_free_adamw", **SCHEDULE_FREE, "warmup_steps": 2, "save_steps": 3, "max_steps": 7}
     keys |= {"eval_steps": 3, "load_best_model_at_end": end == "best", "learning_rate": 0.03}
-    killed_and_repeated(start, monkeypatch, **keys)
+    killed_and_repeated(**keys)
     groups = json.loads((start.folder / "whole" / "checkpoint-6" / "states" / "optimizer.json").read_text())
     assert [group["train_mode"] for group in groups] == [False, False]  # the weights beside them are the averaged ones
     if end == "best":
@@ -196,10 +181,10 @@ def test_schedule_free_resumes_and_evaluates_and_saves_the_averaged_weights(star
 
 
 @pytest.mark.slow
-def test_muon_resumes_where_experts_are_exchanged(start, monkeypatch):
+def test_muon_resumes_where_experts_are_exchanged(start, killed_and_repeated):
     """One step after the exchange: the optimizer sees the new experts as parameters of their own."""
     keys = {"optim": "muon", "reselect_steps": 2, "reselect_max": 0.9, "max_steps": 6, "learning_rate": 3e-3}
-    killed_and_repeated(start, monkeypatch, **keys)
+    killed_and_repeated(**keys)
     saved = weights(start.folder / "whole" / "checkpoint-6" / "states")
     found = re.findall(r"layers.(\d).mlp.experts.(\d).down_proj.momentum_buffer", " ".join(saved))
     assert set(found) != {(layer, str(id)) for layer, ids in EXPERTS["experts"].items() for id in ids}
@@ -207,7 +192,7 @@ def test_muon_resumes_where_experts_are_exchanged(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_with_4_bit_states_resumes(start, bases, monkeypatch):
+def test_a_run_with_4_bit_states_resumes(start, bases, killed_and_repeated):
     pytest.importorskip("torchao")
     keys = {
         "optim": "adamw_torch_4bit",
@@ -216,6 +201,6 @@ def test_a_run_with_4_bit_states_resumes(start, bases, monkeypatch):
         "learning_rate": 1e-3,
     }
     with torch.compiler.set_stance("force_eager"):
-        killed_and_repeated(start, monkeypatch, **keys)
+        killed_and_repeated(**keys)
     saved = weights(start.folder / "whole" / "checkpoint-4" / "states")
     assert any(state.dtype == torch.uint8 for state in saved.values())

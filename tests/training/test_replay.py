@@ -8,7 +8,7 @@ import pytest
 import train
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
-from tests.helpers import Killed, arguments, at_step, config_of, fails, kill, losses, same
+from tests.helpers import arguments, config_of, fails, losses
 from training import data
 from training.data.replay import draw
 
@@ -103,14 +103,10 @@ def test_the_validation_loss_is_that_of_the_task(start, general):
     assert alone["eval_loss"] == both["eval_loss"] and alone["train_loss"] != both["train_loss"]
 
 
-def test_a_run_broken_off_goes_on_bit_for_bit_and_knows_its_replay(files, start, general, monkeypatch, capsys):
+def test_a_run_broken_off_goes_on_bit_for_bit_and_knows_its_replay(files, start, general, capsys, killed_and_repeated):
     keys = {**general, "save_opt_states": True, "logging_steps": 2}
-    start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out") and len(losses(start.folder / "out")) > 3
+    killed_and_repeated(**keys)
+    assert len(losses(start.folder / "out")) > 3
     for changes, words in ({"replay_share": 0.3}, "replay_share"), ({"replay_dataset": None}, "replay_dataset"):
         argv = arguments(files, start.folder / "out", **{**keys, "replay_share": None, **changes})
         assert words in fails(argv, capsys)

@@ -157,13 +157,8 @@ def test_a_run_that_moved_is_still_that_run(files, start, whole, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_runs_on_stored_experts_resume_and_bring_the_best_back(start, monkeypatch, dtype):
+def test_runs_on_stored_experts_resume_and_bring_the_best_back(dtype, killed_and_repeated):
     keys = {"frozen_dtype": "int8", "save_opt_states": True, "load_best_model_at_end": True, "verify_frozen": True}
     keys["dtype"] = dtype
-    whole = start("whole", **keys)
+    whole, _ = killed_and_repeated(**keys)
     assert whole["frozen_verified"] and whole["best_step"]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")

@@ -14,11 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import esft
 from tests.helpers import (
     SMALL,
-    Killed,
     arguments,
-    at_step,
     fails,
-    kill,
     losses,
     make_model,
     same,
@@ -198,14 +195,9 @@ def test_dpo_measures_its_policy_and_not_its_reference(files, start):
     assert start(**keys)["router_kl"] > 1e-5
 
 
-def test_a_run_broken_off_goes_on_bit_for_bit(files, start, monkeypatch):
+def test_a_run_broken_off_goes_on_bit_for_bit(files, killed_and_repeated):
     keys = {"base_model_path": files / "m16", "train_router": "full", "save_opt_states": True, "max_steps": 4}
-    whole = start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 4, kill)
-        start(**keys)
-    again = start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
+    whole, again = killed_and_repeated(at=4, **keys)
     assert again["router_kl"] == whole["router_kl"] > 0
 
 

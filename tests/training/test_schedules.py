@@ -30,15 +30,10 @@ CURVES = [
 
 
 @pytest.mark.parametrize("keys, steps, wanted", CURVES, ids=["warmup_stable_decay", "cosine_with_restarts"])
-def test_rates_are_those_of_the_schedule_also_after_a_kill(start, monkeypatch, keys, steps, wanted):
+def test_rates_are_those_of_the_schedule_also_after_a_kill(start, keys, steps, wanted, killed_and_repeated):
     keys = {**keys, "max_steps": steps, "save_opt_states": True, "save_steps": 3, "eval_steps": None}
-    start("whole", **keys)
+    killed_and_repeated(**keys)
     assert rates(start.folder / "whole") == pytest.approx(wanted)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
 
 
 @pytest.mark.slow

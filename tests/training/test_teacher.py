@@ -13,7 +13,7 @@ import train
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
 from scripts import teacher_logits
-from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, make_model, run_ranks, same
+from tests.helpers import EXPERTS, arguments, config_of, fails, make_model, run_ranks
 from training import data
 from training.distillation import top_divergence
 from training.teacher import Teacher, top_and_rest
@@ -133,14 +133,9 @@ def train_on_ranks(_rank: int, files: Path, keys: dict, runs: dict) -> None:
 RUN = {"save_opt_states": True, "save_steps": 3, "batch_size": 1, "n_train_samples": 20, "seq_length": 96}
 
 
-def test_a_run_broken_off_goes_on_bit_for_bit(start, answers, monkeypatch):
+def test_a_run_broken_off_goes_on_bit_for_bit(answers, killed_and_repeated):
     keys = {**KEYS, **RUN, "distill_from": answers, "max_steps": 7}  # other packs than the teacher saw
-    start("whole", **keys)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_step(patch, 5, kill)
-        start(**keys)
-    start(**keys)
-    assert same(start.folder / "whole", start.folder / "out")
+    killed_and_repeated(**keys)
 
 
 @pytest.mark.slow
