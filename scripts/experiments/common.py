@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedConfig
 
-from deepseek.files import read_json, write_json, write_text
+from deepseek.files import check_output, read_json, write_json, write_text
 from deepseek.loading import load_config, load_tokenizer
 from training.published_models import published_models
-from utils import ROOT, environment, run_command
+from utils import ROOT, command_parser, environment, positive, run_command
 
 TINY = ROOT / "results" / "models" / "tiny"
 PUBLISHED = {"v2-lite": "DeepSeek-V2-Lite", "qwen3-30b-a3b": "Qwen3-30B-A3B"}
@@ -71,6 +71,20 @@ def train(out: Path, *keys: object, processes: int = 1) -> dict:
     words = [script, f"--output_dir={out}", "overwrite=true", "disable_tqdm=true", *keys]
     run_command(words, processes=processes, quiet=True)
     return read_json(out / "run.json")["results"]
+
+
+def loss_args(doc: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags of an experiment that calls `losses_of`. Its output is known to be writable."""
+    parser = command_parser(doc)
+    add = parser.add_argument
+    add("--train_dataset", default="law", metavar="NAME", help="the task (default: law)")
+    add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of each run (default: 450)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="all kinds with each (default: 0 1 2)")
+    add("--output", metavar="FILE", help="write FILE.md and FILE.json (default: print only)")
+    args = parser.parse_args(argv)
+    if args.output:
+        check_output(f"{args.output}.md")
+    return args
 
 
 def losses_of(folder: Path, args: argparse.Namespace, key: str, values: Iterable[str], *keys: str) -> dict:

@@ -1,6 +1,6 @@
 """Measure what products in fp8 (expert_compute=fp8) cost in validation loss, against bf16.
 
-    python scripts/experiments/fp8_loss.py --output=results/tables/fp8_loss        # two hours on two CPU cores
+    python scripts/experiments/fp8_loss.py --output=results/tables/fp8_loss        # hours on two CPU cores
     python scripts/experiments/fp8_loss.py --steps=20 --seeds=0                    # a look
 
 `train.py` trains results/models/tiny in bf16 on a task, with experts selected by token scores, once with products in
@@ -8,7 +8,7 @@ fp8 and once without, for each seed. The seed draws the order of the data. Where
 rounding is emulated. So the loss is measured and not the speed.
 """
 
-import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -18,26 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from deepseek.files import check_output
 from deepseek.fp8 import EMULATE, reason_against
-from scripts.experiments.common import compared, losses_of, publish
-from utils import command_parser, markdown_table, positive, run_cli
+from scripts.experiments.common import compared, loss_args, losses_of, publish
+from utils import markdown_table, run_cli
 
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    add = parser.add_argument
-    add("--train_dataset", default="law", metavar="NAME", help="the task (default: law)")
-    add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of each run (default: 450)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="two runs for each (default: 0 1 2)")
-    add("--output", metavar="FILE", help="write FILE.md and FILE.json (default: print only)")
-    return parser.parse_args(argv)
+parse_args = functools.partial(loss_args, __doc__)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    if args.output:
-        check_output(f"{args.output}.md")
     if emulated := reason_against(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is not None:
         os.environ[EMULATE] = "1"
     with tempfile.TemporaryDirectory() as name:

@@ -8,29 +8,19 @@ for a few steps. Peak memory on a CPU is the resident set. It includes Python, t
 pages of the files.
 """
 
-import argparse
+import functools
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.files import check_output
 from deepseek.frozen import DTYPES
-from scripts.experiments.common import compared, losses_of, publish, train, write_model
-from utils import command_parser, markdown_table, positive, run_cli
+from scripts.experiments.common import compared, loss_args, losses_of, publish, train, write_model
+from utils import markdown_table, run_cli
 
 KINDS = ("null", *DTYPES)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    add = parser.add_argument
-    add("--train_dataset", default="law", metavar="NAME", help="the task (default: law)")
-    add("--steps", type=positive, default=450, metavar="N", help="optimizer steps of each run (default: 450)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="one run for each (default: 0 1 2)")
-    add("--output", metavar="FILE", help="write FILE.md and FILE.json (default: print only)")
-    return parser.parse_args(argv)
+parse_args = functools.partial(loss_args, __doc__)
 
 
 def memory(folder: Path) -> dict[str, dict]:
@@ -55,8 +45,6 @@ def format_table(found: dict[str, list[float]], held: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    if args.output:
-        check_output(f"{args.output}.md")
     with tempfile.TemporaryDirectory() as name:
         held = memory(Path(name))
         found = losses_of(Path(name), args, "frozen_dtype", KINDS, "--verify_frozen")
