@@ -11,7 +11,7 @@ and gate and up lie in it together. So `FusedExperts.split` gives the matrices (
 layout, and the steps are batched over S. Each matrix gets the update of torch's, up to rounding.
 
 One thing differs. An orthogonal update has the same size however small the gradient is. An expert without a token in a
-step would still move, and at full size, along what its momentum remembers. Here it stays where it is.
+step would still move, and at full size, along what its momentum remembers. Here it stays, but for weight decay.
 
 Legend: S trained experts of the layer, O and I rows and columns of one projection.
 """

@@ -147,9 +147,8 @@ def grade(judge: Judge, tasks: list[str | None], results: list[dict]) -> list[di
     graded = []
     for prompt, score, result in zip(prompts, judge.scores(prompts), results):
         if prompt is not None:
-            metrics = {"judge": score, **result["metrics"]} | {
-                "judge": score
-            }  # first, and anew if it was graded before
+            others = {name: value for name, value in result["metrics"].items() if name != "judge"}  # graded before
+            metrics = {"judge": score, **others}
             metrics |= {"score": score} if "score" in metrics else {}  # rows with evaluators of their own
             result = {**result, "score": None if score is None else score / 100, "metrics": metrics}
         graded.append(result)
