@@ -72,7 +72,7 @@ class ExpertSchedule:
     def __init__(self, config: RunConfig, experts: esft.ExpertConfig, num_experts_L: dict[int, int]):
         self.num_experts_L, self.total = num_experts_L, sum(num_experts_L.values())
         self.expand, self.order = config.expand_experts or {}, expansion_order(config, num_experts_L)
-        self.every, self.kind = config.reselect_steps, "gates" if config.score_function == "gate" else "slots"
+        self.every, self.score = config.reselect_steps, config.score_function
         self.since: dict[int, dict[int, int]] = {la: dict.fromkeys(ids, 0) for la, ids in experts.experts.items()}
         begins, self.ends = sum(map(len, self.since.values())), round(self.expand.get("to", 0) * self.total)
         self.by = max(1, round(self.expand.get("by", 0) * self.total))
@@ -104,8 +104,12 @@ class ExpertSchedule:
         self.reselection = esft.Reselection(self.model, optimizer, warmup, step)
         self._window = min(self.every or 0, math.ceil(SAMPLE / tokens))
 
-    def tell_late(self, steps: int) -> None:
-        """Say so if a run of so many steps is over before a change that its keys ask for."""
+    def tell_limits(self, steps: int) -> None:
+        """Say so if a run of so many steps is over before a change, or cannot count the score that it has."""
+        if self.every and self.score not in ("token", "gate"):
+            logger.info(
+                f"  experts are exchanged by their tokens: score_function={self.score} is not counted in training"
+            )
         if self.every and self.every >= steps:
             logger.info(f"  reselect_steps={self.every} exchanges nothing in {counted(steps, 'step')}. Lower it")
         when = self.expand.get("when", "plateau")
@@ -173,7 +177,7 @@ class ExpertSchedule:
 
     def _all_counts(self) -> Tensor:
         """Return the counts of this window of all ranks, (L, E). All ranks call this."""
-        own = [self._capture.counts().sums[self.kind]] if self._counted else []
+        own = [self._capture.counts().sums["gates" if self.score == "gate" else "slots"]] if self._counted else []
         own += [] if self._earlier is None else [self._earlier]
         zeros_LE = torch.zeros(len(self.num_experts_L), max(self.num_experts_L.values()), dtype=torch.int64)
         return torch.tensor(self.ranks.gather(sum(own, zeros_LE).tolist())).sum(0)

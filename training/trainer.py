@@ -243,7 +243,7 @@ class ESFTTrainer(SavingTrainer):
             tokens = packs_per_step * statistics.fmean(self.train_dataset.lengths)
             warmup = self.args.get_warmup_steps(self.state.max_steps)
             self.schedule.begin(optimizer, self.state.global_step, warmup, tokens)
-            self.schedule.tell_late(self.state.max_steps)
+            self.schedule.tell_limits(self.state.max_steps)
         return optimizer
 
     def get_train_dataloader(self):
