@@ -3,8 +3,8 @@
     B <- m B + (1 - m) G        U = m B + (1 - m) G        W <- W - lr wd W - lr 0.2 sqrt(max(O, I)) orthogonal(U)
 
 `orthogonal` replaces the singular values of a matrix (O, I) by numbers near 1, in five Newton-Schulz steps in bf16
-(Jordan et al. 2024, the coefficients are theirs). The factor 0.2 sqrt(max(O, I)) gives the update the size that AdamW's
-has, so both take one learning rate and weight decay (Liu et al. 2025, arXiv 2502.16982, equation 4).
+(Jordan et al. 2024, the coefficients are theirs). The factor 0.2 sqrt(max(O, I)) gives an entry the size 0.2 lr, which
+is AdamW's in long pretraining (Liu et al. 2025, arXiv 2502.16982, equation 4). Short runs take a higher one.
 
 torch.optim.Muon does this for parameters of two dimensions. The trained experts of a layer are one parameter of three,
 and gate and up lie in it together. So `FusedExperts.split` gives the matrices (S, O, I) of each projection, in every

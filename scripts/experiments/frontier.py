@@ -48,7 +48,7 @@ CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
 OTHERS = (*(rule for rule in RULES if rule not in CORE), SHARED)
 LIKE = {"random": 1.0, SHARED: 0.5}  # row -> its rate, of the paper's rule's at the same share
 RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
-RATES[ADAPTED] = RATES[""]
+RATES[ADAPTED], RATES["muon"] = RATES[""], ("8e-3", "1.6e-2", "3.2e-2")
 SMALL, RATES_OF_SMALL = 0.03, ("2e-3", "4e-3", "8e-3")  # few experts take a larger rate
 
 
