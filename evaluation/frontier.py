@@ -5,7 +5,7 @@ dominates another if it is at least as good on both axes, and better on one. The
 dominates. Between two strengths of a model a `curve` is taken as straight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -61,11 +61,21 @@ def recommend(points: Iterable[Point], base: Point, max_loss: float) -> Point:
 
 def kept_at(curve: list[Point], task: float) -> float:
     """Return the highest general score on a curve where its task score is at least `task`; -inf where it never is."""
-    corners = [(point.general, point.task) for point in sorted(curve, key=lambda point: point.strength)]
-    reached = [general for general, learned in corners if learned >= task]
-    for (a, x), (b, y) in pairwise(corners):
-        if min(x, y) < task < max(x, y):  # crossed between two strengths
-            reached.append(a + (b - a) * (task - x) / (y - x))
+    return _most(curve, lambda point: (point.task, point.general), task)
+
+
+def learned_at(curve: list[Point], general: float) -> float:
+    """Return the highest task score on a curve where it keeps at least `general`; -inf where it never does."""
+    return _most(curve, lambda point: (point.general, point.task), general)
+
+
+def _most(curve: list[Point], scores: Callable[[Point], tuple[float, float]], least: float) -> float:
+    """Return the highest second score where the first is at least `least`, on straight lines between strengths."""
+    corners = [scores(point) for point in sorted(curve, key=lambda point: point.strength)]
+    reached = [second for first, second in corners if first >= least]
+    for (x, a), (y, b) in pairwise(corners):
+        if min(x, y) < least < max(x, y):  # crossed between two strengths
+            reached.append(a + (b - a) * (least - x) / (y - x))
     return max(reached, default=float("-inf"))
 
 

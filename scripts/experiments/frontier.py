@@ -34,7 +34,7 @@ from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import check_picture, save_figure
-from evaluation.frontier import RULES, Point, draw_frontier, kept_at, recommend
+from evaluation.frontier import RULES, Point, draw_frontier, kept_at, learned_at, recommend
 from scripts.experiments.frontier_runs import MAX_LOSS, RECIPES, FrontierLab, Trial
 from scripts.experiments.paper_results import half_width, interval
 from scripts.experiments.paper_runs import TASKS, TINY
@@ -185,6 +185,25 @@ class Study:
         """Return what a row keeps where it has learned as much as `other` has; -inf in a seed where it never has."""
         return self.mean(lambda task, seed: kept_at(self.curve(row, task, seed), self.taken(other, task, seed).task))
 
+    def learned_like(self, row: Row, other: Row) -> list[float]:
+        """Return what a row learns where it keeps as much as `other` does, or as the base, if that is less."""
+
+        def learned(task: str, seed: int) -> float:
+            base, *_ = curve = self.curve(row, task, seed)
+            return learned_at(curve, min(base.general, self.taken(other, task, seed).general))
+
+        return self.mean(learned)
+
+    def cost(self, row: Row, tasks: list[str], seeds: list[int]) -> dict:
+        """Return the share that a row trains, its gradients and optimizer states in MiB, and seconds per step."""
+        told = [self.lab.result(self.trial(row, task, seed))["trained"] for task in tasks for seed in seeds]
+        held = [(one["gradient_bytes"] + one["optimizer_bytes"]) / 2**20 for one in told]
+        return {
+            "trained": statistics.fmean(one["trained_parameters"] / one["parameters"] for one in told),
+            "held_mib": statistics.fmean(held),
+            "step_seconds": statistics.median(one["step_seconds"] for one in told),
+        }
+
     def validated(self, row: Row) -> float:
         """Return what a row learns on the validation questions, at the strengths taken."""
         points = [self.chosen(self.trial(row, task, self.first)) for task in self.args.tasks]
@@ -206,10 +225,10 @@ Table = tuple[str, list[dict]]
 
 
 def scores_table(study: Study, rows: list[Row], tasks: list[str], seeds: list[int]) -> Table:
-    """Return a line per row: its rate and strengths, the score on each task, and the general skills."""
+    """Return a line per row: rate and strengths, the score on each task, the general skills, and what it takes."""
     base = [study.taken(Row("base"), task, study.first) for task in tasks]
     cells = [*(f"{point.task:.1f}" for point in base), f"{statistics.fmean(p.task for p in base):.1f}"]
-    lines, found = [["base", "-", "-", *cells, f"{base[0].general:.1f}"]], []
+    lines, found = [["base", "-", "-", *cells, f"{base[0].general:.1f}", "-", "-", "-"]], []
     for row in rows:
         points = {task: [study.taken(row, task, seed) for seed in seeds] for task in tasks}
         by_task = {task: [point.task for point in own] for task, own in points.items()}
@@ -218,28 +237,34 @@ def scores_table(study: Study, rows: list[Row], tasks: list[str], seeds: list[in
         strengths = {task: study.strength(row, task) for task in tasks}
         shown = " ".join(f"{strength:g}" for strength in strengths.values())
         scores = [interval(values) for values in (*by_task.values(), average, general)]
-        lines.append([row.label, study.rate_of[row], shown, *scores])
+        cost = study.cost(row, tasks, seeds)
+        takes = [f"{cost['trained']:.1%}", f"{cost['held_mib']:.1f} MiB", f"{cost['step_seconds']:.2f}"]
+        lines.append([row.label, study.rate_of[row], shown, *scores, *takes])
         curves = {task: [[vars(p) for p in study.curve(row, task, seed)] for seed in seeds] for task in tasks}
         values = {"tasks": by_task, "average": average, "general": general, "strength": strengths, "curves": curves}
-        found.append({"name": row.name, "share": row.share, "learning_rate": study.rate_of[row], **values})
-    return markdown_table(["trained", "rate", "strength", *tasks, "average", "general"], lines), found
+        found.append({"name": row.name, "share": row.share, "learning_rate": study.rate_of[row], **values, **cost})
+    heads = ["row", "rate", "strength", *tasks, "average", "general", "trained", "gradients, states", "step (s)"]
+    return markdown_table(heads, lines), found
 
 
 def comparison(study: Study, pairs: list[tuple[Row, Row]]) -> Table:
-    """Return a line per pair: by how much one learns more and keeps more than the other, and whether it dominates."""
+    """Return a line per pair: what one learns and keeps more than the other, and whether it dominates."""
     lines, found = [], []
     for one, other in pairs:
-        learns = differences(study.learned(one), study.learned(other))
-        keeps = differences(study.kept(one), study.kept(other))
-        at_equal = differences(study.kept_like(one, other), study.kept(other))
-        reached = min(at_equal) > float("-inf")
-        shown = [interval(learns, "+.1f"), interval(keeps, "+.1f"), interval(at_equal, "+.1f") if reached else "-"]
-        said = verdict(learns, keeps)
+        learned, kept = study.learned(other), study.kept(other)
+        by = {
+            "learns": differences(study.learned(one), learned),
+            "keeps": differences(study.kept(one), kept),
+            "learns_at_equal_keeping": differences(study.learned_like(one, other), learned),
+            "keeps_at_equal_learning": differences(study.kept_like(one, other), kept),
+        }
+        shown = [interval(values, "+.1f") if min(values) > float("-inf") else "-" for values in by.values()]
+        said = verdict(by["learns"], by["keeps"])
         lines.append([one.label, other.label, *shown, said])
-        values = {"learns": learns, "keeps": keeps, "keeps_at_equal_learning": at_equal if reached else None}
+        values = {what: None if cell == "-" else by[what] for what, cell in zip(by, shown)}
         found.append({"one": one.label, "other": other.label, **values, "verdict": said})
-    heads = ["one", "other", "learns more by", "keeps more by", "keeps more at equal learning by", "verdict"]
-    return markdown_table(heads, lines), found
+    heads = ["learns more by", "keeps more by", "learns more at equal keeping by", "keeps more at equal learning by"]
+    return markdown_table(["one", "other", *heads, "verdict"], lines), found
 
 
 def differences(ones: list[float], others: list[float]) -> list[float]:
@@ -286,10 +311,14 @@ def mean_curve(study: Study, row: Row) -> list[Point]:
 
 NOTE = """Each row is at its best rate (found with the first seed, on all of these tasks together) and strength (with
 the first seed, for each task): those that learn most on validation questions and lose at most 2 points of the general
-skills there. Scores are those on the test questions; brackets are 95 % t intervals over seeds. Differences are in
-points, seed by seed, averaged over the tasks. "At equal learning" follows a row's curve over strengths to where it has
-learned as much as the other; "-" where it does not get there in some seed. One dominates the other if it is certainly
-better in learning or in keeping (the interval is above 0), and on average not worse in the other."""
+skills there. Scores are those on the test questions; brackets are 95 % t intervals over seeds. The time of a step is a
+median, and two runs shared the machine: compare times by benchmark.py.
+
+The differences are in points, seed by seed, averaged over the tasks. "At equal keeping" follows the first row's curve
+over strengths to where it keeps as much as the other, or as the base if the other keeps more than that. "At equal
+learning" follows it to where it has learned as much; "-" where it does not get there in some seed. One dominates the
+other if it is certainly better in learning or in keeping (the interval is above 0), and on average not worse in the
+other."""
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from evaluation.frontier import Point, draw_frontier, frontier, kept_at, recommend
+from evaluation.frontier import Point, draw_frontier, frontier, kept_at, learned_at, recommend
 
 BASE = Point("base", 0, 3, 92)
 
@@ -43,8 +43,11 @@ def test_a_curve_is_straight_between_two_strengths():
     curve = [BASE, Point("m", 0.5, 53, 90), Point("m", 1, 93, 80)]
     assert kept_at(curve, 53) == 90 and kept_at(curve, 73) == pytest.approx(85) and kept_at(curve, 3) == 92
     assert kept_at(curve, 94) == -math.inf and kept_at(curve[::-1], 73) == kept_at(curve, 73)
+    assert learned_at(curve, 90) == 53 and learned_at(curve, 85) == pytest.approx(73) and learned_at(curve, 0) == 93
+    assert learned_at(curve, BASE.general) == BASE.task and learned_at(curve, 93) == -math.inf
     back = [BASE, Point("m", 0.5, 50, 80), Point("m", 1, 90, 90)]  # what was lost can come again
     assert kept_at(back, 90) == 90 and kept_at(back, 50) == 90 and kept_at(back, 91) == -math.inf
+    assert learned_at(back, 90) == 90 and learned_at(back, 91) == pytest.approx(BASE.task + (50 - BASE.task) / 12)
 
 
 def test_the_picture_shows_every_model_and_the_stairs():
