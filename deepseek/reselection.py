@@ -43,12 +43,6 @@ Since = Mapping[int, Mapping[int, int]]  # layer -> expert -> the step since whi
 # the model
 
 
-def current_experts(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """Return the experts that are trained now on this rank, by layer. `trained_config` has all that ever were."""
-    layers = moe_layers(model).values()
-    return {layer.index: tuple(layer.trained.expert_ids) for layer in layers if layer.trained}
-
-
 @torch.no_grad()
 def change_experts(model: nn.Module, since_L: Since, config) -> None:
     """Train exactly the routed experts of `since_L` from now on. `config` names them and all that were trained before.
