@@ -23,6 +23,8 @@ RULES: dict[str, dict] = {  # method -> what selects its experts, as flags of ge
     "esft-layers": {"score_function": "token", "strategy": "layers"},
     "random": {"score_function": "token", "strategy": "random"},
 }
+SELECTS = RULES | {"lora-selected": RULES["esft-token"]}
+METHODS = {**dict.fromkeys(RULES, "esft"), "lora-selected": "lora", "lora": "lora", "full": "full"}  # -> of train.py
 
 
 @dataclass(frozen=True)

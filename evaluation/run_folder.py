@@ -15,17 +15,10 @@ from pathlib import Path
 from deepseek.files import named, read_json, read_jsonl, suggest_path
 from deepseek.selection import SETTINGS, settings_beside_a_config
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
+from evaluation.frontier import METHODS, RULES, SELECTS
 from evaluation.journal import answers_beside
 from evaluation.results import compare
 from utils import ROOT
-
-METHODS = {  # method of pipeline.py -> (score function that selects experts, method of train.py)
-    "esft-token": ("token", "esft"),
-    "esft-gate": ("gate", "esft"),
-    "random": ("token", "random"),
-    "lora": (None, "lora"),
-    "full": (None, "full"),
-}
 
 
 @dataclass
@@ -165,12 +158,17 @@ def _read_pipeline(run: Run, prefix: str) -> None:
         run.stages = list(read_json(folder / "stages.json").values())
     if (folder / "expert_scores" / "summary.json").is_file():
         scores = ExpertScores.load(folder / "expert_scores")
+    selected = {}  # flags of generate_expert_config.py by method
+    for words in run.stages:
+        given = dict(word.removeprefix("--").partition("=")[::2] for word in words[1:])
+        if words[0].endswith("generate_expert_config.py"):
+            selected[Path(given["output_path"]).stem] = given
     methods = {path.parent.name for path in folder.glob("checkpoints/*/run.json")}
     found = [(path.name.split(".")[0], read_evaluation(path)) for path in folder.glob("completions/*.summary.json")]
     order = ["base", *run.arguments.get("methods", "").split(","), *METHODS, *sorted(methods | {m for m, _ in found})]
     for method in sorted(methods, key=order.index):
-        function = METHODS.get(method, (None,))[0] or "token"
-        top_p = run.arguments.get(f"top_p_{function}", TOP_P[function])
+        function = SELECTS.get(method, RULES["esft-token"])["score_function"]
+        top_p = float(selected.get(method, {}).get("top_p", TOP_P[function]))
         run.trained.append(read_trained(folder / "checkpoints" / method, prefix + method, scores, function, top_p))
     told = {(row["method"], name): score["mean"] for row in table["rows"] for name, score in row["scores"].items()}
     asked = found[0][1].summary["arguments"]["eval_dataset"].split(",") if found else []

@@ -9,7 +9,9 @@ last checkpoint (every save_steps). Keys, data and libraries are checked before 
     expert_scores/   expert_configs/   checkpoints/<method>/   completions/<method>.<dataset>.jsonl   merged/
     table.md   table.json   expert_scores.png   losses.png
 
-Training keys come last: `learning_rate=1e-4` for all methods, `full:learning_rate=3e-5` for one, which wins.
+A method is a rule that selects experts, lora-selected (LoRA on those of esft-token), lora or full. Keys of train.py
+come last: `learning_rate=1e-4` for all methods, `full:learning_rate=3e-5` for one, which wins. `top_p`, `budget` and
+`upper_layers` say how much the rules select: `esft-token:top_p=0.3` (docs/selection.md).
 `full:save_opt_states=false` saves the disk space of a whole model's optimizer states; that method cannot resume.
 
     python scripts/pipeline.py --sweep --base_model_path=MODEL --train_dataset=DATA --eval_dataset=TASK,GENERAL [...]
@@ -39,11 +41,22 @@ from deepseek.files import check_output, read_json, suggest, write_json, write_t
 from deepseek.process_groups import Ranks
 from esft import load_tokenizer
 from evaluation.figures import colors_of, new_figure, plot_losses, save_figure
-from evaluation.run_folder import METHODS, Run, read_run
+from evaluation.frontier import METHODS, SELECTS
+from evaluation.run_folder import Run, read_run
 from evaluation.runner import check_prompts
 from evaluation.workers import plan_devices
 from scripts.merge_adapter import check_free
-from scripts.sweep import GENERAL, Plan, Sweep, add_sweep_flags, check_sweep_flags, plan_grid, questions, sweep_methods
+from scripts.sweep import (
+    GENERAL,
+    Plan,
+    Sweep,
+    add_sweep_flags,
+    check_sweep_flags,
+    flags,
+    plan_grid,
+    questions,
+    score_and_select,
+)
 from training.data import TemplateSettings, load_data
 from utils import (
     ROOT,
@@ -62,6 +75,8 @@ from utils import (
 )
 
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
+HOW_MUCH = {"top_p", "budget"}  # keys of which a rule takes one
+AMOUNTS = {*HOW_MUCH, "upper_layers"}
 PYTHON = sys.executable.removeprefix(f"{Path.cwd()}/")  # as it is typed here
 
 
@@ -110,11 +125,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--train_dataset", "--data", required=True, metavar="DATA", help=train_help)
     add("--eval_dataset", "--eval_datasets", metavar="DATA[,DATA]", help=eval_help)
     add("--output_dir", metavar="DIR", help="default: results/runs/<name of the training set>")
-    add("--methods", metavar="METHOD[,METHOD]", help=f"of {methods} (default: esft-token); see also --sweep")
+    add("--methods", metavar="METHOD[,METHOD]", help=f"of {methods} (default: esft-token)")
     add("--train_config", default=presets, metavar="FILE.yaml", help="training keys (default: %(default)s)")
-    for function, default in (("token", 0.2), ("gate", 0.1)):
-        top_p_help = f"cumulative {function} score that is trained (default: %(default)s)"
-        add(f"--top_p_{function}", type=float, default=default, metavar="P", help=top_p_help)
+    add("--contrast_dataset", metavar="DATA", help="general training data, for methods that compare the task with it: "
+        f"{', '.join(name for name, rule in SELECTS.items() if 'contrast' in rule)}")  # fmt: skip
     add("--n_sample_tokens", **count, default=131072, help="tokens to score the experts on (default: %(default)s)")
     add("--seq_length", **count, default=4096, help="tokens per pack, in scoring and training (default: %(default)s)")
     add("--template", choices=("chat", "released"), default="chat", help="how messages are rendered (default: chat)")
@@ -135,10 +149,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def known_method(name: str, methods: Iterable[str]) -> str:
-    """Return a name of `methods`. Raise ValueError for any other."""
-    if name not in methods:
-        raise ValueError(f"cannot run method {name!r}{suggest(name, methods)}. Choose of {', '.join(methods)}.")
+def known_method(name: str) -> str:
+    """Return a name of METHODS. Raise ValueError for any other."""
+    if name not in METHODS:
+        raise ValueError(f"cannot run method {name!r}{suggest(name, METHODS)}. Choose of {', '.join(METHODS)}.")
     return name
 
 
@@ -153,13 +167,8 @@ def eval_datasets(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def flags(args: argparse.Namespace, names: str) -> dict[str, object]:
-    """Return the flags of these names."""
-    return {name: getattr(args, name) for name in names.split()}
-
-
-def plan_training(args: argparse.Namespace, known: dict[str, tuple], methods: list[str]) -> dict[str, Plan]:
-    """Return what each of `methods` trains. `known` has its score function, if it selects, and its key `method`.
+def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Plan]:
+    """Return what each of `methods` trains.
 
     Raises:
         ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
@@ -171,40 +180,51 @@ def plan_training(args: argparse.Namespace, known: dict[str, tuple], methods: li
 
     named = [(*word.partition("=")[::2], word) for word in args.overrides]
     args.overrides = [word for key, value, word in named if not take_secret(key.rpartition(":")[2], value)]
-    given: dict[str, dict[str, str]] = {method: {} for method in ("", *known)}
+    given: dict[str, dict[str, str]] = {method: {} for method in ("", *METHODS)}
     for word in args.overrides:
         name, _, value = word.partition("=")
         method, _, key = name.rpartition(":")
         key = ALIASES.get(key, key)
         if key in OURS:
             raise ValueError(f"cannot use {word!r}: a flag sets {key} for all commands. See --help.")
-        given[method and known_method(method, known)][key] = value
+        given[method and known_method(method)][key] = value
+        if key in AMOUNTS and (args.sweep or not SELECTS.keys() & ({method} if method else set(methods))):
+            cause = "--shares says how much is trained" if args.sweep else "no experts are selected there"
+            raise ValueError(f"cannot use {word!r}: {cause}. Leave it out.")
 
     plans = {}
     for method in methods:
-        function, train_method = known[method]
+        rule, train_method = dict(SELECTS.get(method, {})), METHODS[method]
         keys = {"method": train_method, **flags(args, "seq_length template seed")}
-        keys |= {"lora_experts": "selected"} if function and train_method == "lora" else {}
+        keys |= {"lora_experts": "selected"} if rule and train_method == "lora" else {}
         keys |= {"dtype": args.dtype} if args.dtype != "auto" else {}
-        keys |= {"save_opt_states": "true"} | given[""] | given[method]
+        replaced = HOW_MUCH if given[method].keys() & HOW_MUCH else ()
+        usual = {key: value for key, value in given[""].items() if key not in replaced}
+        keys |= {"save_opt_states": "true"} | usual | given[method]
+        amounts = {key: keys.pop(key) for key in sorted(AMOUNTS & keys.keys())}
         words = [f"{key}={value}" for key, value in keys.items()]
         paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
-        paths |= {"expert_config": selected_experts("later")} if function else {}
-        config = read_config([*(f"--{key}={value}" for key, value in paths.items()), *words])
+        start = [f"--{key}={value}" for key, value in paths.items()]
+        if rule:
+            if "contrast" in rule and not args.contrast_dataset:
+                raise ValueError(f"cannot select by {method}: it needs general data. Give --contrast_dataset.")
+            selects = rule | amounts
+            read_config([*start, *words, *(f"{key}={value}" for key, value in selects.items() if key != "contrast")])
+            rule, start = selects, [*start, f"--expert_config={selected_experts('later')}"]
+        config = read_config([*start, *words])
         if config.streaming and "streaming=true" not in words:  # the file says so: scoring must know it, too
             words.append("streaming=true")
         arguments = training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
-        plans[method] = Plan(words, config, arguments)
+        plans[method] = Plan(words, config, arguments, rule)
         open_empty(config, Ranks(world_size=args.nproc_per_node))
         load_data(load_tokenizer(args.base_model_path), config, Ranks())  # the stages find them encoded
+    if args.contrast_dataset and not any("contrast" in plan.rule for plan in plans.values()):
+        raise ValueError("cannot use --contrast_dataset: no method compares the task with it. Leave it out.")
     return plans
 
 
 def check(args: argparse.Namespace, datasets: list[str]) -> None:
     """Raise ValueError or OSError for what would stop a later stage after hours of earlier ones."""
-    for name, top_p in flags(args, "top_p_token top_p_gate").items():
-        if not 0 < top_p <= 1:
-            raise ValueError(f"cannot use --{name} {top_p}: it is above 0 and at most 1.")
     plan_devices("auto", args.world_size, args.gpus_per_rank)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):
@@ -216,31 +236,21 @@ def check(args: argparse.Namespace, datasets: list[str]) -> None:
 
 
 def run_stages(
-    args: argparse.Namespace, stages: Stages, folder: Path, keys: dict[str, list[str]], datasets: list[str]
+    args: argparse.Namespace, stages: Stages, folder: Path, plans: dict[str, Plan], datasets: list[str]
 ) -> None:
-    """Score, select, train the methods of `keys`, evaluate them and the base, merge the first ESFT adapter, draw."""
-    function_of = {method: METHODS[method][0] for method in keys}
-    configs = {name: folder / "expert_configs" / f"{name}.json" for name in sorted(set(function_of.values()) - {None})}
-    scores, runs = folder / "expert_scores", folder / "checkpoints"
-    base, task = {"base_model_path": args.base_model_path}, {"eval_dataset": args.train_dataset}
-    if configs:
-        settings = flags(args, "n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
-        settings["streaming"] = any("streaming=true" in words for words in keys.values())
-        script = "scripts/expert/get_expert_scores.py"
-        stages.run(scores / "summary.json", script, **task, **base, output_dir=scores, **settings)
-    for name, config in configs.items():
-        paths = {"expert_scores_dir": scores, "output_path": config}
-        rule = {"score_function": name, "top_p": getattr(args, f"top_p_{name}")}
-        stages.run(config, "scripts/expert/generate_expert_config.py", **task, **paths, **rule)
+    """Score, select, train all methods, evaluate them and the base, merge the first ESFT adapter, draw."""
+    configs = {method: folder / "expert_configs" / f"{method}.json" for method, plan in plans.items() if plan.rule}
+    rules, runs = {configs[method]: plans[method].rule for method in configs}, folder / "checkpoints"
+    score_and_select(args, stages, folder, rules, any(plan.config.streaming for plan in plans.values()))
 
-    for method, words in keys.items():
-        config, output = configs.get(function_of[method]), runs / method
+    for method, plan in plans.items():
+        config, output = configs.get(method), runs / method
         paths = flags(args, "base_model_path train_dataset train_config")
         script = "train_ep.py" if config and args.nproc_per_node > 1 else "train.py"
-        options = {"processes": args.nproc_per_node, "keys": words, **paths, "expert_config": config}
+        options = {"processes": args.nproc_per_node, "keys": plan.words, **paths, "expert_config": config}
         stages.run(output / "trainer_state.json", script, **options, output_dir=output)
 
-    for method in ["base", *keys] if datasets else []:
+    for method in ["base", *plans] if datasets else []:
         output = last = folder / "completions" / f"{method}.jsonl"
         if len(datasets) > 1:
             last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl")
@@ -256,15 +266,22 @@ def run_stages(
             **flags(args, "seed dtype"),
         )
 
-    esft, merged = [method for method in keys if METHODS[method][1] == "esft"], folder / "merged"
-    if esft and not args.no_merge:
-        options = {**base, "adapter_dir": runs / esft[0], "output_dir": merged, "overwrite": True}
-        stages.run(merged / "config.json", "scripts/merge_adapter.py", **options)
-    name = next((function_of[method] for method in [*esft, *keys] if function_of[method]), None)
-    if name and find_spec("matplotlib"):
+    if (adapter := first_adapter(plans)) and not args.no_merge:
+        paths = {"adapter_dir": runs / adapter, "output_dir": folder / "merged", "overwrite": True}
+        stages.run(
+            folder / "merged" / "config.json", "scripts/merge_adapter.py", **flags(args, "base_model_path"), **paths
+        )
+    if configs and find_spec("matplotlib"):
+        first = adapter or next(iter(configs))
         picture = folder / "expert_scores.png"
-        drawn = {"expert_scores_dir": scores, "expert_config": configs[name], "score_function": name}
+        drawn = {"expert_scores_dir": folder / "expert_scores", "expert_config": configs[first]}
+        drawn["score_function"] = plans[first].rule["score_function"]
         stages.run(picture, "scripts/expert/plot_expert_scores.py", **drawn, output_path=picture)
+
+
+def first_adapter(methods: Iterable[str]) -> str | None:
+    """Return the first of `methods` that is ESFT."""
+    return next((method for method in methods if METHODS[method] == "esft"), None)
 
 
 def table_rows(run: Run, methods: list[str], datasets: list[str]) -> list[dict]:
@@ -342,15 +359,14 @@ def write_results(args: argparse.Namespace, folder: Path, methods: list[str], da
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    known = sweep_methods() if args.sweep else METHODS
-    methods = [known_method(name, known) for name in split_names(args.methods)]
+    methods = [known_method(name) for name in split_names(args.methods)]
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)
     datasets = split_names(args.eval_dataset or GENERAL) if args.sweep else eval_datasets(args)
     check(args, datasets)
-    if not args.sweep and not args.no_merge and any(METHODS[method][1] == "esft" for method in methods):
+    if not args.sweep and not args.no_merge and first_adapter(methods):
         check_free(folder / "merged", overwrite=True)
-    plans = plan_training(args, known, methods)
+    plans = plan_training(args, methods)
     grid = plan_grid(args, plans) if args.sweep else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder) as lock:
@@ -358,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.sweep:
             Sweep(args, folder, stages, plans, questions(args, folder, plans)).run(grid)
             return
-        run_stages(args, stages, folder, {method: plan.words for method, plan in plans.items()}, datasets)
+        run_stages(args, stages, folder, plans, datasets)
         write_results(args, folder, methods, datasets)
 
 

@@ -19,21 +19,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from deepseek.files import read_json, write_json, write_jsonl, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import save_figure
-from evaluation.frontier import RULES, Point, draw_frontier, frontier, recommend
+from evaluation.frontier import SELECTS, Point, draw_frontier, frontier, recommend
 from utils import ROOT, counted, environment, markdown_table, note, split_names, torchrun
 
 if TYPE_CHECKING:
     from training.config import RunConfig, TrainingArguments
 
-ADAPTED, ADAPTED_SHARE = "lora-selected", 0.25  # LoRA on the best experts by token score, a quarter of the parameters
-SELECTS = RULES | {ADAPTED: RULES["esft-token"]}
-METHODS = {**dict.fromkeys(RULES, "esft"), ADAPTED: "lora", "lora": "lora", "full": "full"}  # of a sweep -> of train.py
+ADAPTED, ADAPTED_SHARE = "lora-selected", 0.25  # the experts that LoRA adapts hold a quarter of the parameters
 DEFAULTS = {
     "shares": [0.07, 0.25],
     "rates": [1.0, 2.0],
     "strengths": [0.5, 0.7, 1.0],
     "max_loss": 2.0,
-    "contrast_dataset": None,
 }
 LEAST_KNOWN = 20.0  # percent of the general questions that the base has to know
 FEW = 30  # samples
@@ -41,11 +38,12 @@ GENERAL = "general"  # what is asked by default
 
 
 class Plan(NamedTuple):
-    """What a method trains: the words for train.py, and what they mean."""
+    """What a method trains: the words for train.py, what they mean, and the flags that select its experts."""
 
     words: list[str]
     config: "RunConfig"
     arguments: "TrainingArguments"
+    rule: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,17 @@ def numbers(most: float) -> Callable[[str], list[float]]:
     return convert
 
 
+def flags(args: argparse.Namespace, names: str) -> dict[str, object]:
+    """Return the flags of these names."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     """Add --sweep and what goes with it."""
     add, usual = parser.add_argument_group("sweep").add_argument, DEFAULTS
     shown = {name: ",".join(f"{number:g}" for number in usual[name]) for name in ("shares", "rates", "strengths")}
-    add("--sweep", action="store_true", help="look for the best point between learning and forgetting, see above; "
-        f"--methods are then of {', '.join(METHODS)} (default: esft-token,esft-gradient-global)")  # fmt: skip
+    add("--sweep", action="store_true", help="look for the best point between learning and forgetting, see above "
+        "(default of --methods: esft-token,esft-gradient-global)")  # fmt: skip
     add("--shares", type=numbers(1), metavar="S[,S]", help="shares of the model's parameters to train; LoRA takes the "
         f"rank that comes nearest (default: {shown['shares']})")  # fmt: skip
     add("--rates", type=numbers(1e6), metavar="X[,X]", help="factors of each method's learning_rate (default: "
@@ -109,7 +112,6 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
         f"(default: {shown['strengths']})")  # fmt: skip
     add("--max_loss", type=float, metavar="POINTS", help="what the recommended point may lose of general skills "
         f"(default: {usual['max_loss']:g})")  # fmt: skip
-    add("--contrast_dataset", metavar="DATA", help="general training data, for methods that compare the task with it")
 
 
 def check_sweep_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -119,12 +121,8 @@ def check_sweep_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
             setattr(args, name, default)
         elif getattr(args, name) is not None and not args.sweep:
             parser.error(f"--{name} has an effect only with --sweep")
-    others = ("top_p_token", "top_p_gate", "no_merge")
-    changed = [name for name in others if getattr(args, name) != parser.get_default(name)]
-    if args.sweep and changed:
-        parser.error(
-            f"--{changed[0]} has no effect with --sweep: --shares says how much is trained, and nothing is merged"
-        )
+    if args.sweep and args.no_merge:
+        parser.error("--no_merge has no effect with --sweep: nothing is merged")
     if args.sweep and not 0 <= args.max_loss < math.inf:
         parser.error(f"--max_loss {args.max_loss:g} is not a number of points from 0")
     if args.sweep and args.eval_dataset and len(split_names(args.eval_dataset)) != 2:
@@ -133,17 +131,11 @@ def check_sweep_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         args.methods = "esft-token,esft-gradient-global" if args.sweep else "esft-token"
 
 
-def sweep_methods() -> dict[str, tuple[str | None, str]]:
-    """Return what `plan_training` has to know of the methods of a sweep."""
-    return {name: (SELECTS.get(name, {}).get("score_function"), method) for name, method in METHODS.items()}
-
-
 def plan_grid(args: argparse.Namespace, plans: dict[str, Plan]) -> list[Candidate]:
     """Return the candidates.
 
     Raises:
-        ValueError: a share that the routed experts do not have, too few steps for a third of them, or a rule that
-            needs general data.
+        ValueError: a share that the routed experts do not have, or too few steps for a third of them.
     """
     from training.methods import budget_of, rank_of  # slow; --help can do without
 
@@ -152,8 +144,6 @@ def plan_grid(args: argparse.Namespace, plans: dict[str, Plan]) -> list[Candidat
         steps, rate = plan.arguments.max_steps, plan.arguments.learning_rate
         if 0 < steps < 3:
             raise ValueError(f"cannot train a third of max_steps={steps}. Give at least 3.")
-        if "contrast" in RULES.get(method, ()) and not args.contrast_dataset:
-            raise ValueError(f"cannot select by {method}: it needs general data. Give --contrast_dataset.")
         for share in [1.0] if method == "full" else args.shares:
             size = {"share": share}
             if method == "lora":
@@ -200,6 +190,26 @@ def questions(args: argparse.Namespace, folder: Path, plans: dict[str, Plan]) ->
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
 
+def score_and_select(
+    args: argparse.Namespace, stages, folder: Path, rules: dict[Path, dict[str, object]], streaming: bool
+) -> None:
+    """Score the experts by what `rules` need, and write each config. Rules are flags of generate_expert_config.py."""
+    scored = {"expert_scores": args.train_dataset} if rules else {}
+    if any("contrast" in rule for rule in rules.values()):
+        scored["general_scores"] = args.contrast_dataset
+    functions = {rule["score_function"] for rule in rules.values()} - {"token", "gate"}
+    settings = flags(args, "base_model_path n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
+    settings |= {"scores": ",".join(sorted(functions)) or None, "streaming": streaming}
+    for name, dataset in scored.items():
+        paths = {"eval_dataset": dataset, "output_dir": folder / name}
+        stages.run(folder / name / "summary.json", "scripts/expert/get_expert_scores.py", **paths, **settings)
+    for path, rule in rules.items():
+        paths = {"expert_scores_dir": folder / "expert_scores", "output_path": path}
+        paths |= {"contrast_scores_dir": folder / "general_scores"} if "contrast" in rule else {}
+        drawn = {"seed": args.seed} if rule.get("strategy") == "random" else {}
+        stages.run(path, "scripts/expert/generate_expert_config.py", **paths, **rule, **drawn)
+
+
 def survivors(tried: dict[Candidate, list[Point]], base: Point) -> list[Candidate]:
     """Return the candidates with a point on the frontier that learns more than the base."""
     best = frontier([base, *(point for curve in tried.values() for point in curve)])
@@ -212,9 +222,6 @@ class Sweep:
 
     def __init__(self, args: argparse.Namespace, folder: Path, stages, plans: dict[str, Plan], asked: tuple[str, str]):
         self.args, self.folder, self.stages, self.plans, self.asked = args, folder, stages, plans, asked
-
-    def flags(self, names: str) -> dict[str, object]:
-        return {name: getattr(self.args, name) for name in names.split()}
 
     def run(self, grid: list[Candidate]) -> Point:
         """Train the grid, prune it, train the rest, write what came out, and return the recommended point."""
@@ -235,25 +242,11 @@ class Sweep:
 
     def select(self, grid: list[Candidate]) -> None:
         """Score the experts, and select those of each candidate."""
-        chosen = {c.selection: c for c in grid if c.method in SELECTS}
-        scored = {"expert_scores": self.args.train_dataset}
-        if any("contrast" in SELECTS[c.method] for c in chosen.values()):
-            scored["general_scores"] = self.args.contrast_dataset
-        functions = {SELECTS[c.method]["score_function"] for c in chosen.values()} - {"token", "gate"}
-        for name, dataset in scored.items() if chosen else ():
-            settings = self.flags("n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
-            settings |= {"base_model_path": self.args.base_model_path, "scores": ",".join(sorted(functions)) or None}
-            settings["streaming"] = any(plan.config.streaming for plan in self.plans.values())
-            paths = {"eval_dataset": dataset, "output_dir": self.folder / name}
-            self.stages.run(
-                self.folder / name / "summary.json", "scripts/expert/get_expert_scores.py", **paths, **settings
-            )
-        for candidate in chosen.values():
-            rule = {**SELECTS[candidate.method], "budget": f"{candidate.budget:.6g}"}
-            rule |= {"contrast_scores_dir": self.folder / "general_scores"} if "contrast" in rule else {}
-            rule |= {"seed": self.args.seed} if rule.get("strategy") == "random" else {}
-            paths = {"expert_scores_dir": self.folder / "expert_scores", "output_path": self.config_of(candidate)}
-            self.stages.run(paths["output_path"], "scripts/expert/generate_expert_config.py", **paths, **rule)
+        rules = {
+            self.config_of(c): {**SELECTS[c.method], "budget": f"{c.budget:.6g}"} for c in grid if c.method in SELECTS
+        }
+        streaming = any(plan.config.streaming for plan in self.plans.values())
+        score_and_select(self.args, self.stages, self.folder, rules, streaming)
 
     def config_of(self, candidate: Candidate) -> Path | None:
         return self.folder / "expert_configs" / f"{candidate.selection}.json" if candidate.budget else None
@@ -266,7 +259,7 @@ class Sweep:
             steps, epochs = plan.arguments.max_steps, plan.arguments.num_train_epochs
             words.append(f"max_steps={steps // 3}" if steps > 0 else f"num_train_epochs={epochs / 3:.6g}")
         script = "train_ep.py" if config and self.args.nproc_per_node > 1 else "train.py"
-        paths = self.flags("base_model_path train_dataset train_config") | {"expert_config": config}
+        paths = flags(self.args, "base_model_path train_dataset train_config") | {"expert_config": config}
         return script, {"processes": self.args.nproc_per_node, "keys": words, **paths}
 
     def measure(self, candidate: Candidate, stage: str, place: str) -> list[Point]:
@@ -304,9 +297,9 @@ class Sweep:
             base_answers=output.parent if model else None,
             strength=",".join(f"{strength:g}" for strength in self.args.strengths) if model else None,
             output_path=output,
-            **self.flags("world_size gpus_per_rank template max_new_tokens eval_batch_size"),
+            **flags(self.args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
             n_samples=self.args.n_eval_samples,
-            **self.flags("seed dtype"),
+            **flags(self.args, "seed dtype"),
         )
         if not model:
             return [(0.0, *(read_json(summary)["mean"] for summary in summaries))]

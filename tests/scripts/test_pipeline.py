@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from deepseek.files import write_json
-from evaluation.run_folder import METHODS, read_run
+from evaluation.run_folder import read_run
 from scripts import pipeline
 from utils import ROOT
 
@@ -174,7 +174,12 @@ WRONG = {
     "keys that do not fit": (["--methods=full", "--train_config=configs/tiny.yaml", "save_steps=40"], "but found 40"),
     "a flag here": (["full:seq_length=8"], "a flag sets seq_length"),
     "config": (["--train_config=no_such.yaml"], "no_such.yaml"),
-    "top_p": (["--top_p_gate=1.5"], "--top_p_gate 1.5"),
+    "top_p": (["--methods=esft-gate", "esft-gate:top_p=1.5"], "top_p is 1.5"),
+    "top_p and budget": (["esft-token:top_p=0.2", "esft-token:budget=0.1"], "top_p and budget both say how many"),
+    "upper_layers of another rule": (["upper_layers=2"], "not upper_layers"),
+    "amount of no rule": (["--methods=full,esft-token", "full:budget=0.1"], "no experts are selected there"),
+    "no general data": (["--methods=esft-fisher"], "esft-fisher: it needs general data. Give --contrast_dataset"),
+    "needless general data": (["--contrast_dataset=law"], "no method compares the task with it"),
     "training rows": (["--train_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
     "evaluation rows": (["--eval_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
     "same names": (["--eval_dataset=law,{tmp}/law.jsonl"], "two have one name"),
@@ -223,7 +228,7 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
         "lr=2e-3",
     ]
     args = pipeline.parse_args([*flags, "full:save_opt_states=false"])
-    plans = pipeline.plan_training(args, METHODS, ["esft-token", "full"])
+    plans = pipeline.plan_training(args, ["esft-token", "full"])
     keys = {method: plan.words for method, plan in plans.items()}
     assert {"method=esft", "learning_rate=2e-3", "save_opt_states=true"} <= set(keys["esft-token"])
     assert {"method=full", "learning_rate=1e-3", "save_opt_states=false"} <= set(keys["full"])
@@ -242,16 +247,44 @@ def test_scoring_streams_where_training_does(tmp_path):
     by_file, by_word = [f"--train_config={tmp_path / 'keys.yaml'}"], ["streaming=true", "n_train_samples=5"]
     for more, streams in ([], False), (by_word, True), (by_file, True):
         args = pipeline.parse_args([*words, *more])
-        keys = pipeline.plan_training(args, METHODS, ["esft-token"])["esft-token"].words
-        pipeline.run_stages(args, Stages(), tmp_path, {"esft-token": keys}, [])
+        pipeline.run_stages(args, Stages(), tmp_path, pipeline.plan_training(args, ["esft-token"]), [])
         assert asked["scripts/expert/get_expert_scores.py"]["streaming"] is streams
+
+
+def test_each_method_has_its_rule_and_its_amount(tmp_path):
+    asked = []
+
+    class Stages:
+        def run(self, output, script, **flags):
+            asked.append((script.rpartition("/")[2], flags))
+
+    words = ["--base_model_path=results/models/tiny", "--train_dataset=intent", "--template=released", "--no_merge"]
+    words += ["--contrast_dataset=law", "esft-gradient-global:budget=0.31", "lora-selected:top_p=0.5", "top_p=0.3"]
+    methods = ["esft-token", "esft-gradient-global", "esft-fisher", "random", "lora-selected", "lora"]
+    args = pipeline.parse_args(words)
+    pipeline.run_stages(args, Stages(), tmp_path, pipeline.plan_training(args, methods), [])
+    scored = [flags for script, flags in asked if script == "get_expert_scores.py"]
+    assert [flags["eval_dataset"] for flags in scored] == ["intent", "law"]
+    assert {flags["scores"] for flags in scored} == {"gradient"}
+    rules = {flags["output_path"].stem: flags for script, flags in asked if script == "generate_expert_config.py"}
+    assert list(rules) == methods[:-1]
+    amounts = {name: {key: flags[key] for key in ("top_p", "budget") if key in flags} for name, flags in rules.items()}
+    own = {"esft-gradient-global": {"budget": "0.31"}, "lora-selected": {"top_p": "0.5"}}
+    assert amounts == {name: own.get(name, {"top_p": "0.3"}) for name in rules}
+    assert rules["esft-gradient-global"]["strategy"] == "global" and rules["random"]["seed"] == 0
+    assert rules["esft-fisher"]["contrast_scores_dir"] == tmp_path / "general_scores"
+    trained = {flags["output_dir"].name: flags for script, flags in asked if script == "train.py"}
+    assert list(trained) == methods and trained["lora"]["expert_config"] is None
+    assert all(trained[name]["expert_config"] == rules[name]["output_path"] for name in rules)
+    assert not any(word.startswith(("top_p", "budget")) for flags in trained.values() for word in flags["keys"])
+    assert "lora_experts=selected" in trained["lora-selected"]["keys"]
 
 
 @pytest.mark.parametrize("key", ["wandb_api_key", "full:wandb_api_key"])
 def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "old")  # restored after the test
     args = pipeline.parse_args(["--model=results/models/tiny", "--data=intent", f"{key}=s3cret", "lr=2e-3"])
-    plans = pipeline.plan_training(args, METHODS, ["esft-token", "full"])
+    plans = pipeline.plan_training(args, ["esft-token", "full"])
     assert os.environ["WANDB_API_KEY"] == "s3cret" and "s3cret" not in f"{args} {plans}"
     assert args.overrides == ["lr=2e-3"]
 

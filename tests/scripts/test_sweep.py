@@ -42,7 +42,7 @@ def at_root(monkeypatch):
 
 def grid_of(*more: str) -> list[Candidate]:
     args = pipeline.parse_args([*FLAGS, *more])
-    return sweep.plan_grid(args, pipeline.plan_training(args, sweep.sweep_methods(), args.methods.split(",")))
+    return sweep.plan_grid(args, pipeline.plan_training(args, args.methods.split(",")))
 
 
 def test_the_grid_has_every_method_at_every_share_and_rate():
@@ -103,7 +103,7 @@ def test_a_candidate_goes_on_if_one_of_its_strengths_is_on_the_frontier():
         (["--eval_dataset=law,nowhere"], "nowhere"),
         (["--methods=esft-contrast"], "cannot select by esft-contrast: it needs general data"),
         (["max_steps=2"], "cannot train a third of max_steps=2"),
-        (["--top_p_token=0.3"], "--top_p_token has no effect with --sweep"),
+        (["esft-token:top_p=0.3"], "'esft-token:top_p=0.3': --shares says how much is trained"),
         (["--no_merge"], "--no_merge has no effect with --sweep"),
         (["--max_loss=nan"], "--max_loss nan is not a number of points from 0"),
         (["lora:learning_rat=1"], "learning_rat"),
@@ -117,7 +117,7 @@ def test_wrong_flags_are_refused_first(flags, sentence, tmp_path, capsys, monkey
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--shares=0.1", "--max_loss=3", "--contrast_dataset=law"])
+@pytest.mark.parametrize("flag", ["--shares=0.1", "--max_loss=3"])
 def test_a_flag_of_the_sweep_needs_it(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         pipeline.parse_args([f"--model={TINY}", "--data=law", flag])
