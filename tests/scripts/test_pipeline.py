@@ -48,6 +48,17 @@ def test_the_table_holds_what_the_stages_wrote(tmp_path):
     assert pipeline.against_full(rows[:2]) == ""
 
 
+def test_a_run_knows_by_which_score_and_how_far_each_method_selects(tmp_path):
+    methods = ("esft-gradient", "esft-token", "full")
+    for method in methods:
+        write_run(tmp_path, method, 70.0, 90.0)
+    words = ["scripts/expert/generate_expert_config.py", "--output_path=out/expert_configs/esft-token.json"]
+    write_json(tmp_path / "stages.json", {"a": [*words, "--top_p=0.35"], "b": ["train.py", "--output_dir=out"]})
+    trained = {model.label: model for model in read_run(tmp_path).trained}
+    assert [trained[name].function for name in methods[:2]] == ["gradient", "token"]
+    assert trained["esft-token"].top_p == 0.35 and trained["esft-gradient"].top_p == 0.2
+
+
 def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypatch):
     ran = []
 
