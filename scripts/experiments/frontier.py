@@ -49,6 +49,7 @@ OTHERS = (*(rule for rule in RULES if rule not in CORE), SHARED)
 LIKE = {"random": 1.0, SHARED: 0.5}  # row -> its rate, of the paper's rule's at the same share
 RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
 RATES[ADAPTED], RATES["muon"] = RATES[""], ("8e-3", "1.6e-2", "3.2e-2")
+LOSS = 1.0  # points of general skills, at which rows are compared; a question is 0.64 points
 SMALL, RATES_OF_SMALL = 0.03, ("2e-3", "4e-3", "8e-3")  # few experts take a larger rate
 
 
@@ -185,12 +186,12 @@ class Study:
         """Return what a row keeps where it has learned as much as `other` has; -inf in a seed where it never has."""
         return self.mean(lambda task, seed: kept_at(self.curve(row, task, seed), self.taken(other, task, seed).task))
 
-    def learned_like(self, row: Row, other: Row) -> list[float]:
-        """Return what a row learns where it keeps as much as `other` does, or as the base, if that is less."""
+    def learned_within(self, row: Row) -> list[float]:
+        """Return the most that a row learns at any strength where it loses at most LOSS points of general skills."""
 
         def learned(task: str, seed: int) -> float:
             base, *_ = curve = self.curve(row, task, seed)
-            return learned_at(curve, min(base.general, self.taken(other, task, seed).general))
+            return learned_at(curve, base.general - LOSS)
 
         return self.mean(learned)
 
@@ -255,7 +256,7 @@ def comparison(study: Study, pairs: list[tuple[Row, Row]]) -> Table:
         by = {
             "learns": differences(study.learned(one), learned),
             "keeps": differences(study.kept(one), kept),
-            "learns_at_equal_keeping": differences(study.learned_like(one, other), learned),
+            "learns_at_equal_loss": differences(study.learned_within(one), study.learned_within(other)),
             "keeps_at_equal_learning": differences(study.kept_like(one, other), kept),
         }
         shown = [interval(values, "+.1f") if min(values) > float("-inf") else "-" for values in by.values()]
@@ -263,7 +264,7 @@ def comparison(study: Study, pairs: list[tuple[Row, Row]]) -> Table:
         lines.append([one.label, other.label, *shown, said])
         values = {what: None if cell == "-" else by[what] for what, cell in zip(by, shown)}
         found.append({"one": one.label, "other": other.label, **values, "verdict": said})
-    heads = ["learns more by", "keeps more by", "learns more at equal keeping by", "keeps more at equal learning by"]
+    heads = ["learns more by", "keeps more by", "learns more at equal loss by", "keeps more at equal learning by"]
     return markdown_table(["one", "other", *heads, "verdict"], lines), found
 
 
@@ -314,11 +315,11 @@ the first seed, for each task): those that learn most on validation questions an
 skills there. Scores are those on the test questions; brackets are 95 % t intervals over seeds. The time of a step is a
 median, and two runs shared the machine: compare times by benchmark.py.
 
-The differences are in points, seed by seed, averaged over the tasks. "At equal keeping" follows the first row's curve
-over strengths to where it keeps as much as the other, or as the base if the other keeps more than that. "At equal
-learning" follows it to where it has learned as much; "-" where it does not get there in some seed. One dominates the
-other if it is certainly better in learning or in keeping (the interval is above 0), and on average not worse in the
-other."""
+The differences are in points, seed by seed, averaged over the tasks. "At equal loss" compares what both learn at most
+where they lose at most 1 point of the general skills; here the test questions choose the strength, for both. "At equal
+learning" follows the first row's curve over strengths to where it has learned as much as the other; "-" where it does
+not get there in some seed. One dominates the other if it is certainly better in learning or in keeping (the interval is
+above 0), and on average not worse in the other."""
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

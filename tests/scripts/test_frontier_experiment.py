@@ -230,6 +230,7 @@ def test_tables_show_differences_seed_by_seed_and_say_where_they_come_from(tmp_p
     (pair,) = told["pairs"]
     assert pair["learns"] == [a - b for a, b in zip(lora["average"], paper["average"])]
     assert pair["keeps"] == [a - b for a, b in zip(lora["general"], paper["general"])]
+    assert len(pair["learns_at_equal_loss"]) == 3
     assert (lora["trained"], lora["held_mib"], lora["step_seconds"]) == (0.07, 3, 0.25)
     assert "| 7.0% | 3.0 MiB | 0.25 |" in tables["a"]
     taken = next(p for p in paper["curves"]["law"][1] if p["strength"] == paper["strength"]["law"])
@@ -237,22 +238,19 @@ def test_tables_show_differences_seed_by_seed_and_say_where_they_come_from(tmp_p
     assert Path(f"{stem}_a.svg").read_text().count("<svg") == 1
 
 
-def test_at_equal_keeping_no_row_has_to_keep_more_than_the_base(tmp_path, commands, monkeypatch):
-    flags = ["--parts=a", "--tasks=law", "--seeds=0", f"--work_dir={tmp_path}"]
-    args = frontier.parse_args(flags)
+def test_at_equal_loss_each_row_takes_the_strength_that_learns_most(tmp_path, commands, monkeypatch):
+    args = frontier.parse_args(["--parts=a", "--tasks=law", "--seeds=0", f"--work_dir={tmp_path}"])
     study = frontier.Study(args, frontier_runs.FrontierLab(args))
     one, other = Row("lora", 0.07), Row(PAPER, 0.07)
     study.rate_of = dict.fromkeys((one, other), "1e-3")
     curves = {  # strength, task, general
         one.name: [(0.0, 3, 90), (0.5, 40, 91), (1.0, 60, 86)],
-        other.name: [(0.0, 3, 90), (0.5, 70, 88.5), (1.0, 50, 93)],
+        other.name: [(0.0, 3, 90), (0.5, 70, 88), (1.0, 50, 93)],
     }
     monkeypatch.setattr(study.lab, "points", lambda trial, _: [Point("", *p) for p in curves[trial.row]])
-    taken = {0.5: 50, 1.0: 44}  # what `one` learns where it keeps 88.5, and where it keeps the base's 90
-    for strength, learned in taken.items():
-        monkeypatch.setattr(study, "strength", lambda *_, at=strength: at)
-        assert study.learned_like(one, other) == [learned]
-    assert study.kept_like(one, other) == [88.5]  # where it has learned 50
+    assert study.learned_within(one) == [48] and study.learned_within(other) == [66]  # both where they keep 89
+    monkeypatch.setattr(study, "strength", lambda *_: 0.5)
+    assert study.kept_like(one, other) == [float("-inf")] and study.kept_like(other, one) == [88 + 5 * 20 / 20]
 
 
 def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, monkeypatch):
