@@ -3,18 +3,19 @@
     python scripts/experiments/frontier.py --parts=a,b,c --output=results/tables/frontier
 
     a  the paper's rule, two others and LoRA at four shares of the parameters, and full fine-tuning
-    b  all other rules at 7 %, random experts, and the experts with the shared experts at half the rate
+    b  all other rules at 7 %, and random experts
     c  the rows of (a) on the tasks that are not in --tasks, with the first seed
     d  the other rules at the other shares (nearly as long as all the rest)
     e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
     f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
+    g  the shared experts beside those of two rules, at half the rate; together they are the share
 
 A method is not one point: its learning rate decides what it forgets, and base + strength x (tuned - base) costs no
 training. So every training is evaluated at four strengths, and every method is taken at its best rate and strength:
 those that learn most on questions that are not the test's and lose at most two points of the general skills there. The
 rate is found with the first seed, for each method and share, from three; the strength for each task as well. All seeds
-are then judged on the test questions. Random experts take the rate of the paper's rule, and the experts with the shared
-ones half of it. LoRA takes the rank that trains as many parameters.
+are then judged on the test questions. Random experts take the rate of the paper's rule, and experts with the shared
+ones half the rate of those without. LoRA takes the rank that trains as many parameters.
 
 A finished run has a file in --work_dir. The same command continues, also on another day with more parts or seeds, and
 gives the same tables. A run is made again when its data, base or versions change. After a change of the code, remove
@@ -24,201 +25,18 @@ the folder. Brackets are 95 % t intervals over seeds.
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from deepseek.experts import moe_layers
 from deepseek.files import check_output, write_json, write_text
-from deepseek.loading import empty_model
 from evaluation.figures import check_picture, save_figure
-from evaluation.frontier import RULES, Point, draw_frontier, kept_at, learned_at, recommend
-from scripts.experiments.frontier_runs import MAX_LOSS, RECIPES, FrontierLab, Trial
+from evaluation.frontier import Point, draw_frontier
+from scripts.experiments.frontier_runs import FrontierLab
+from scripts.experiments.frontier_study import NAMES, PAPER, PARTS, SHARES, Row, Study
 from scripts.experiments.paper_results import half_width, interval
-from scripts.experiments.paper_runs import TASKS, TINY
-from training.methods import budget_of, rank_of
-from utils import ROOT, command_parser, locked, markdown_table, positive, run_cli, seed_number
-
-SHARES = (0.025, 0.07, 0.15, 0.25)
-PAPER, SHARED, ADAPTED = "esft-token", "esft-token-shared", "lora-selected"
-ADAPTED_SHARE = 0.25  # of the parameters, in the experts that LoRA adapts
-CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
-OTHERS = (*(rule for rule in RULES if rule not in CORE), SHARED)
-LIKE = {"random": 1.0, SHARED: 0.5}  # row -> its rate, of the paper's rule's at the same share
-RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
-RATES[ADAPTED], RATES["muon"] = RATES[""], ("8e-3", "1.6e-2", "3.2e-2")
-LOSS = 1.0  # points of general skills, at which rows are compared; a question is 0.64 points
-SMALL, RATES_OF_SMALL = 0.03, ("2e-3", "4e-3", "8e-3")  # few experts take a larger rate
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is compared: a rule of RULES or another method, and its share of all parameters (0 for full)."""
-
-    name: str
-    share: float = 0.0
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.share:.1%}".replace(".0%", "%") if self.share else self.name
-
-    @property
-    def rates(self) -> tuple[str, ...]:
-        if self.name not in RATES and self.share < SMALL:
-            return RATES_OF_SMALL
-        return RATES.get(self.name, RATES[""])
-
-
-NAMES = [*CORE, "full", *OTHERS, ADAPTED, *RECIPES]
-PARTS: dict[str, tuple[str, list[Row]]] = {
-    "a": ("The paper's rule, two others, LoRA and full", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
-    "b": ("All rules at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in OTHERS)]),
-    "c": ("Other tasks, one seed", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
-    "d": ("The other rules at the other shares",
-          [Row(name, s) for name in (PAPER, *OTHERS) for s in SHARES if s != 0.07]),
-    "e": ("LoRA on selected experts", [Row(name, s) for name in (PAPER, "lora", ADAPTED) for s in SHARES[:3]]),
-    "f": ("What a run can do while it trains, at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in RECIPES)]),
-}  # fmt: skip
-
-
-class Study:
-    """Finds each row's rate and strengths, and then what it learns and keeps, seed by seed."""
-
-    def __init__(self, args: argparse.Namespace, lab: FrontierLab):
-        self.args, self.lab, self.first = args, lab, args.seeds[0]
-        self.rate_of: dict[Row, str] = {}
-        self.size_of: dict[Row, dict] = {}
-
-    def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
-        """Return a training of a row, at its best rate if no other is given."""
-        method = {"lora": "lora", ADAPTED: "lora", "full": "full", "base": "base"}.get(row.name, "esft")
-        rule = PAPER if row.name in (SHARED, ADAPTED, *RECIPES) else row.name if method == "esft" else ""
-        rate = "" if method == "base" else rate or self.rate_of[row]
-        return Trial(task, method, seed, learning_rate=rate, shared=row.name == SHARED, row=row.name, rule=rule,
-                     share=row.share, validated=seed == self.first, **self.size(row))  # fmt: skip
-
-    def size(self, row: Row) -> dict:
-        if row not in self.size_of:
-            size = {}
-            if row.name == ADAPTED:
-                size = adapted_size(row.share)
-            elif row.name == "lora":
-                size = {"rank": rank_of(empty_model(ROOT / TINY), row.share)}
-            elif row.share:
-                size = {"budget": budget_of(empty_model(ROOT / TINY), row.share)}
-            self.size_of[row] = size
-        return self.size_of[row]
-
-    # ---- what is run ------------------------------------------------------------------------------------------------
-
-    def run(self, rows: list[Row], others: list[Row]) -> None:
-        """Make all results: rates first. `others` are the rows on the tasks that are not in --tasks."""
-        rows = list(dict.fromkeys([*rows, *(Row(PAPER, row.share) for row in rows if row.share)]))  # all are compared
-        needed = list(dict.fromkeys([*rows, *others]))
-        tasks = [*self.args.tasks, *(self.other_tasks() if others else [])]
-        self.lab.make((self.trial(Row("base"), task, self.first) for task in tasks), "base")
-        tried = [row for row in needed if row.name not in LIKE]
-        self.lab.make(
-            (
-                self.trial(row, task, self.first, rate)
-                for row in tried
-                for rate in row.rates
-                for task in self.args.tasks
-            ),
-            "rates",
-        )
-        for row in sorted(needed, key=lambda row: row.name in LIKE):
-            self.rate_of[row] = self.best_rate(row)
-        wanted = [self.trial(row, task, seed) for seed in self.args.seeds for task in self.args.tasks for row in rows]
-        wanted += [self.trial(row, task, self.first) for task in self.other_tasks() for row in others]
-        self.lab.make(wanted, "runs")
-
-    def other_tasks(self) -> list[str]:
-        return [task for task in TASKS if task not in self.args.tasks]
-
-    def best_rate(self, row: Row) -> str:
-        """Return the rate that learns most at the best strength, on the validation questions. The lower one of equals.
-
-        A row of LIKE has a fixed part of the rate of the paper's rule.
-        """
-        if row.name in LIKE:
-            rate, factor = self.rate_of[Row(PAPER, row.share)], LIKE[row.name]
-            return rate if factor == 1 else f"{factor * float(rate):g}"
-
-        def learned(rate: str) -> float:
-            trials = [self.trial(row, task, self.first, rate) for task in self.args.tasks]
-            return statistics.fmean(self.chosen(trial).task for trial in trials)
-
-        return max(row.rates, key=lambda rate: (learned(rate), -float(rate)))
-
-    def chosen(self, trial: Trial) -> Point:
-        """Return the point of a validated trial that is taken, as the validation questions see it."""
-        base, *curve = self.lab.points(trial, "validation")
-        return recommend(curve, base, MAX_LOSS)
-
-    # ---- what came out ----------------------------------------------------------------------------------------------
-
-    def strength(self, row: Row, task: str) -> float:
-        return self.chosen(self.trial(row, task, self.first)).strength
-
-    def curve(self, row: Row, task: str, seed: int) -> list[Point]:
-        """Return a row's test scores at each strength, from the base on."""
-        return self.lab.points(self.trial(row, task, seed), "test")
-
-    def taken(self, row: Row, task: str, seed: int) -> Point:
-        """Return a row's test scores at the strength taken."""
-        strength = self.strength(row, task)
-        return next(point for point in self.curve(row, task, seed) if point.strength == strength)
-
-    def mean(self, value: Callable[[str, int], float]) -> list[float]:
-        """Return a value of (task, seed) for each seed, averaged over --tasks."""
-        return [statistics.fmean(value(task, seed) for task in self.args.tasks) for seed in self.args.seeds]
-
-    def learned(self, row: Row) -> list[float]:
-        return self.mean(lambda task, seed: self.taken(row, task, seed).task)
-
-    def kept(self, row: Row) -> list[float]:
-        return self.mean(lambda task, seed: self.taken(row, task, seed).general)
-
-    def kept_like(self, row: Row, other: Row) -> list[float]:
-        """Return what a row keeps where it has learned as much as `other` has; -inf in a seed where it never has."""
-        return self.mean(lambda task, seed: kept_at(self.curve(row, task, seed), self.taken(other, task, seed).task))
-
-    def learned_within(self, row: Row) -> list[float]:
-        """Return the most that a row learns at any strength where it loses at most LOSS points of general skills."""
-
-        def learned(task: str, seed: int) -> float:
-            base, *_ = curve = self.curve(row, task, seed)
-            return learned_at(curve, base.general - LOSS)
-
-        return self.mean(learned)
-
-    def cost(self, row: Row, tasks: list[str], seeds: list[int]) -> dict:
-        """Return the share that a row trains, its gradients and optimizer states in MiB, and seconds per step."""
-        told = [self.lab.result(self.trial(row, task, seed))["trained"] for task in tasks for seed in seeds]
-        held = [(one["gradient_bytes"] + one["optimizer_bytes"]) / 2**20 for one in told]
-        return {
-            "trained": statistics.fmean(one["trained_parameters"] / one["parameters"] for one in told),
-            "held_mib": statistics.fmean(held),
-            "step_seconds": statistics.median(one["step_seconds"] for one in told),
-        }
-
-    def validated(self, row: Row) -> float:
-        """Return what a row learns on the validation questions, at the strengths taken."""
-        points = [self.chosen(self.trial(row, task, self.first)) for task in self.args.tasks]
-        return statistics.fmean(point.task for point in points)
-
-
-def adapted_size(share: float) -> dict:
-    """Return the budget and the rank at which LoRA on selected experts trains a share of the parameters."""
-    model = empty_model(ROOT / TINY)
-    config, budget = model.config, budget_of(model, ADAPTED_SHARE)
-    experts = round(budget * sum(layer.num_experts for layer in moe_layers(model).values()))
-    of_rank_1 = experts * 3 * (config.hidden_size + config.moe_intermediate_size)  # three projections, A and B each
-    return {"budget": budget, "rank": round(share * sum(p.numel() for p in model.parameters()) / of_rank_1)}
-
+from scripts.experiments.paper_runs import TASKS
+from utils import command_parser, locked, markdown_table, positive, run_cli, seed_number
 
 # ---- tables: each function returns Markdown, and rows for the JSON ---------------------------------------------------
 
@@ -252,18 +70,15 @@ def comparison(study: Study, pairs: list[tuple[Row, Row]]) -> Table:
     """Return a line per pair: what one learns and keeps more than the other, and whether it dominates."""
     lines, found = [], []
     for one, other in pairs:
-        learned, kept = study.learned(other), study.kept(other)
         by = {
-            "learns": differences(study.learned(one), learned),
-            "keeps": differences(study.kept(one), kept),
+            "learns": differences(study.learned(one), study.learned(other)),
+            "keeps": differences(study.kept(one), study.kept(other)),
             "learns_at_equal_loss": differences(study.learned_within(one), study.learned_within(other)),
-            "keeps_at_equal_learning": differences(study.kept_like(one, other), kept),
+            "keeps_at_equal_learning": study.keeps_at_equal_learning(one, other),
         }
-        shown = [interval(values, "+.1f") if min(values) > float("-inf") else "-" for values in by.values()]
         said = verdict(by["learns"], by["keeps"])
-        lines.append([one.label, other.label, *shown, said])
-        values = {what: None if cell == "-" else by[what] for what, cell in zip(by, shown)}
-        found.append({"one": one.label, "other": other.label, **values, "verdict": said})
+        lines.append([one.label, other.label, *(interval(values, "+.1f") for values in by.values()), said])
+        found.append({"one": one.label, "other": other.label, **by, "verdict": said})
     heads = ["learns more by", "keeps more by", "learns more at equal loss by", "keeps more at equal learning by"]
     return markdown_table(["one", "other", *heads, "verdict"], lines), found
 
@@ -315,11 +130,11 @@ the first seed, for each task): those that learn most on validation questions an
 skills there. Scores are those on the test questions; brackets are 95 % t intervals over seeds. The time of a step is a
 median, and two runs shared the machine: compare times by benchmark.py.
 
-The differences are in points, seed by seed, averaged over the tasks. "At equal loss" compares what both learn at most
-where they lose at most 1 point of the general skills; here the test questions choose the strength, for both. "At equal
-learning" follows the first row's curve over strengths to where it has learned as much as the other; "-" where it does
-not get there in some seed. One dominates the other if it is certainly better in learning or in keeping (the interval is
-above 0), and on average not worse in the other."""
+The differences are in points, seed by seed, averaged over the tasks. The last two follow both curves over strengths.
+There the test questions choose the strength, for both rows. "At equal loss": the most that a row learns where it loses
+at most 1 point of the general skills. "At equal learning": what a row keeps where it has learned the most that both
+rows reach. One dominates the other if it is certainly better in learning or in keeping (the interval is above 0), and
+on average not worse in the other."""
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -5,14 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.adapters import adapter_views
 from deepseek.files import read_json, read_jsonl, write_json, write_jsonl
+from deepseek.loading import empty_model
 from esft import ExpertConfig
 from evaluation.frontier import RULES, Point
 from scripts.experiments import frontier, frontier_runs
-from scripts.experiments.frontier import ADAPTED, PAPER, PARTS, SHARED, Row, verdict
+from scripts.experiments.frontier import verdict
+from scripts.experiments.frontier_study import ADAPTED, OTHERS, PAPER, PARTS, SHARED, SHARES, Row, Study, shared_share
+from scripts.experiments.paper_runs import TINY
 from tests.experiment_helpers import Commands, number
 from tests.helpers import ROOT
 from training.config import read_config
+from training.methods import budget_of
 from utils import locked, run_cli
 
 LAYERS, EXPERTS = (1, 2, 3, 4), 64  # of results/models/tiny
@@ -71,9 +76,10 @@ def commands(monkeypatch) -> Commands:
 
 def test_every_rule_is_in_a_part_at_every_share():
     rows = {row for _, rows in PARTS.values() for row in rows}
-    every = {Row(name, s) for name in (*RULES, "lora", SHARED) for s in frontier.SHARES}
+    every = {Row(name, s) for name in (*RULES, "lora") for s in SHARES}
     recipes = {Row(name, 0.07) for name in frontier_runs.RECIPES}
-    assert rows == {Row("full"), *every, *recipes, *(Row(ADAPTED, s) for s in frontier.SHARES[:3])}
+    shared = {Row(name, s) for name in SHARED for s in SHARES[1:]}  # they alone are more than the least share
+    assert rows == {Row("full"), *every, *recipes, *shared, *(Row(ADAPTED, s) for s in SHARES[:3])}
 
 
 def test_a_recipe_is_the_paper_s_rule_with_keys_that_a_run_takes(tmp_path, commands):
@@ -98,7 +104,7 @@ def test_a_recipe_is_the_paper_s_rule_with_keys_that_a_run_takes(tmp_path, comma
 
 def whole_budget(row: str) -> float:
     """How many experts a recipe begins with: all that 7 % of the parameters hold, or a third of them."""
-    every = frontier.budget_of(frontier.empty_model(ROOT / frontier.TINY), 0.07) * len(LAYERS) * EXPERTS
+    every = budget_of(empty_model(ROOT / TINY), 0.07) * len(LAYERS) * EXPERTS
     return every / 3 if row == "expand" else every
 
 
@@ -140,7 +146,7 @@ def test_a_study_that_was_broken_off_ends_with_the_same_tables_and_repeats_nothi
 def test_what_is_chosen_is_chosen_on_validation_alone(tmp_path, commands, monkeypatch):
     flags = ["--parts=a", "--methods", PAPER, "--shares", "0.07", "--seeds", "0", f"--work_dir={tmp_path}/w"]
     args = frontier.parse_args(flags)
-    study = frontier.Study(args, frontier_runs.FrontierLab(args))
+    study = Study(args, frontier_runs.FrontierLab(args))
     row, rates = Row(PAPER, 0.07), Row(PAPER, 0.07).rates
     curves = {  # by rate: (strength, task, general) on the validation questions
         rates[0]: [(0.0, 3, 90), (0.5, 40, 90), (1.0, 60, 89)],
@@ -159,7 +165,7 @@ def test_what_is_chosen_is_chosen_on_validation_alone(tmp_path, commands, monkey
     assert study.best_rate(row) == rates[2]
     curves[rates[2]][1] = (0.5, 70, 88)
     assert study.best_rate(row) == rates[1]  # the lower of equals
-    shared, random = Row(SHARED, 0.07), Row("random", 0.07)
+    shared, random = Row(f"{PAPER}-shared", 0.07), Row("random", 0.07)
     assert float(study.best_rate(shared)) == float(rates[1]) / 2 and float(study.best_rate(random)) == float(rates[1])
 
 
@@ -172,15 +178,29 @@ def test_rows_of_a_share_train_as_many_experts_by_other_rules(tmp_path, commands
         chosen[Path(flags["expert_config"]).stem.partition("-7-")[0]] = experts
     assert {sum(map(len, c.experts.values())) for c in chosen.values()} == {22}  # 7 % of 5.8M parameters
     law = {name: c for name, c in chosen.items() if name.startswith("law-")}
-    assert len(law) == len(frontier.OTHERS) + 1 and law[f"law-{SHARED}"].shared_experts
-    assert law[f"law-{SHARED}"].experts == law[f"law-{PAPER}"].experts
-    sets = {str(c.experts) for name, c in law.items() if name != f"law-{SHARED}"}
-    assert len(sets) == len(law) - 1
+    assert len(law) == len(OTHERS) + 1 == len({str(config.experts) for config in law.values()})
     general = read_jsonl(tmp_path / "contrast" / "conversations.jsonl")
     test = {row["prompt"] for row in read_jsonl(ROOT / "datasets" / "eval" / "general.jsonl")}
     asked = [{row["messages"][0]["content"] for row in general}]
     asked.append({row["prompt"] for row in read_jsonl(tmp_path / "validation" / "general.jsonl")})
     assert len(asked[0]) == len(asked[1]) == 3 and not asked[0] & asked[1] and not test & (asked[0] | asked[1])
+
+
+def test_with_the_shared_experts_a_row_trains_its_share_at_half_the_rate(tmp_path, commands):
+    frontier.main(["--parts=g", "--shares", "0.07", "--seeds", "0", "--jobs=1", f"--work_dir={tmp_path}"])
+    model = empty_model(ROOT / TINY)
+    counts, rates = {}, {}
+    for words in commands.trained():
+        flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+        config, name = ExpertConfig.load(flags["expert_config"]), Path(flags["expert_config"]).stem.partition("-7-")[0]
+        counts[name] = sum(view.numel() for view in adapter_views(model, config).values())
+        rates.setdefault(name, set()).add(float(flags["learning_rate"]))
+        assert config.shared_experts == name.endswith("-shared")
+    assert len(counts) == 2 * 4 and set(counts.values()) <= {22 * 18432, 22 * 18432 - 18432}
+    assert 0 < shared_share(model) * 5_828_288 == 8 * 18432
+    for name in filter(lambda name: name.endswith("-shared"), rates):
+        (rate,) = rates[name]
+        assert 2 * rate in rates[name.removesuffix("-shared")]
 
 
 def test_lora_on_selected_experts_trains_the_share_of_its_row(tmp_path, commands):
@@ -240,7 +260,7 @@ def test_tables_show_differences_seed_by_seed_and_say_where_they_come_from(tmp_p
 
 def test_at_equal_loss_each_row_takes_the_strength_that_learns_most(tmp_path, commands, monkeypatch):
     args = frontier.parse_args(["--parts=a", "--tasks=law", "--seeds=0", f"--work_dir={tmp_path}"])
-    study = frontier.Study(args, frontier_runs.FrontierLab(args))
+    study = Study(args, frontier_runs.FrontierLab(args))
     one, other = Row("lora", 0.07), Row(PAPER, 0.07)
     study.rate_of = dict.fromkeys((one, other), "1e-3")
     curves = {  # strength, task, general
@@ -249,8 +269,8 @@ def test_at_equal_loss_each_row_takes_the_strength_that_learns_most(tmp_path, co
     }
     monkeypatch.setattr(study.lab, "points", lambda trial, _: [Point("", *p) for p in curves[trial.row]])
     assert study.learned_within(one) == [48] and study.learned_within(other) == [66]  # both where they keep 89
-    monkeypatch.setattr(study, "strength", lambda *_: 0.5)
-    assert study.kept_like(one, other) == [float("-inf")] and study.kept_like(other, one) == [88 + 5 * 20 / 20]
+    (difference,) = study.keeps_at_equal_learning(one, other)  # both reach 60, and the other keeps 90.5 there
+    assert difference == pytest.approx(86 - 90.5) and study.keeps_at_equal_learning(other, one) == [-difference]
 
 
 def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, monkeypatch):
@@ -273,7 +293,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--parts=a,g", "cannot run part 'g'. Give some of a, b, c, d, e"),
+        ("--parts=a,h", "cannot run part 'h'. Give some of a, b, c, d, e"),
         ("--tasks=lwa", "invalid choice: 'lwa'"),
         ("--shares=0.5", "invalid choice: 0.5"),
         ("--methods=esft", "invalid choice: 'esft'"),

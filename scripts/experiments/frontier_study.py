@@ -1,0 +1,215 @@
+"""What frontier.py compares, and how a row's rate and strengths are found: rows, parts, and the study of them."""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from deepseek.adapters import adapter_views
+from deepseek.experts import moe_layers
+from deepseek.loading import empty_model
+from esft import ExpertConfig
+from evaluation.frontier import RULES, Point, kept_at, learned_at, recommend
+from scripts.experiments.frontier_runs import MAX_LOSS, RECIPES, FrontierLab, Trial
+from scripts.experiments.paper_runs import TASKS, TINY
+from training.methods import budget_of, rank_of
+from utils import ROOT
+
+SHARES = (0.025, 0.07, 0.15, 0.25)
+PAPER, ADAPTED = "esft-token", "lora-selected"
+SHARED = {f"{rule}-shared": rule for rule in (PAPER, "esft-gradient-global")}  # row -> rule of the routed experts
+ADAPTED_SHARE = 0.25  # of the parameters, in the experts that LoRA adapts
+CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
+OTHERS = tuple(rule for rule in RULES if rule not in CORE)
+LIKE = {"random": (PAPER, 1.0)} | {row: (rule, 0.5) for row, rule in SHARED.items()}  # row -> a part of whose rate
+RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
+RATES[ADAPTED], RATES["muon"] = RATES[""], ("8e-3", "1.6e-2", "3.2e-2")
+LOSS = 1.0  # points of general skills, at which rows are compared; a question is 0.64 points
+SMALL, RATES_OF_SMALL = 0.03, ("2e-3", "4e-3", "8e-3")  # few experts take a larger rate
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared: a rule of RULES or another method, and its share of all parameters (0 for full)."""
+
+    name: str
+    share: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.share:.1%}".replace(".0%", "%") if self.share else self.name
+
+    @property
+    def rates(self) -> tuple[str, ...]:
+        if self.name not in RATES and self.share < SMALL:
+            return RATES_OF_SMALL
+        return RATES.get(self.name, RATES[""])
+
+
+NAMES = [*CORE, "full", *OTHERS, ADAPTED, *RECIPES, *SHARED]
+PARTS: dict[str, tuple[str, list[Row]]] = {
+    "a": ("The paper's rule, two others, LoRA and full", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
+    "b": ("All rules at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in OTHERS)]),
+    "c": ("Other tasks, one seed", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
+    "d": ("The other rules at the other shares",
+          [Row(name, s) for name in (PAPER, *OTHERS) for s in SHARES if s != 0.07]),
+    "e": ("LoRA on selected experts", [Row(name, s) for name in (PAPER, "lora", ADAPTED) for s in SHARES[:3]]),
+    "f": ("What a run can do while it trains, at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in RECIPES)]),
+    "g": ("With the shared experts", [Row(name, s) for name in (*SHARED.values(), *SHARED) for s in SHARES[1:]]),
+}  # fmt: skip
+
+
+class Study:
+    """Finds each row's rate and strengths, and then what it learns and keeps, seed by seed."""
+
+    def __init__(self, args: argparse.Namespace, lab: FrontierLab):
+        self.args, self.lab, self.first = args, lab, args.seeds[0]
+        self.rate_of: dict[Row, str] = {}
+        self.size_of: dict[Row, dict] = {}
+
+    def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
+        """Return a training of a row, at its best rate if no other is given."""
+        method = {"lora": "lora", ADAPTED: "lora", "full": "full", "base": "base"}.get(row.name, "esft")
+        rule = PAPER if row.name in (ADAPTED, *RECIPES) else row.name if method == "esft" else ""
+        rule = SHARED.get(row.name, rule)
+        rate = "" if method == "base" else rate or self.rate_of[row]
+        return Trial(task, method, seed, learning_rate=rate, shared=row.name in SHARED, row=row.name, rule=rule,
+                     share=row.share, validated=seed == self.first, **self.size(row))  # fmt: skip
+
+    def size(self, row: Row) -> dict:
+        if row not in self.size_of:
+            size = {}
+            if row.name == ADAPTED:
+                size = adapted_size(row.share)
+            elif row.name == "lora":
+                size = {"rank": rank_of(empty_model(ROOT / TINY), row.share)}
+            elif row.share:
+                model = empty_model(ROOT / TINY)
+                size = {"budget": budget_of(model, row.share - shared_share(model) * (row.name in SHARED))}
+            self.size_of[row] = size
+        return self.size_of[row]
+
+    # ---- what is run ------------------------------------------------------------------------------------------------
+
+    def run(self, rows: list[Row], others: list[Row]) -> None:
+        """Make all results: rates first. `others` are the rows on the tasks that are not in --tasks."""
+        compared = [Row(name, row.share) for row in rows if row.share for name in (PAPER, *LIKE.get(row.name, ())[:1])]
+        rows = list(dict.fromkeys([*rows, *compared]))
+        needed = list(dict.fromkeys([*rows, *others]))
+        tasks = [*self.args.tasks, *(self.other_tasks() if others else [])]
+        self.lab.make((self.trial(Row("base"), task, self.first) for task in tasks), "base")
+        tried = [row for row in needed if row.name not in LIKE]
+        self.lab.make(
+            (
+                self.trial(row, task, self.first, rate)
+                for row in tried
+                for rate in row.rates
+                for task in self.args.tasks
+            ),
+            "rates",
+        )
+        for row in sorted(needed, key=lambda row: row.name in LIKE):
+            self.rate_of[row] = self.best_rate(row)
+        wanted = [self.trial(row, task, seed) for seed in self.args.seeds for task in self.args.tasks for row in rows]
+        wanted += [self.trial(row, task, self.first) for task in self.other_tasks() for row in others]
+        self.lab.make(wanted, "runs")
+
+    def other_tasks(self) -> list[str]:
+        return [task for task in TASKS if task not in self.args.tasks]
+
+    def best_rate(self, row: Row) -> str:
+        """Return the rate that learns most at the best strength, on the validation questions. The lower one of equals.
+
+        A row of LIKE has a fixed part of the rate of another.
+        """
+        if row.name in LIKE:
+            other, factor = LIKE[row.name]
+            rate = self.rate_of[Row(other, row.share)]
+            return rate if factor == 1 else f"{factor * float(rate):g}"
+
+        def learned(rate: str) -> float:
+            trials = [self.trial(row, task, self.first, rate) for task in self.args.tasks]
+            return statistics.fmean(self.chosen(trial).task for trial in trials)
+
+        return max(row.rates, key=lambda rate: (learned(rate), -float(rate)))
+
+    def chosen(self, trial: Trial) -> Point:
+        """Return the point of a validated trial that is taken, as the validation questions see it."""
+        base, *curve = self.lab.points(trial, "validation")
+        return recommend(curve, base, MAX_LOSS)
+
+    # ---- what came out ----------------------------------------------------------------------------------------------
+
+    def strength(self, row: Row, task: str) -> float:
+        return self.chosen(self.trial(row, task, self.first)).strength
+
+    def curve(self, row: Row, task: str, seed: int) -> list[Point]:
+        """Return a row's test scores at each strength, from the base on."""
+        return self.lab.points(self.trial(row, task, seed), "test")
+
+    def taken(self, row: Row, task: str, seed: int) -> Point:
+        """Return a row's test scores at the strength taken."""
+        strength = self.strength(row, task)
+        return next(point for point in self.curve(row, task, seed) if point.strength == strength)
+
+    def mean(self, value: Callable[[str, int], float]) -> list[float]:
+        """Return a value of (task, seed) for each seed, averaged over --tasks."""
+        return [statistics.fmean(value(task, seed) for task in self.args.tasks) for seed in self.args.seeds]
+
+    def learned(self, row: Row) -> list[float]:
+        return self.mean(lambda task, seed: self.taken(row, task, seed).task)
+
+    def kept(self, row: Row) -> list[float]:
+        return self.mean(lambda task, seed: self.taken(row, task, seed).general)
+
+    def keeps_at_equal_learning(self, one: Row, other: Row) -> list[float]:
+        """Return what `one` keeps more than `other` where both have learned the most that both reach."""
+
+        def difference(task: str, seed: int) -> float:
+            curves = [self.curve(row, task, seed) for row in (one, other)]
+            level = min(max(point.task for point in curve) for curve in curves)
+            kept, others = (kept_at(curve, level) for curve in curves)
+            return kept - others
+
+        return self.mean(difference)
+
+    def learned_within(self, row: Row) -> list[float]:
+        """Return the most that a row learns at any strength where it loses at most LOSS points of general skills."""
+
+        def learned(task: str, seed: int) -> float:
+            base, *_ = curve = self.curve(row, task, seed)
+            return learned_at(curve, base.general - LOSS)
+
+        return self.mean(learned)
+
+    def cost(self, row: Row, tasks: list[str], seeds: list[int]) -> dict:
+        """Return the share that a row trains, its gradients and optimizer states in MiB, and seconds per step."""
+        told = [self.lab.result(self.trial(row, task, seed))["trained"] for task in tasks for seed in seeds]
+        held = [(one["gradient_bytes"] + one["optimizer_bytes"]) / 2**20 for one in told]
+        return {
+            "trained": statistics.fmean(one["trained_parameters"] / one["parameters"] for one in told),
+            "held_mib": statistics.fmean(held),
+            "step_seconds": statistics.median(one["step_seconds"] for one in told),
+        }
+
+    def validated(self, row: Row) -> float:
+        """Return what a row learns on the validation questions, at the strengths taken."""
+        points = [self.chosen(self.trial(row, task, self.first)) for task in self.args.tasks]
+        return statistics.fmean(point.task for point in points)
+
+
+def shared_share(model: nn.Module) -> float:
+    """Return the share of a model's parameters that its shared experts have."""
+    shared = adapter_views(model, ExpertConfig({}, shared_experts=True)).values()
+    return sum(view.numel() for view in shared) / sum(param.numel() for param in model.parameters())
+
+
+def adapted_size(share: float) -> dict:
+    """Return the budget and the rank at which LoRA on selected experts trains a share of the parameters."""
+    model = empty_model(ROOT / TINY)
+    config, budget = model.config, budget_of(model, ADAPTED_SHARE)
+    experts = round(budget * sum(layer.num_experts for layer in moe_layers(model).values()))
+    of_rank_1 = experts * 3 * (config.hidden_size + config.moe_intermediate_size)  # three projections, A and B each
+    return {"budget": budget, "rank": round(share * sum(p.numel() for p in model.parameters()) / of_rank_1)}
