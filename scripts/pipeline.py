@@ -208,9 +208,9 @@ def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Pla
         if rule:
             if "contrast" in rule and not args.contrast_dataset:
                 raise ValueError(f"cannot select by {method}: it needs general data. Give --contrast_dataset.")
-            selects = rule | amounts
-            read_config([*start, *words, *(f"{key}={value}" for key, value in selects.items() if key != "contrast")])
-            rule, start = selects, [*start, f"--expert_config={selected_experts('later')}"]
+            rule |= amounts
+            read_config([*start, *words, *(f"{key}={value}" for key, value in rule.items() if key != "contrast")])
+            start.append(f"--expert_config={selected_experts('later')}")
         config = read_config([*start, *words])
         if config.streaming and "streaming=true" not in words:  # the file says so: scoring must know it, too
             words.append("streaming=true")
