@@ -8,14 +8,14 @@
     d  the other rules at the other shares (nearly as long as all the rest)
     e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
     f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
-    g  the shared experts beside those of two rules, at half the rate; together they are the share
+    g  the shared experts beside those of two rules; together they are the share
 
 A method is not one point: its learning rate decides what it forgets, and base + strength x (tuned - base) costs no
 training. So every training is evaluated at four strengths, and every method is taken at its best rate and strength:
 those that learn most on questions that are not the test's and lose at most two points of the general skills there. The
 rate is found with the first seed, for each method and share, from three; the strength for each task as well. All seeds
-are then judged on the test questions. Random experts take the rate of the paper's rule, and experts with the shared
-ones half the rate of those without. LoRA takes the rank that trains as many parameters.
+are then judged on the test questions. Random experts take the rate of the paper's rule. LoRA takes the rank that trains
+as many parameters.
 
 A finished run has a file in --work_dir. The same command continues, also on another day with more parts or seeds, and
 gives the same tables. A run is made again when its data, base or versions change. After a change of the code, remove

@@ -142,7 +142,7 @@ class FrontierLab(Lab):
         if run.validated:
             asked["validation"] = [self.held_out(run.task, run.seed), self.general("validation")]
         curves = {use: self.curve(run, folder, use, data) for use, data in asked.items()}
-        return {"run": dataclasses.asdict(run), "curves": curves, "trained": trained}
+        return {"curves": curves, "trained": trained}
 
     def curve(self, run: Trial, folder: Path, use: str, data: list) -> list[dict]:
         """Evaluate a model on the task and on general skills. Return {"strength", "task", "general"} for each."""

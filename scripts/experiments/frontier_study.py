@@ -23,9 +23,8 @@ SHARED = {f"{rule}-shared": rule for rule in (PAPER, "esft-gradient-global")}  #
 ADAPTED_SHARE = 0.25  # of the parameters, in the experts that LoRA adapts
 CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
 OTHERS = tuple(rule for rule in RULES if rule not in CORE)
-LIKE = {"random": (PAPER, 1.0)} | {row: (rule, 0.5) for row, rule in SHARED.items()}  # row -> a part of whose rate
 RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
-RATES[ADAPTED], RATES["muon"] = RATES[""], ("8e-3", "1.6e-2", "3.2e-2")
+RATES |= {ADAPTED: RATES[""], "muon": ("8e-3", "1.6e-2", "3.2e-2"), **dict.fromkeys(SHARED, RATES["lora"])}
 LOSS = 1.0  # points of general skills, at which rows are compared; a question is 0.64 points
 SMALL, RATES_OF_SMALL = 0.03, ("2e-3", "4e-3", "8e-3")  # few experts take a larger rate
 
@@ -95,12 +94,11 @@ class Study:
 
     def run(self, rows: list[Row], others: list[Row]) -> None:
         """Make all results: rates first. `others` are the rows on the tasks that are not in --tasks."""
-        compared = [Row(name, row.share) for row in rows if row.share for name in (PAPER, *LIKE.get(row.name, ())[:1])]
-        rows = list(dict.fromkeys([*rows, *compared]))
+        rows = list(dict.fromkeys([*rows, *(Row(PAPER, row.share) for row in rows if row.share)]))
         needed = list(dict.fromkeys([*rows, *others]))
         tasks = [*self.args.tasks, *(self.other_tasks() if others else [])]
         self.lab.make((self.trial(Row("base"), task, self.first) for task in tasks), "base")
-        tried = [row for row in needed if row.name not in LIKE]
+        tried = [row for row in needed if row.name != "random"]
         self.lab.make(
             (
                 self.trial(row, task, self.first, rate)
@@ -110,7 +108,7 @@ class Study:
             ),
             "rates",
         )
-        for row in sorted(needed, key=lambda row: row.name in LIKE):
+        for row in sorted(needed, key=lambda row: row.name == "random"):
             self.rate_of[row] = self.best_rate(row)
         wanted = [self.trial(row, task, seed) for seed in self.args.seeds for task in self.args.tasks for row in rows]
         wanted += [self.trial(row, task, self.first) for task in self.other_tasks() for row in others]
@@ -122,12 +120,10 @@ class Study:
     def best_rate(self, row: Row) -> str:
         """Return the rate that learns most at the best strength, on the validation questions. The lower one of equals.
 
-        A row of LIKE has a fixed part of the rate of another.
+        Random experts have the rate of the paper's rule.
         """
-        if row.name in LIKE:
-            other, factor = LIKE[row.name]
-            rate = self.rate_of[Row(other, row.share)]
-            return rate if factor == 1 else f"{factor * float(rate):g}"
+        if row.name == "random":
+            return self.rate_of[Row(PAPER, row.share)]
 
         def learned(rate: str) -> float:
             trials = [self.trial(row, task, self.first, rate) for task in self.args.tasks]

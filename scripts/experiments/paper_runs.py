@@ -133,9 +133,9 @@ class Lab:
         return path
 
     def made_of(self, run: Run) -> dict:
-        """Return what decides a result besides the run and the code."""
+        """Return what decides a result besides the code."""
         data = data_of(run.task), f"datasets/eval/{run.task}.jsonl", data_of("general")
-        return {"settings": self.settings(), **inputs(run.base, *data)}
+        return {"run": dataclasses.asdict(run), "settings": self.settings(), **inputs(run.base, *data)}
 
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
         """Return the result kept in `path`, if it was made from the same; else call `make` with a fresh folder."""
@@ -188,7 +188,7 @@ class Lab:
                      "--eval_batch_size=64", f"--output_path={answers}")  # fmt: skip
         summaries = {name: answers.with_suffix(f".{name}.summary.json") for name in (run.task, "general")}
         scores = {name: read_json(path)["mean"] for name, path in summaries.items()}
-        return {"run": dataclasses.asdict(run), "scores": scores, "trained": trained}
+        return {"scores": scores, "trained": trained}
 
     def train(self, run: Run, out: Path, steps: int, *more: str) -> dict:
         """Train with `more` keys, and return the results in run.json: seconds of a step, bytes, parameters."""
