@@ -21,6 +21,8 @@ RULES: dict[str, dict] = {  # method -> what selects its experts, as flags of ge
     "esft-token-global": {"score_function": "token", "strategy": "global"},
     "esft-gradient-global": {"score_function": "gradient", "strategy": "global"},
     "esft-layers": {"score_function": "token", "strategy": "layers"},
+    "esft-token-shared": {"score_function": "token", "train_shared_experts": True},
+    "esft-gradient-global-shared": {"score_function": "gradient", "strategy": "global", "train_shared_experts": True},
     "random": {"score_function": "token", "strategy": "random"},
 }
 SELECTS = RULES | {"lora-selected": RULES["esft-token"]}

@@ -153,10 +153,15 @@ def plan_grid(args: argparse.Namespace, plans: dict[str, Plan]) -> list[Candidat
                 size["budget"] = min(1, budget_of(model, max(share, ADAPTED_SHARE)))
                 size["rank"] = rank_of(model, share, size["budget"])
             elif method != "full":
-                size["budget"] = budget_of(empty_model(args.base_model_path), share)
-            if size.get("budget", 0) > 1:
-                most = f"the routed experts have {share / size['budget']:.1%} of the parameters"
-                raise ValueError(f"cannot select a share of {share:g}: {most}. Lower --shares.")
+                model, shared = empty_model(args.base_model_path), "train_shared_experts" in plan.rule
+                size["budget"] = budget_of(model, share, shared)
+                if size["budget"] > 1:
+                    most = f"the routed experts have {1 / budget_of(model, 1):.1%} of the parameters"
+                    raise ValueError(f"cannot select a share of {share:g}: {most}. Lower --shares.")
+                if size["budget"] <= 0:
+                    raise ValueError(
+                        f"cannot train a share of {share:g}: the shared experts have more. Raise --shares."
+                    )
             grid += [Candidate(method, float(f"{rate * factor:.6g}"), **size) for factor in args.rates]
     return list({candidate.name: candidate for candidate in grid}.values())  # two shares may have one rank
 

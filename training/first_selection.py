@@ -43,6 +43,8 @@ def selection_stages(config: RunConfig) -> list[tuple[Path, str, dict[str, objec
     of_run |= {} if config.validation_dataset else {"validation_fraction": config.validation_fraction}
     of_run |= {key: "true" for key in ("streaming", "append_end") if getattr(config, key)}
     rule = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
+    if rule.pop("train_shared_experts"):
+        rule["train_shared_experts"] = "true"
     if "start" in (config.expand_experts or {}):
         rule["budget"] = config.expand_experts["start"]
     if not config.contrast_scores_dir:

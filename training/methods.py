@@ -145,11 +145,19 @@ def count_trained(model: nn.Module) -> dict:
     }
 
 
-def budget_of(model: nn.Module, share: float) -> float:
-    """Return the share of a model's routed experts that is `share` of all its parameters."""
+def budget_of(model: nn.Module, share: float, train_shared_experts: bool = False) -> float:
+    """Return the share of a model's routed experts that is `share` of all its parameters.
+
+    With `train_shared_experts` it is what these leave of `share`: below 0 where they alone are more.
+    """
+
+    def count(config: esft.ExpertConfig) -> int:
+        return sum(view.numel() for view in esft.adapter_views(model, config).values())
+
     every = {index: tuple(range(layer.num_experts)) for index, layer in moe_layers(model).items()}
-    routed = sum(view.numel() for view in esft.adapter_views(model, esft.ExpertConfig(every)).values())
-    return share * sum(param.numel() for param in model.parameters()) / routed
+    wanted = share * sum(param.numel() for param in model.parameters())
+    shared = count(esft.ExpertConfig({}, shared_experts=True)) if train_shared_experts else 0
+    return (wanted - shared) / count(esft.ExpertConfig(every))
 
 
 def rank_of(model: nn.Module, share: float, budget: float | None = None) -> int:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 import esft
-from deepseek.adapters import read_base_note
+from deepseek.adapters import adapter_views, read_base_note
 from deepseek.experts import moe_layers
 from deepseek.fingerprint import difference
 from deepseek.fp8 import check_fp8
@@ -102,6 +102,8 @@ def open_empty(config: RunConfig, ranks: Ranks) -> nn.Module:
         schedule_of(config, experts, empty)
     elif config.train_router and config.kind in ON_EXPERTS:
         esft.ExpertConfig({}, routers=config.train_router).check(empty)
+    if config.train_shared_experts and not adapter_views(empty, esft.ExpertConfig({}, shared_experts=True)):
+        raise ValueError("cannot train shared experts: this model has none. Leave out train_shared_experts.")
     most = min(layer.num_experts for layer in layers.values())
     check_amounts(most, len(layers), top_k=config.top_k, upper_layers=config.upper_layers)
     layer = next(iter(layers.values()))

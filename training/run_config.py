@@ -54,6 +54,7 @@ class RunConfig:
     top_k: int | None = _key(None, "strategy topk: experts of each layer")
     contrast_scores_dir: str | None = _key(None, "scores on general data, to compare those of the task with")
     contrast: Literal["difference", "ratio"] = _key("difference", "how to compare them")
+    train_shared_experts: bool = _key(False, "train the shared experts, too, which every token passes")
     train_router: Literal["full", "bias"] | None = _key(None, "train the routers, too, or the bias that some have")
     router_lr: float | None = _key(None, "with train_router: its learning rate; by default learning_rate")
     router_kl: float = _key(1.0, "with train_router: weight of the penalty on the routers' drift from the base's")
@@ -195,6 +196,8 @@ def _complaints(config: RunConfig) -> Iterator[str]:
             yield f"{changed[0]} is for methods esft, dpo, random {others}. Leave it out"
     if config.method == "dpo" and config.loss_on != "all":
         yield f"loss_on={config.loss_on} is not for method dpo: the loss is on what differs in a pair. Leave it out"
+    if config.train_shared_experts and config.kind == LORA_SELECTED:
+        yield f"train_shared_experts is not for {LORA_SELECTED}. Give lora_modules=shared_experts"
     if config.method == "random" and not config.expert_config:
         yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
     if config.verify_frozen and config.method == "full":

@@ -5,12 +5,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
-from deepseek.adapters import adapter_views
 from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
-from esft import ExpertConfig
 from evaluation.frontier import RULES, Point, kept_at, learned_at, recommend
 from scripts.experiments.frontier_runs import MAX_LOSS, RECIPES, FrontierLab, Trial
 from scripts.experiments.paper_runs import TASKS, TINY
@@ -19,10 +15,10 @@ from utils import ROOT
 
 SHARES = (0.025, 0.07, 0.15, 0.25)
 PAPER, ADAPTED = "esft-token", "lora-selected"
-SHARED = {f"{rule}-shared": rule for rule in (PAPER, "esft-gradient-global")}  # row -> rule of the routed experts
+SHARED = {name: name.removesuffix("-shared") for name in RULES if name.endswith("-shared")}  # -> without the shared
 ADAPTED_SHARE = 0.25  # of the parameters, in the experts that LoRA adapts
 CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
-OTHERS = tuple(rule for rule in RULES if rule not in CORE)
+OTHERS = tuple(rule for rule in RULES if rule not in (*CORE, *SHARED))
 RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
 RATES |= {ADAPTED: RATES[""], "muon": ("8e-3", "1.6e-2", "3.2e-2"), **dict.fromkeys(SHARED, RATES["lora"])}
 LOSS = 1.0  # points of general skills, at which rows are compared; a question is 0.64 points
@@ -85,8 +81,7 @@ class Study:
             elif row.name == "lora":
                 size = {"rank": rank_of(empty_model(ROOT / TINY), row.share)}
             elif row.share:
-                model = empty_model(ROOT / TINY)
-                size = {"budget": budget_of(model, row.share - shared_share(model) * (row.name in SHARED))}
+                size = {"budget": budget_of(empty_model(ROOT / TINY), row.share, row.name in SHARED)}
             self.size_of[row] = size
         return self.size_of[row]
 
@@ -194,12 +189,6 @@ class Study:
         """Return what a row learns on the validation questions, at the strengths taken."""
         points = [self.chosen(self.trial(row, task, self.first)) for task in self.args.tasks]
         return statistics.fmean(point.task for point in points)
-
-
-def shared_share(model: nn.Module) -> float:
-    """Return the share of a model's parameters that its shared experts have."""
-    shared = adapter_views(model, ExpertConfig({}, shared_experts=True)).values()
-    return sum(view.numel() for view in shared) / sum(param.numel() for param in model.parameters())
 
 
 def adapted_size(share: float) -> dict:

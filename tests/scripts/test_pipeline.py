@@ -271,7 +271,8 @@ def test_each_method_has_its_rule_and_its_amount(tmp_path):
 
     words = ["--base_model_path=results/models/tiny", "--train_dataset=intent", "--template=released", "--no_merge"]
     words += ["--contrast_dataset=law", "esft-gradient-global:budget=0.31", "lora-selected:top_p=0.5", "top_p=0.3"]
-    methods = ["esft-token", "esft-gradient-global", "esft-fisher", "random", "lora-selected", "lora"]
+    methods = ["esft-token", "esft-gradient-global", "esft-token-shared", "esft-fisher", "random"]
+    methods += ["lora-selected", "lora"]
     args = pipeline.parse_args(words)
     pipeline.run_stages(args, Stages(), tmp_path, pipeline.plan_training(args, methods), [])
     scored = [flags for script, flags in asked if script == "get_expert_scores.py"]
@@ -283,6 +284,7 @@ def test_each_method_has_its_rule_and_its_amount(tmp_path):
     own = {"esft-gradient-global": {"budget": "0.31"}, "lora-selected": {"top_p": "0.5"}}
     assert amounts == {name: own.get(name, {"top_p": "0.3"}) for name in rules}
     assert rules["esft-gradient-global"]["strategy"] == "global" and rules["random"]["seed"] == 0
+    assert {name for name, flags in rules.items() if flags.get("train_shared_experts")} == {"esft-token-shared"}
     assert rules["esft-fisher"]["contrast_scores_dir"] == tmp_path / "general_scores"
     trained = {flags["output_dir"].name: flags for script, flags in asked if script == "train.py"}
     assert list(trained) == methods and trained["lora"]["expert_config"] is None

@@ -98,6 +98,7 @@ def test_a_candidate_goes_on_if_one_of_its_strengths_is_on_the_frontier():
         (["--shares=0.07,x"], "'0.07,x' is not a list of numbers above 0 and at most 1"),
         (["--shares=0"], "--shares"),
         (["--shares=0.9"], "the routed experts have 81.0% of the parameters. Lower --shares"),
+        (["--methods=esft-token-shared", "--shares=0.02"], "the shared experts have more. Raise --shares"),
         (["--strengths=0,1"], "--strengths"),
         (["--eval_dataset=law"], "--sweep takes two data sets: --eval_dataset=TASK,GENERAL"),
         (["--eval_dataset=law,nowhere"], "nowhere"),

@@ -65,11 +65,17 @@ def test_a_model_that_cannot_be_trained(selected, spoil, why, files, tmp_path, c
         ),
         ({"expert_config": None, "strategy": "layers", "upper_layers": 3}, None, "upper_layers is 3. Give a number"),
         ({"expert_config": "expert8.json", "method": "random"}, None, "names expert 8 of layer 1"),
+        (
+            {"expert_config": None, "train_shared_experts": True, "base_model_path": "olmoe"},
+            None,
+            "cannot train shared experts: this model has none",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(keys, missing, why, files, tmp_path, capsys, monkeypatch, nothing_is_read):
     shutil.copytree(files / "m32", tmp_path / "narrow")
     make_model(moe_intermediate_size=5, hidden_size=20, num_attention_heads=5).save_pretrained(tmp_path / "narrow")
+    make_model("olmoe").save_pretrained(shutil.copytree(files / "m32", tmp_path / "olmoe"))
     write_json(tmp_path / "expert8.json", {"experts": {"1": [8]}})
     for key in keys.keys() & {"base_model_path", "expert_config"}:
         keys = {**keys, key: keys[key] and tmp_path / keys[key]}

@@ -208,6 +208,7 @@ def test_without_an_expert_config_esft_scores_and_selects_first(files, start, mo
         ),
         ({"strategy": "random", "seed": 5}, "token", {"strategy": "random", "seed": "5"}),
         ({"strategy": "topk", "top_k": 2}, "token", {"strategy": "topk", "top_k": "2"}),
+        ({"train_shared_experts": True}, "token", {"strategy": "cumulative", "train_shared_experts": "true"}),
     ],
 )
 def test_a_run_selects_by_the_rule_of_its_keys(keys, scored, selected, files, tmp_path, monkeypatch):
@@ -237,6 +238,11 @@ def test_a_run_selects_by_the_rule_of_its_keys(keys, scored, selected, files, tm
             "contrast=ratio needs scores on general data. Give contrast_scores_dir",
         ),
         ({"budget": 0.1}, "budget says how to select experts, and expert_config names them"),
+        ({"train_shared_experts": True}, "train_shared_experts says how to select experts, and expert_config"),
+        (
+            {"expert_config": None, "train_shared_experts": True, "method": "lora", "lora_experts": "selected"},
+            "train_shared_experts is not for lora with lora_experts=selected. Give lora_modules=shared_experts",
+        ),
     ],
 )
 def test_a_wrong_rule_is_refused_before_anything_is_read(keys, why, files, tmp_path, capsys, monkeypatch):
