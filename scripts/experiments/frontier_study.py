@@ -17,7 +17,8 @@ SHARES = (0.025, 0.07, 0.15, 0.25)
 PAPER, ADAPTED = "esft-token", "lora-selected"
 SHARED = {name: name.removesuffix("-shared") for name in RULES if name.endswith("-shared")}  # -> without the shared
 ADAPTED_SHARE = 0.25  # of the parameters, in the experts that LoRA adapts
-CORE = (PAPER, "esft-gradient-global", "esft-contrast", "lora")
+CORE = (PAPER, "esft-gradient-global", "lora")
+AS_PAPER = {"random", *RECIPES} - {"muon"}  # they take the rate of the paper's rule
 OTHERS = tuple(rule for rule in RULES if rule not in (*CORE, *SHARED))
 RATES = {"full": ("2.5e-4", "5e-4", "1e-3"), "lora": ("5e-4", "1e-3", "2e-3"), "": ("1e-3", "2e-3", "4e-3")}
 RATES |= {ADAPTED: RATES[""], "muon": ("8e-3", "1.6e-2", "3.2e-2"), **dict.fromkeys(SHARED, RATES["lora"])}
@@ -37,6 +38,11 @@ class Row:
         return f"{self.name} {self.share:.1%}".replace(".0%", "%") if self.share else self.name
 
     @property
+    def rated(self) -> "Row":
+        """The row whose rates are tried for this one."""
+        return Row(PAPER if self.name in AS_PAPER else self.name, 0.07 if self.share == 0.15 else self.share)
+
+    @property
     def rates(self) -> tuple[str, ...]:
         if self.name not in RATES and self.share < SMALL:
             return RATES_OF_SMALL
@@ -45,7 +51,7 @@ class Row:
 
 NAMES = [*CORE, "full", *OTHERS, ADAPTED, *RECIPES, *SHARED]
 PARTS: dict[str, tuple[str, list[Row]]] = {
-    "a": ("The paper's rule, two others, LoRA and full", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
+    "a": ("The paper's rule, gradients, LoRA and full", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
     "b": ("All rules at 7 %", [Row(PAPER, 0.07), *(Row(name, 0.07) for name in OTHERS)]),
     "c": ("Other tasks, one seed", [*(Row(n, s) for n in CORE for s in SHARES), Row("full")]),
     "d": ("The other rules at the other shares",
@@ -93,7 +99,7 @@ class Study:
         needed = list(dict.fromkeys([*rows, *others]))
         tasks = [*self.args.tasks, *(self.other_tasks() if others else [])]
         self.lab.make((self.trial(Row("base"), task, self.first) for task in tasks), "base")
-        tried = [row for row in needed if row.name != "random"]
+        tried = dict.fromkeys(row.rated for row in needed)
         self.lab.make(
             (
                 self.trial(row, task, self.first, rate)
@@ -103,8 +109,7 @@ class Study:
             ),
             "rates",
         )
-        for row in sorted(needed, key=lambda row: row.name == "random"):
-            self.rate_of[row] = self.best_rate(row)
+        self.rate_of = {row: self.best_rate(row.rated) for row in needed}
         wanted = [self.trial(row, task, seed) for seed in self.args.seeds for task in self.args.tasks for row in rows]
         wanted += [self.trial(row, task, self.first) for task in self.other_tasks() for row in others]
         self.lab.make(wanted, "runs")
@@ -113,12 +118,7 @@ class Study:
         return [task for task in TASKS if task not in self.args.tasks]
 
     def best_rate(self, row: Row) -> str:
-        """Return the rate that learns most at the best strength, on the validation questions. The lower one of equals.
-
-        Random experts have the rate of the paper's rule.
-        """
-        if row.name == "random":
-            return self.rate_of[Row(PAPER, row.share)]
+        """Return the rate that learns most at its best strength on validation questions. The lower one of equals."""
 
         def learned(rate: str) -> float:
             trials = [self.trial(row, task, self.first, rate) for task in self.args.tasks]
