@@ -40,7 +40,8 @@ class Row:
     @property
     def rated(self) -> "Row":
         """The row whose rates are tried for this one."""
-        return Row(PAPER if self.name in AS_PAPER else self.name, 0.07 if self.share == 0.15 else self.share)
+        share = 0.07 if self.share == 0.15 and self.name in RULES else self.share
+        return Row(PAPER if self.name in AS_PAPER else self.name, share)
 
     @property
     def rates(self) -> tuple[str, ...]:
