@@ -2,20 +2,21 @@
 
     python scripts/experiments/frontier.py --parts=a,b,c --output=results/tables/frontier
 
-    a  the paper's rule, gradients over all layers and LoRA at four shares of the parameters, and full fine-tuning
+    a  the paper's rule, gradients over all layers without and with the shared experts, and LoRA, at four shares of the
+       parameters, and full fine-tuning
     b  all other rules at 7 %, and random experts
     c  the rows of (a) on the tasks that are not in --tasks, with the first seed
     d  the other rules at the other shares (nearly as long as all the rest)
     e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
     f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
-    g  the shared experts beside those of two rules; together they are the share
 
 A method is not one point: its learning rate decides what it forgets, and base + strength x (tuned - base) costs no
 training. So every training is evaluated at four strengths, and every method is taken at its best rate and strength:
 those that learn most on questions that are not the test's and lose at most two points of the general skills there. The
 rate is found with the first seed, for each method and share, from three; the strength for each task as well. All seeds
 are then judged on the test questions. Rules at 15 % take the rate of 7 %. Random experts and the rows of (f), but
-for Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters.
+for Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters. Rows
+with the shared experts select fewer routed ones: together they are the share.
 
 A finished run has a file in --work_dir. The same command continues, also on another day with more parts or seeds, and
 gives the same tables. A run is made again when its data, base or versions change. After a change of the code, remove
