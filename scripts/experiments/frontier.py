@@ -201,7 +201,8 @@ def write_part(study: Study, part: str, rows: list[Row]) -> str:
     if args.output:
         stem = f"{args.output}_{part}"
         how = f"tasks {' '.join(tasks)}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, {args.steps} steps"
-        source = f"`python scripts/experiments/frontier.py --parts={part}`, {how}; {study.lab.origin()}"
+        cut = "" if args.shares == list(SHARES) else f" --shares {' '.join(map(str, args.shares))}"
+        source = f"`python scripts/experiments/frontier.py --parts={part}{cut}`, {how}; {study.lab.origin()}"
         write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{text}\n\n{NOTE}\n\n{source}\n")
         environments = list({facts["date"]: facts for facts in study.lab.used}.values())
         decides = {name: getattr(args, name) for name in ("tasks", "seeds", "shares", "methods", "steps")}
