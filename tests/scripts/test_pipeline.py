@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepseek.files import write_json
+from deepseek.files import read_json, write_json
 from evaluation.run_folder import read_run
 from scripts import pipeline
+from tests.helpers import make_model
 from utils import ROOT
 
 
@@ -195,6 +196,7 @@ WRONG = {
     "evaluation rows": (["--eval_dataset={tmp}/rows.jsonl"], "rows.jsonl:1"),
     "same names": (["--eval_dataset=law,{tmp}/law.jsonl"], "two have one name"),
     "no peft": (["--methods=lora"], "cannot import peft"),
+    "no shared experts": (["--methods=esft-token-shared", "--model={tmp}/unshared"], "experts: this model has none"),
 }
 
 
@@ -204,6 +206,9 @@ def test_what_is_wrong_is_refused_before_anything_runs(what, tmp_path, monkeypat
     (tmp_path / "rows.jsonl").write_text('{"question": "?"}')
     (tmp_path / "law.jsonl").write_text('{"prompt": "?", "answers": ["!"]}')
     monkeypatch.setattr(pipeline, "run_command", lambda *_, **__: pytest.fail("a stage ran"))
+    if what == "no shared experts":
+        base = shutil.copytree(ROOT / "results" / "models" / "tiny", tmp_path / "unshared")
+        make_model("olmoe", vocab_size=read_json(base / "config.json")["vocab_size"]).save_pretrained(base)
     if what == "no peft":
         monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
