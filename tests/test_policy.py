@@ -1,6 +1,7 @@
 """Policy as tests: printed commands parse, the tree is true, the README's Python runs, imports point one way."""
 
 import ast
+import itertools
 import re
 import shlex
 import subprocess
@@ -133,10 +134,24 @@ def test_the_table_of_families_is_that_of_the_command():
 
 
 def test_quoted_tables_are_those_of_the_files():
-    quickstart = (ROOT / "results" / "tables" / "quickstart.md").read_text(encoding="utf-8").partition("\n\n")[0]
-    assert quickstart in README and quickstart in PAGES["paper-in-miniature.md"]
-    paper = (ROOT / "results" / "tables" / "paper_a.md").read_text(encoding="utf-8").split("\n\n")[1]
+    tables = ROOT / "results" / "tables"
+    quickstart = (tables / "quickstart.md").read_text(encoding="utf-8").partition("\n\n")[0]
+    assert quickstart in PAGES["paper-in-miniature.md"]
+    paper = (tables / "paper_a.md").read_text(encoding="utf-8").split("\n\n")[1]
     assert paper.startswith("| trained |") and paper in PAGES["paper-in-miniature.md"]
+    every, shown = (
+        table((tables / "frontier_a.md").read_text(encoding="utf-8")),
+        table(README[README.index("| row | average |") :]),
+    )
+    assert len(shown) > 5
+    assert all(every[name][head] == cell for name, cells in shown.items() for head, cell in cells.items())
+
+
+def table(page: str) -> dict[str, dict[str, str]]:
+    """Return the first table of a page: {first cell of a row: {head: cell}}."""
+    lines = itertools.takewhile(lambda line: line.startswith("|"), page[page.index("| row |") :].splitlines())
+    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
 
 def test_the_top_level_holds_the_six_files():
