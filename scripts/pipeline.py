@@ -167,16 +167,10 @@ def eval_datasets(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Plan]:
-    """Return what each of `methods` trains.
-
-    Raises:
-        ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
-    """
-    from training.config import ALIASES, read_config, training_arguments  # slow; --help can do without
+def keys_by_method(args: argparse.Namespace, methods: list[str]) -> dict[str, dict[str, str]]:
+    """Return the keys that are given for each method, and for all under "". Secrets go to the environment."""
+    from training.config import ALIASES  # slow; --help can do without
     from training.config_parser import take_secret
-    from training.first_selection import selected_experts
-    from training.plan import open_empty
 
     named = [(*word.partition("=")[::2], word) for word in args.overrides]
     args.overrides = [word for key, value, word in named if not take_secret(key.rpartition(":")[2], value)]
@@ -191,8 +185,20 @@ def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Pla
         if key in AMOUNTS and (args.sweep or not SELECTS.keys() & ({method} if method else set(methods))):
             cause = "--shares says how much is trained" if args.sweep else "no experts are selected there"
             raise ValueError(f"cannot use {word!r}: {cause}. Leave it out.")
+    return given
 
-    plans = {}
+
+def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Plan]:
+    """Return what each of `methods` trains.
+
+    Raises:
+        ValueError, OSError: an unknown method, a key that a flag sets, or what train.py refuses.
+    """
+    from training.config import read_config, training_arguments  # slow; --help can do without
+    from training.first_selection import selected_experts
+    from training.plan import open_empty
+
+    given, plans = keys_by_method(args, methods), {}
     for method in methods:
         rule, train_method = dict(SELECTS.get(method, {})), METHODS[method]
         keys = {"method": train_method, **flags(args, "seq_length template seed")}

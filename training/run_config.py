@@ -198,8 +198,6 @@ def _complaints(config: RunConfig) -> Iterator[str]:
         yield f"loss_on={config.loss_on} is not for method dpo: the loss is on what differs in a pair. Leave it out"
     if config.train_shared_experts and config.kind == LORA_SELECTED:
         yield f"train_shared_experts is not for {LORA_SELECTED}. Give lora_modules=shared_experts"
-    if config.method == "random" and not config.expert_config:
-        yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
     if config.verify_frozen and config.method == "full":
         yield "verify_frozen has nothing to verify, as method full freezes nothing. Leave it out"
     for key, (allowed, why) in REFUSED.items():
@@ -297,6 +295,8 @@ def _of_optimizer(config: RunConfig, values: dict) -> Iterator[str]:
 
 def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
     """Yield which keys miss another that they need."""
+    if config.method == "random" and not config.expert_config:
+        yield "method random needs --expert_config. scripts/expert/generate_expert_config.py makes one"
     best = "save_strategy=best" if values.get("save_strategy") == "best" else "load_best_model_at_end"
     if best == "save_strategy=best" or values.get(best):
         if values.get("eval_strategy", "no") == "no":
