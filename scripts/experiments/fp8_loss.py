@@ -1,7 +1,7 @@
 """Measure what products in fp8 (expert_compute=fp8) cost in validation loss, against bf16.
 
-    python scripts/experiments/fp8_loss.py --steps=100 --output=results/tables/fp8_loss    # five minutes on two CPU cores
-    python scripts/experiments/fp8_loss.py --steps=20 --seeds=0                            # a look
+    python scripts/experiments/fp8_loss.py --steps=100 --output=results/tables/fp8_loss   # 5 minutes on two CPU cores
+    python scripts/experiments/fp8_loss.py --steps=20 --seeds=0                           # a look
 
 `train.py` trains results/models/tiny in bf16 on a task, with experts selected by token scores, once with products in
 fp8 and once without, for each seed. The seed draws the order of the data. Where no GPU can multiply in fp8, its
