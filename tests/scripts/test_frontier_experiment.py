@@ -274,6 +274,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
     with monkeypatch.context() as patch:
         patch.setattr(frontier_runs.FrontierLab, "settings", lambda self: {"validation_fraction": 0.05, "max_steps": 1})
         assert again() == 6
+    assert again() == 6 and again() == 0
     with monkeypatch.context() as patch:
         patch.setattr(Study, "size", lambda self, row: {"budget": 0.5})
         assert again() == 6
