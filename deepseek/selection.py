@@ -34,6 +34,7 @@ TAKES = {  # rule -> its options; the first is the one that it needs
 STRATEGIES = tuple(TAKES)
 CONTRASTS = ("difference", "ratio")
 OPTIONS = ("top_p", "budget", "upper_layers", "fraction", "top_k")  # of the rules, beside the seed
+# all that says how to select
 SETTINGS = ("score_function", "strategy", *OPTIONS, "contrast_scores_dir", "contrast", "train_shared_experts")
 SCORES = {"gradient", "reap"}  # which others call rules, too
 DIGITS = 12  # of a difference of scores: what is beyond is rounding, and would break ties

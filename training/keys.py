@@ -113,6 +113,7 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
 ONLY_FOR = {  # key: (another key, its values that this key is for)
     "expert_config": ("method", ON_EXPERTS),
     **dict.fromkeys(SETTINGS, ("method", ("esft", "dpo", LORA_SELECTED))),
+    "train_shared_experts": ("method", ("esft", "dpo")),
     "dpo_beta": ("method", ("dpo",)),
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_experts"), ("method", ("lora", LORA_SELECTED))),
     "lora_modules": ("method", (LORA_SELECTED,)),
