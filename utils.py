@@ -25,6 +25,7 @@ from tqdm import tqdm
 from deepseek.files import suggest
 
 ROOT = Path(__file__).resolve().parent
+AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # what load_base_model does
 
 
 def run_cli(main: Callable[[], object]) -> None:
@@ -34,7 +35,7 @@ def run_cli(main: Callable[[], object]) -> None:
     rank. An error that all ranks share (its attribute `shared`) is printed once per node. Ctrl-C exits with 130, and a
     closed pipe (`| head`) with 141. The environment variable ESFT_DEBUG keeps the traceback. A warning is one line.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = one_line
     try:
         main()
         sys.stdout.flush()
@@ -52,6 +53,11 @@ def run_cli(main: Callable[[], object]) -> None:
             who = f"rank {rank}: " if rank and not shared else ""
             print(f"error: {who}{reason_of(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """Return a warning without the file and the line that it comes from."""
+    return f"warning: {message}\n"
 
 
 def reason_of(error: Exception) -> str:

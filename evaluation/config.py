@@ -10,7 +10,7 @@ from typing import Literal
 from deepseek.files import parse_json, read_json, suggest_path, write_jsonl
 from deepseek.strength import check_strength
 from training.data import TemplateSettings, eval_file_of, held_out_questions
-from utils import ROOT, note, split_names
+from utils import AUTO_DTYPE, ROOT, note, split_names
 
 KNOWN = ("mmlu", "gsm8k", "humaneval", "hellaswag", "arc_challenge", "triviaqa", "ifeval", "ceval-valid")  # the paper's
 TINY = ROOT / "results" / "models" / "tiny"
@@ -114,7 +114,7 @@ class EvalConfig:
     num_fewshot: int | None = _flag(None, "few-shot examples of a suite, where its tasks do not fix them", "N")
     suite_max_new_tokens: int | None = _flag(None, "longest answer to a suite, in tokens; else the task's own", "N")
     apply_chat_template: bool = _flag(False, "ask suites through the tokenizer's chat template")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("auto", "type of the weights; auto: as stored")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("auto", f"type of the weights; auto: {AUTO_DTYPE}")
     device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where to run; auto: the GPUs if there are any")
     seed: int = _flag(0, "seed of --n_samples and of the bootstrap intervals", "N")
 

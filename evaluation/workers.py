@@ -11,6 +11,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 
@@ -18,7 +19,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from utils import note, sentence
+from utils import note, one_line, sentence
 
 TIMEOUT = 7200  # seconds
 _to_parent: Connection | None = None  # in a rank
@@ -137,6 +138,8 @@ def _run_rank(rank: int, sender: Connection, work: Callable, share: list, device
     tqdm.set_lock(threading.RLock())  # a killed process would leak tqdm's own lock
     if rank:
         transformers.logging.disable_progress_bar()
+        warnings.simplefilter("ignore")  # rank 0 says the same
+    warnings.formatwarning = one_line
     try:
         with _one_thread_on_cpu(devices):
             for message in work(share, devices):

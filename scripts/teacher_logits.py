@@ -47,7 +47,7 @@ from training.data import (
 )
 from training.loss import TokenLosses, label_positions
 from training.teacher import LEAST, MANIFEST, describe, key_of, read_part, top_and_rest
-from utils import command_parser, counted, locked, positive, run_cli, seed_number, size
+from utils import AUTO_DTYPE, command_parser, counted, locked, positive, run_cli, seed_number, size
 
 ROWS = 256  # label tokens whose log-probabilities exist at once
 
@@ -69,7 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_template_flags(parser)
     add("--batch_size", type=positive, default=1, metavar="N", help="packs in a forward (default: 1)")
     add("--packs_per_part", type=positive, default=64, metavar="N", help="packs in a file (default: 64)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights "
+        f"(default: auto, {AUTO_DTYPE})")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, the GPUs if there are any")
     add("--gpus", type=positive, default=1, metavar="N", help="GPUs that share the teacher (default: 1)")
     return parser.parse_args(argv)

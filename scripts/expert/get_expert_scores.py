@@ -45,6 +45,7 @@ from evaluation.selection import PACKS_NAME
 from evaluation.workers import TIMEOUT, plan_devices
 from training.data import TemplateSettings, add_template_flags, template_settings
 from utils import (
+    AUTO_DTYPE,
     command_parser,
     counted,
     environment,
@@ -97,7 +98,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--skip_template_tokens", action="store_true", help="count only the tokens of the messages' contents")
     add("--gpus_per_rank", type=positive, default=1, metavar="N", help="GPUs that share a model (default: 1)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights "
-        "(default: auto, as stored)")  # fmt: skip
+        f"(default: auto, {AUTO_DTYPE})")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, the GPUs if there are any")
     add("--seed", type=seed_number, default=0, metavar="N", help="seed of the documents' order (default: 0)")
 
