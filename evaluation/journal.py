@@ -2,22 +2,20 @@
 
 import contextlib
 import json
-import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from deepseek.files import read_json, read_jsonl, sha256
-from evaluation.workers import still_here
 from utils import note
 
 
 class AnswerJournal:
     """The finished batches of one job: `results` by index in the data set, and the `seconds` that they took.
 
-    They are kept in a hidden file beside the output. Its lines are `key`, which is all that decides the answers, and
-    then {"indices", "results", "seconds"} of each batch. A file with another key starts over. A batch with an error in
-    it is answered again. The `with` block removes the file at its end, unless an exception ends it or `keep` is set.
+    Each answer to a suite of lm-eval is a batch of its own, with a hash of the request as its index. They are kept in a
+    hidden file beside the output. Its lines are `key`, which is all that decides the answers, and then {"indices",
+    "results", "seconds"} of each batch. A file with another key starts over. A batch with an error in it is answered
+    again. The `with` block removes the file at its end, unless an exception ends it or `keep` is set.
     """
 
     keep = False
@@ -26,7 +24,7 @@ class AnswerJournal:
         self.path = output_path.with_name(f".{output_path.name}.partial")
         self.finished_key = {**key, "judge": graded_by}  # of the answers that are finished
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.results: dict[int, dict] = {}
+        self.results: dict[int | str, dict] = {}
         self.seconds = 0.0
         self.file = open(self.path, "a+b")  # noqa: SIM115
         found, *records = self._read() or [None]
@@ -70,7 +68,6 @@ class AnswerJournal:
     def _write(self, record: dict) -> None:
         self.file.write(b"\n" + json.dumps(record).encode())  # the line break comes first: the last line may be torn
         self.file.flush()
-        os.fsync(self.file.fileno())
 
     def _read(self) -> list[dict]:
         records = []
@@ -79,32 +76,6 @@ class AnswerJournal:
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
         return records
-
-
-class RequestJournal(AnswerJournal):
-    """The answers of a model of lm-eval to its requests, by a hash of each. They are written every second."""
-
-    def __init__(self, output_path: Path, key: dict):
-        super().__init__(output_path, key)
-        self.waiting: dict[str, object] = {}
-        self.written = time.perf_counter()
-
-    def __exit__(self, *error) -> None:
-        self.flush()
-        super().__exit__(*error)
-
-    def keep_answer(self, request: str, answer: object) -> None:
-        self.waiting[request] = answer
-        if time.perf_counter() - self.written > 1:
-            self.flush()
-
-    def flush(self) -> None:
-        seconds, self.written = time.perf_counter() - self.written, time.perf_counter()
-        if self.waiting:
-            answers = [{"answer": answer} for answer in self.waiting.values()]
-            self.add({"indices": list(self.waiting), "results": answers, "seconds": seconds})
-        self.waiting = {}
-        still_here()
 
 
 def answers_beside(summary: Path) -> Path:

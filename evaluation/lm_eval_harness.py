@@ -26,7 +26,8 @@ from transformers import GenerationConfig
 from deepseek.files import suggest
 from evaluation.config import KNOWN, EvalConfig, is_task_file
 from evaluation.generation import generation_config
-from evaluation.journal import RequestJournal
+from evaluation.journal import AnswerJournal
+from evaluation.workers import still_here
 from training.data import Template
 from utils import import_extra, sentence
 
@@ -167,7 +168,7 @@ class SuiteAnswers:
 
 
 def evaluate_suite(
-    model, tokenizer, suite: Suite, config: EvalConfig, journal: RequestJournal | None = None
+    model, tokenizer, suite: Suite, config: EvalConfig, journal: AnswerJournal | None = None
 ) -> SuiteAnswers:
     """Return the model's answers. What the journal holds already is not asked again.
 
@@ -212,12 +213,18 @@ def evaluate_suite(
     return SuiteAnswers(results, before + time.perf_counter() - start, notes)
 
 
-def _keep_answers(lm, journal: RequestJournal) -> None:
+def _keep_answers(lm, journal: AnswerJournal) -> None:
     """Let a model of lm-eval answer from the journal what it has answered before, and write down the rest."""
     from lm_eval.api.model import hash_args
 
+    last = time.perf_counter()
+
     def keep(kind: str, request: tuple, answer: object) -> None:
-        journal.keep_answer(hash_args(kind, request), answer)
+        nonlocal last
+        before, last = last, time.perf_counter()
+        answers = {"indices": [hash_args(kind, request)], "results": [{"answer": answer}]}
+        journal.add({**answers, "seconds": last - before})
+        still_here()
 
     def answer(kind: str, ask: Callable, requests: list, **options) -> list:
         keys = [hash_args(kind, request.args) for request in requests]

@@ -25,7 +25,7 @@ from deepseek.files import named, read_json, sha256, write_json, write_jsonl
 from evaluation import generation, lm_eval_harness
 from evaluation.config import EvalConfig
 from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
-from evaluation.journal import RequestJournal, find_finished
+from evaluation.journal import AnswerJournal, find_finished
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.runner import model_key
 from utils import environment, note
@@ -216,7 +216,7 @@ def evaluate_suites(
     with contextlib.ExitStack() as stack:
 
         def ask(suite: Suite, path: Path, of_base: bool) -> SuiteAnswers:
-            journal = stack.enter_context(RequestJournal(path, suite_key(config, suite, of_base, device)))
+            journal = stack.enter_context(AnswerJournal(path, suite_key(config, suite, of_base, device)))
             if journal.results:
                 note(f"{len(journal.results)} answers to {suite.name} are there from an interrupted evaluation")
             return evaluate_suite(model, tokenizer, suite, config, journal)

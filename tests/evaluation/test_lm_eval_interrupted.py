@@ -7,6 +7,7 @@ import pytest
 
 import eval_multigpu
 from evaluation import lm_eval_harness
+from evaluation.journal import AnswerJournal
 from tests.helpers import untimed
 
 pytest.importorskip("lm_eval")
@@ -100,10 +101,9 @@ def test_drawn_answers_are_asked_every_time(tmp_path):
             self.args = ("question", {"do_sample": sample})
 
     lm = Model()
-    with lm_eval_harness.RequestJournal(tmp_path / "out.jsonl", {}) as journal:
+    with AnswerJournal(tmp_path / "out.jsonl", {}) as journal:
         lm_eval_harness._keep_answers(lm, journal)
         for sample in (True, False):
             lm.hook.add_partial("generate_until", Request(sample).args, "kept")
-        journal.flush()
         assert lm.generate_until([Request(False), Request(True), Request(False)]) == ["kept", "x", "kept"]
         assert lm.asked == 1
