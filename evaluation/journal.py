@@ -27,7 +27,12 @@ class AnswerJournal:
         self.results: dict[int | str, dict] = {}
         self.seconds = 0.0
         self.file = open(self.path, "a+b")  # noqa: SIM115
-        found, *records = self._read() or [None]
+        self.file.seek(0)
+        lines = []
+        for line in self.file:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        found, *records = lines or [None]
         if found == key:
             for record in records:
                 if not any("error" in result for result in record["results"]):
@@ -68,14 +73,6 @@ class AnswerJournal:
     def _write(self, record: dict) -> None:
         self.file.write(b"\n" + json.dumps(record).encode())  # the line break comes first: the last line may be torn
         self.file.flush()
-
-    def _read(self) -> list[dict]:
-        records = []
-        self.file.seek(0)
-        for line in self.file:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        return records
 
 
 def answers_beside(summary: Path) -> Path:
