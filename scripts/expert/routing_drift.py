@@ -17,7 +17,7 @@ model, which have no trained experts. Writes drift.json and, if matplotlib is in
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from benchmarks import load_rows
 from deepseek.experts import MoELayer, moe_layers
 from deepseek.files import check_output, write_json
 from deepseek.loading import empty_model, keeps_documents_apart
+from deepseek.strength import is_whole
 from esft import ExpertConfig, add_adapter, check_adapter, is_for_peft, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
@@ -51,11 +52,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", required=True, metavar="DIR", help="folder for drift.json and drift.png")
     add_shared_flags(parser)
     return parser.parse_args(argv)
-
-
-def expert_counts(model: nn.Module) -> dict[int, int]:
-    """Return the number of experts of every MoE layer."""
-    return {index: layer.num_experts for index, layer in moe_layers(model).items()}
 
 
 def eval_samples(dataset: str) -> list[dict]:
@@ -85,15 +81,15 @@ def routing(model: nn.Module, packs: list[MaskedPack]) -> Iterator[dict[int, Ten
             handle.remove()
 
 
-def measure(base: nn.Module, change: Callable[[nn.Module], nn.Module], packs: list[MaskedPack]) -> dict[int, Drift]:
-    """Return the drift of each layer. `change` makes the model to compare with out of the base, in place or not.
+def measure(base: nn.Module, adapter: Path, packs: list[MaskedPack]) -> dict[int, Drift]:
+    """Return the drift of each layer. The adapter is put on the base, whose routing is kept: there is one model.
 
-    The base's routing is kept, so there is one model at a time.
+    A whole model takes the base's dtype. In another one, rounding would look like drift.
     """
     if not keeps_documents_apart(base):
         packs = [document for one in packs for document in one.documents()]
     before, drift_L = list(routing(base, packs)), {layer: Drift() for layer in moe_layers(base)}
-    for old_L, new_L in zip(before, routing(change(base), packs)):
+    for old_L, new_L in zip(before, routing(add_adapter(base, adapter), packs)):
         for layer, drift in drift_L.items():
             drift.add(old_L[layer], new_L[layer])
     return drift_L
@@ -154,28 +150,14 @@ def main(argv: list[str] | None = None) -> dict:
     output, adapter = Path(args.output_dir) / "drift.json", Path(args.adapter_dir)
     check_output(output)
     check_output(output.with_suffix(".png"))
-    whole = (adapter / "config.json").is_file()
-    config = None if whole or is_for_peft(adapter) else ExpertConfig.load(adapter)
+    config = None if is_whole(adapter) or is_for_peft(adapter) else ExpertConfig.load(adapter)
     (device,) = plan_devices(args.device, 1, args.gpus_per_rank)
     empty, tokenizer = empty_model(args.base_model_path), load_tokenizer(args.base_model_path)
-    if not whole:
-        check_adapter(empty_model(args.base_model_path), adapter)
-    if whole and expert_counts(empty_model(adapter)) != expert_counts(empty):
-        raise ValueError(f"cannot compare {adapter}: it has other layers or experts than {args.base_model_path}")
+    check_adapter(empty, adapter)
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else None
-    known = empty.config.get_text_config().vocab_size
-    packs = sample_packs(sample_settings(args), tokenizer, known, samples)
-
-    place = {"dtype": args.dtype, "device": device if len(device) > 1 else device[0]}
-    base, _ = load_base_model(args.base_model_path, **place)
-
-    def change(model: nn.Module) -> nn.Module:
-        if not whole:
-            return add_adapter(model, adapter)
-        same = {**place, "dtype": str(model.dtype).removeprefix("torch.")}  # rounding would look like drift
-        return load_base_model(adapter, **same)[0]
-
-    result = make_report(measure(base, change, packs), config) | {
+    packs = sample_packs(sample_settings(args), tokenizer, empty.config.get_text_config().vocab_size, samples)
+    base, _ = load_base_model(args.base_model_path, dtype=args.dtype, device=device)
+    result = make_report(measure(base, adapter, packs), config) | {
         "base_model": args.base_model_path,
         "adapter": args.adapter_dir,
         "dataset": args.eval_dataset,
