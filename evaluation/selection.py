@@ -296,27 +296,21 @@ def routed(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
     return slots_TE.scatter_add(1, ids_TK, (weights_TK != 0).char()).bool().cpu()
 
 
-@dataclass
-class Drift:
-    """The routed slots of one layer before and after training, on the same tokens; `changed` went elsewhere after."""
+def moved(before_TE: Tensor, after_TE: Tensor) -> Tensor:
+    """Return (3, E) of two `routed`: the slots of each expert before and after, and those that went elsewhere after."""
+    return torch.stack([before_TE.sum(0), after_TE.sum(0), (before_TE & ~after_TE).sum(0)])
 
-    before_E: Tensor | int = 0
-    after_E: Tensor | int = 0
-    changed: int = 0
 
-    def add(self, before_TE: Tensor, after_TE: Tensor) -> None:
-        self.before_E = self.before_E + before_TE.sum(0)
-        self.after_E = self.after_E + after_TE.sum(0)
-        self.changed += int((before_TE & ~after_TE).sum())
+def drift(moved_3E: Tensor, trained: list[int] | None) -> dict:
+    """Return total_variation (half the sum of |differences| of the token scores, 0 to 1), the share of slots that
+    changed, and the shares of slots on the experts `trained` before and after (None without them).
 
-    def report(self, trained: list[int] | None) -> dict:
-        """Return total_variation (half the sum of |differences| of the token scores, 0 to 1), the share of slots that
-        changed, and the shares of slots on the experts `trained` before and after (None without them)."""
-        before, after = self.before_E.sum().item(), self.after_E.sum().item()
-        gap_E = self.before_E / before - self.after_E / after
-        return {
-            "total_variation": gap_E.abs().sum().item() / 2,
-            "changed": self.changed / before,
-            "trained_before": None if trained is None else self.before_E[trained].sum().item() / before,
-            "trained_after": None if trained is None else self.after_E[trained].sum().item() / after,
-        }
+    `moved_3E` is the sum of `moved` over the tokens.
+    """
+    (before_E, after_E, _), (before, after, changed) = moved_3E, moved_3E.sum(1).tolist()
+    return {
+        "total_variation": (before_E / before - after_E / after).abs().sum().item() / 2,
+        "changed": changed / before,
+        "trained_before": None if trained is None else before_E[trained].sum().item() / before,
+        "trained_after": None if trained is None else after_E[trained].sum().item() / after,
+    }

@@ -34,7 +34,7 @@ from deepseek.strength import is_whole
 from esft import ExpertConfig, add_adapter, check_adapter, is_for_peft, load_base_model, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
-from evaluation.selection import Drift, routed, short_name
+from evaluation.selection import drift, moved, routed, short_name
 from evaluation.workers import plan_devices
 from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
 from training.data import conversation
@@ -81,24 +81,25 @@ def routing(model: nn.Module, packs: list[MaskedPack]) -> Iterator[dict[int, Ten
             handle.remove()
 
 
-def measure(base: nn.Module, adapter: Path, packs: list[MaskedPack]) -> dict[int, Drift]:
-    """Return the drift of each layer. The adapter is put on the base, whose routing is kept: there is one model.
+def measure(base: nn.Module, adapter: Path, packs: list[MaskedPack]) -> dict[int, Tensor]:
+    """Return `moved` of each layer, summed over the packs.
 
-    A whole model takes the base's dtype. In another one, rounding would look like drift.
+    The adapter is put on the base, whose routing is kept: there is one model. A whole model takes the base's dtype. In
+    another one, rounding would look like drift.
     """
     if not keeps_documents_apart(base):
         packs = [document for one in packs for document in one.documents()]
-    before, drift_L = list(routing(base, packs)), {layer: Drift() for layer in moe_layers(base)}
+    before, moved_L = list(routing(base, packs)), {}
     for old_L, new_L in zip(before, routing(add_adapter(base, adapter), packs)):
-        for layer, drift in drift_L.items():
-            drift.add(old_L[layer], new_L[layer])
-    return drift_L
+        for layer, old_TE in old_L.items():
+            moved_L[layer] = moved_L.get(layer, 0) + moved(old_TE, new_L[layer])
+    return moved_L
 
 
-def make_report(drift_L: dict[int, Drift], config: ExpertConfig | None) -> dict:
-    """Return {"trained": ids by layer, "layers": `Drift.report` by layer, "mean": over layers}; shares may be None."""
-    trained = {layer: sorted(config.experts.get(layer, ())) for layer in drift_L} if config else {}
-    layers = {layer: drift.report(trained.get(layer)) for layer, drift in drift_L.items()}
+def make_report(moved_L: dict[int, Tensor], config: ExpertConfig | None) -> dict:
+    """Return {"trained": ids by layer, "layers": `drift` by layer, "mean": over layers}; shares may be None."""
+    trained = {layer: sorted(config.experts.get(layer, ())) for layer in moved_L} if config else {}
+    layers = {layer: drift(moved_3E, trained.get(layer)) for layer, moved_3E in moved_L.items()}
     rows = list(layers.values())
     mean = {key: None if rows[0][key] is None else sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return {"trained": trained, "layers": layers, "mean": mean}

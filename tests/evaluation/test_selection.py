@@ -25,13 +25,14 @@ from esft import (
 from evaluation.expert_scoring import SampleSettings, count_routing, sample_packs
 from evaluation.selection import (
     PACKS_NAME,
-    Drift,
     PackCounts,
     bootstrap_counts,
     bootstrap_selections,
     correlation,
+    drift,
     expected_jaccard,
     jaccard,
+    moved,
     overlap,
     routed,
     select_cumulative,
@@ -410,14 +411,11 @@ def test_the_budget_is_used_up_and_kept(tasks, tiny_model_dir, capsys, tmp_path)
 def test_drift_by_hand():
     before = routed(torch.tensor([[0, 1], [0, 2]]), torch.ones(2, 2), 4)
     after = routed(torch.tensor([[1, 0], [0, 3]]), torch.ones(2, 2), 4)  # the order of a token's experts is nothing
-    drift = Drift()
-    drift.add(before, after)
-    assert drift.report([0, 3]) == {
+    assert drift(moved(before, after), [0, 3]) == {
         "total_variation": 0.25, "changed": 0.25, "trained_before": 0.5, "trained_after": 0.75
     }  # fmt: skip
-    swapped = Drift()  # tokens trade places: slots change, the load does not
-    swapped.add(before, before.flip(0))
-    assert swapped.report([0])["total_variation"] == 0 and swapped.report([0])["changed"] == 0.5
+    swapped = drift(moved(before, before.flip(0)), [0])  # tokens trade places: slots change, the load does not
+    assert swapped["total_variation"] == 0 and swapped["changed"] == 0.5
     skipped = routed(torch.tensor([[1, 0], [0, 0]]), torch.tensor([[0.7, 0.0], [0.7, 0.0]]), 4)
     assert skipped.tolist() == [[False, True, False, False], [True, False, False, False]]
 
