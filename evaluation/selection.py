@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -140,16 +141,14 @@ def expected_jaccard(sizes: list[tuple[int, int, int]]) -> tuple[float, float, f
     `sizes` has (a, b, E) for each layer: a and b of E experts are drawn. What they share is hypergeometric, and its sum
     over the layers is a convolution.
     """
-    chance = torch.ones(1, dtype=torch.float64)
+    chance = np.ones(1)
     for a, b, E in sizes:
-        layer = [math.comb(a, i) * math.comb(E - a, b - i) / math.comb(E, b) for i in range(min(a, b) + 1)]
-        rows = [torch.nn.functional.pad(chance * p, (i, len(layer) - 1 - i)) for i, p in enumerate(layer)]
-        chance = torch.stack(rows).sum(0)
+        ways = [math.comb(a, i) * math.comb(E - a, b - i) / math.comb(E, b) for i in range(min(a, b) + 1)]
+        chance = np.convolve(chance, ways)
     total = sum(a + b for a, b, _ in sizes)
-    value = torch.tensor([i / (total - i) if total > i else 1.0 for i in range(len(chance))], dtype=torch.float64)
-    below = chance.cumsum(0)
-    low, high = (value[int((below < q).sum().clamp(max=len(value) - 1))].item() for q in (0.025, 0.975))
-    return (chance * value).sum().item(), low, high
+    value = np.array([i / (total - i) if total > i else 1.0 for i in range(len(chance))])
+    low, high = value[np.searchsorted(chance.cumsum(), (0.025, 0.975))]
+    return float(chance @ value), float(low), float(high)
 
 
 def bootstrap_counts(num_packs: int, size: int, draws: int, seed: int) -> Tensor:
