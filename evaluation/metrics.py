@@ -24,7 +24,6 @@ import re
 import unicodedata
 from collections import Counter
 from fractions import Fraction
-from functools import cache
 
 from utils import import_extra
 
@@ -103,33 +102,16 @@ class _Words:
         return self._PATTERN.findall(text.lower())
 
 
-@cache
-def _rouge():
-    return import_extra("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-@cache
-def _chrf():
-    return import_extra("sacrebleu.metrics", "eval").CHRF()
-
-
-@cache
-def _bleu(tokenizer: str):
-    return import_extra("sacrebleu.metrics", "eval").BLEU(effective_order=True, tokenize=tokenizer)
-
-
 def rouge_l(prediction: str, answer: str) -> float | None:
     """Return the ROUGE-L F measure, 0..100, or None if the gold answer has no word."""
-    scorer = _rouge()
-    if not _Words().tokenize(answer):
-        return None
-    return 100.0 * scorer.score(answer, prediction)["rougeL"].fmeasure
+    scorer = import_extra("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"], tokenizer=_Words())
+    return 100.0 * scorer.score(answer, prediction)["rougeL"].fmeasure if _Words().tokenize(answer) else None
 
 
 def chrf(prediction: str, answer: str) -> float | None:
     """Return the sentence chrF2, 0..100, or None if the gold answer is blank."""
-    scorer = _chrf()
-    return scorer.sentence_score(prediction, [answer]).score if answer.strip() else None
+    sentence_chrf = import_extra("sacrebleu", "eval").sentence_chrf
+    return sentence_chrf(prediction, [answer]).score if answer.strip() else None
 
 
 _HAN, _KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff]")
@@ -137,8 +119,9 @@ _HAN, _KANA = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), re.compile("[\u3040-\u
 
 def bleu(prediction: str, answer: str) -> float | None:
     """Return the sentence BLEU, 0..100, or None if the gold answer is blank."""
-    scorer = _bleu("char" if _KANA.search(answer) else "zh" if _HAN.search(answer) else "13a")
-    return scorer.sentence_score(prediction, [answer]).score if answer.strip() else None
+    sentence_bleu = import_extra("sacrebleu", "eval").sentence_bleu
+    tokenizer = "char" if _KANA.search(answer) else "zh" if _HAN.search(answer) else "13a"
+    return sentence_bleu(prediction, [answer], tokenize=tokenizer).score if answer.strip() else None
 
 
 # the lengths are limited, because Python converts long digits slowly and a large exponent does not fit in memory
