@@ -43,7 +43,7 @@ class CodeEvaluator:
     primary: str = "pass@1"
 
     def metrics(self, prediction: str, answers: list[str], row: dict) -> dict[str, float | None]:
-        return {self.primary: 100.0 * code_runner.run(programs(prediction, row), self.limits).passed}
+        return {self.primary: 100.0 * (not code_runner.run(programs(prediction, row), self.limits))}
 
 
 _END_OF_BODY = re.compile(r"\n(?=class |def |@|#|if |print|assert )")

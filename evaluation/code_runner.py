@@ -1,6 +1,6 @@
 """Run a program that a model wrote in a process of its own, and say whether it ended without an error.
 
-    run([program, ...]) -> Outcome(passed, reason)
+    run([program, ...]) -> why it failed, or "" if it passed
 
 The process gets an empty temporary folder to work in, the standard library, an environment without keys, no input, and
 limits on the clock, CPU time, memory, file size and number of processes. Where Linux allows it (`unshare`), it has no
@@ -40,13 +40,6 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 
 
-class Outcome(NamedTuple):
-    """Whether a program passed, and in one line why not."""
-
-    passed: bool
-    reason: str
-
-
 @functools.cache
 def isolated() -> bool:
     """Return whether programs run without network here, and cannot outlive the process that runs them."""
@@ -56,8 +49,11 @@ def isolated() -> bool:
         return False
 
 
-def run(programs: list[str], limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """Run the first of `programs` that is valid Python. It passes if it reaches its last line without an error."""
+def run(programs: list[str], limits: Limits = DEFAULT_LIMITS) -> str:
+    """Run the first of `programs` that is valid Python, and return in one line why it failed.
+
+    It passes if it reaches its last line without an error. "" is returned then.
+    """
     token = secrets.token_hex(16)  # the program does not know it, so it cannot claim success by chance
     prefix = ISOLATE if isolated() else ()
     with (
@@ -72,16 +68,14 @@ def run(programs: list[str], limits: Limits = DEFAULT_LIMITS) -> Outcome:
         try:
             process.communicate(json.dumps([programs, token, limits]).encode(), timeout=limits.wall)
         except subprocess.TimeoutExpired:
-            return Outcome(False, f"not done after {limits.wall:g} s")
+            return f"not done after {limits.wall:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        said, _, reason = output.read(1000).decode(errors="replace").partition(" ")
-    if said != token:
-        return Outcome(False, "ended before its last line, or was ended by a limit")
-    return Outcome(not reason, reason)
+        said, _, reason = output.read(300).decode(errors="replace").partition(" ")
+    return " ".join(reason.split()) if said == token else "ended before its last line, or was ended by a limit"
 
 
 def _child() -> None:
@@ -99,11 +93,12 @@ def _child() -> None:
     module = sys.modules["program"] = types.ModuleType("program")  # dataclasses look it up
     reason = ""
     try:
-        while len(programs) > 1 and not _is_valid(programs[0]):
-            del programs[0]
-        exec(compile(programs[0], "<program>", "exec"), module.__dict__)
+        program = next(filter(_is_valid, programs), programs[-1])
+        exec(compile(program, "<program>", "exec"), module.__dict__)
     except BaseException as error:
-        reason = f" {_sentence(error)}"
+        reason = f" {type(error).__name__}:"
+        with contextlib.suppress(BaseException):  # the program wrote the error's __str__ too
+            reason += f" {error}"[:300]
     write(output, f"{token}{reason}".encode(errors="replace"))
     leave(0)
 
@@ -113,13 +108,6 @@ def _is_valid(program: str) -> bool:
         return bool(compile(program, "<program>", "exec"))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-
-
-def _sentence(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(": ")
-    except BaseException:  # the program wrote the error's __str__ too
-        return "an error"
 
 
 if __name__ == "__main__":
