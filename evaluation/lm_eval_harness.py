@@ -44,10 +44,6 @@ class Suite:
     tasks: dict  # name -> lm-eval's Task
     group: object = None  # lm-eval's Group
 
-    def part(self, name: str) -> "Suite":
-        """Return one of the tasks as a suite."""
-        return Suite(name, {name: self.tasks[name]})
-
     def weighs_by_size(self, key: str) -> bool | None:
         """Return whether tasks count by their samples in the mean of a metric; None if the group has no such mean."""
         if self.group is None:
@@ -162,9 +158,6 @@ class SuiteAnswers:
                 key = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
                 found.setdefault(key, {})[sample["doc_id"]] = sample[metric]
         return found
-
-    def count(self, task: str) -> int:
-        return len({sample["doc_id"] for sample in self.results["samples"][task]})
 
 
 def evaluate_suite(

@@ -98,11 +98,11 @@ def summarize_suite(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | No
     primary = PRIMARY[suite.name] if PRIMARY.get(suite.name) in keys else keys[0]
     metric = SuiteMetric(suite, primary, models)
     every = {key: SuiteMetric(suite, key, [answers]) for key in keys}
-    n = sum(answers.count(name) for name in suite.tasks)
+    n = sum(len({sample["doc_id"] for sample in answers.results["samples"][name]}) for name in suite.tasks)
     draws_CR = metric.draws(seed) if metric.n else None
     groups = {}
-    for name in suite.tasks if suite.group is not None else ():
-        part = SuiteMetric(suite.part(name), primary, models, metric.unit)
+    for name, task in suite.tasks.items() if suite.group is not None else ():
+        part = SuiteMetric(Suite(name, {name: task}), primary, models, metric.unit)
         groups[name] = {"n": part.n, "mean": part.mean(), **({"base": part.mean(0)} if base else {})}
     return {
         "dataset": suite.name,
@@ -137,10 +137,10 @@ def _metric_keys(suite: Suite, answers: SuiteAnswers) -> list[str]:
 
 def completion_lines(suite: Suite, answers: SuiteAnswers, summary: dict) -> Iterator[dict]:
     """Yield the answers as lines of a completions file. "score" is None if the primary metric is not in percent."""
-    for name in suite.tasks:
+    for name, task in suite.tasks.items():
         samples = {sample["doc_id"]: sample for sample in reversed(answers.results["samples"][name])}
         table = answers.values(name)
-        units = {key: SuiteMetric(suite.part(name), key, [answers]).unit for key in table}
+        units = {key: SuiteMetric(Suite(name, {name: task}), key, [answers]).unit for key in table}
         for i in sorted(samples):
             metrics = {key: _as_json(values.get(i), units[key]) for key, values in table.items()}
             prediction, gold = _texts(samples[i])
