@@ -3,7 +3,8 @@
     strata = Strata(columns)                  # columns: [stratum][model][sample]
     before, after = strata.means()
     draws_CR = strata.draws(seed=0)           # C models, R draws
-    low, high = interval(draws_CR[1] - draws_CR[0])     # 95 %
+    low, high = interval(draws_CR[0])         # 95 %
+    compare_pairs(strata, (before, after), draws_CR, most=100)
 
 A draw of N samples has a mean that varies too little: its variance is that of N samples divided by N, not by N - 1.
 `resample` corrects this, which matters for the few samples of a skill or a task.
@@ -75,6 +76,20 @@ def interval(draws_R: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf
     return None if np.isnan(low) else [round(float(low), 4), round(float(high), 4)]
 
 
-def is_certain(bounds: list[float] | None, changed: int) -> bool:
-    """Return whether the interval of a difference excludes 0, and enough pairs changed to say so."""
-    return bounds is not None and bool(changed >= LEAST_CHANGED) and (bounds[0] > 0 or bounds[1] < 0)
+def compare_pairs(strata: Strata, means_C: Sequence[float], draws_CR: np.ndarray, most: float) -> dict:
+    """Return how the second of two models differs from the first, on the same samples. A mean is at most `most`.
+
+    {"n", "base", "adapter", "difference": means, "ci95": of the difference, "certain"}
+
+    It is certain if the interval excludes 0, and enough pairs changed to say so.
+    """
+    before, after = map(float, means_C)
+    means = {"base": before, "adapter": after, "difference": after - before}
+    bounds = interval(draws_CR[1] - draws_CR[0], (-most, most))
+    changed = sum(a != b for columns in strata.columns for a, b in zip(*columns))
+    return {
+        "n": sum(len(columns[0]) for columns in strata.columns),
+        **{name: round(value, 4) for name, value in means.items()},
+        "ci95": bounds,
+        "certain": bounds is not None and bool(changed >= LEAST_CHANGED) and (bounds[0] > 0 or bounds[1] < 0),
+    }

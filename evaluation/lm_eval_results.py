@@ -24,7 +24,7 @@ import esft
 from deepseek.files import named, read_json, sha256, write_json, write_jsonl
 from evaluation import generation, lm_eval_harness
 from evaluation.config import EvalConfig
-from evaluation.intervals import RESAMPLES, Strata, interval, is_certain
+from evaluation.intervals import RESAMPLES, Strata, compare_pairs, interval
 from evaluation.journal import AnswerJournal, find_finished
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.runner import model_key
@@ -70,21 +70,6 @@ class SuiteMetric:
         resamples = RESAMPLES if self.are_means else 200  # others are aggregated in Python
         return self.unit * self.strata.draws(seed, resamples)
 
-    def interval(self, draws_R: np.ndarray, low: float, high: float) -> list[float] | None:
-        return interval(draws_R, (low, high)) if self.unit == 100 else interval(draws_R)
-
-    def compare(self, draws_CR: np.ndarray) -> dict:
-        """Return what `results.compare` returns, for the base and the adapter as the two models."""
-        bounds = self.interval(draws_CR[1] - draws_CR[0], -100, 100)
-        before, after = self.mean(0), self.mean(1)
-        changed = sum(a != b for task in self.strata.columns for a, b in zip(*task))
-        return {
-            "n": self.n,
-            **{"base": before, "adapter": after, "difference": round(after - before, 4)},
-            "ci95": bounds,
-            "certain": is_certain(bounds, changed),
-        }
-
 
 def summarize_suite(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | None = None, *, seed: int = 0) -> dict:
     """Return what `results.summarize` returns, with "dataset", "primary", "unit" ("percent" or "as in lm-eval") and
@@ -99,7 +84,8 @@ def summarize_suite(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | No
     metric = SuiteMetric(suite, primary, models)
     every = {key: SuiteMetric(suite, key, [answers]) for key in keys}
     n = sum(len({sample["doc_id"] for sample in answers.results["samples"][name]}) for name in suite.tasks)
-    draws_CR = metric.draws(seed) if metric.n else None
+    means, draws_CR = [metric.mean(i) for i in range(len(models))], metric.draws(seed) if metric.n else None
+    low, high = (0, 100) if metric.unit == 100 else (-np.inf, np.inf)
     groups = {}
     for name, task in suite.tasks.items() if suite.group is not None else ():
         part = SuiteMetric(Suite(name, {name: task}), primary, models, metric.unit)
@@ -111,12 +97,12 @@ def summarize_suite(suite: Suite, answers: SuiteAnswers, base: SuiteAnswers | No
         "higher_is_better": metric.higher_is_better,
         "n": n,
         "failed": 0,
-        "mean": metric.mean(),
-        "ci95": metric.interval(draws_CR[-1], 0, 100) if metric.n else None,
+        "mean": means[-1],
+        "ci95": interval(draws_CR[-1], (low, high)) if metric.n else None,
         "metrics": {key: one.mean() for key, one in every.items()},
         "missing": {key: n - one.n for key, one in every.items()},
         "groups": groups,
-        **({"against_base": metric.compare(draws_CR)} if base and metric.n else {}),
+        **({"against_base": compare_pairs(metric.strata, means, draws_CR, high)} if base and metric.n else {}),
     }
 
 

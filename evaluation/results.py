@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from evaluation.intervals import Strata, interval, is_certain
+from evaluation.intervals import Strata, compare_pairs, interval
 
 
 def summarize(results: list[dict], *, seed: int = 0) -> dict:
@@ -49,11 +49,9 @@ def summarize(results: list[dict], *, seed: int = 0) -> dict:
 
 
 def compare(base: list[dict], adapted: list[dict], *, seed: int = 0) -> dict:
-    """Return what an adapter changed, in percent, on the samples that both scored. The two lists have one order.
+    """Return what an adapter changed, in percent, on the samples that both scored, as `compare_pairs` does.
 
-    {"n", "base", "adapter", "difference": means, "ci95": of the difference, "certain": see `is_certain`}
-
-    Each skill counts the same.
+    The two lists have one order. Each skill counts the same.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for one, other in zip(base, adapted, strict=True):
@@ -62,16 +60,7 @@ def compare(base: list[dict], adapted: list[dict], *, seed: int = 0) -> dict:
     if not groups:
         return {"n": 0, "base": None, "adapter": None, "difference": None, "ci95": None, "certain": False}
     strata = Strata([list(zip(*pairs)) for pairs in groups.values()])
-    before, after = strata.means()
-    before_R, after_R = strata.draws(seed)
-    bounds = interval(after_R - before_R, (-100, 100))
-    means = {"base": before, "adapter": after, "difference": after - before}
-    return {
-        "n": sum(map(len, groups.values())),
-        **{name: round(float(value), 4) for name, value in means.items()},
-        "ci95": bounds,
-        "certain": is_certain(bounds, sum(a != b for pairs in groups.values() for a, b in pairs)),
-    }
+    return compare_pairs(strata, strata.means(), strata.draws(seed), 100)
 
 
 # ------------------------------------------------------------------------------------------------ tables
