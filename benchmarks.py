@@ -1,8 +1,6 @@
 """The evaluator of each task, and the rows of eval files.
 
-An evaluator has `metrics(prediction, answers, row)`, which returns the task's metrics in percent, and `primary`, the
-name of the metric that counts. A metric that cannot be computed is None. It is left out of every mean, counted in the
-summary, and never taken for a 0. evaluation/metrics.py defines the metrics.
+`Evaluator` in evaluation/generation.py says what an evaluator is. evaluation/metrics.py defines the metrics.
 """
 
 import random

@@ -6,8 +6,7 @@
     python eval_multigpu.py --suite=mmlu,gsm8k,ifeval --base_model_path=M --adapter_dir=A --with_base --world_size=8
 
 The first form takes a folder that train.py wrote. The base, the adapter and the task come from the run. Without an eval
-file for the task, the model is evaluated on the samples that training kept for validation. --with_general adds the
-general skills of datasets/eval/general.jsonl. A run on results/models/tiny is always asked them.
+file for the task, the model is evaluated on the samples that training kept for validation.
 
 The answers go to <output_path>, in the order of the eval file. The means and their 95 % intervals go to
 <output_path without .jsonl>.summary.json. With several data sets the names go before the suffix: out.law.jsonl,
@@ -15,20 +14,14 @@ out.general.jsonl. --output_dir gets <name>.jsonl instead. Without either, the a
 its folder. With --with_base the model answers first without the adapter (out.base.jsonl) and then with it. One table
 then shows what was gained and what was forgotten.
 
---strength=0.5,0.7,1 asks base + strength x (tuned - base) at each of these, and prints the curve. --choose_strength
-takes the one that gains most on the first data set, a validation set, and loses at most --max_loss points on the last
-one, general skills. It names the command that merges it. The answers are in a folder for each strength.
+--strength=0.5,0.7,1 prints the curve of these strengths. The answers are in a folder for each. --choose_strength names
+the command that merges the one it takes.
 
---adapter_dir may also hold one adapter for each data set, in folders with the names of the data sets.
-
-Each of `world_size` processes holds the whole model, on `gpus_per_rank` GPUs or on one thread of the CPU. The results
-are the same for any world_size. Finished batches are kept in a hidden file beside the output. After an interruption the
-same command continues from them. A sample that fails becomes a line with an "error" and without a score. The summary
-counts it as "failed".
+Finished batches are kept in a hidden file beside the output. After an interruption the same command continues from
+them. A sample that fails becomes a line with an "error" and without a score. The summary counts it as "failed".
 
 --suite asks the tasks of lm-eval (EleutherAI's harness) with its prompts, few-shot examples and metrics. Each process
-answers whole suites. --judge_model names a language model that grades the answers to summary, law and translation. It
-is asked through an OpenAI-compatible endpoint, with a key from the environment.
+answers whole suites.
 """
 
 import argparse

@@ -82,7 +82,10 @@ class EvalConfig:
     )
     output_dir: str | None = _flag(None, "folder of the answers, <data set>.jsonl, in place of --output_path", "DIR")
     world_size: int = _flag(
-        1, "processes, each with a whole model; on the CPU give as many as there are cores; results do not change", "N"
+        1,
+        "processes, each with a whole model; on the CPU each has one thread, so give as many as there are cores; "
+        "results do not change",
+        "N",
     )
     gpus_per_rank: int = _flag(1, "GPUs over which each process spreads its model", "N")
     timeout: int = _flag(7200, "seconds after which one of several processes that does not answer ends all", "SECONDS")

@@ -1,8 +1,5 @@
 """Summaries of answers: means with their intervals, what an adapter changed, and a table of both.
 
-    summarize(results) -> summary     compare(base_results, results) -> summary["against_base"]
-    format_results(summaries) -> text
-
 `results` are the lines of a completions file. Intervals are 95 % bootstrap intervals over samples, drawn again within
 each skill. The interval of a difference draws the same samples from the base and the adapter. A skill with one sample
 says nothing about its spread, so a mean with such a skill has no interval.

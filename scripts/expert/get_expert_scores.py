@@ -6,11 +6,7 @@ r"""Score the experts of a mixture-of-experts model on a task: how often, and ho
 Whole documents of the training data, in a seeded order, are packed until they have n_sample_tokens. Each pack goes
 through the model alone, without gradient or lm_head, while hooks count where the routers send its tokens. The scores
 are in <output_dir>/summary.json. The counts of each pack are beside them in packs.safetensors, from which
-compare_scores.py tells how certain a selection is.
-
-The result is the same for any world_size: a pack does not depend on the others, the counts are integers and add
-exactly, and on the CPU each process computes with one thread. (More threads share out a sum in another order. That
-changes its last bits, and with them a near tie between two experts.)
+compare_scores.py tells how certain a selection is. The result is the same for any world_size.
 
 --scores asks for more than where the tokens go:
 
