@@ -71,13 +71,9 @@ def colors_of(labels: Iterable[str]) -> dict[str, str]:
 
 
 def draw_experts(
-    scores: ExpertScores,
-    config: ExpertConfig | None,
-    score_function: str = "token",
-    top_p: float = 0.2,
-    title: str = "",
+    scores: ExpertScores, config: ExpertConfig | None, score_function: str, top_p: float | None, title: str
 ):
-    """Return a figure of two heat maps, layers x experts: by id, and by score with the cut at `top_p`.
+    """Return a figure of two heat maps, layers x experts: by id, and by score with the cut at `top_p`, unless None.
 
     The experts of `config` are outlined. Raise ValueError where they have no scores, or where matplotlib is missing.
     """
@@ -102,16 +98,17 @@ def draw_experts(
     left.set_yticks(range(0, len(layers), step), layers[::step])
     left.set(title="by expert id", xlabel="expert id", ylabel="decoder layer")
     right.set(title="by score in each layer", xlabel="rank in its layer, 0 = highest score")
-    cut = select_experts(scores, score_function=score_function, top_p=top_p).experts
-    edges = np.arange(len(layers) + 1) - 0.5
-    ends = [len(cut[layer]) - 0.5 for layer in layers]
-    stairs = right.stairs(ends, edges, orientation="horizontal", baseline=None, color=CUT, lw=1.8)
     figure.colorbar(image, ax=[left, right], label=UNITS[score_function], pad=0.01, fraction=0.025)
-    legend = {f"running sum of scores reaches {top_p:g}": stairs}
+    legend = {}
     if config:
         taken, of = sum(map(len, chosen.values())), sum(map(len, score_LE.values()))
         marked = Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=MARK, linewidth=1.3)
-        legend = {f"selected: {taken} of {of} experts ({taken / of:.1%})": marked, **legend}
+        legend[f"selected: {taken} of {of} experts ({taken / of:.1%})"] = marked
+    if top_p is not None:
+        cut = select_experts(scores, score_function=score_function, top_p=top_p).experts
+        ends, edges = [len(cut[layer]) - 0.5 for layer in layers], np.arange(len(layers) + 1) - 0.5
+        stairs = right.stairs(ends, edges, orientation="horizontal", baseline=None, color=CUT, lw=1.8)
+        legend[f"running sum of scores reaches {top_p:g}"] = stairs
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title)
     return figure

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.files import write_json, write_jsonl
+from esft import ExpertScores, select_experts
 from evaluation.run_folder import read_run
 from scripts import report
 from utils import run_cli
@@ -295,6 +296,20 @@ def test_a_folder_of_train_py_may_hold_the_scores_it_made(run):
     assert not page(folder).charts("Experts")
     shutil.copytree(run / "expert_scores", folder / "expert_scores")
     assert len(page(folder).charts("Experts")) == 1
+
+
+def test_a_map_shows_the_cut_where_that_selected_the_experts(run):
+    config, cut = run / "checkpoints" / "esft-token" / "expert_cfg.json", "running sum of scores reaches"
+    assert page(run).charts("Experts") and cut not in page(run).text  # no sum of scores gives these
+    scores = ExpertScores.load(run / "expert_scores")
+    write_json(config, select_experts(scores, top_p=0.2).to_dict())
+    assert f"{cut} 0.2" in page(run).text
+    write_json(config, select_experts(scores, strategy="topk", top_k=4).to_dict())
+    assert cut not in page(run).text
+    write_json(config, select_experts(scores, top_p=0.5).to_dict())
+    given = ["--top_p=0.5", "--output_path=expert_configs/esft-token.json"]
+    write_json(run / "stages.json", {"config": ["scripts/expert/generate_expert_config.py", *given]})
+    assert f"{cut} 0.5" in page(run).text
 
 
 def test_several_runs_share_charts_and_keep_their_names(run, tmp_path):
