@@ -49,51 +49,6 @@ if TYPE_CHECKING:
     from deepseek.process_groups import Ranks
     from training.config import RunConfig
 
-__all__ = [
-    "IGNORE",
-    "SHAPES",
-    "SIDES",
-    "Documents",
-    "Encoded",
-    "Pack",
-    "Packs",
-    "Rows",
-    "Skeleton",
-    "Template",
-    "TemplateSettings",
-    "add_template_flags",
-    "best_fit",
-    "collate",
-    "content_marks",
-    "conversation",
-    "dataset_files",
-    "encode",
-    "encode_prompt",
-    "encode_rows",
-    "eval_file_of",
-    "features",
-    "has_label",
-    "held_out_questions",
-    "is_known",
-    "is_pair",
-    "load_data",
-    "load_samples",
-    "open_rows",
-    "pack",
-    "pack_of",
-    "pack_rows",
-    "read_chosen",
-    "read_messages",
-    "read_pair",
-    "resolve",
-    "sample_name",
-    "sample_rows",
-    "split_samples",
-    "stream_rows",
-    "take_rows",
-    "template_settings",
-]
-
 BATCH = 256  # conversations that are encoded at a time
 FEW = 2000  # rows that are encoded without a progress bar; more are shared out to processes, so many to each
 SOURCES = [Path(__file__).with_name(name) for name in ("shapes.py", "preferences.py", "documents.py", "templates.py")]
