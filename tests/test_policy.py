@@ -221,6 +221,7 @@ SHARED_BY_TESTS = {
     for name in (
         "chat_templates",
         "client_helpers",
+        "data_helpers",
         "experiment_helpers",
         "fused_experts",
         "fuzz_inputs",

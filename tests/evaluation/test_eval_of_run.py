@@ -11,8 +11,9 @@ import train
 from deepseek.files import read_jsonl, write_jsonl
 from evaluation import generation
 from evaluation.config import EvalConfig, fill_from_run
+from tests.data_helpers import load_samples
 from tests.helpers import ROOT, Killed, arguments, at_step, contents, kill, refused
-from training.data import held_out_questions, load_samples, split_samples
+from training.data import held_out_questions, split_samples
 
 
 @pytest.fixture(scope="module")

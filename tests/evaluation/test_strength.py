@@ -15,8 +15,9 @@ from deepseek.files import read_jsonl
 from evaluation.config import EvalConfig, fill_from_run
 from evaluation.strength import choose
 from scripts import merge_adapter
+from tests.data_helpers import load_samples
 from tests.helpers import arguments, contents, refused, run_eval, write_rows
-from training.data import load_samples, split_samples
+from training.data import split_samples
 
 
 def point(strength: float, task: float, general: float) -> dict:

@@ -16,8 +16,9 @@ import torch
 from deepseek.files import read_json, read_jsonl, write_jsonl
 from esft import ExpertConfig, load_base_model, load_esft_model
 from scripts import curate
+from tests.data_helpers import encode
 from tests.helpers import ROOT, make_model, noisy_adapter, refused
-from training.data import IGNORE, encode, open_rows, read_messages
+from training.data import IGNORE, open_rows, read_messages
 
 OTHER = "a row that stays"
 LONG = "The court of appeal in Lisbon heard on monday how a grey van left the harbour without lights and hit the gate"

@@ -14,14 +14,13 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedToke
 
 from deepseek.files import read_jsonl, write_json, write_jsonl
 from deepseek.process_groups import Ranks
+from tests.data_helpers import encode, encode_prompt, load_samples
 from tests.helpers import config_of, learned_runs
 from training import data
 from training.data import (
     IGNORE,
     Encoded,
     collate,
-    encode,
-    load_samples,
     pack_of,
     sources,
     split_samples,
@@ -138,9 +137,7 @@ def test_released_format_is_built_of_pieces(data_tokenizer):
     padded = [message | {"content": f"\n{message['content']} "} for message in system]
     sample = encode(padded, data_tokenizer, "released")
     assert sample == encode(system, data_tokenizer, "released")
-    assert data.encode_prompt(" What is red?\n", data_tokenizer, "released") == bos + ids(
-        "User: What is red?\n\nAssistant:"
-    )
+    assert encode_prompt(" What is red?\n", data_tokenizer, "released") == bos + ids("User: What is red?\n\nAssistant:")
     assert sample.input_ids == prompt + answers[0] + again + answers[1]
     assert sample.labels == [IGNORE] * len(prompt) + answers[0] + [IGNORE] * len(again) + answers[1]
 
@@ -160,7 +157,7 @@ def test_prompt_at_generation_is_the_prompt_in_training(chat, template, answer):
     tokenizer = chat(template)
     for name in ("chat", "released"):
         sample = encode([TURNS[0], {"role": "assistant", "content": answer}], tokenizer, name)
-        prompt = data.encode_prompt(TURNS[0]["content"], tokenizer, name)
+        prompt = encode_prompt(TURNS[0]["content"], tokenizer, name)
         first = next(i for i, label in enumerate(sample.labels) if label != IGNORE)
         assert sample.input_ids[:first] == prompt
         assert (answer.strip() if name == "released" else answer) in learned(sample, tokenizer)[0]
@@ -170,8 +167,8 @@ def test_rendered_prompt_is_taken_verbatim(chat):
     tokenizer = chat(CHATML)
     text = "User: 1 User: 2\n\nAssistant:"
     for template in ("chat", "released"):
-        assert data.encode_prompt(text, tokenizer, template) == [tokenizer.bos_token_id, *tokenizer.encode(text)]
-    assert data.encode_prompt("1 User: 2\n\nAssistant:", tokenizer, "released") != [1, *tokenizer.encode(text)]
+        assert encode_prompt(text, tokenizer, template) == [tokenizer.bos_token_id, *tokenizer.encode(text)]
+    assert encode_prompt("1 User: 2\n\nAssistant:", tokenizer, "released") != [1, *tokenizer.encode(text)]
 
 
 def test_a_template_that_rewrites_history(chat):
@@ -483,7 +480,7 @@ def test_a_broken_character_is_an_error_with_its_line(tmp_path):
         r'{"prompt": "\ud83d\ude00", "completion": "b"}' + "\n" + r'{"prompt": "\ud800", "completion": "b"}'
     )
     with pytest.raises(ValueError, match=r"d\.jsonl:2: not valid JSON .*surrogates not allowed"):
-        data.load_samples(path)
+        load_samples(path)
 
 
 def test_a_validation_set_of_its_own(files, tiny_tokenizer, tmp_path):

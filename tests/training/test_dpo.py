@@ -13,6 +13,7 @@ import esft
 import train
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
+from tests.data_helpers import encode
 from tests.helpers import (
     EXPERTS,
     arguments,
@@ -51,7 +52,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def log_probs(model, tokenizer, messages: list[dict]) -> torch.Tensor:
-    sample = data.encode(messages, tokenizer)
+    sample = encode(messages, tokenizer)
     labels = torch.tensor(sample.labels[1:])
     logits = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0, :-1]
     return -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -5,6 +5,7 @@ import torch
 
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
+from tests.data_helpers import encode, load_samples
 from tests.helpers import arguments, config_of, fails, losses, make_model, trainer_of, weights
 from training import data
 
@@ -13,7 +14,7 @@ def loss_by_hand(model, tokenizer, rows: list[dict]) -> tuple[float, float]:
     """(mean over label tokens, mean over samples of their means), each sample alone and from full logits."""
     sums, counts = [], []
     for row in rows:
-        sample = data.encode(row["messages"], tokenizer)
+        sample = encode(row["messages"], tokenizer)
         labels = torch.tensor(sample.labels[1:])
         with torch.no_grad():
             logits = model(torch.tensor([sample.input_ids])).logits[0, :-1]
@@ -24,7 +25,7 @@ def loss_by_hand(model, tokenizer, rows: list[dict]) -> tuple[float, float]:
 
 def test_first_step_is_the_same_however_the_batch_is_cut(files, start, tiny_tokenizer):
     """SGD with rate 1: the change of the weights is the gradient. All packs of the data are in the batch."""
-    rows = data.load_samples(files / "data.jsonl")[:8]
+    rows = load_samples(files / "data.jsonl")[:8]
     write_jsonl(start.folder / "few.jsonl", rows)
     keys = {
         "train_dataset": start.folder / "few.jsonl", "validation_fraction": 0, "eval_steps": None, "save_steps": None,
@@ -55,8 +56,8 @@ def test_where_documents_of_a_pack_see_each_other_each_is_alone(files, start, ti
     with pytest.warns(UserWarning, match="would see each other"):
         start(base_model_path=folder, batch_size=30, validation_fraction=0, eval_steps=0, max_steps=1, save_steps=0)
     total = count = 0
-    for sample in data.load_samples(files / "data.jsonl"):
-        encoded = data.encode(sample["messages"], tiny_tokenizer)
+    for sample in load_samples(files / "data.jsonl"):
+        encoded = encode(sample["messages"], tiny_tokenizer)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([encoded.input_ids]), use_cache=False).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits, torch.tensor(encoded.labels[1:]), reduction="sum").item()
@@ -67,7 +68,7 @@ def test_where_documents_of_a_pack_see_each_other_each_is_alone(files, start, ti
 @pytest.mark.parametrize("eval_batch_size", [1, 3, 8])
 def test_validation_loss_is_the_mean_over_its_tokens(files, start, tiny_tokenizer, eval_batch_size):
     result = start(eval_batch_size=eval_batch_size, learning_rate=0, max_steps=2)
-    rows = data.load_samples(files / "data.jsonl")
+    rows = load_samples(files / "data.jsonl")
     packs = data.load_data(tiny_tokenizer, config_of(files, start.folder / "out"), Ranks())[1]
     validation = [rows[number - 1] for pack in packs for number in pack.samples]
     assert len(validation) == 6

@@ -8,6 +8,7 @@ import pytest
 import train
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
+from tests.data_helpers import load_samples
 from tests.helpers import arguments, config_of, fails, losses
 from training import data
 from training.data.replay import draw
@@ -67,7 +68,7 @@ def test_a_row_of_the_validation_set_is_never_replayed(files, tmp_path, tiny_tok
     assert len(validating) == 6 and len(set(replayed)) == 24 and not validating & set(replayed)
     told = capsys.readouterr().err
     assert "6 rows of it left out, being in the validation set, too" in told
-    write_jsonl(tmp_path / "few.jsonl", data.load_samples(files / "data.jsonl")[:1])
+    write_jsonl(tmp_path / "few.jsonl", load_samples(files / "data.jsonl")[:1])
     keys = {"replay_dataset": tmp_path / "few.jsonl", "validation_dataset": tmp_path / "few.jsonl"}
     assert "every row of it is in the validation set" in fails(arguments(files, tmp_path / "x", **keys), capsys)
 
@@ -110,7 +111,7 @@ def test_a_run_broken_off_goes_on_bit_for_bit_and_knows_its_replay(files, start,
     for changes, words in ({"replay_share": 0.3}, "replay_share"), ({"replay_dataset": None}, "replay_dataset"):
         argv = arguments(files, start.folder / "out", **{**keys, "replay_share": None, **changes})
         assert words in fails(argv, capsys)
-    rows = data.load_samples(general["replay_dataset"])
+    rows = load_samples(general["replay_dataset"])
     write_jsonl(general["replay_dataset"], rows[1:])
     error = fails(arguments(files, start.folder / "out", **keys), capsys)
     assert "differs in the content of replay_dataset)" in error

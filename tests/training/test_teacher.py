@@ -13,6 +13,7 @@ import train
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
 from scripts import teacher_logits
+from tests.data_helpers import load_samples
 from tests.helpers import EXPERTS, arguments, config_of, fails, make_model, run_ranks
 from training import data
 from training.distillation import top_divergence
@@ -197,7 +198,7 @@ def other_tokens(folder: Path, student: Path) -> Path:
 def test_what_does_not_fit_is_refused_before_the_model_is_read(files, teacher, answers, tmp_path, capsys, monkeypatch):
     other, out = other_tokens(tmp_path / "other", files / "m32"), tmp_path / "out"
     monkeypatch.setattr(train, "load_model", None)
-    rows = data.load_samples(files / "data.jsonl")[:1] + [data.conversation(f"what is {i}?", "no") for i in range(3)]
+    rows = load_samples(files / "data.jsonl")[:1] + [data.conversation(f"what is {i}?", "no") for i in range(3)]
     write_jsonl(tmp_path / "others.jsonl", rows)
     keys = {**KEYS, "distill_from": answers}
     for changes, words in (

@@ -54,27 +54,6 @@ FEW = 2000  # rows that are encoded without a progress bar; more are shared out 
 SOURCES = [Path(__file__).with_name(name) for name in ("shapes.py", "preferences.py", "documents.py", "templates.py")]
 
 
-def encode(messages: list[dict], tokenizer, template: str = "chat") -> Encoded:
-    """Return the tokens of a conversation, with labels on the assistant's turns (content and end-of-turn token) alone.
-
-    `template` is "chat" (the tokenizer's own) or "released" (that of the published checkpoints).
-
-    Raises:
-        ValueError: the answers cannot be found exactly in the template's text.
-    """
-    return Template(tokenizer, TemplateSettings(template=template)).encode([messages])[0][0]
-
-
-def encode_prompt(prompt: str, tokenizer, template: str = "chat") -> list[int]:
-    """Return the tokens before the answer to `prompt`, a user's plain text, as `encode` has them."""
-    return Template(tokenizer, TemplateSettings(template=template)).encode_prompt(prompt)
-
-
-def load_samples(dataset: str | Path) -> list[dict]:
-    """Return the samples of a data set in memory: {"messages": [...]} (training/data/shapes.py)."""
-    return [{"messages": read_messages(row, where)} for where, row in open_rows(dataset)]
-
-
 def features() -> "datasets.Features":  # noqa: F821
     """Return the columns of a table of documents."""
     import datasets  # slow, and not every command reads data
