@@ -41,7 +41,6 @@ from training.teacher import Teacher, top_and_rest
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
-Divergence = Callable[[Tensor, slice], Tensor]  # (log q (M, V), rows) -> KL (M,)
 
 
 def choose_trainer(config: RunConfig, tokenizer, packs: Packs, ranks: Ranks) -> Callable[..., ESFTTrainer]:
@@ -68,37 +67,32 @@ def choose_trainer(config: RunConfig, tokenizer, packs: Packs, ranks: Ranks) -> 
     )
 
 
-def full_divergence(logits: Callable[[slice], Tensor]) -> Divergence:
-    """Return KL(p || q) for p of the `logits` of the rows, over the whole vocabulary."""
-
-    def divergence(log_q_MV: Tensor, rows: slice) -> Tensor:
-        log_p_MV = logits(rows).float().log_softmax(-1)
-        return kl_div(log_q_MV, log_p_MV, reduction="none", log_target=True).sum(-1)
-
-    return divergence
-
-
-def top_divergence(ids_Mk: Tensor, log_p_Mk1: Tensor) -> Divergence:
-    """Return KL_k(p || q) for p of a teacher's top k tokens and the rest. What fp16 rounded sums to 1 again."""
-
-    def divergence(log_q_MV: Tensor, rows: slice) -> Tensor:
-        log_p = log_p_Mk1[rows].float().log_softmax(-1)
-        return kl_div(top_and_rest(log_q_MV, ids_Mk[rows]), log_p, reduction="none", log_target=True).sum(-1)
-
-    return divergence
-
-
 class SoftTerms(Terms):
-    """(1 - w)+ CE + w KL at the rows that are `soft_M`, and CE at the others. `divergence_M` is KL at the soft rows."""
+    """(1 - w)+ CE + w KL at the rows that are `soft_M`, and CE at the others. `divergence_M` is KL at the soft rows.
 
-    def __init__(self, labels_M: Tensor, smoothing: float, soft_M: Tensor, weight: float, divergence: Divergence):
+    said: gives log p of some rows, up to a constant for each: logits, or what fp16 rounded.
+    ids_Mk: of which tokens these are, with the rest as one more; all if not given.
+    """
+
+    def __init__(
+        self,
+        labels_M: Tensor,
+        smoothing: float,
+        soft_M: Tensor,
+        weight: float,
+        said: Callable[[slice], Tensor],
+        ids_Mk: Tensor | None = None,
+    ):
         super().__init__(labels_M, smoothing)
-        self.soft_M, self.weight, self.divergence = soft_M, weight, divergence
+        self.soft_M, self.weight, self.said, self.ids_Mk = soft_M, weight, said, ids_Mk
         self.divergence_M = torch.zeros(len(soft_M), device=soft_M.device)
 
     def losses(self, logits_MV: Tensor, rows: slice) -> Tensor:
         soft_M = self.soft_M[rows].float()
-        kl_M = self.divergence(logits_MV.log_softmax(-1), rows) * soft_M
+        log_q, log_p = logits_MV.log_softmax(-1), self.said(rows).float().log_softmax(-1)
+        if self.ids_Mk is not None:
+            log_q = top_and_rest(log_q, self.ids_Mk[rows])
+        kl_M = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * soft_M
         self.divergence_M[rows] = kl_M.detach()
         return super().losses(logits_MV, rows) * (1 - min(self.weight, 1.0) * soft_M) + self.weight * kl_M
 
@@ -172,10 +166,10 @@ class DistillingTrainer(ESFTTrainer):
             return super()._loss_sum(model, inputs, smoothing)
         labels_BM, taken = self._split(inputs)
         if self.reference:
-            divergence = full_divergence(self._token_losses.logits(self.reference, taken, labels_BM))
+            said = self._token_losses.logits(self.reference, taken, labels_BM)
         else:
-            divergence = top_divergence(inputs["ids"], inputs["log_probs"])
-        terms = SoftTerms(labels_BM.flatten(), smoothing, inputs["soft"], self.weight, divergence)
+            said = inputs["log_probs"].__getitem__
+        terms = SoftTerms(labels_BM.flatten(), smoothing, inputs["soft"], self.weight, said, inputs.get("ids"))
         with self._counted(inputs):
             losses_BM, outputs = self._token_losses(model, taken, labels_BM, terms=terms)
         self._divergence += torch.stack([terms.divergence_M.double().sum(), inputs["soft"].double().sum()])

@@ -24,7 +24,7 @@ from tests.helpers import (
     weights,
 )
 from training import data
-from training.distillation import SoftTerms, full_divergence
+from training.distillation import SoftTerms
 from training.loss import TokenLosses, label_positions
 
 PLAIN = {"optim": "sgd", "learning_rate": 30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
@@ -132,7 +132,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits(config):
         losses_of = TokenLosses(model.get_output_embeddings(), chunk)
         losses_of.try_head(model)
         base = losses_of.logits(esft.ReferenceModel(model), taken, labels_BM)
-        terms = SoftTerms(labels_BM.flatten(), 0.0, soft.flatten(), 0.7, full_divergence(base))
+        terms = SoftTerms(labels_BM.flatten(), 0.0, soft.flatten(), 0.7, base)
         losses, _ = losses_of(model, taken, labels_BM, terms=terms)
         (losses * torch.linspace(-1, 2, losses.numel()).view_as(losses)).sum().backward()
         grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
