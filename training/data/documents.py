@@ -7,8 +7,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
-import jinja2
-
 from deepseek.files import parse_json
 
 IGNORE = -100  # the label that cross entropy skips
@@ -16,16 +14,6 @@ NO_END = "an end of answers, which the template does not write (append_end=true 
 LOSS_ON = ("all", "last", "each")
 SPECIAL_TEXT = ("error", "plain", "token")
 THINK = "<think>"
-# a template is code
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 REACH = 48  # characters before a cut that are encoded again to see whether the cut changes them
 
 

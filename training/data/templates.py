@@ -32,7 +32,6 @@ from types import SimpleNamespace
 from training.data.documents import (
     IGNORE,
     NO_END,
-    TEMPLATE_ERRORS,
     THINK,
     Document,
     Encoded,
@@ -388,7 +387,7 @@ class Template:
             tools = messages[0].get("tools") if messages else None
             options = {"tokenize": False, "add_generation_prompt": answer_next, **self.settings.template_kwargs}
             return self.tokenizer.apply_chat_template(plain, tools=tools, **options)
-        except TEMPLATE_ERRORS as error:
+        except Exception as error:  # a template is code
             raise ValueError(f"cannot use the chat template: it refuses {_name(messages)} ({error})") from error
 
 
