@@ -14,6 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch.utils._pytree import tree_map_only
+
 from benchmarks import load_rows
 from training.data import is_pair, read_messages, read_pair
 from training.data.documents import texts_of
@@ -30,11 +32,7 @@ PERMUTATIONS = 128
 
 def squeezed(value: object) -> object:
     """Return a value with one blank for each run of blanks in its texts, in Unicode's composed form (NFC)."""
-    if isinstance(value, str):
-        return " ".join(unicodedata.normalize("NFC", value).split())
-    if isinstance(value, dict):
-        return {key: squeezed(inner) for key, inner in value.items()}
-    return [squeezed(inner) for inner in value] if isinstance(value, list) else value
+    return tree_map_only(str, lambda text: " ".join(unicodedata.normalize("NFC", text).split()), value)
 
 
 def words_of(text: str, kind: re.Pattern = WORD) -> list[str]:

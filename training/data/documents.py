@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
+from torch.utils._pytree import tree_leaves
+
 from deepseek.files import parse_json
 
 IGNORE = -100  # the label that cross entropy skips
@@ -165,15 +167,7 @@ def texts_of(messages: list[dict]) -> Iterator[str]:
     for message in messages:
         yield message["content"]
         for key in sorted(message.keys() - {"role", "content", "mask"}):
-            yield from _leaves(message[key])
-
-
-def _leaves(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
+            yield from (leaf for leaf in tree_leaves(message[key]) if isinstance(leaf, str))
 
 
 @contextlib.contextmanager
