@@ -7,7 +7,7 @@ from deepseek.process_groups import Ranks
 from training import data
 from training.loss import label_positions
 
-EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1])  # for a rank without a batch, which still takes part
+EMPTY_PACK = data.Pack([0, 0], [data.IGNORE] * 2, [0, 1], [])  # for a rank without a batch, which still takes part
 
 
 def collate(packs: list[data.Pack], pad_token_id: int, documents_apart: bool = True) -> dict:

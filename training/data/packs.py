@@ -19,7 +19,7 @@ import bisect
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ class Pack:
     `samples` are the numbers of their samples, from 1, and from -1 down in a pack of replayed documents.
     """
 
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    position_ids: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
+    input_ids: list[int]
+    labels: list[int]
+    position_ids: list[int]
+    samples: list[int]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -45,13 +45,6 @@ class Pack:
     @property
     def replayed(self) -> bool:
         return self.samples[0] < 0 if self.samples else False
-
-    def add(self, document: Encoded, size: int, sample: int) -> None:
-        """Append the first `size` tokens of a document."""
-        self.input_ids.extend(document.input_ids[:size])
-        self.labels.extend([IGNORE, *document.labels[1:size]])
-        self.position_ids.extend(range(size))
-        self.samples.append(sample)
 
     def documents(self) -> list["Pack"]:
         """Return each document as a pack of its own."""
@@ -191,9 +184,12 @@ def pack(
 
 def pack_of(documents: Sequence[Encoded], members: list[int], sizes: Sequence[int], numbers: Sequence[int]) -> Pack:
     """Return a pack of some documents. Of each, `sizes` and `numbers` hold the tokens to take and its sample."""
-    pack = Pack()
+    pack = Pack([], [], [], [int(numbers[i]) for i in members])
     for i in members:
-        pack.add(documents[i], int(sizes[i]), int(numbers[i]))
+        document, size = documents[i], int(sizes[i])
+        pack.input_ids.extend(document.input_ids[:size])
+        pack.labels.extend([IGNORE, *document.labels[1:size]])
+        pack.position_ids.extend(range(size))
     return pack
 
 
