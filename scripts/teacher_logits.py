@@ -44,6 +44,7 @@ from training.data import (
     pack_rows,
     sample_rows,
     template_settings,
+    unpack,
 )
 from training.loss import TokenLosses, label_positions
 from training.teacher import LEAST, MANIFEST, describe, key_of, read_part, top_and_rest
@@ -76,10 +77,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def documents_of(packs: list[Pack]) -> list[Pack]:
-    return [document for pack in packs for document in pack.documents()]
-
-
 @torch.no_grad()
 def ask(model: nn.Module, packs: list[Pack], args: argparse.Namespace, tokens: int) -> dict[str, Tensor]:
     """Return the tensors of a part (training/teacher.py). Only the first `tokens` of the vocabulary are named."""
@@ -100,9 +97,9 @@ def ask(model: nn.Module, packs: list[Pack], args: argparse.Namespace, tokens: i
             ids_Mk = log_MV[:, :tokens].topk(args.top_k).indices
             ids.append(ids_Mk.int().cpu())
             log_probs.append(top_and_rest(log_MV, ids_Mk).clamp(min=LEAST).half().cpu())
-    counts = [sum(label != IGNORE for label in document.labels) for document in documents_of(packs)]
+    counts = [sum(label != IGNORE for label in document.labels) for document in unpack(packs)]
     return {
-        "keys": torch.tensor([key_of(document) for document in documents_of(packs)]),
+        "keys": torch.tensor([key_of(document) for document in unpack(packs)]),
         "starts": torch.tensor([0, *counts]).cumsum(0),
         "ids": torch.cat(ids),
         "log_probs": torch.cat(log_probs),
@@ -136,7 +133,7 @@ def write_logits(args: argparse.Namespace) -> dict:
             with atomic_path(path) as temporary:
                 save_file(said, temporary, metadata={"settings": settings})
         noted, keys, log_probs = read_part(path, "keys", "log_probs")
-        if noted.get("settings") != settings or keys.tolist() != [key_of(document) for document in documents_of(own)]:
+        if noted.get("settings") != settings or keys.tolist() != [key_of(document) for document in unpack(own)]:
             raise ValueError(f"cannot go on in {folder}: {path.name} is of other settings. Give another folder.")
         mass += (1 - np.exp(log_probs[:, -1], dtype=np.float64)).sum().item()
         parts, labels = [*parts, path.name], labels + len(log_probs)

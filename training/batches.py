@@ -17,7 +17,7 @@ def collate(packs: list[data.Pack], pad_token_id: int, documents_apart: bool = T
     Each document is a row of the batch for a model that does not keep the documents of a pack apart.
     """
     rows = [row for pack in packs for row in pack.samples]
-    packs = packs if documents_apart else [document for pack in packs for document in pack.documents()]
+    packs = packs if documents_apart else data.unpack(packs)
     batch = data.collate(packs or [EMPTY_PACK], pad_token_id)
     return {**batch, "kept": label_positions(batch["labels"])[1], "rows": rows}
 

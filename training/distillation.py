@@ -33,7 +33,7 @@ from torch.nn.functional import kl_div
 import esft
 from deepseek.loading import vocab_size
 from deepseek.process_groups import Ranks
-from training.data import IGNORE, Pack, Packs, Template, template_settings
+from training.data import IGNORE, Pack, Packs, Template, template_settings, unpack
 from training.dpo import DPOTrainer
 from training.loss import Terms, label_positions
 from training.run_config import RunConfig
@@ -104,7 +104,7 @@ class SoftTerms(Terms):
 
 def collate_soft(packs: list[Pack], collate: Callable, apart: bool, everywhere: bool, teacher: Teacher | None) -> dict:
     """Make a batch that also holds "soft" (B*M), the labels that are distilled, and what a teacher says about them."""
-    packs = packs if apart else [document for pack in packs for document in pack.documents()]
+    packs = packs if apart else unpack(packs)
     batch = collate(packs)
     labels_BM, _ = label_positions(batch["labels"], batch["kept"])
     distilled = [pack for pack in packs if everywhere or pack.replayed]
@@ -112,7 +112,7 @@ def collate_soft(packs: list[Pack], collate: Callable, apart: bool, everywhere: 
     soft_M = (soft_B[:, None] & (labels_BM != IGNORE)).flatten()
     batch["soft"] = soft_M
     if teacher and distilled:
-        said = [teacher.read(document) for pack in distilled for document in pack.documents()]
+        said = [teacher.read(document) for document in unpack(distilled)]
         k = teacher.manifest["top_k"]
         batch["ids"] = torch.zeros(len(soft_M), k, dtype=torch.int64)
         batch["log_probs"] = torch.zeros(len(soft_M), k + 1, dtype=torch.float16)

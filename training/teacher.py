@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek.files import read_json
-from training.data import Pack, Packs, Template
+from training.data import Pack, Packs, Template, unpack
 from utils import counted
 
 MANIFEST = "manifest.json"
@@ -115,7 +115,7 @@ class Teacher:
             raise ValueError(
                 f"{cannot}: its documents were made otherwise ({what}). Make it again with these settings."
             )
-        documents = [document for index in wanted for document in packs[index].documents()]
+        documents = unpack(packs[index] for index in wanted)
         if missing := [document for document in documents if key_of(document) not in self]:
             raise ValueError(
                 f"{cannot}: it lacks {len(missing):,} of {counted(len(documents), 'document')}. Run "

@@ -38,7 +38,7 @@ from training.data.documents import (
     content_marks,
     template_settings,
 )
-from training.data.packs import Pack, Packs, best_fit, collate, has_label, pack, pack_of, pack_rows, sample_name
+from training.data.packs import Pack, Packs, best_fit, collate, has_label, pack, pack_of, pack_rows, sample_name, unpack
 from training.data.preferences import SIDES, is_pair, read_chosen, read_pair, unused_in_pair
 from training.data.replay import add_replay
 from training.data.shapes import SHAPES, conversation, read_messages, unused_fields

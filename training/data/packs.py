@@ -18,7 +18,7 @@ prompt, then the rejected one.
 import bisect
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,11 @@ class Pack:
             Pack(self.input_ids[a:b], self.labels[a:b], self.position_ids[a:b], [sample])
             for sample, a, b in zip(self.samples, starts, [*starts[1:], len(self)])
         ]
+
+
+def unpack(packs: Iterable[Pack]) -> list[Pack]:
+    """Return each document of some packs as a pack of its own."""
+    return [document for pack in packs for document in pack.documents()]
 
 
 class Packs(Sequence):
