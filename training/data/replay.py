@@ -84,10 +84,6 @@ def draw(labels_R: np.ndarray, wanted: int, seed: int, held_out: Callable[[int],
             total += int(labels_R[row])
     rounds, rest = divmod(wanted, total) if 0 < total < wanted else (1, 0)
     times_R = np.zeros(len(labels_R), int)
-    times_R[chosen] = rounds
-    for row in chosen:
-        if rest <= 0:
-            break
-        times_R[row] += 1
-        rest -= int(labels_R[row])
+    before_C = labels_R[chosen].cumsum() - labels_R[chosen]
+    times_R[chosen] = rounds + (before_C < rest)
     return times_R
