@@ -42,7 +42,7 @@ from training.data.packs import Pack, Packs, best_fit, collate, has_label, pack,
 from training.data.preferences import SIDES, is_pair, read_chosen, read_pair, unused_in_pair
 from training.data.replay import add_replay
 from training.data.shapes import SHAPES, conversation, read_messages, unused_fields
-from training.data.sources import Rows, dataset_files, is_known, no_bars, open_rows, resolve, stream_rows, take_rows
+from training.data.sources import Rows, dataset_files, is_known, open_rows, resolve, stream_rows, take_rows
 from training.data.templates import Template
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ def encode_rows(
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "esft"
     folder.mkdir(parents=True, exist_ok=True)
     processes = processes or min(os.cpu_count() or 1, len(rows) // FEW)
-    with no_bars(quiet or len(rows) <= FEW), FileLock(folder / f"{fingerprint}.lock"):
+    no_bars = quiet or len(rows) <= FEW or datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS
+    (datasets.disable_progress_bars if no_bars else datasets.enable_progress_bars)()
+    with FileLock(folder / f"{fingerprint}.lock"):
         made = table.map(
             _encode_batch,
             batched=True,

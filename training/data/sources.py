@@ -13,7 +13,6 @@ A weight is a set's share of the samples. No sample is drawn twice, so the small
 
 import bisect
 import codecs
-import contextlib
 import csv
 import functools
 import glob
@@ -261,21 +260,6 @@ def _not_found(name: str, split: str) -> str:
     )
 
 
-@contextlib.contextmanager
-def no_bars(quiet: bool = True) -> Iterator[None]:
-    """Hide the progress bars of the datasets library, if `quiet`."""
-    import datasets  # slow, and not every command reads data
-
-    if not quiet or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
 def _open(source: list[Path] | HubSet, split: str) -> list[tuple[str, "datasets.Dataset"]]:  # noqa: F821
     """Return the name and the table of each file, or of the hub's set. Files without rows are left out."""
     import datasets
@@ -292,9 +276,9 @@ def _read(name: str, load: Callable) -> object:
     """Call `load` without progress bars. A ValueError names the source."""
     import datasets
 
+    datasets.disable_progress_bars()
     try:
-        with no_bars():
-            return load()
+        return load()
     except (datasets.exceptions.DatasetsError, OSError, ValueError, ImportError) as error:
         wrapped = isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__
         reason = str(wrapped or error)
