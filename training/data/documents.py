@@ -13,8 +13,6 @@ from deepseek.files import parse_json
 
 IGNORE = -100  # the label that cross entropy skips
 NO_END = "an end of answers, which the template does not write (append_end=true adds one)"
-LOSS_ON = ("all", "last", "each")
-SPECIAL_TEXT = ("error", "plain", "token")
 THINK = "<think>"
 REACH = 48  # characters before a cut that are encoded again to see whether the cut changes them
 
@@ -48,24 +46,29 @@ class Documents(Sequence):
         return Encoded(found["input_ids"].tolist(), found["labels"].tolist())
 
 
+def _flag(default: object, about: str, **options) -> object:
+    """Return a field of TemplateSettings that is also a flag of commands."""
+    return field(default=default, metadata={"default": default, "help": about, **options})
+
+
 @dataclass(frozen=True)
 class TemplateSettings:
     """How messages become tokens.
 
-    template: "chat" (the tokenizer's own) or "released" (the published checkpoints': BOS, system text, blank line,
-        "User: q", blank line, "Assistant:", then " a" and EOS).
-    template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
-    loss_on: "all" answers of a conversation, the "last" one, or "each" as a document of its own.
-    special_text: what to do where a message spells a special token such as "<|im_end|>": "error", take it as "plain"
-        characters, or as the "token".
-    append_end: end each answer with the tokenizer's end token, where the template ends it with nothing.
+    template="released" is that of the published checkpoints: BOS, system text, blank line, "User: q", blank line,
+    "Assistant:", then " a" and EOS.
     """
 
-    template: str = "chat"
-    template_kwargs: dict = field(default_factory=dict)
-    loss_on: str = "all"
-    special_text: str = "error"
-    append_end: bool = False
+    template: str = _flag("chat", "how messages become tokens: the tokenizer's chat template, or the one of the "
+        "released checkpoints (default: chat)", choices=("chat", "released"))  # fmt: skip
+    template_kwargs: dict = field(default_factory=dict, metadata={"default": "{}", "metavar": "JSON",
+        "help": 'variables of the chat template, such as {"enable_thinking": false}'})  # fmt: skip
+    loss_on: str = _flag("all", "which answers of a conversation carry loss; each: every one in a document of its own "
+        "(default: all)", choices=("all", "last", "each"))  # fmt: skip
+    special_text: str = _flag("error", "what to do where a message spells a special token (default: error)",
+        choices=("error", "plain", "token"))  # fmt: skip
+    append_end: bool = _flag(False, "end answers with the tokenizer's end token where the chat template writes no end",
+        action="store_true")  # fmt: skip
 
     def __post_init__(self):
         if not isinstance(self.template_kwargs, dict):
@@ -88,17 +91,8 @@ def template_settings(values: object) -> TemplateSettings:
 
 def add_template_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of TemplateSettings."""
-    add = parser.add_argument
-    add("--template", choices=("chat", "released"), default="chat", help="how messages become tokens: the tokenizer's "
-        "chat template, or the one of the released checkpoints (default: chat)")  # fmt: skip
-    add("--template_kwargs", default="{}", metavar="JSON", help="variables of the chat template, such "
-        'as {"enable_thinking": false}')  # fmt: skip
-    add("--loss_on", choices=LOSS_ON, default="all", help="which answers of a conversation carry loss; each: every one "
-        "in a document of its own (default: all)")  # fmt: skip
-    add("--special_text", choices=SPECIAL_TEXT, default="error", help="what to do where a message spells a special "
-        "token (default: error)")  # fmt: skip
-    add("--append_end", action="store_true", help="end answers with the tokenizer's end token where the chat template "
-        "writes no end")  # fmt: skip
+    for setting in fields(TemplateSettings):
+        parser.add_argument(f"--{setting.name}", **setting.metadata)
 
 
 @dataclass(frozen=True)
