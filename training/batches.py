@@ -1,7 +1,10 @@
-"""Which packs make a batch, and in which order this process sees them."""
+"""Which packs make a batch, in which order this process sees them, and which tokens of a batch are a document."""
 
 import random
 from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from deepseek.process_groups import Ranks
 from training import data
@@ -20,6 +23,18 @@ def collate(packs: list[data.Pack], pad_token_id: int, documents_apart: bool = T
     packs = packs if documents_apart else data.unpack(packs)
     batch = data.collate(packs or [EMPTY_PACK], pad_token_id)
     return {**batch, "kept": label_positions(batch["labels"])[1], "rows": rows}
+
+
+def document_numbers(inputs: dict) -> Tensor:
+    """Number the documents of a batch (B, T) from 0, row by row. A pack's padding is a document, too."""
+    starts_BT = inputs["position_ids"] == 0
+    return starts_BT.flatten().cumsum(0).view_as(starts_BT) - 1
+
+
+def labels_of_documents(inputs: dict) -> Tensor:
+    """Count the labels of every document of a batch. There are B*T counts, so no host waits for a GPU to size them."""
+    numbers_N = document_numbers(inputs).flatten()
+    return torch.zeros_like(numbers_N).index_add(0, numbers_N, (inputs["labels"] != data.IGNORE).flatten().long())
 
 
 class Batches:

@@ -10,7 +10,8 @@ DPO.
 The reference is the base: the same model with the base's rows put in (esft.ReferenceModel). It sees the same batch as
 the policy. So both round alike, and before the first step r is exactly 0. A resumed run needs nothing of it.
 
-Legend: B rows of a batch, M positions with labels, N = B*M, A documents of a batch, padding included.
+Legend: B rows of a batch, M positions with labels, N = B*M, A documents of a batch, padding included, and
+empty ones up to the number of its tokens.
 """
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import esft
-from training.data import IGNORE
+from training.batches import document_numbers, labels_of_documents
 from training.trainer import ESFTTrainer
 
 REWARDS = ("chosen", "rejected", "accuracies", "margins")  # means over pairs in the log, named as TRL names them
@@ -38,11 +39,11 @@ class DPOTrainer(ESFTTrainer):
 
     def _count(self, inputs) -> Tensor:
         """Return how many terms the loss of a batch has: its pairs."""
-        return _labels_of_documents(inputs).count_nonzero() // 2
+        return labels_of_documents(inputs).count_nonzero() // 2
 
     def _loss_sum(self, model, inputs, smoothing: float = 0.0):
         """Return (sum of the loss over pairs, model outputs)."""
-        is_answer_A = _labels_of_documents(inputs) > 0
+        is_answer_A = labels_of_documents(inputs) > 0
         with torch.no_grad():
             base_A, _ = self._log_probs(self.reference, inputs)
         policy_A, outputs = self._log_probs(model, inputs)
@@ -57,8 +58,8 @@ class DPOTrainer(ESFTTrainer):
         """Return the log-probability of the labels of every document of a batch, and the model's outputs."""
         losses_BM, positions_M, outputs = self._losses(model, inputs)
         # the label of a position is the next token
-        document_N = _document_numbers(inputs)[:, 1:][:, positions_M].flatten()
-        sums = losses_BM.new_zeros(len(_labels_of_documents(inputs)))
+        document_N = document_numbers(inputs)[:, 1:][:, positions_M].flatten()
+        sums = losses_BM.new_zeros(inputs["labels"].numel())
         return sums.index_add(0, document_N, -losses_BM.flatten()), outputs
 
     def evaluate(self, *args, **kwargs):
@@ -75,15 +76,3 @@ class DPOTrainer(ESFTTrainer):
             logs |= {f"{prefix}rewards/{name}": total / pairs for name, total in zip(REWARDS, sums)}
             self._rewards = self._no_rewards()
         super().log(logs, start_time)
-
-
-def _document_numbers(inputs) -> Tensor:
-    """Number the documents of a batch (B, T) from 0, row by row. A pack's padding is a document, too."""
-    starts_BT = inputs["position_ids"] == 0
-    return starts_BT.flatten().cumsum(0).view_as(starts_BT) - 1
-
-
-def _labels_of_documents(inputs) -> Tensor:
-    """Count the labels of every document of a batch. Padding has none."""
-    numbers_N, learned_N = _document_numbers(inputs).flatten(), (inputs["labels"] != IGNORE).flatten().long()
-    return learned_N.new_zeros(int(numbers_N[-1]) + 1).index_add(0, numbers_N, learned_N)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepseek.experts import inner_model, moe_layers
 from deepseek.routing import are_probabilities, find_routers, router_weights
-from training.data import IGNORE
+from training.batches import document_numbers, labels_of_documents
 
 MEASURES = ("router_kl", "router_changed")  # in the log
 
@@ -128,6 +128,4 @@ def describe_drift(results: dict) -> str:
 
 def in_documents(inputs: dict) -> Tensor:
     """Return bool (B, T): which tokens of a batch are no padding, which is a document without labels."""
-    number_N = (inputs["position_ids"] == 0).flatten().cumsum(0) - 1
-    labels_N = torch.zeros_like(number_N).index_add(0, number_N, (inputs["labels"] != IGNORE).flatten().long())
-    return (labels_N[number_N] > 0).view_as(inputs["labels"])
+    return labels_of_documents(inputs)[document_numbers(inputs)] > 0
