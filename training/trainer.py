@@ -69,9 +69,6 @@ class Progress(TrainerCallback):
         self.shown |= {names[k]: f"{v:,.0f}" if k[0] == "t" else f"{v:.4f}" for k, v in logs.items() if k in names}
         self.bar.set_postfix(self.shown, refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
 
 class ESFTTrainer(SavingTrainer):
     """The Trainer of a run.
