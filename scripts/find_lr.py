@@ -16,8 +16,6 @@ only what is new. The table, all numbers and a picture are in find_lr.md, find_l
 import argparse
 import dataclasses
 import math
-import os
-import shlex
 import signal
 import sys
 from dataclasses import dataclass
@@ -33,8 +31,8 @@ from deepseek.selection import SETTINGS
 from esft import load_tokenizer
 from evaluation.figures import new_figure, save_figure
 from scripts.pipeline import Stages
-from scripts.sweep import LEAST_KNOWN, numbers
-from utils import ROOT, command_parser, environment, locked, markdown_table, note, positive, run_cli, torchrun
+from scripts.sweep import LEAST_KNOWN, numbers, training_command
+from utils import command_parser, environment, locked, markdown_table, note, positive, run_cli
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the run's own rate, where no rates are given
 MARGIN = 0.1  # a loss that is no more than this share above the best is not clearly worse
@@ -218,10 +216,8 @@ class RateFinder:
         if find_spec("matplotlib"):
             save_figure(draw(base, short, whole, taken), self.folder / "find_lr.png")
         if taken:
-            words = [*torchrun(self.args.nproc_per_node), os.path.relpath(ROOT / self.script)]
-            words += [f"--{key}={value}" for key, value in self.paths.items()]
-            words += [f"--output_dir=results/checkpoints/{Path(self.args.train_dataset).stem}", *self.args.overrides]
-            print("train with it:", shlex.join(["python", *words, f"learning_rate={taken.rate:g}"]))
+            keys = [*self.args.overrides, f"learning_rate={taken.rate:g}"]
+            print("train with it:", training_command(self.script, self.args.nproc_per_node, keys, **self.paths))
 
 
 def format_trials(base: float | None, short: list[Trial], whole: list[Trial], taken: Trial | None) -> str:

@@ -337,14 +337,18 @@ class Sweep:
     def tell_next(self, candidate: Candidate, taken: Point) -> None:
         """Print the command that trains a candidate again, and the one that merges it at its strength."""
         script, options = self.training(candidate)
-        train = [f"--{key}={value}" for key, value in options.items() if key not in ("keys", "processes") and value]
-        target = f"--output_dir=results/checkpoints/{Path(self.args.train_dataset).stem}"
-        start = [*torchrun(options["processes"]), os.path.relpath(ROOT / script)]
-        print("train it:", shlex.join(["python", *start, *train, target, *options["keys"]]))
+        print("train it:", training_command(script, **options))
         trained = self.folder / "checkpoints" / candidate.name
         merge = [f"--base_model_path={self.args.base_model_path}", f"--adapter_dir={trained}"]
         merge += [f"--strength={taken.strength:g}", f"--output_dir={self.folder / 'merged'}"]
         print("or merge it:", shlex.join(["python", os.path.relpath(ROOT / "scripts/merge_adapter.py"), *merge]))
+
+
+def training_command(script: str, processes: int, keys: list[str], **paths) -> str:
+    """Return the command that trains into the usual folder, with these paths as far as they are given."""
+    words = [f"--{key}={value}" for key, value in paths.items() if value]
+    words.append(f"--output_dir=results/checkpoints/{Path(paths['train_dataset']).stem}")
+    return shlex.join(["python", *torchrun(processes), os.path.relpath(ROOT / script), *words, *keys])
 
 
 def format_sweep(base: Point, thirds: list[Point], points: list[Point], taken: Point, task: str, general: str) -> str:
