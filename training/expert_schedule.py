@@ -16,7 +16,7 @@ deepseek/reselection.py makes the change. Legend: L MoE layers, E experts.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -199,15 +199,18 @@ class ExpertSchedule:
                 added, removed = sorted(now - was), sorted(was - now)
                 self.changes.append({"step": step, "layer": layer, "added": added, "removed": removed})
                 parts.append(" ".join([f"layer {layer}:", *(f"+{e}" for e in added), *(f"-{e}" for e in removed)]))
-        if self.proof:
-            self.proof.before_change(self.since, step)
+        self.verify()
         self._put(config)
+        self.verify(but=self.since)
         self.reselection.follow()
-        if self.proof:
-            self.proof.after_change(step)
         count, ever = (sum(map(len, part.values())) for part in (self.since, config.experts))
         logger.info(f"  after step {step}: {count} of {self.total} experts are trained, {ever} in the adapter; "
                     + "; ".join(parts))  # fmt: skip
+
+    def verify(self, but: Mapping[int, Collection[int]] | None = None) -> None:
+        """Verify what is frozen, with `verify_frozen`. All ranks call this."""
+        if self.proof:
+            self.proof.verify(but=but)
 
     def _put(self, config: esft.ExpertConfig) -> None:
         change_experts(self.model, self.since, config)
@@ -219,27 +222,24 @@ class ExpertSchedule:
     def state(self) -> dict:
         """Return what a checkpoint keeps. All ranks call this."""
         counts_LE = self._all_counts().tolist() if self.every else None
-        proof = self.proof.state() if self.proof else None
-        return {"trained_since": self.since, "changes": self.changes, "counts": counts_LE, "frozen": proof}
+        return {"trained_since": self.since, "changes": self.changes, "counts": counts_LE}
 
     @contextlib.contextmanager
     def restoring(self, checkpoint: Path) -> Iterator[None]:
         """Train the experts of a checkpoint. While this is open, its values are put into the model."""
-        config = esft.ExpertConfig.load(checkpoint)
+        config, now = esft.ExpertConfig.load(checkpoint), self.since
+        ever = with_experts(self._config, config.experts).experts
         if self.reselection:  # the run is over, and this is its best checkpoint
-            if self.proof:
-                self.proof.close(self.reselection.step)
-            now, known = self.since, config.experts
+            known = config.experts
             self.since = {la: {e: step for e, step in now[la].items() if e in known.get(la, ())} for la in now}
-            self._put(config)
-            yield
-            return
-        saved = read_json(checkpoint / SELECTION)
-        self.since = {int(la): {int(e): step for e, step in row.items()} for la, row in saved["trained_since"].items()}
-        self.changes = saved["changes"]
-        if saved["counts"] and self.ranks.rank == 0:
-            self._earlier = torch.tensor(saved["counts"])
+        else:
+            saved = read_json(checkpoint / SELECTION)
+            since = saved["trained_since"].items()
+            self.since = {int(la): {int(e): step for e, step in row.items()} for la, row in since}
+            self.changes = saved["changes"]
+            if saved["counts"] and self.ranks.rank == 0:
+                self._earlier = torch.tensor(saved["counts"])
+        self.verify()
         self._put(config)
         yield
-        if self.proof:
-            self.proof.restore(saved["frozen"], self.since)
+        self.verify(but=ever)

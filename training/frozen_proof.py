@@ -1,97 +1,101 @@
 """Prove that what is frozen keeps its bits (`verify_frozen`): for the whole run, or for the part in which it is frozen.
 
-Where the trained experts change, methods.frozen_hashes hashes each frozen expert for itself, and the hashes follow:
+Everything that is frozen is hashed when a run begins, and must have these hashes at its end. Where the trained experts
+change, that holds for each part of the run between two changes:
 
-    an expert begins to be trained    it must have its hash. That proves it from the start, or since it was frozen
-    an expert is frozen               it gets a hash, and must have it when it is trained again, and at the end
+    start | ... | checkpoint ... | change          | ...            | end
+    hash          verify           verify    hash                     verify
 
-A checkpoint keeps the hashes of experts that were trained before. A run that goes on from it compares them with what it
-reads, so the proof has no gap.
+A run that goes on from a checkpoint reads what was never trained from the base again. An expert that was trained and
+frozen again comes from the checkpoint's adapter, whose SHA-256 is in its manifest: so the proof has no gap.
 """
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from deepseek.experts import moe_layers
 from deepseek.process_groups import Ranks
 from training.expert_schedule import ExpertSchedule
-from training.methods import check_frozen, expert_hashes, frozen_hashes
 
 logger = logging.getLogger("esft")
 
 
 class FrozenProof:
-    """The hashes of what is frozen now on this rank, from the start of a run on. `schedule` changes the experts."""
+    """The hashes of what is frozen now on this rank. `schedule` changes the experts."""
 
     def __init__(self, model: nn.Module, ranks: Ranks, schedule: ExpertSchedule | None = None):
-        self.model, self.ranks, self.by_expert = model, ranks, schedule is not None
-        self.hashes = frozen_hashes(model, self.by_expert)
-        self.frozen_at: dict[str, int] = {}  # expert that was trained before -> the step after which it was frozen
-        self.proven: list[int] = []  # for how many steps an expert that is trained for a part was frozen
+        self.model, self.ranks, self.schedule = model, ranks, schedule
+        self.hashes = frozen_hashes(model)
         if schedule:
             schedule.proof = self
 
-    def before_change(self, since_L: Mapping[int, Mapping[int, int]], step: int) -> None:
-        """Verify the experts that begin to be trained. All ranks call this."""
-        now = expert_hashes(self.model)
-        thawed = {name: now[name] for name in self._names(since_L) & now.keys()}
-        self._compare(thawed)
-        for name in thawed:
-            del self.hashes[name]
-            self.proven.append(step - self.frozen_at.pop(name, 0))
+    def verify(self, what: str = "go on", but: Mapping[int, Collection[int]] | None = None) -> None:
+        """Raise on all ranks if a frozen tensor has lost its hash. Then take the hashes of what is frozen now.
 
-    def after_change(self, step: int) -> None:
-        """Take the hashes of the experts that were frozen."""
-        new = {name: value for name, value in expert_hashes(self.model).items() if name not in self.hashes}
-        self.hashes |= new
-        self.frozen_at |= dict.fromkeys(new, step)
-
-    def close(self, step: int) -> None:
-        """Verify the experts that were trained before, for the last time, as the best checkpoint takes their place."""
-        now = expert_hashes(self.model)
-        self._compare({name: now[name] for name in self.frozen_at})
-        for name in list(self.frozen_at):
-            del self.hashes[name]
-            self.proven.append(step - self.frozen_at.pop(name))
+        `but` are the experts, by layer, that begin to be trained or were given other values.
+        """
+        layers, before = moe_layers(self.model), self.hashes
+        left_out = {f"{layers[layer].name}.{expert}" for layer, ids in (but or {}).items() for expert in ids}
+        self.hashes = frozen_hashes(self.model)
+        changed = [name for name in before if name not in left_out and before[name] != self.hashes.get(name)]
+        lost = f"{len(changed)} of {len(before)} frozen tensors changed in training, {', '.join(changed[:1])} the first"
+        self.ranks.raise_on_all(changed and f"cannot {what}: {lost}. This is a bug. Please report it.")
 
     def check(self, step: int) -> None:
         """Verify all at the end of a run of `step` steps, and log for how long it was proven. All ranks call this."""
-        check_frozen(self.hashes, self.model, self.ranks, self.by_expert)
-        own = self.proven + [step - start for start in self.frozen_at.values()]
-        spans = [span for rank in self.ranks.gather(own)[: self.ranks.ep_size] for span in rank]
-        if spans:
+        self.verify("save the model")
+        on_all = " on every rank" if self.ranks.world_size > 1 else ""
+        logger.info(f"  frozen: all {len(self.hashes)} tensors kept their bits{on_all}")
+        if spans := frozen_spans(self.schedule.changes, step) if self.schedule else []:
             how = f"{min(spans)} to {max(spans)} of {step} steps"
             logger.info(f"  frozen for a time: {len(spans)} times an expert kept its bits while it was frozen ({how})")
 
-    def _names(self, since_L: Mapping[int, Mapping[int, int]]) -> set[str]:
-        layers = moe_layers(self.model)
-        return {f"{layers[index].name}.{expert}" for index, since in since_L.items() for expert in since}
 
-    def _compare(self, found: Mapping[str, str]) -> None:
-        changed = [name for name, value in found.items() if self.hashes[name] != value]
-        lost = f"{len(changed)} frozen experts changed in training, {', '.join(changed[:1])} the first"
-        self.ranks.raise_on_all(changed and f"cannot go on: {lost}. This is a bug. Please report it.")
+def frozen_spans(changes: Iterable[Mapping], steps: int) -> list[int]:
+    """Return for how many steps of a run experts that it trained for a part of its `steps` were frozen, each time."""
+    spans, since = [], {}
+    for change in changes:
+        layer, step = change["layer"], change["step"]
+        spans += [step - since.pop((layer, expert), 0) for expert in change["added"]]
+        since |= {(layer, expert): step for expert in change["removed"]}
+    return spans + [steps - step for step in since.values()]
 
-    # ---- checkpoints
 
-    def state(self) -> dict:
-        """Return what a checkpoint keeps. All ranks call this."""
-        ranks = self.ranks.gather((self.frozen_at, {n: self.hashes[n] for n in self.frozen_at}, self.proven))
-        parts = ranks[: self.ranks.ep_size]
-        return {
-            "frozen_at": {name: step for at, _, _ in parts for name, step in at.items()},
-            "hashes": {name: value for _, hashes, _ in parts for name, value in hashes.items()},
-            "proven": [span for _, _, spans in parts for span in spans],
-        }
+def frozen_hashes(model: nn.Module) -> dict[str, str]:
+    """Return SHA-256 of what is not trained, as this rank holds it.
 
-    def restore(self, saved: Mapping, since_L: Mapping[int, Mapping[int, int]]) -> None:
-        """Go on from `state`, when the model has the values of that checkpoint. All ranks call this."""
-        now = expert_hashes(self.model)
-        for name in self._names(since_L) & self.hashes.keys():
-            del self.hashes[name]
-        self.frozen_at = {name: step for name, step in saved["frozen_at"].items() if name in now}
-        self.hashes |= {name: saved["hashes"][name] for name in self.frozen_at}
-        self._compare({name: now[name] for name in self.frozen_at})
-        self.proven = saved["proven"] if self.ranks.rank == 0 else []
+    A routed expert has the name <experts module>.<id>, and any other parameter or persistent buffer its own.
+    """
+    hashes = {name: _hash(*tensors) for name, tensors in _frozen_experts(model)}
+    fused = {id(layer.tensor(name)) for layer in moe_layers(model).values() for name in layer.tensor_names}
+    tensors = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        buffers, left_out = module.named_buffers(prefix, recurse=False), module._non_persistent_buffers_set
+        tensors |= {name: buffer for name, buffer in buffers if name.rpartition(".")[2] not in left_out}
+    others = {name: t for name, t in tensors.items() if not (t.requires_grad or id(t) in fused)}
+    return hashes | {name: _hash(tensor) for name, tensor in others.items()}
+
+
+def _frozen_experts(model: nn.Module) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Yield (name, tensors) of each frozen expert on this rank. LoRA on an expert leaves the expert itself frozen."""
+    for layer in moe_layers(model).values():
+        for row, expert in enumerate(layer.ids_by_row):
+            if row < layer.num_trained and not layer.lora:
+                continue
+            tensors = [layer.tensor(name)[row] for name in layer.tensor_names if row < len(layer.tensor(name))]
+            if layer.frozen and row >= layer.frozen.kept:
+                tensors += [t[row - layer.frozen.kept] for ts in layer.frozen.stored.values() for t in ts]
+            yield f"{layer.name}.{expert}", tensors
+
+
+def _hash(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,7 +1,6 @@
-"""The methods (esft, dpo, random, full, lora): what each trains of a model, counted, shown and verified."""
+"""The methods (esft, dpo, random, full, lora): what each trains of a model, counted and shown."""
 
 import dataclasses
-import hashlib
 import logging
 import random
 import warnings
@@ -9,14 +8,11 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 import esft
-from deepseek.experts import TrainedExperts, moe_layers
+from deepseek.experts import moe_layers
 from deepseek.files import suggest
-from deepseek.frozen import FrozenExperts
 from deepseek.lora import matrix_shapes
-from deepseek.process_groups import Ranks
 from training.keys import LORA_SELECTED, ON_EXPERTS
 from utils import import_extra, size
 
@@ -192,62 +188,3 @@ def format_trained(model: nn.Module, method: str) -> str:
     lines.append(f"  trained parameters {counts['trained_parameters']:,} of {counts['parameters']:,} ({share:.2%})")
     lines.append(f"  gradients {size(counts['gradient_bytes'])}, AdamW states {size(counts['optimizer_bytes'])}")
     return "\n".join(lines)
-
-
-def frozen_hashes(model: nn.Module, by_expert: bool = False) -> dict[str, str]:
-    """Return SHA-256 of every parameter and persistent buffer that is not trained, as this rank holds it.
-
-    Of fused experts only the frozen rows count, or what stands for them in another storage. With `by_expert`, each
-    expert has a hash of its own.
-    """
-    hashes = expert_hashes(model) if by_expert else {}
-    of_experts = {layer.module: layer.tensor_names for layer in moe_layers(model).values()} if by_expert else {}
-    for prefix, module in model.named_modules():
-        trained = dict(module.named_children()).get("trained")
-        tensors = dict(module.named_parameters(recurse=False))
-        buffers = module.named_buffers(recurse=False)
-        tensors |= {name: buffer for name, buffer in buffers if name not in module._non_persistent_buffers_set}
-        if isinstance(module, FrozenExperts) and not by_expert:
-            tensors |= {f"{name}.{i}": t for name, stored in module.stored.items() for i, t in enumerate(stored)}
-        for name, tensor in tensors.items():
-            if tensor.requires_grad or name in of_experts.get(module, ()):
-                continue
-            if isinstance(trained, TrainedExperts) and name in dict(trained.named_parameters()):
-                tensor = tensor[trained.num_trained :]
-            hashes[f"{prefix}.{name}"] = _hash(tensor)
-    return hashes
-
-
-def expert_hashes(model: nn.Module) -> dict[str, str]:
-    """Return SHA-256 of each frozen routed expert that this rank holds, by <experts module>.<id>."""
-    hashes = {}
-    for layer in moe_layers(model).values():
-        for row, expert in enumerate(layer.ids_by_row):
-            if row < layer.num_trained:
-                continue
-            fused = [layer.tensor(name)[row] for name in layer.tensor_names if row < len(layer.tensor(name))]
-            stored = layer.frozen.stored.values() if layer.frozen and row >= layer.frozen.kept else ()
-            hashes[f"{layer.name}.{expert}"] = _hash(*fused, *(t[row - layer.frozen.kept] for ts in stored for t in ts))
-    return hashes
-
-
-def _hash(*tensors: torch.Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def check_frozen(before: dict[str, str], model: nn.Module, ranks: Ranks, by_expert: bool = False) -> None:
-    """Raise on all ranks if a frozen tensor does not have the hash of `before`. Else log the proof."""
-    after = frozen_hashes(model, by_expert)
-    changed = [name for name in before if before[name] != after.get(name)]
-    ranks.raise_on_all(
-        f"cannot save the model: {len(changed)} of {len(before)} frozen tensors changed in training, {changed[0]} the "
-        "first. This is a bug. Please report it."
-        if changed
-        else None
-    )
-    on_all = " on every rank" if ranks.world_size > 1 else ""
-    logger.info(f"  frozen: all {len(before)} tensors kept their bits{on_all}")

@@ -79,6 +79,8 @@ class SavingTrainer(Trainer):
         self._agree(Path(self.args.output_dir))
 
     def _save_checkpoint(self, model, trial):
+        if self.schedule:
+            self.schedule.verify()
         run_dir, writes = Path(self.args.output_dir), self.args.should_save
         final = run_dir / f"checkpoint-{self.state.global_step}"
         best = self._note_best(final)

@@ -13,9 +13,11 @@ import torch
 import esft
 import train
 from deepseek.experts import moe_layers
+from deepseek.files import write_json
 from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, run_ranks, same, weights
 from tests.rank_helpers import STEP, finishes, gets, log_worse, rank_arguments, steps, train_on
 from training import expert_schedule
+from training.checkpoints import write_manifest
 from training.expert_schedule import ExpertSchedule
 from training.trainer import ESFTTrainer
 
@@ -153,16 +155,49 @@ def test_the_best_checkpoint_comes_back_with_its_own_experts(files, scores, star
 
 
 @pytest.mark.parametrize(
-    "layer, expert, where", [(1, 7, "cannot go on: 1 frozen"), (1, 0, "cannot save the model: 1 of")]
+    "expert, step, save_steps, where",
+    [
+        (7, 2, None, "cannot go on: 1 of"),  # found at the change after step 2, which trains it
+        (0, 2, None, "cannot go on: 1 of"),
+        (0, None, None, "cannot go on: 1 of"),  # the change itself has done it
+        (0, 3, 3, "cannot go on: 1 of"),  # found before the checkpoint after step 3
+        (0, 6, None, "cannot save the model: 1 of"),
+    ],
 )
-def test_a_frozen_expert_that_changed_is_found(files, scores, start, monkeypatch, capsys, layer, expert, where):
-    """One that is trained later is found at the change, and one that never is at the end."""
-    at_step(
-        monkeypatch, 2, lambda trainer: moe_layers(trainer.model)[layer].expert_views(expert)["up_proj.weight"].add_(1)
-    )
-    keys = {"expert_scores_dir": scores, "expand_experts": TO_HALF, "verify_frozen": True}
+def test_a_frozen_expert_that_changed_is_found(
+    files, scores, start, monkeypatch, capsys, expert, step, save_steps, where
+):
+    def tamper(model) -> None:
+        moe_layers(model)[1].expert_views(expert)["up_proj.weight"].add_(1)
+
+    def damaging(model, *args) -> None:
+        change(model, *args)
+        tamper(model)
+
+    change = expert_schedule.change_experts
+    if step:
+        at_step(monkeypatch, step, lambda trainer: tamper(trainer.model))
+    else:
+        monkeypatch.setattr(expert_schedule, "change_experts", damaging)
+    keys = {"expert_scores_dir": scores, "expand_experts": TO_HALF, "verify_frozen": True, "save_steps": save_steps}
     message = fails(arguments(files, start.folder / "out", **keys), capsys)
-    assert where in message and f"layers.{layer}.mlp.experts.{expert}" in message
+    assert where in message and f"layers.1.mlp.experts.{expert}" in message
+    assert not list((start.folder / "out").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_that_holds_hashes_of_its_own_is_gone_on_from(files, scores, start, monkeypatch):
+    """An earlier version kept them in selection.json."""
+    keys = keys_of(files, WAYS["reselection"])
+    start("whole", **keys)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at_step(patch, 5, kill)
+        start(**keys)
+    checkpoint = start.folder / "out" / "checkpoint-4"
+    selection = json.loads((checkpoint / "selection.json").read_text())
+    write_json(checkpoint / "selection.json", {**selection, "frozen": {"frozen_at": {}, "hashes": {}, "proven": []}})
+    write_manifest(checkpoint)
+    start(**keys)
+    assert same(start.folder / "whole", start.folder / "out")
 
 
 # ---- which experts

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 import esft
+from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
 from tests.helpers import EXPERTS, ROOT, arguments, at_step, config_of, fails, losses, make_model, trainer_of, weights
 from tests.rank_helpers import log_worse
-from training.methods import budget_of, count_trained, frozen_hashes, prepare_model, rank_of
+from training.frozen_proof import frozen_hashes
+from training.methods import budget_of, count_trained, prepare_model, rank_of
 from training.trainer import ESFTTrainer
 
 
@@ -55,7 +57,20 @@ def test_frozen_rows_of_trained_experts_are_verified(files, start, monkeypatch):
     assert frozen_hashes(trainer.model) == before
     experts.down_proj.data[experts.trained.row_of_e[4]] += 1
     after = frozen_hashes(trainer.model)
-    assert {key for key in before if before[key] != after[key]} == {"model.layers.1.mlp.experts.down_proj"}
+    assert {key for key in before if before[key] != after[key]} == {"model.layers.1.mlp.experts.4"}
+
+
+@pytest.mark.parametrize("frozen_dtype", [None, "int8"])
+def test_experts_under_lora_are_verified_themselves(files, start, monkeypatch, frozen_dtype):
+    keys = {"method": "lora", "lora_experts": "selected", "frozen_dtype": frozen_dtype}
+    trainer = trainer_of(config_of(files, start.folder / "out", **keys), monkeypatch)
+    before = frozen_hashes(trainer.model)
+    for expert in EXPERTS["experts"]["1"]:
+        layer = moe_layers(trainer.model)[1]
+        layer.expert_views(expert)["down_proj.weight"].add_(1)
+        after = frozen_hashes(trainer.model)
+        assert {key for key in before if before[key] != after[key]} == {f"model.layers.1.mlp.experts.{expert}"}
+        before = after
 
 
 @pytest.mark.parametrize("method", ["esft", "lora"])
