@@ -204,11 +204,9 @@ def _complaints(config: RunConfig) -> Iterator[str]:
     for key, (allowed, why) in REFUSED.items():
         if values.get(key) is not None and values[key] not in allowed:
             yield f"{key}={values[key]} does not work here: {why}. Leave it out"
-    yield from _of_replay(config)
-    yield from _of_distillation(config)
+    yield from _of_replay_and_distillation(config)
     yield from _of_optimizer(config, values)
     yield from _unmet_needs(config, values)
-    yield from _wrong_pull(config, values)
     yield from _wrong_routers(config, values)
     yield from _of_changes(config, values)
 
@@ -244,8 +242,8 @@ def _of_changes(config: RunConfig, values: dict) -> Iterator[str]:
         yield "start of expand_experts says with how many to begin, as top_p and budget do. Give one of them"
 
 
-def _of_replay(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the keys of replay."""
+def _of_replay_and_distillation(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the keys of replay and of distillation."""
     if not 0 < config.replay_share < 1:
         yield f"replay_share={config.replay_share} is not between 0 and 1"
     if config.replay_share != RunConfig.replay_share and not config.replay_dataset:
@@ -254,10 +252,6 @@ def _of_replay(config: RunConfig) -> Iterator[str]:
         yield f"replay_dataset={config.replay_dataset} is the training data itself. Give data that it must not forget"
     if config.replay_dataset and config.method == "dpo":
         yield "replay_dataset is not for method dpo: a replayed answer has none to compare it with. Leave it out"
-
-
-def _of_distillation(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the keys of distillation."""
     source = config.distill_from
     for key in ("distill_on", "distill_weight") if source is None else ():
         if getattr(config, key) is not None:
@@ -271,7 +265,7 @@ def _of_distillation(config: RunConfig) -> Iterator[str]:
 
 
 def _of_optimizer(config: RunConfig, values: dict) -> Iterator[str]:
-    """Yield what is wrong with the optimizer, and with the products in fp8."""
+    """Yield what is wrong with the optimizer, with the pull of `l2_to_base`, and with the products in fp8."""
     if config.expert_compute:
         device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
         if why := reason_against(device):
@@ -292,6 +286,17 @@ def _of_optimizer(config: RunConfig, values: dict) -> Iterator[str]:
         if 0 < values.get("warmup_steps", 0) < 1 or (values.get("warmup_steps") and optim == "schedule_free_radam"):
             other = "has a warmup of its own" if optim == "schedule_free_radam" else "counts steps, not shares"
             yield f"warmup_steps={values['warmup_steps']} is not for optim={optim}, which {other}. Change it"
+    pull, rate = config.l2_to_base, max(config.learning_rate, config.router_rate)
+    if pull < 0:
+        yield f"l2_to_base={pull} is below 0"
+    if pull and config.method == "lora":
+        yield "l2_to_base is not for method lora, whose weight_decay shrinks the change itself. Give weight_decay"
+    if pull and config.method == "full":
+        yield "l2_to_base is for methods esft, dpo and random, which keep the base's values. Leave it out"
+    if pull and optim in SCHEDULE_FREE:
+        yield f"l2_to_base is not for optim={optim}, which trains other values beside the weights. Leave one out"
+    if pull * rate >= 1:
+        yield f"l2_to_base={pull} at learning rate {rate} would pull past the base. Give less than {1 / rate:g}"
 
 
 def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
@@ -319,21 +324,6 @@ def _unmet_needs(config: RunConfig, values: dict) -> Iterator[str]:
             yield f"resume_from_checkpoint={path} needs --save_opt_states"
         if config.overwrite:
             yield "resume_from_checkpoint goes on with a run, and overwrite removes it. Give one of them"
-
-
-def _wrong_pull(config: RunConfig, values: dict) -> Iterator[str]:
-    """Yield what is wrong with `l2_to_base`."""
-    pull, rate = config.l2_to_base, max(config.learning_rate, config.router_rate)
-    if pull < 0:
-        yield f"l2_to_base={pull} is below 0"
-    if pull and config.method == "lora":
-        yield "l2_to_base is not for method lora, whose weight_decay shrinks the change itself. Give weight_decay"
-    if pull and config.method == "full":
-        yield "l2_to_base is for methods esft, dpo and random, which keep the base's values. Leave it out"
-    if pull and (optim := values.get("optim")) in SCHEDULE_FREE:
-        yield f"l2_to_base is not for optim={optim}, which trains other values beside the weights. Leave one out"
-    if pull * rate >= 1:
-        yield f"l2_to_base={pull} at learning rate {rate} would pull past the base. Give less than {1 / rate:g}"
 
 
 def _wrong_routers(config: RunConfig, values: dict) -> Iterator[str]:
