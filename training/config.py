@@ -8,14 +8,12 @@ The configs of the released ESFT code are read as they are. NO_EFFECT has its ke
 the environment, and no file of a run holds them.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING
 from pathlib import Path
 
 import torch
@@ -60,11 +58,10 @@ def read_config(argv: list[str], defaults: dict | None = None, description: str 
         note(f"ep_size of {path} has no effect on one process: torchrun starts several")
     merged = _without_foreign_keys({**defaults, **file, **given})
     words = [word for key, value in merged.items() if value is not None for word in _words(key, value)]
-    found = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(known, MISSING))))
-    config = _make_config({key: _stored(key, found[key]) for key in merged if found[key] is not MISSING})
-    usual = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    found = vars(parser.parse_args(words))
+    config = _make_config({key: _stored(key, found[key]) for key, value in merged.items() if value is not None})
     used = settings_beside_a_config(bool(config.expand_experts), bool(config.reselect_steps))
-    unused = [key for key in SETTINGS if getattr(config, key) != usual[key] and key not in used]
+    unused = [key for key in SETTINGS if getattr(config, key) != getattr(RunConfig, key) and key not in used]
     if config.expand_experts and "start" in config.expand_experts:
         unused.append("start of expand_experts")
     if config.expert_config and unused:

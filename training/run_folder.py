@@ -226,8 +226,8 @@ def _identity(note: dict) -> dict:
     keys |= {f"the content of {key}": digest for key, digest in inputs.items()}
     if os.path.isdir(keys["base_model_path"]):
         keys["base_model_path"] = os.path.realpath(keys["base_model_path"])
-    usual = {f.name: f.default for f in dataclasses.fields(RunConfig)}  # an older run.json does not name newer keys
-    kept = {key: value for key, value in keys.items() if key not in LAYOUT and value != usual.get(key, ...)}
+    # an older run.json does not name newer keys
+    kept = {key: value for key, value in keys.items() if key not in LAYOUT and value != getattr(RunConfig, key, ...)}
     return kept | {"packs per step": note["packs_per_step"]}
 
 
