@@ -42,9 +42,8 @@ class ModelFlops:
 
     def of(self, work: Tensor) -> float:
         """Return the operations of the `work_of` batches."""
-        return (
-            (work.cpu() * torch.tensor([self.per_token, self.per_label, self.per_key], dtype=work.dtype)).sum().item()
-        )
+        costs = torch.tensor([self.per_token, self.per_label, self.per_key], dtype=work.dtype)
+        return (work.cpu() @ costs).item()
 
 
 def work_of(inputs: dict) -> Tensor:
