@@ -50,8 +50,6 @@ def prepare_model(
 ) -> nn.Module:
     """Make trainable what `method` trains, and nothing else. With `keep_base`, keep the base's values of it."""
     if method == "full":
-        if model.dtype != torch.float32:
-            warnings.warn("full fine-tuning in bfloat16 rounds small updates away; set dtype=float32", stacklevel=2)
         return model.requires_grad_(True)
     if method == "lora":
         return _add_lora(model, lora_rank, lora_alpha)

@@ -4,6 +4,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import set_seed
 
@@ -44,8 +45,9 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
     frozen = None
     if plan.experts and (plan.frozen_dtype or config.offload_frozen):
         frozen = Storage(plan.frozen_dtype, config.offload_frozen, plan.experts.experts)
-    base, _ = ranks.run_or_fail_together(
-        lambda: esft.load_base_model(
+
+    def read_and_prepare() -> tuple[nn.Module, nn.Module]:
+        base, _ = esft.load_base_model(
             config.base_model_path,
             dtype=config.dtype,
             device=plan.device if plan.device.type == "cuda" else None,
@@ -53,19 +55,13 @@ def load_model(config: RunConfig, plan: Plan, ranks: Ranks) -> LoadedModel:
             attention=config.attn_implementation,
             frozen=frozen,
         )
-    )
+        lora = config.lora_rank, config.lora_alpha, split_names(config.lora_modules or "")
+        return base, prepare_model(base, config.kind, plan.experts, *lora, config.keeps_base)
+
+    base, model = ranks.run_or_fail_together(read_and_prepare)
     read_bytes = base.read_bytes if experts or frozen else None
-    model = ranks.run_or_fail_together(
-        lambda: prepare_model(
-            base,
-            config.kind,
-            plan.experts,
-            config.lora_rank,
-            config.lora_alpha,
-            split_names(config.lora_modules or ""),
-            config.keeps_base,
-        )
-    )
+    if config.method == "full" and base.dtype != torch.float32:
+        warnings.warn("full fine-tuning in bfloat16 rounds small updates away; set dtype=float32", stacklevel=2)
     if placements:
         connect_experts(model, placements, plan.experts.experts, ranks)
         read = ranks.gather(read_bytes)
