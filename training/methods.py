@@ -12,6 +12,7 @@ from torch import nn
 import esft
 from deepseek.experts import moe_layers
 from deepseek.files import suggest
+from deepseek.fingerprint import router_parameters
 from deepseek.lora import matrix_shapes
 from training.keys import LORA_SELECTED, ON_EXPERTS
 from utils import import_extra, size
@@ -68,15 +69,9 @@ def lora_layers(model: nn.Module, only: Collection[str] = ()) -> list[str]:
     Raises:
         ValueError: no layer has one of the words.
     """
-    experts_of_block = {layer.name.rpartition(".")[0]: layer.num_experts for layer in moe_layers(model).values()}
-
-    def adapted(name: str, module: nn.Module) -> bool:
-        if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
-            return False
-        block = next((block for block in experts_of_block if name.startswith(f"{block}.")), None)
-        return block is None or module.out_features != experts_of_block[block]  # a router has a row per expert
-
-    layers = [name for name, module in model.named_modules() if adapted(name, module)]
+    routers, head = {name.rpartition(".")[0] for name in router_parameters(model)}, model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    layers = [name for name in linear if name not in routers]
     known = {word for name in layers for word in name.split(".") if not word.isdigit()}
     if unknown := sorted(set(only) - known):
         near = suggest(unknown[0], known)
