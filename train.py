@@ -18,6 +18,7 @@ not repeated. SIGTERM and Ctrl-C end a run after the current step, with a checkp
 run is at work in a folder, a second one there is refused.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -31,7 +32,7 @@ import torch.distributed as dist
 
 import esft
 import utils
-from deepseek.files import write_json
+from deepseek.files import check_output, write_json
 from deepseek.process_groups import Ranks, SharedError, lost_contact
 from training.config import RunConfig, TrainingArguments, read_config, training_arguments
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
@@ -43,7 +44,7 @@ from training.l2_to_base import PullToBase
 from training.model import LoadedModel, load_model, log_model
 from training.plan import Plan, join_processes, open_empty, plan_run
 from training.routers import describe_drift
-from training.run_folder import find_run, owned, prepare_folder, results_of, run_note
+from training.run_folder import find_run, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
@@ -61,7 +62,9 @@ def run(config: RunConfig) -> dict:
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
     """
     ranks = join_processes(config)
-    with owned(config.output_dir, ranks):
+    with contextlib.ExitStack() as owned:
+        ranks.on_rank_zero(lambda: check_output(config.output_dir, folder=True))
+        ranks.on_rank_zero(lambda: owned.enter_context(utils.locked(config.output_dir)))
         return run_steps(config, ranks)
 
 

@@ -6,7 +6,6 @@ that is the same but LAYOUT, the keys that say how it lies on its processes and 
 states can also be made longer (LENGTH), even when it is finished.
 """
 
-import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -15,14 +14,12 @@ import re
 import shutil
 import statistics
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import esft
 from deepseek.adapters import BASE_NAME
-from deepseek.files import check_output, read_json, sha256, write_json
+from deepseek.files import read_json, sha256, write_json
 from deepseek.fingerprint import checkpoint_note, difference
-from deepseek.process_groups import Ranks
 from training.checkpoints import find_damage, list_checkpoints, step_of
 from training.config import RunConfig
 from training.data import dataset_files, is_known
@@ -34,7 +31,7 @@ from training.plan import Plan
 from training.routers import drift_of
 from training.teacher import MANIFEST
 from training.trainer import ESFTTrainer
-from utils import locked, note, peak_memory_bytes
+from utils import note, peak_memory_bytes
 
 LAYOUT = {
     *("ep_size", "placement", "expert_scores_dir", "shard_dense", "activation_checkpointing", "ddp_timeout"),
@@ -76,18 +73,6 @@ PATHS = (
 )
 LENGTH = {"max_steps", "num_train_epochs"}
 OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")  # schedules
-
-
-@contextlib.contextmanager
-def owned(folder: str, ranks: Ranks) -> Iterator[None]:
-    """Own an output folder in a `with` block. Rank 0 locks it, and all ranks raise where that fails.
-
-    Raises:
-        ValueError: no folder can be written there, or another run is at work in it.
-    """
-    with contextlib.ExitStack() as stack:
-        ranks.on_rank_zero(lambda: check_output(folder, folder=True) or stack.enter_context(locked(folder)))
-        yield
 
 
 def find_run(config: RunConfig, packs_per_step: int) -> tuple[Path | None, dict | None]:
