@@ -124,7 +124,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
 
 
 def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
-    """Say so if a run is too short to learn much."""
+    """Say so if a run is too short to learn much, or for its schedule."""
     how, steps = f"max_steps={args.max_steps}", args.max_steps
     if steps <= 0:
         steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
@@ -134,8 +134,16 @@ def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> 
         rate = f"a learning rate of at most {args.learning_rate:g}"
         few = f"only {utils.counted(steps, 'optimizer step')} ({how}) at {rate}"
         logger.info(f"  {few}: little is learned. {more}, or raise the rate")
-    if args.get_warmup_steps(steps) >= steps:
-        logger.info(f"  the warmup takes the whole run, so the learning rate stays below {args.learning_rate:g}")
+    schedule = args.lr_scheduler_kwargs if args.lr_scheduler_type == "warmup_stable_decay" else {}
+    warmup, decay = args.get_warmup_steps(steps), schedule.get("num_decay_steps")
+    stable = schedule.get("num_stable_steps")
+    below = f"so the learning rate stays below {args.learning_rate:g}"
+    if warmup >= steps:
+        logger.info(f"  the warmup takes the whole run, {below}")
+    elif decay and stable is None and warmup + decay > steps:
+        logger.info(f"  num_decay_steps={decay} begins within the warmup, {below}. Lower it")
+    elif stable is not None and warmup + stable >= steps:
+        logger.info(f"  num_stable_steps={stable} leaves no step to the decay. Lower it")
 
 
 def finish_run(

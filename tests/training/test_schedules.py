@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from transformers import TrainingArguments
 
+import train
 from tests.helpers import Killed, at_step, kill, same
 
 PEAK = 1e-2
@@ -51,3 +53,23 @@ def test_a_run_goes_on_from_before_its_decay_and_decays_at_its_new_end(start, mo
 def test_an_unknown_setting_of_a_schedule_is_named(start):
     with pytest.raises(ValueError, match="unexpected keyword argument 'num_decays'"):
         start(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs='{"num_decays": 3}')
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"num_decay_steps": 3}, None),
+        ({"num_decay_steps": 6}, None),
+        ({"num_decay_steps": 7}, "num_decay_steps=7 begins within the warmup, so the learning rate stays below 0.01"),
+        ({"num_decay_steps": 9}, "num_decay_steps=9 begins within the warmup, so the learning rate stays below 0.01"),
+        ({"num_decay_steps": 2, "num_stable_steps": 4}, None),
+        ({"num_decay_steps": 2, "num_stable_steps": 6}, "num_stable_steps=6 leaves no step to the decay"),
+    ],
+)
+def test_a_decay_that_does_not_fit_into_the_run_is_told(monkeypatch, tmp_path, settings, told):
+    lines = []
+    monkeypatch.setattr(train.logger, "info", lines.append)
+    monkeypatch.setattr(train, "FEW_STEPS", 0)
+    keys = {**WSD, "lr_scheduler_kwargs": settings, "max_steps": 8, "learning_rate": 1e-2}
+    train.tell_few_steps(TrainingArguments(str(tmp_path), use_cpu=True, **keys), 4, 1)
+    assert [line.strip().partition(". ")[0] for line in lines] == ([told] if told else [])
