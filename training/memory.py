@@ -21,7 +21,7 @@ from deepseek.expert_parallel import connect_experts
 from deepseek.experts import moe_layers
 from deepseek.frozen import BLOCKS, CHUNK, NF4_BLOCK
 from deepseek.loading import first_forward, model_of
-from deepseek.placement import Placement, place_layers
+from deepseek.placement import place_layers
 from deepseek.process_groups import Ranks
 from training import dry_run
 from training.methods import prepare_model
@@ -128,6 +128,7 @@ class Estimator:
         self.config, self.method, self.experts, self.lora_rank = empty.config, method, experts, lora_rank
         if experts is not None:
             experts.check(empty)
+            self._most = min(layer.num_experts for layer in moe_layers(empty).values())
         self._kept: dict[tuple, dry_run.Resident] = {}
         self._runs: dict[MemorySettings, Counter] = {}
 
@@ -185,8 +186,7 @@ class Estimator:
         """Yield (key, value) that save memory, the least costly in time or quality first, and no key in `fixed`."""
         found: list[tuple[str, object]] = [("activation_checkpointing", True)]
         if self.experts is not None:
-            most = min(layer.num_experts for layer in moe_layers(self._model(settings)).values())
-            sizes = range(settings.ep_size + 1, min(settings.world_size, most) + 1)
+            sizes = range(settings.ep_size + 1, min(settings.world_size, self._most) + 1)
             found += [("ep_size", size) for size in sizes if settings.world_size % size == 0]
             found += [("shard_dense", True)] * (settings.world_size > 1)
             worth = {None: 0, "int8": 1, "fp8": 1, "nf4": 2}
@@ -238,9 +238,6 @@ class Estimator:
 
     # ---- the model and its dry run
 
-    def _model(self, s: MemorySettings) -> nn.Module:
-        return model_of(copy.deepcopy(self.config), dtype=getattr(torch, s.dtype))
-
     def _held(self, s: MemorySettings) -> dry_run.Resident:
         key = (s.dtype, s.ep_size)
         if key not in self._kept:
@@ -264,30 +261,17 @@ class Estimator:
         return self._runs[key]
 
     def _prepared(self, s: MemorySettings) -> nn.Module:
-        """Return the model on `meta` as one process trains it."""
-        model = self._model(s)
+        """Return the model on `meta` as the process trains it that holds the most: rank 0, where all loads are even."""
+        model, placements = model_of(copy.deepcopy(self.config), dtype=getattr(torch, s.dtype)), {}
         with torch.device("meta"):
-            placements = self._cut(model, s.ep_size) if s.ep_size > 1 else {}
-            if self.method == "full":
-                model.requires_grad_(True)
-            else:
-                # dpo trains what esft does, and keeps the base's values: there are none on `meta`
-                model = prepare_model(model, self.method.replace("dpo", "esft"), self.experts, self.lora_rank)
+            if s.ep_size > 1:
+                layers, trained = moe_layers(model), self.experts.experts
+                placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, s.ep_size)
+                for i, layer in layers.items():
+                    layer.keep_local(placements[i][0])
+            # without the base's values, which dpo keeps: there are none on `meta`
+            model = prepare_model(model, self.method, self.experts, self.lora_rank)
             if placements:
                 ranks = Ranks(world_size=s.ep_size, ep_size=s.ep_size)
-                connect_experts(model, placements, self.experts.experts, ranks)
+                connect_experts(model, placements, trained, ranks)
         return model.train()
-
-    def _cut(self, model: nn.Module, ep_size: int) -> dict[int, Placement]:
-        """Keep only the experts of the rank that trains the most of them. Return the placements by layer."""
-        layers, trained = moe_layers(model), self.experts.experts
-        placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, ep_size)
-
-        def count(rank: int) -> int:
-            return sum(len(set(trained.get(i, ())) & set(placement[rank])) for i, placement in placements.items())
-
-        rank = max(range(ep_size), key=count)
-        placements = {i: (p[rank], *p[:rank], *p[rank + 1 :]) for i, p in placements.items()}  # it becomes rank 0
-        for i, layer in layers.items():
-            layer.keep_local(placements[i][0])
-        return placements
