@@ -8,18 +8,11 @@
 No model is built. The script copies the files of the base and overwrites the bytes of the adapter's experts in the
 copies, one expert at a time. So every other byte stays that of the base, and memory holds a few experts at most.
 
-O/replaced keeps what was overwritten, as an adapter with the base's own experts. --unmerge merges that, and so gives
-back the base's weights bit for bit. It takes as much disk space as the adapters; --no_replaced leaves it out. Servers
-do not see it, because they read *.safetensors at the top only. Several adapters can be merged if no expert
-and no other parameter is in two of them.
-
---strength=0.7 makes 0.7 of the change: base + 0.7 x (tuned - base), computed in fp32 and rounded once.
+O/replaced keeps what was overwritten, as an adapter with the base's own experts, and --unmerge merges that. It takes as
+much disk space as the adapters. Servers do not see it, because they read *.safetensors at the top only.
 
 --adapter_dir may also be a LoRA adapter of peft, or a whole model that was fine-tuned from the base. These are merged
 in memory, without replaced/.
-
---fill_lora merges nothing. It writes a LoRA adapter of selected experts again, with zeros for the other experts of the
-layers that it changes, for servers that load all experts of a layer or none (vLLM).
 """
 
 import argparse
@@ -76,12 +69,7 @@ def merge_adapter(
 ) -> int:
     """Write the checkpoint `base` with `adapters` in it to `output`, and return the number of tensors that changed.
 
-    Args:
-        overwrite: replace an earlier merge there. A file in it that the merge did not write is refused.
-        hard_links: link the weight files in which nothing changes to those of the base, where the file system can.
-        keep_replaced: write what is overwritten to `output`/replaced.
-        write_note: write what was merged to `output`/merged_from.json.
-        strength: how much of the change to make, from 0 to 2.
+    The options are those of the command. Without `write_note` nothing marks the output as a merge.
 
     Raises:
         ValueError, FileNotFoundError: a wrong folder, an adapter of another base, an expert or another parameter that
@@ -329,13 +317,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base_model_path", "--model", type=Path, required=True, metavar="DIR", help="folder of the base, "
         "with config.json and *.safetensors; with --unmerge, the folder of a merge")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--adapter_dir", type=Path, nargs="+", metavar="DIR", help="folders of adapters that share no "
-                      "expert, with expert_cfg.json and *.safetensors")  # fmt: skip
+    what.add_argument("--adapter_dir", type=Path, nargs="+", metavar="DIR", help="folders of adapters, with "
+                      "expert_cfg.json and *.safetensors, that share no expert and no other parameter")  # fmt: skip
     what.add_argument("--unmerge", action="store_true", help="write the base of the last merge again, bit for bit")
-    strength_help = "how much of the change to make: 0 is the base, 1 is as trained, up to 2 (default: 1)"
-    add("--strength", type=float, default=1.0, metavar="S", help=strength_help)
+    add("--strength", type=float, default=1.0, metavar="S", help="how much of the change to make: base + S x (tuned - "
+        "base), computed in fp32 and rounded once. 0 is the base, 1 is as trained, up to 2 (default: 1)")  # fmt: skip
     add("--fill_lora", action="store_true", help="merge nothing: write a LoRA adapter of selected experts again, with "
-        "zeros for the other experts of its layers")  # fmt: skip
+        "zeros for the others of its layers, for servers that load all experts of a layer or none (vLLM)")  # fmt: skip
     add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write: new or empty")
     again = "replace an earlier merge in --output_dir; refused if another file is in it"
     add("--overwrite", action="store_true", help=again)
