@@ -209,19 +209,18 @@ def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Te
     """
     if ranks.ep_size == 1:
         return dict(tensors) if ranks.rank == 0 else {}
-    notes = [(name, t.shape, t.dtype) for name, t in tensors.items()]
-    notes_P = ranks.gather(notes if ranks.first_replica else [])
-    gathered, known = dict(tensors) if ranks.rank == 0 else {}, {name for name, *_ in notes_P[0]}
-    for source, listed in enumerate(notes_P[1:], 1):
-        for name, shape, dtype in listed:
-            if name in known:
-                continue
-            known.add(name)
-            if ranks.rank == source:
-                dist.send(_as_bytes(tensors[name]), 0, group=ranks.host)
-            elif ranks.rank == 0:
-                gathered[name] = torch.empty(shape, dtype=dtype)
-                dist.recv(_as_bytes(gathered[name]), source, group=ranks.host)
+    notes_P = ranks.gather({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})[: ranks.ep_size]
+    owner = {name: rank for rank in reversed(range(ranks.ep_size)) for name in notes_P[rank]}  # the lowest comes last
+    gathered = dict(tensors) if ranks.rank == 0 else {}
+    for name, source in owner.items():
+        if source == 0:
+            continue
+        if ranks.rank == source:
+            dist.send(_as_bytes(tensors[name]), 0, group=ranks.host)
+        elif ranks.rank == 0:
+            shape, dtype = notes_P[source][name]
+            gathered[name] = torch.empty(shape, dtype=dtype)
+            dist.recv(_as_bytes(gathered[name]), source, group=ranks.host)
     return gathered
 
 
