@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import importlib
 import importlib.metadata
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from deepseek.files import suggest
+from deepseek.files import import_extra, suggest  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
 AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # what load_base_model does
@@ -265,15 +264,6 @@ def run_command(
     if process.returncode:
         sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     return printed
-
-
-def import_extra(module: str, extra: str):
-    """Import a module of an optional dependency. Raises ValueError with the way to install it, if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        hint = f"Install what is missing: pip install -e '.[{extra}]' -c constraints.txt"
-        raise ValueError(f"cannot import {module}: {error}. {hint}") from error
 
 
 def environment() -> dict:

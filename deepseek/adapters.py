@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deepseek.experts import base_name, moe_layers
-from deepseek.files import read_json
+from deepseek.files import import_extra, read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.lora import PREFIX, Lora, factor_shapes, is_lora, of_single_experts, read_lora
 from deepseek.lora import WEIGHTS_NAME as LORA_WEIGHTS
@@ -363,10 +363,9 @@ def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> n
     learns = {name: param.requires_grad for name, param in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft makes patterns for the fused experts, and then finds them unused
+        PeftModel = import_extra("peft", "lora").PeftModel
+        rescale_adapter_scale = import_extra("peft.helpers", "lora").rescale_adapter_scale
         try:
-            from peft import PeftModel
-            from peft.helpers import rescale_adapter_scale
-
             check_base(base_note(model), folder)
             lora = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
             found = lora.load_adapter(str(folder), "default", local_files_only=True)
@@ -379,9 +378,6 @@ def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> n
             for name, param in merged.named_parameters():  # peft has frozen them
                 param.requires_grad_(learns[name])
             return merged
-        except ImportError as error:
-            hint = "python -m pip install -c constraints.txt peft"
-            raise ValueError(f"cannot merge the LoRA adapter {folder}: {error}. It needs peft: {hint}") from error
         except Exception as error:  # a damaged folder makes peft raise almost anything
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             reason = f"{kind}{error}".strip().split("\n")[0]

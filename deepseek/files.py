@@ -1,9 +1,10 @@
-"""Write files whole or not at all, read JSON lines, and suggest the nearest known name."""
+"""Write files whole or not at all, read JSON lines, and suggest the nearest known name or what to install."""
 
 import codecs
 import contextlib
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -189,3 +190,13 @@ def suggest_path(path: str | Path) -> str:
     if not missing.parent.is_dir():
         return ""
     return suggest(missing.name, (beside.name for beside in missing.parent.iterdir()))
+
+
+def import_extra(module: str, extra: str):
+    """Import a module of an optional dependency. Raises ValueError with the way to install it, if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        hint = f"pip install -e '.[{extra}]' -c constraints.txt in a clone, pip install {package} elsewhere"
+        raise ValueError(f"cannot import {module}: {error}. Install what is missing: {hint}") from error

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.experts import FusedExperts, require_own_forward
+from deepseek.files import import_extra
 
 DTYPES = ("fp8", "int8", "nf4")
 CHUNK = 8  # experts that are dequantized at a time
@@ -96,25 +97,18 @@ def _entries(blocks: Tensor, shape: torch.Size) -> Tensor:
     return blocks.reshape(E, down * rows, across * columns)[:, : shape[1], : shape[2]]
 
 
-def _bitsandbytes():
-    try:
-        from bitsandbytes import functional
-    except ImportError as error:
-        hint = "python -m pip install -c constraints.txt bitsandbytes"
-        raise ValueError(f"cannot use frozen_dtype=nf4: it needs bitsandbytes. Run {hint}.") from error
-    return functional
-
-
 def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight[0].numel() % NF4_BLOCK:
         raise ValueError(f"cannot use frozen_dtype=nf4: it needs matrices of a multiple of {NF4_BLOCK} entries, these "
                          f"have {weight.shape[1]} x {weight.shape[2]}. Give int8 or fp8.")  # fmt: skip
-    values, state = _bitsandbytes().quantize_4bit(weight.reshape(-1), blocksize=NF4_BLOCK, quant_type="nf4")
+    functional = import_extra("bitsandbytes", "quant").functional
+    values, state = functional.quantize_4bit(weight.reshape(-1), blocksize=NF4_BLOCK, quant_type="nf4")
     return values.view(len(weight), -1), state.absmax.view(len(weight), -1)
 
 
 def _dequantize_nf4(values: Tensor, scale: Tensor, shape: torch.Size, to: torch.dtype) -> Tensor:
-    functional = _bitsandbytes()
+    from bitsandbytes import functional  # it is there, as it has quantized these values
+
     state = functional.QuantState(
         absmax=scale.reshape(-1),
         shape=torch.Size((scale.numel(), NF4_BLOCK)),  # on the CPU, a block of bitsandbytes does not span two rows
