@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,13 @@ class Stored:
     shape: list[int]
 
 
-def stored_tensors(base: Path) -> dict[str, Stored]:
-    """Return the tensors of a checkpoint folder by key. Only the headers of its files are read.
+def stored_tensors(base: Path, files: Iterable[str] | None = None) -> dict[str, Stored]:
+    """Return the tensors of `files` in a folder by key, by default of its checkpoint. Only the headers are read.
 
     Where a single file and an index are both there, transformers reads the single file, and so does this.
     """
     stored = {}
-    for name in sorted(weight_files(base)):
+    for name in sorted(weight_files(base) if files is None else files):
         with Shard(base / name) as shard:
             stored |= {key: Stored(name, entry["dtype"], entry["shape"]) for key, entry in shard.header.items()}
     return stored

@@ -26,7 +26,7 @@ from deepseek.adapters import EXPERT, experts_by_layer
 from deepseek.checkpoint_files import open_base
 from deepseek.files import read_json
 from deepseek.fingerprint import difference
-from deepseek.shards import Shard
+from deepseek.shards import stored_tensors
 from esft import CONFIG_NAME, ExpertConfig, find_adapter
 from utils import command_parser, counted, run_cli, size
 
@@ -42,7 +42,9 @@ def describe(adapter: Path) -> dict:
         ValueError, FileNotFoundError: no adapter, a damaged file, or files that differ from the config.
     """
     config, note = ExpertConfig.load(adapter), read_json(adapter / CONFIG_NAME).get("base")
-    shapes, dtypes, files = read_headers(adapter)
+    files = {path.name: path.stat().st_size for path in sorted(adapter.glob("*.safetensors"))}
+    stored = stored_tensors(adapter, files)
+    shapes = {key.removeprefix("model."): one.shape for key, one in stored.items()}
     check_complete(adapter, config, shapes)
     experts, others = experts_by_layer(shapes)
     parameters = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -59,23 +61,11 @@ def describe(adapter: Path) -> dict:
         "parameters": sum(parameters.values()),
         "parameters_of_experts": sum(parameters.values()) - sum(parameters[name] for name in others),
         "parameters_of_shared_experts": sum(parameters[name] for name in shared),
-        "dtypes": dtypes,
+        "dtypes": dict(Counter(one.dtype for one in stored.values())),
         "files": files,
         "bytes": sum(files.values()),
         "run": read_run(adapter / "run.json"),
     }
-
-
-def read_headers(adapter: Path) -> tuple[dict[str, list[int]], dict[str, int], dict[str, int]]:
-    """Return the shapes by name without a leading "model.", the number of tensors by dtype, and the bytes by file."""
-    shapes, dtypes, files = {}, Counter(), {}
-    for path in sorted(adapter.glob("*.safetensors")):
-        files[path.name] = path.stat().st_size
-        with Shard(path) as shard:
-            for key, entry in shard.header.items():
-                shapes[key.removeprefix("model.")] = entry["shape"]
-                dtypes[entry["dtype"]] += 1
-    return shapes, dict(dtypes), files
 
 
 def check_complete(adapter: Path, config: ExpertConfig, names: Iterable[str]) -> None:
