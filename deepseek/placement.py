@@ -35,22 +35,16 @@ def place_by_score(
         held: trained experts that each rank has in other layers. It is updated.
     """
     held = held if held is not None else [0] * ranks
-    load_P, count_P, before_P = [0.0] * ranks, [0] * ranks, list(held)
+    load_P, placed = [0.0] * ranks, [[] for _ in range(ranks)]
     room, larger = divmod(len(load_E), ranks)  # `larger` ranks hold one expert more
-    placed: list[list[int]] = [[] for _ in range(ranks)]
-
-    def has_room(rank: int) -> bool:
-        full = sum(len(ids) > room for ids in placed)
-        return len(placed[rank]) < room or (len(placed[rank]) == room and full < larger)
-
     for expert in sorted(load_E, key=lambda e: (e not in trained, -load_E[e], e)):
-        free = [rank for rank in range(ranks) if has_room(rank)]
-        if expert in trained:
-            rank = min(free, key=lambda r: (count_P[r], before_P[r], load_P[r], r))
-            count_P[rank] += 1
+        full = sum(len(ids) > room for ids in placed)
+        free = [rank for rank in range(ranks) if len(placed[rank]) < room + (full < larger)]
+        if expert in trained:  # all that was placed so far is trained, too
+            rank = min(free, key=lambda r: (len(placed[r]), held[r], load_P[r]))
             held[rank] += 1
         else:
-            rank = min(free, key=lambda r: (load_P[r], r))
+            rank = min(free, key=load_P.__getitem__)
         placed[rank].append(expert)
         load_P[rank] += load_E[expert]
     return tuple(tuple(sorted(ids)) for ids in placed)
