@@ -14,10 +14,8 @@ nothing. It prints the adapters' tensors and the requests:
 vLLM has these requests only with VLLM_SERVER_DEV_MODE=1 in its environment. A key that the server asks for goes into
 SERVER_API_KEY. If a request fails, the error says what was sent, and what the server holds then.
 
-The merged folder is a whole checkpoint, though an adapter is a few experts. vLLM 0.33.0 loads the fused experts of a
-layer anew as soon as one weight of them arrives, and leaves the experts that did not arrive uninitialized. The tensors
-that its /update_weights takes come over NCCL or CUDA IPC, in the same way. This was written from the sources of vLLM
-0.33.0 and SGLang 0.5.23, and tested with a server that does what they say. Neither was run.
+The merged folder is a whole checkpoint, because vLLM leaves experts that do not arrive uninitialized. docs/serving.md
+says what was read and what was run.
 """
 
 import argparse
@@ -93,15 +91,6 @@ def served_model(url: str, server: str, timeout: float) -> str:
     with named(f"the answer of {url}{request}"):
         model = json.loads(answer)
         return str(model["data"][0]["root"] if server == "vllm" else model["model_path"])
-
-
-def check_served(url: str, served: str, base: Path, known: set[str]) -> None:
-    """Raise ValueError if a server's model is neither the base nor one of the names `known`."""
-    if served not in known and Path(served).resolve() != base.resolve():
-        raise ValueError(
-            f"cannot push to {url}: it serves {served}, not {base}. If this is the same base under another name, "
-            f"give --server_model={served}."
-        )
 
 
 def send(url: str, requests: list[tuple[str, dict]], timeout: float) -> None:
@@ -183,7 +172,11 @@ def main(argv: list[str] | None = None) -> None:
         show(args, folder)
         return
     served = served_model(args.url, args.server, min(args.timeout, 60))
-    check_served(args.url, served, base, {str(base), folder, args.server_model})
+    if served not in (str(base), folder, args.server_model) and Path(served).resolve() != base.resolve():
+        raise ValueError(
+            f"cannot push to {args.url}: it serves {served}, not {base}. If this is the same base under another name, "
+            f"give --server_model={served}."
+        )
     if args.adapter_dir:
         options = {"overwrite": args.overwrite, "hard_links": args.hard_links, "keep_replaced": False}
         with locked(output):
