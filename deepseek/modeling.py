@@ -75,12 +75,6 @@ class DeepseekConfig(LlamaConfig):
                 "n_routed_experts"
             )
 
-    def has_experts(self, layer: int) -> bool:
-        """Return whether the layer of this index is a mixture."""
-        if self.n_routed_experts is None:
-            return False
-        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
-
 
 class DeepseekRouter(nn.Module):
     def __init__(self, config: DeepseekConfig):
@@ -126,7 +120,8 @@ class DeepseekMoE(nn.Module):
 class DeepseekDecoderLayer(llama.LlamaDecoderLayer):
     def __init__(self, config: DeepseekConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        if config.has_experts(layer_idx):
+        dense = config.n_routed_experts is None or layer_idx < config.first_k_dense_replace
+        if not dense and layer_idx % config.moe_layer_freq == 0:
             self.mlp = DeepseekMoE(config)
 
 
