@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from deepseek.experts import LAYOUT_FLAGS, FusedExperts, MoELayer, moe_layers
 from deepseek.fingerprint import router_parameters
@@ -65,8 +66,7 @@ def untie(model: nn.Module, base: Path, stored: Mapping[str, Stored]) -> None:
     for target, source in list(model.all_tied_weights_keys.items()):
         first, *copies = (read_tensor(base, stored, key) for key in ordinary_keys(model, source, stored))
         if any(not torch.equal(first.view(torch.uint8), copy.view(torch.uint8)) for copy in copies):
-            module_name, _, attribute = target.rpartition(".")
-            setattr(model.get_submodule(module_name), attribute, nn.Parameter(model.get_parameter(source).clone()))
+            setattr(*get_module_from_name(model, target), nn.Parameter(model.get_parameter(source).clone()))
             del model.all_tied_weights_keys[target]
 
 
@@ -74,8 +74,7 @@ def load_routers(model: nn.Module, base: Path, stored: Mapping[str, Stored]) -> 
     """Give the model without weights those of its routers, for the fingerprint."""
     for name in router_parameters(model):
         value = read_tensor(base, stored, ordinary_keys(model, name, stored)[0])
-        module_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module_name), attribute, nn.Parameter(value, requires_grad=False))
+        setattr(*get_module_from_name(model, name), nn.Parameter(value, requires_grad=False))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 DTYPE_OF_BASE = "dtype_of_base"  # an empty parameter that comes first, because `model.dtype` is that of the first one
 
@@ -41,11 +42,6 @@ class _Masters:
     hooks: list
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module_name, _, attribute = name.rpartition(".")
-    return model.get_submodule(module_name), attribute
-
-
 def name_in_base(name: str) -> str:
     """Return the name without masters of a parameter that may be one."""
     return re.sub(r"parametrizations\.(.+)\.original$", r"\1", name)
@@ -70,7 +66,7 @@ def train_parameters(model: nn.Module, names: Iterable[str]) -> None:
             continue
         cast_to, param.data = param.dtype, param.data.float()
         for other in tied[id(param)]:
-            parametrize.register_parametrization(*_owner(model, other), _Cast(cast_to), unsafe=True)
+            parametrize.register_parametrization(*get_module_from_name(model, other), _Cast(cast_to), unsafe=True)
             masters.first[other] = name
     if masters.first:
         model.register_parameter(DTYPE_OF_BASE, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
@@ -83,7 +79,7 @@ def train_parameters(model: nn.Module, names: Iterable[str]) -> None:
 
 def trained_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """Return the parameter that an optimizer sees: the one of that name, or its fp32 master."""
-    module, attribute = _owner(model, name)
+    module, attribute = get_module_from_name(model, name)
     if parametrize.is_parametrized(module, attribute):
         return module.parametrizations[attribute].original
     return getattr(module, attribute)
@@ -91,7 +87,7 @@ def trained_parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 def computed_value(model: nn.Module, name: str) -> Tensor:
     """Return the value of a parameter in the dtype in which the model computes: the cast, if there is a master."""
-    return getattr(*_owner(model, name)).detach()
+    return getattr(*get_module_from_name(model, name)).detach()
 
 
 def release_parameters(model: nn.Module) -> None:
@@ -104,7 +100,7 @@ def release_parameters(model: nn.Module) -> None:
         hook.remove()
     values = {name: computed_value(model, name) for name in set(masters.first.values())}
     for name, first in masters.first.items():
-        module, attribute = _owner(model, name)
+        module, attribute = get_module_from_name(model, name)
         param, cls = trained_parameter(model, name), type(module)
         # torch takes the parametrized property out of the class, which a deep copy of this module shares
         module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
