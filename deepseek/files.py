@@ -131,11 +131,6 @@ def unique_keys(pairs: Iterable[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """Return the objects of a JSONL file. Blank lines are skipped. A ValueError names the file and a bad line."""
-    return [row for _, row in read_json_rows(Path(path))]
-
-
 def parse_json(text: bytes | str, path: str | Path, line: int) -> object:
     """Return what JSON says. A ValueError names the file and the line of a fault in a text that begins at `line`."""
     try:
@@ -148,9 +143,13 @@ def parse_json(text: bytes | str, path: str | Path, line: int) -> object:
         raise ValueError(f"{path}:{line}: not valid JSON ({reason})") from error
 
 
-def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) of JSON lines, or of the array in a .json file."""
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Return the objects of JSON lines, or of the array in a .json file. A ValueError names the file and a bad line.
+
+    Blank lines are skipped.
+    """
     check_file(path)
+    path, found = Path(path), []
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if path.suffix == ".json" and content.lstrip().startswith(b"["):
         rows = ((f"{path}: row {number}", row) for number, row in enumerate(parse_json(content, path, 1), 1))
@@ -160,7 +159,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        yield where, row
+        found.append(row)
+    return found
 
 
 def sha256(*paths: Path) -> str:
