@@ -58,14 +58,12 @@ def weight_files(base: Path) -> set[str]:
         ValueError: the index is damaged, or names a file outside the folder.
     """
     if (base / WEIGHTS).is_file():
-        names = {WEIGHTS}
         if (base / INDEX).is_file():
             warnings.warn(f"{base} holds {WEIGHTS} and {INDEX}. {WEIGHTS} is read, the index is not.", stacklevel=1)
-    elif (base / INDEX).is_file():
-        names = files_of_index(base / INDEX)
-    else:
-        raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
-    return names
+        return {WEIGHTS}
+    if (base / INDEX).is_file():
+        return files_of_index(base / INDEX)
+    raise FileNotFoundError(f"cannot read {base}: neither {WEIGHTS} nor {INDEX} in it. Save it as safetensors.")
 
 
 def files_of_index(index: Path) -> set[str]:
