@@ -30,16 +30,16 @@ from deepseek.files import check_file, named
 from deepseek.shards import Shard
 from utils import command_parser, import_extra, run_cli
 
-OUTTYPES = {"F16": "f16", "BF16": "bf16", "F32": "f32"}  # of the converter, by the dtype in a checkpoint
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # by the type in a GGUF file
+# by the type in a checkpoint and in a GGUF file; in lower case it is the converter's --outtype
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def exact_outtype(base: Path) -> str:
     """Return the converter's --outtype in which each matrix of a checkpoint keeps its numbers."""
     dtypes = {one.dtype for one in open_base(base)[1].values() if len(one.shape) > 1}
-    if unknown := dtypes - OUTTYPES.keys():
+    if unknown := dtypes - DTYPES.keys():
         raise ValueError(f"cannot convert {base}: it holds {', '.join(sorted(unknown))}. Save it as bf16 or fp32.")
-    return OUTTYPES[dtypes.pop()] if len(dtypes) == 1 else "f32"
+    return dtypes.pop().lower() if len(dtypes) == 1 else "f32"
 
 
 def gguf_name(layer: int, projection: str) -> str:
