@@ -172,17 +172,14 @@ def readable_index(base: str | Path) -> Iterator[str | Path]:
 
     transformers asks for `metadata` and makes no use of it that matters here.
     """
-    if not Path(base).exists():
-        found = cached_file(str(base), INDEX, _raise_exceptions_for_missing_entries=False)
-        if found is None or "metadata" in read_json(found):
-            yield base
-            return
-        base = snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-    index = Path(base, INDEX)
-    single = Path(base, WEIGHTS).is_file() or not index.is_file()
+    here = Path(base).exists()
+    index = Path(base, INDEX) if here else cached_file(str(base), INDEX, _raise_exceptions_for_missing_entries=False)
+    single = Path(base, WEIGHTS).is_file() or index is None or not Path(index).is_file()
     if single or isinstance((content := read_json(index)).get("metadata"), dict):
         yield base
         return
+    if not here:
+        base = snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
     with tempfile.TemporaryDirectory() as folder:
         for file in Path(base).iterdir():
             if file.name != INDEX:
