@@ -791,8 +791,7 @@ def _read_checked(
         if (lora := read_lora(folder)) != state.lora:
             raise ValueError(f"it has rank {lora.rank} and alpha {lora.alpha:g}, and this model trains with "
                              f"{state.lora.rank} and {state.lora.alpha:g}. Give to_esft the same.")  # fmt: skip
-        found = find_adapter_tensors(folder, trained_shapes(model), PREFIX)
-        sources = {name: Source(path, (key,)) for name, (path, key) in found.items()}
+        sources = find_adapter_tensors(folder, trained_shapes(model), PREFIX)
         return state, sources, dict(read_sources(sources, lora_views(model)))
     here = adapter_shapes(model, config, local=True)
     sources = find_sources(folder, adapter_shapes(model, config))

@@ -207,22 +207,19 @@ def read_sources(found: Mapping[str, Source], names: Collection[str]) -> Iterato
 def find_sources(folder: str | Path, shapes: Mapping[str, torch.Size]) -> dict[str, Source]:
     """Return where an adapter has the new values of the tensors of these shapes. Raise as `find_adapter_tensors`."""
     if not is_lora(folder):
-        found = find_adapter_tensors(folder, shapes)
-        return {name: Source(path, (key,)) for name, (path, key) in found.items()}
+        return find_adapter_tensors(folder, shapes)
     lora = read_lora(folder)
     factors = find_adapter_tensors(folder, factor_shapes(shapes, lora.rank), PREFIX)
     sources = {}
     for name in shapes:
         of_name = [factors[key] for key in factor_shapes({name: shapes[name]}, lora.rank)]  # none for a bias
-        path = of_name[0][0] if of_name else Path(folder, LORA_WEIGHTS)
-        sources[name] = Source(path, tuple(key for _, key in of_name), lora.scale)
+        path = of_name[0].path if of_name else Path(folder, LORA_WEIGHTS)
+        sources[name] = Source(path, tuple(key for one in of_name for key in one.keys), lora.scale)
     return sources
 
 
-def find_adapter_tensors(
-    folder: str | Path, expected: Mapping[str, torch.Size], prefix: str = ""
-) -> dict[str, tuple[Path, str]]:
-    """Return (file, key in it) of each tensor of an adapter folder, by the names in `expected`, without reading it.
+def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size], prefix: str = "") -> dict[str, Source]:
+    """Return where each tensor of an adapter folder is, by the names in `expected`, without reading it.
 
     A key is `prefix` and the name, and may lack the leading "model.".
 
@@ -230,13 +227,13 @@ def find_adapter_tensors(
         ValueError: a file is damaged; a tensor is missing, unknown, there twice, of another shape than in `expected`,
             or not of a dtype in `DTYPES`.
     """
-    places: dict[str, list[tuple[Path, str]]] = {name: [] for name in expected}
+    places: dict[str, list[Source]] = {name: [] for name in expected}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with Shard(path) as shard:
             for key, entry in shard.header.items():
                 name = key.removeprefix(prefix)
                 name = f"model.{name}" if f"model.{name}" in expected else name
-                places.setdefault(name, []).append((path, key))
+                places.setdefault(name, []).append(Source(path, (key,)))
                 shape, dtype = tuple(entry["shape"]), entry["dtype"]
                 wanted = tuple(expected.get(name, shape))
                 if shape != wanted or dtype not in DTYPES:
@@ -244,7 +241,7 @@ def find_adapter_tensors(
                     raise ValueError(f"{name} has shape {shape} in {dtype}, this model's is {wanted} in {known}")
     for name, found in sorted(places.items(), key=lambda item: item[0] in expected):  # unknown names first
         if len(found) != (name in expected):
-            files = ", ".join(path.name for path, _ in found) or "*.safetensors"
+            files = ", ".join(one.path.name for one in found) or "*.safetensors"
             problem = "there twice" if found else "missing"
             if name not in expected:
                 like = f", whose names are like {min(expected)}" if expected else ""

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import esft
-from deepseek.adapters import BASE_NAME, DTYPES, Source, experts_by_layer, find_adapter_tensors
+from deepseek.adapters import BASE_NAME, DTYPES, Source, experts_by_layer, find_adapter_tensors, read_sources
 from deepseek.checkpoint_files import Place, find_places, load_routers, open_base
 from deepseek.experts import moe_layers
 from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
@@ -184,9 +184,8 @@ def fill_lora(base: Path, adapter: Path, output: Path) -> int:
         write_json(folder / BASE_NAME, {"base": esft.base_note(model)})
         reserve(folder / LORA_WEIGHTS, {f"{PREFIX}{name}": ("F32", [*shape]) for name, shape in shapes.items()})
         with Shard(folder / LORA_WEIGHTS, "r+b") as new:
-            for name, (path, key) in find_adapter_tensors(adapter, held, PREFIX).items():
-                with Shard(path) as old:
-                    new.write(f"{PREFIX}{name}", old.read(key).float())
+            for name, (factor,) in read_sources(find_adapter_tensors(adapter, held, PREFIX), held):
+                new.write(f"{PREFIX}{name}", factor.float())
     return len(shapes)
 
 
