@@ -69,13 +69,12 @@ class Fp8Experts:
 
     def __init__(self):
         self._copies: dict[tuple[str, bool], Quantized] = {}  # by name of the fused matrix, and whether for a backward
-        self._order: object = self  # of the rows that the copies have
-        self.changed: set[int] = set()  # frozen rows that were written to since the last forward
+        self._order: object = None  # of the rows that the copies have
+        self.stale = True  # also by what was written to frozen rows since the last forward
 
     def refresh(self, layer: FusedExperts) -> None:
-        """Bring the copies up to date before a forward: trained rows always, and all if the rows have a new order."""
-        S, stale = layer.num_trained, self._order is not layer.row_order
-        rows = [slice(S)] * (S > 0) + [slice(row, row + 1) for row in sorted(self.changed)]
+        """Bring the copies up to date before a forward: trained rows always, all if stale or in a new order."""
+        S, stale = layer.num_trained, self.stale or self._order is not layer.row_order
         for name in layer.weight_names:
             weight = layer.tensor(name).data
             for backward in (False, True):
@@ -83,11 +82,10 @@ class Fp8Experts:
                 if stale or self._copies[name, backward][0].device != weight.device:
                     parts = [quantize_rows(one) for one in source]  # one after the other, because it takes fp32
                     self._copies[name, backward] = tuple(map(torch.stack, zip(*parts)))
-                    continue
-                for some in rows:
-                    for copy, part in zip(self._copies[name, backward], quantize_rows(source[some])):
-                        copy[some] = part
-        self._order, self.changed = layer.row_order, set()
+                elif S:
+                    for copy, part in zip(self._copies[name, backward], quantize_rows(source[:S])):
+                        copy[:S] = part
+        self._order, self.stale = layer.row_order, False
 
     def linear(self, name: str, x_NI: Tensor, offs: Tensor, backward: bool) -> Tensor:
         """Multiply the rows of the first len(offs) experts by their matrices, which are transposed in the backward."""
@@ -123,8 +121,8 @@ def compute_in_fp8(model: nn.Module) -> nn.Module:
 
 
 def note_changes(model: nn.Module, experts_L: Mapping[int, Collection[int]]) -> None:
-    """Note that these experts may have been written to, by layer, so that the next forward copies them again."""
+    """Note that these experts may have been written to, by layer, so that the next forward copies their layers anew."""
     for layer in moe_layers(model).values():
-        if layer.fp8:
-            frozen = list(enumerate(layer.ids_by_row))[layer.num_trained :]
-            layer.fp8.changed |= {row for row, expert in frozen if expert in experts_L.get(layer.index, ())}
+        if layer.fp8:  # trained rows are copied in every forward
+            frozen = layer.ids_by_row[layer.num_trained :]
+            layer.fp8.stale |= not set(frozen).isdisjoint(experts_L.get(layer.index, ()))
