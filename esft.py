@@ -375,12 +375,9 @@ def select_experts(
     """Choose experts by their scores. A tie goes to the lower layer, then to the lower id.
 
     Args:
-        strategy: "cumulative" is the paper's: in each layer take the best until their scores sum to `top_p`; the sum is
-            tested before each expert is added. Scores that have no sum of their own (gradient, reap, a contrast) count
-            as shares of their layer's sum. "global" takes as many, by score over all layers. "layers" takes as many in
-            the `upper_layers` uppermost layers (default: half of them). "fraction" takes the best `fraction` of each
-            layer, rounded up, and "topk" the best `top_k`. "random" and "uniform" are controls: as many as "cumulative"
-            takes in that layer, drawn with `seed`; as many in all, the same number in every layer.
+        strategy: a rule of deepseek/selection.py: "cumulative" (the paper's), "global", "layers" (by default the upper
+            half), "fraction" (rounded up), "topk", or the controls "random" and "uniform". Scores that have no sum of
+            their own (gradient, reap, a contrast) count as shares of their layer's sum under `top_p`.
         budget: the share of all routed experts to select, in place of `top_p`, rounded to whole experts, at least one.
         general: scores on general data. Experts are then chosen by how much more they matter to the task, the
             "difference" or the "ratio" (`contrast`) of the two scores.
