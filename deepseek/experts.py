@@ -247,12 +247,9 @@ class SelectedExperts(nn.Module):
         order_e = torch.tensor(first + rest, device=layer.module.down_proj.device)
         self.register_buffer("order_e", order_e, persistent=False)
         self.register_buffer("row_of_e", torch.argsort(order_e), persistent=False)
+        self.tensor_names = layer.tensor_names
         self._layer = layer  # a view, so its module does not become a submodule; a deep copy gets the copied module
         _reorder(layer, order_e if before is None else before.row_of_e[order_e])
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        return self._layer.tensor_names
 
     def _apply(self, fn, recurse=True):
         """Keep the parameters in fp32 when the model is cast."""
@@ -283,7 +280,7 @@ class TrainedExperts(SelectedExperts):
         The copy is made at every call. A fused optimizer, or a write to `param.data`, does not raise the version
         counter of a parameter. So no cheap test can tell whether it changed.
         """
-        for name, param in zip(self._layer.tensor_names, params or self.parameters()):
+        for name, param in zip(self.tensor_names, params or self.parameters()):
             self._layer.tensor(name).data[: self.num_trained].copy_(param)
 
 
