@@ -141,9 +141,7 @@ def count_experts(
         raise ValueError(f"cannot select {number} experts: the upper {len({layer for layer, _ in order})} layers have "
                          f"{len(order)}. Give more upper_layers, or a smaller budget.")  # fmt: skip
     counts_L = Counter(layer for layer, _ in order[:number])
-    return (
-        spread(counts_L, {la: len(score_E) for la, score_E in score_LE.items()}) if strategy == "uniform" else counts_L
-    )
+    return spread(counts_L, score_LE) if strategy == "uniform" else counts_L
 
 
 def order_experts(score_LE: ScoreTable, strategy: str, upper_layers: int | None, shares: bool) -> list[tuple[int, int]]:
