@@ -183,8 +183,7 @@ def _take(tensors: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
     return tuple(_as_bytes(t)[rows].view(t.dtype) for t in tensors)
 
 
-def _cat(tensors: Iterable[Tensor]) -> Tensor:
-    tensors = list(tensors)
+def _cat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([_as_bytes(t) for t in tensors]).view(tensors[0].dtype)
 
 
