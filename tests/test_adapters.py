@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -409,6 +410,13 @@ def test_a_lora_adapter_is_merged(tmp_path):
     merged = add_adapter(base, tmp_path / "lora")
     assert torch.allclose(logits(merged), expected, atol=1e-5)
     assert not torch.allclose(before, expected, atol=1e-2)
+
+
+def test_without_peft_a_lora_adapter_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"^cannot import peft: .*'\.\[lora\]' .* pip install peft elsewhere$"):
+        add_adapter(make_model(), tmp_path)
 
 
 @pytest.mark.parametrize("noted", [True, False])
