@@ -293,6 +293,7 @@ class Sweep:
         output, names = self.folder / "completions" / f"{name}.jsonl", [Path(data).stem for data in self.asked]
         summaries = [output.with_suffix(f".{data}.summary.json") for data in names]
         curve = output.with_suffix("") / "curve.json"
+        strengths = self.args.strengths if len(self.args.strengths) > 1 else [0.0, *self.args.strengths]
         self.stages.run(
             curve if model else summaries[-1],
             "eval_multigpu.py",
@@ -300,7 +301,7 @@ class Sweep:
             base_model_path=self.args.base_model_path,
             adapter_dir=model,
             base_answers=output.parent if model else None,
-            strength=",".join(f"{strength:g}" for strength in self.args.strengths) if model else None,
+            strength=",".join(f"{strength:g}" for strength in strengths) if model else None,
             output_path=output,
             **flags(self.args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
             n_samples=self.args.n_eval_samples,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import eval_multigpu
 from deepseek.experts import moe_layers
 from deepseek.files import read_json, write_json
 from deepseek.loading import empty_model
@@ -136,7 +137,9 @@ def fake(words: list[str], curves: dict[str, list[tuple[float, float]]]) -> None
         write_json(Path(flags["output_dir"]) / "run.json", {"results": results})
         write_json(Path(flags["output_dir"]) / "trainer_state.json", {})
     elif words[0] == "eval_multigpu.py" and "adapter_dir" in flags:
-        found = zip(flags["strength"].split(","), curves[Path(flags["adapter_dir"]).name])
+        eval_multigpu.parse_args(words[1:]).check()
+        strengths = [strength for strength in flags["strength"].split(",") if strength != "0"]
+        found = zip(strengths, curves[Path(flags["adapter_dir"]).name])
         points = [{"strength": 0.0, "mean": dict(zip(names, (3.0, 92.0)))}]
         points += [{"strength": float(strength), "mean": dict(zip(names, means))} for strength, means in found]
         write_json(Path(flags["output_path"]).with_suffix("") / "curve.json", {"points": points})
@@ -243,6 +246,12 @@ def test_other_strengths_train_nothing_again(swept):
     swept.commands.clear()
     swept("--strengths=0.6,1")
     assert {words[0] for words in swept.commands} == {"eval_multigpu.py"}
+
+
+def test_one_strength_is_enough(swept):
+    swept("--methods=full", "--rates=1", "--strengths=0.5", curves={**CURVES, "full-lr0_002": [(60, 91)]})
+    told = read_json(swept.folder / "sweep.json")
+    assert [(point["strength"], point["task"]) for point in told["points"]] == [(0.0, 3.0), (0.5, 60)]
 
 
 def test_a_base_that_knows_nothing_has_nothing_to_forget(swept):
