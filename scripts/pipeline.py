@@ -187,6 +187,9 @@ def keys_by_method(args: argparse.Namespace, methods: list[str]) -> dict[str, di
         if key in AMOUNTS and (args.sweep or not SELECTS.keys() & ({method} if method else set(methods))):
             cause = "--shares says how much is trained" if args.sweep else "no experts are selected there"
             raise ValueError(f"cannot use {word!r}: {cause}. Leave it out.")
+    named = ((word, word.partition("=")[0].rpartition(":")[0]) for word in args.overrides)
+    if unused := [word for word, method in named if method and method not in methods]:
+        note(f"without effect, as their methods are not in --methods: {' '.join(unused)}")
     return given
 
 

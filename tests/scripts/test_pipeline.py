@@ -251,6 +251,15 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
     assert len(keys["full"]) == len({key.partition("=")[0] for key in keys["full"]})
 
 
+def test_a_key_of_a_method_that_is_not_run_is_told(capsys):
+    words = ["--model=results/models/tiny", "--data=intent", "lr=2e-3", "full:lr=1e-3", "lora:lora_rank=4"]
+    pipeline.keys_by_method(pipeline.parse_args(words), ["esft-token", "full"])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("note: ") and "--methods" in told and told.endswith(": lora:lora_rank=4")
+    pipeline.keys_by_method(pipeline.parse_args(words), ["full", "lora"])
+    assert not capsys.readouterr().err
+
+
 def test_scoring_streams_where_training_does(tmp_path):
     asked = {}
 
