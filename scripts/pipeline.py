@@ -52,6 +52,7 @@ from scripts.sweep import (
     Sweep,
     add_sweep_flags,
     check_sweep_flags,
+    evaluate,
     flags,
     plan_grid,
     questions,
@@ -268,17 +269,8 @@ def run_stages(
         output = last = folder / "completions" / f"{method}.jsonl"
         if len(datasets) > 1:
             last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl")
-        stages.run(
-            last,
-            "eval_multigpu.py",
-            eval_dataset=",".join(datasets),
-            base_model_path=runs / method if method == "full" else args.base_model_path,
-            adapter_dir=None if method in ("base", "full") else runs / method,
-            output_path=output,
-            **flags(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
-            n_samples=args.n_eval_samples,
-            **flags(args, "seed dtype"),
-        )
+        model = {} if method == "base" else {"base_model_path" if method == "full" else "adapter_dir": runs / method}
+        evaluate(args, stages, last, output, datasets, **model)
 
     if (adapter := first_adapter(plans)) and not args.no_merge:
         paths = {"adapter_dir": runs / adapter, "output_dir": folder / "merged", "overwrite": True}

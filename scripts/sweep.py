@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -215,6 +215,20 @@ def score_and_select(
         stages.run(path, "scripts/expert/generate_expert_config.py", **paths, **rule, **drawn)
 
 
+def evaluate(args: argparse.Namespace, stages, made: Path, output: Path, datasets: Iterable[str], **model) -> None:
+    """Ask the base the questions of data sets, or what the flags `model` name. `made` is the last file written."""
+    stages.run(
+        made,
+        "eval_multigpu.py",
+        eval_dataset=",".join(datasets),
+        **{"base_model_path": args.base_model_path, **model},
+        output_path=output,
+        **flags(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
+        n_samples=args.n_eval_samples,
+        **flags(args, "seed dtype"),
+    )
+
+
 def survivors(tried: dict[Candidate, list[Point]], base: Point) -> list[Candidate]:
     """Return the candidates with a point on the frontier that learns more than the base."""
     best = frontier([base, *(point for curve in tried.values() for point in curve)])
@@ -291,24 +305,14 @@ class Sweep:
     def answers(self, name: str, model: Path | None) -> list[tuple[float, float, float]]:
         """Evaluate the base, or a trained model at each strength. Return (strength, task, general), in percent."""
         output, names = self.folder / "completions" / f"{name}.jsonl", [Path(data).stem for data in self.asked]
-        summaries = [output.with_suffix(f".{data}.summary.json") for data in names]
-        curve = output.with_suffix("") / "curve.json"
-        strengths = self.args.strengths if len(self.args.strengths) > 1 else [0.0, *self.args.strengths]
-        self.stages.run(
-            curve if model else summaries[-1],
-            "eval_multigpu.py",
-            eval_dataset=",".join(self.asked),
-            base_model_path=self.args.base_model_path,
-            adapter_dir=model,
-            base_answers=output.parent if model else None,
-            strength=",".join(f"{strength:g}" for strength in strengths) if model else None,
-            output_path=output,
-            **flags(self.args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
-            n_samples=self.args.n_eval_samples,
-            **flags(self.args, "seed dtype"),
-        )
         if not model:
+            summaries = [output.with_suffix(f".{data}.summary.json") for data in names]
+            evaluate(self.args, self.stages, summaries[-1], output, self.asked)
             return [(0.0, *(read_json(summary)["mean"] for summary in summaries))]
+        curve, strengths = output.with_suffix("") / "curve.json", ",".join(f"{s:g}" for s in self.args.strengths)
+        strengths = f"0,{strengths}" if len(self.args.strengths) == 1 else strengths  # one strength is not a curve
+        about = {"adapter_dir": model, "base_answers": output.parent, "strength": strengths}
+        evaluate(self.args, self.stages, curve, output, self.asked, **about)
         points = read_json(curve, "points")["points"]
         return [(p["strength"], *(p["mean"][data] for data in names)) for p in points if p["strength"]]
 
