@@ -218,20 +218,15 @@ def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Pla
         paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
         start = [f"--{key}={value}" for key, value in paths.items()]
         processes = Ranks(world_size=args.nproc_per_node)
+        if "contrast" in rule and not args.contrast_dataset:
+            raise ValueError(f"cannot select by {method}: it needs general data. Give --contrast_dataset.")
+        rule |= amounts if rule else {}
+        config = read_config([*start, *words, *(f"{key}={value}" for key, value in rule.items() if key != "contrast")])
+        open_empty(config, processes)
         if rule:
-            if "contrast" in rule and not args.contrast_dataset:
-                raise ValueError(f"cannot select by {method}: it needs general data. Give --contrast_dataset.")
-            rule |= amounts
-            selects = (f"{key}={value}" for key, value in rule.items() if key != "contrast")
-            open_empty(read_config([*start, *words, *selects]), processes)
-            start.append(f"--expert_config={selected_experts('later')}")
-        config = read_config([*start, *words])
-        if config.streaming and "streaming=true" not in words:  # the file says so: scoring must know it, too
-            words.append("streaming=true")
+            config = read_config([*start, f"--expert_config={selected_experts('later')}", *words])
         arguments = training_arguments(dataclasses.replace(config, device="cpu"))  # this process leaves the GPUs alone
         plans[method] = Plan(words, config, arguments, rule)
-        if not rule:
-            open_empty(config, processes)
         load_data(load_tokenizer(args.base_model_path), config, Ranks())  # the stages find them encoded
     if args.contrast_dataset and not any("contrast" in plan.rule for plan in plans.values()):
         raise ValueError("cannot use --contrast_dataset: no method compares the task with it. Leave it out.")
