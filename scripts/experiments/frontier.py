@@ -46,7 +46,7 @@ Table = tuple[str, list[dict]]
 
 def scores_table(study: Study, rows: list[Row], tasks: list[str], seeds: list[int]) -> Table:
     """Return a line per row: rate and strengths, the score on each task, the general skills, and what it takes."""
-    base = [study.taken(Row("base"), task, study.first) for task in tasks]
+    base = [study.curve(rows[0], task, study.first)[0] for task in tasks]
     cells = [*(f"{point.task:.1f}" for point in base), f"{statistics.fmean(p.task for p in base):.1f}"]
     lines, found = [["base", "-", "-", *cells, f"{base[0].general:.1f}", "-", "-", "-"]], []
     for row in rows:
@@ -116,9 +116,8 @@ def pairs_of(study: Study, rows: list[Row]) -> list[tuple[Row, Row]]:
 
 
 def mean_curve(study: Study, row: Row) -> list[Point]:
-    """Return a row's points at all strengths but 0 (the base: its only one), averaged over --tasks and seeds."""
-    first = 0 if row.name == "base" else 1
-    curves = [study.curve(row, task, seed)[first:] for task in study.args.tasks for seed in study.args.seeds]
+    """Return a row's points at all strengths, from the base on, averaged over --tasks and seeds."""
+    curves = [study.curve(row, task, seed) for task in study.args.tasks for seed in study.args.seeds]
     averages = [
         (statistics.fmean(point.task for point in points), statistics.fmean(point.general for point in points))
         for points in zip(*curves)
@@ -208,7 +207,8 @@ def write_part(study: Study, part: str, rows: list[Row]) -> str:
         decides = {name: getattr(args, name) for name in ("tasks", "seeds", "shares", "methods", "steps")}
         write_json(f"{stem}.json", {**told, "made_by": source, "arguments": decides, "environments": environments})
         if part != "c":
-            base, *points = [point for row in (Row("base"), *rows) for point in mean_curve(study, row)]
+            curves = [mean_curve(study, row) for row in rows]
+            base, points = curves[0][0], [point for curve in curves for point in curve[1:]]
             labels = f"{PARTS[part][0]}: {', '.join(tasks)}", "general skills (%)", "mean of the tasks (%)"
             save_figure(draw_frontier(points, base, None, *labels), f"{stem}.svg")
     return text

@@ -40,7 +40,7 @@ class Trial(Run):
     it is LoRA on these experts.
     """
 
-    row: str = "base"
+    row: str = ""
     rule: str = ""
     share: float = 0.0
     budget: float = 0.0
@@ -50,8 +50,7 @@ class Trial(Run):
     @property
     def name(self) -> str:
         size = [f"{100 * self.share:g}"] if self.share else []
-        rate = [f"lr{self.rate}"] if self.row != "base" else []
-        return "-".join([self.task, self.row, *size, *rate, str(self.seed), *["validated"] * self.validated])
+        return "-".join([self.task, self.row, *size, f"lr{self.rate}", str(self.seed), *["validated"] * self.validated])
 
     @property
     def selects(self) -> bool:
@@ -136,8 +135,11 @@ class FrontierLab(Lab):
     def scores(self, base: str, task: str, n_sample_tokens: int = 16384) -> Path:
         return super().scores(base, task, n_sample_tokens, "--scores=gradient,reap")
 
+    def made_of(self, run: Trial) -> dict:
+        return {**super().made_of(run), "strengths": [0.0, *STRENGTHS]}
+
     def _run(self, run: Trial, folder: Path) -> dict:
-        trained = self.train(run, folder / "trained", self.args.steps) if run.row != "base" else {}
+        trained = self.train(run, folder / "trained", self.args.steps)
         asked = {"test": [run.task, "general"]}
         if run.validated:
             asked["validation"] = [self.held_out(run.task, run.seed), self.general("validation")]
@@ -145,24 +147,15 @@ class FrontierLab(Lab):
         return {"curves": curves, "trained": trained}
 
     def curve(self, run: Trial, folder: Path, use: str, data: list) -> list[dict]:
-        """Evaluate a model on the task and on general skills. Return {"strength", "task", "general"} for each."""
-        model = [f"--base_model_path={run.base}"]
-        if run.row != "base":
-            model += [f"--adapter_dir={folder / 'trained'}", f"--strength={','.join(f'{x:g}' for x in STRENGTHS)}"]
-        self.command("eval_multigpu.py", *model, f"--eval_dataset={','.join(map(str, data))}", "--max_new_tokens=64",
-                     "--eval_batch_size=64", f"--output_path={folder / use}.jsonl")  # fmt: skip
-        names = [Path(name).stem for name in data]
-        if run.row == "base":
-            means = [read_json(folder / f"{use}.{name}.summary.json")["mean"] for name in names]
-            return [{"strength": 0.0, "task": means[0], "general": means[1]}]
-        points = [point for point in read_json(folder / use / "curve.json")["points"] if point["strength"]]
-        means = [[point["mean"][name] for name in names] for point in points]
-        return [{"strength": p["strength"], "task": task, "general": kept} for p, (task, kept) in zip(points, means)]
+        """Evaluate the base and each strength on the task and on general skills. Return what is in a Point of each."""
+        model = f"--base_model_path={run.base}", f"--adapter_dir={folder / 'trained'}"
+        self.command("eval_multigpu.py", *model, f"--strength={','.join(map(str, STRENGTHS))}",
+                     f"--eval_dataset={','.join(map(str, data))}", "--max_new_tokens=64", "--eval_batch_size=64",
+                     f"--output_path={folder / use}.jsonl")  # fmt: skip
+        task, general = (Path(name).stem for name in data)
+        points = read_json(folder / use / "curve.json")["points"]
+        return [{"strength": p["strength"], "task": p["mean"][task], "general": p["mean"][general]} for p in points]
 
     def points(self, run: Trial, use: str) -> list[Point]:
         """Return the curve of a run, from the base on."""
-        found = self.result(run)["curves"][use]
-        if run.row != "base":
-            base = Trial(run.task, "base", self.args.seeds[0], validated=True)
-            found = self.result(base)["curves"][use] + found
-        return [Point(run.row, share=run.share, **values) for values in found]
+        return [Point(run.row, share=run.share, **values) for values in self.result(run)["curves"][use]]

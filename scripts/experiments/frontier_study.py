@@ -76,12 +76,12 @@ class Study:
 
     def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
         """Return a training of a row, at its best rate if no other is given."""
-        method = {"lora": "lora", ADAPTED: "lora", "full": "full", "base": "base"}.get(row.name, "esft")
+        method = {"lora": "lora", ADAPTED: "lora", "full": "full"}.get(row.name, "esft")
         rule = PAPER if row.name in (ADAPTED, *RECIPES) else row.name if method == "esft" else ""
         rule = SHARED.get(row.name, rule)
-        rate = "" if method == "base" else rate or self.rate_of[row]
-        return Trial(task, method, seed, learning_rate=rate, shared=row.name in SHARED, row=row.name, rule=rule,
-                     share=row.share, validated=seed == self.first, **self.size(row))  # fmt: skip
+        return Trial(task, method, seed, learning_rate=rate or self.rate_of[row], shared=row.name in SHARED,
+                     row=row.name, rule=rule, share=row.share, validated=seed == self.first,
+                     **self.size(row))  # fmt: skip
 
     def size(self, row: Row) -> dict:
         if row not in self.size_of:
@@ -101,18 +101,8 @@ class Study:
         """Make all results: rates first. `others` are the rows on the tasks that are not in --tasks."""
         rows = list(dict.fromkeys([*rows, *(Row(PAPER, row.share) for row in rows if row.share)]))
         needed = list(dict.fromkeys([*rows, *others]))
-        tasks = [*self.args.tasks, *(self.other_tasks() if others else [])]
-        self.lab.make((self.trial(Row("base"), task, self.first) for task in tasks), "base")
-        tried = dict.fromkeys(row.rated for row in needed)
-        self.lab.make(
-            (
-                self.trial(row, task, self.first, rate)
-                for row in tried
-                for rate in row.rates
-                for task in self.args.tasks
-            ),
-            "rates",
-        )
+        tried = [(row.rated, rate, task) for row in needed for rate in row.rated.rates for task in self.args.tasks]
+        self.lab.make((self.trial(row, task, self.first, rate) for row, rate, task in tried), "rates")
         self.rate_of = {row: self.best_rate(row.rated) for row in needed}
         wanted = [self.trial(row, task, seed) for seed in self.args.seeds for task in self.args.tasks for row in rows]
         wanted += [self.trial(row, task, self.first) for task in self.other_tasks() for row in others]

@@ -24,21 +24,15 @@ LAYERS, EXPERTS = (1, 2, 3, 4), 64  # of results/models/tiny
 
 
 def evaluate(flags: dict[str, str]) -> None:
-    """Write the curve of a model, or the summaries of the base."""
-    output, results = Path(flags["output_path"]), {"rate": 0.0, "luck": 0.0}
-    if "adapter_dir" in flags:
-        results = read_json(Path(flags["adapter_dir"]) / "run.json")["results"]
-    points = []
-    for strength in [0.0, *map(float, flags.get("strength", "0").split(","))]:
+    """Write the curve of a model."""
+    results, points = read_json(Path(flags["adapter_dir"]) / "run.json")["results"], []
+    for strength in [0.0, *map(float, flags["strength"].split(","))]:
         rate, means = 500 * results["rate"] * strength, {}
         for name in map(Path, flags["eval_dataset"].split(",")):
             mean = 92 - rate**2 if name.stem == "general" else 3 + 96 * rate / (1 + rate)
             means[name.stem] = mean + strength * results["luck"] + number(name.suffix) / 9
         points.append({"strength": strength, "mean": means})
-    if "adapter_dir" in flags:
-        write_json(output.with_suffix("") / "curve.json", {"points": points})
-    for name, mean in points[0]["mean"].items() if "adapter_dir" not in flags else ():
-        write_json(output.with_suffix(f".{name}.summary.json"), {"mean": mean})
+    write_json(Path(flags["output_path"]).with_suffix("") / "curve.json", {"points": points})
 
 
 def fake(words: list[str]) -> None:
