@@ -5,7 +5,6 @@ task's samples that training holds out, and questions about the general skills d
 compare with general data see a third draw.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,17 +68,6 @@ class Trial(Run):
 
 class FrontierLab(Lab):
     """A Lab whose results are curves over strengths."""
-
-    def __init__(self, args: argparse.Namespace):
-        super().__init__(args)
-        self.found: dict[Trial, dict] = {}
-
-    def result(self, run: Trial) -> dict:
-        if run in self.found:
-            self.used.append(self.found[run]["environment"])
-        else:
-            self.found[run] = super().result(run)
-        return self.found[run]
 
     def general(self, use: str) -> Path:
         """Return questions about the general skills for a use. None of them is a test question."""

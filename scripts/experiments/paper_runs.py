@@ -84,7 +84,8 @@ class Lab:
         self.args, self.folder = args, Path(args.work_dir).resolve()
         for left in self.folder.glob("*/.*-*"):  # left by a runner that was killed
             shutil.rmtree(left, ignore_errors=True)
-        self.used: list[dict] = []  # environments of the results that were read or made
+        self.found: dict[Path, dict] = {}  # the results that were read or made
+        self.used: list[dict] = []  # environments of those that were asked for
 
     def command(self, *words: object) -> None:
         run_command(words, quiet=True, cwd=ROOT, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ})
@@ -139,18 +140,18 @@ class Lab:
 
     def kept(self, path: Path, run: Run, make: Callable[[Path], dict]) -> dict:
         """Return the result kept in `path`, if it was made from the same; else call `make` with a fresh folder."""
-        made_of = self.made_of(run)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # an unreadable result is made again
-            found = read_json(path)
-            if found["made_of"] == made_of:
-                self.used.append(found["environment"])
-                return found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{run.name}-") as folder:
-            found = {**make(Path(folder)), "made_of": made_of, "environment": environment()}
-        write_json(path, found)
-        self.used.append(found["environment"])
-        return found
+        if path not in self.found:
+            made_of, found = self.made_of(run), {}
+            with contextlib.suppress(OSError, ValueError):  # an unreadable result is made again
+                found = read_json(path, "made_of", "environment")
+            if found.get("made_of") != made_of:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{run.name}-") as folder:
+                    found = {**make(Path(folder)), "made_of": made_of, "environment": environment()}
+                write_json(path, found)
+            self.found[path] = found
+        self.used.append(self.found[path]["environment"])
+        return self.found[path]
 
     def settings(self) -> dict:
         """Return the settings that all runs share, without the learning rate, which every run sets itself."""
