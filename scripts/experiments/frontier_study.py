@@ -1,11 +1,11 @@
 """What frontier.py compares, and how a row's rate and strengths are found: rows, parts, and the study of them."""
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
 from evaluation.frontier import RULES, Point, kept_at, learned_at, recommend
 from scripts.experiments.frontier_runs import MAX_LOSS, RECIPES, FrontierLab, Trial
@@ -72,28 +72,15 @@ class Study:
     def __init__(self, args: argparse.Namespace, lab: FrontierLab):
         self.args, self.lab, self.first = args, lab, args.seeds[0]
         self.rate_of: dict[Row, str] = {}
-        self.size_of: dict[Row, dict] = {}
 
     def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
         """Return a training of a row, at its best rate if no other is given."""
         method = {"lora": "lora", ADAPTED: "lora", "full": "full"}.get(row.name, "esft")
         rule = PAPER if row.name in (ADAPTED, *RECIPES) else row.name if method == "esft" else ""
         rule = SHARED.get(row.name, rule)
-        return Trial(task, method, seed, learning_rate=rate or self.rate_of[row], shared=row.name in SHARED,
-                     row=row.name, rule=rule, share=row.share, validated=seed == self.first,
-                     **self.size(row))  # fmt: skip
-
-    def size(self, row: Row) -> dict:
-        if row not in self.size_of:
-            size = {}
-            if row.name == ADAPTED:
-                size = adapted_size(row.share)
-            elif row.name == "lora":
-                size = {"rank": rank_of(empty_model(ROOT / TINY), row.share)}
-            elif row.share:
-                size = {"budget": budget_of(empty_model(ROOT / TINY), row.share, row.name in SHARED)}
-            self.size_of[row] = size
-        return self.size_of[row]
+        return Trial(task, method, seed, learning_rate=rate or self.rate_of[row], row=row.name, rule=rule,
+                     share=row.share, shared=row.name in SHARED, validated=seed == self.first,
+                     **size_of(row))  # fmt: skip
 
     # ---- what is run ------------------------------------------------------------------------------------------------
 
@@ -185,10 +172,13 @@ class Study:
         return statistics.fmean(point.task for point in points)
 
 
-def adapted_size(share: float) -> dict:
-    """Return the budget and the rank at which LoRA on selected experts trains a share of the parameters."""
+@functools.cache
+def size_of(row: Row) -> dict:
+    """Return the budget of experts and the rank of LoRA at which a row trains its share of the parameters."""
     model = empty_model(ROOT / TINY)
-    config, budget = model.config, budget_of(model, ADAPTED_SHARE)
-    experts = round(budget * sum(layer.num_experts for layer in moe_layers(model).values()))
-    of_rank_1 = experts * 3 * (config.hidden_size + config.moe_intermediate_size)  # three projections, A and B each
-    return {"budget": budget, "rank": round(share * sum(p.numel() for p in model.parameters()) / of_rank_1)}
+    if row.name == "lora":
+        return {"rank": rank_of(model, row.share)}
+    if row.name == ADAPTED:
+        budget = budget_of(model, ADAPTED_SHARE)
+        return {"budget": budget, "rank": rank_of(model, row.share, budget)}
+    return {"budget": budget_of(model, row.share, row.name in SHARED)} if row.share else {}

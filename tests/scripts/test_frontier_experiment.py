@@ -10,7 +10,7 @@ from deepseek.files import read_json, read_jsonl, write_json, write_jsonl
 from deepseek.loading import empty_model
 from esft import ExpertConfig
 from evaluation.frontier import RULES, Point
-from scripts.experiments import frontier, frontier_runs
+from scripts.experiments import frontier, frontier_runs, frontier_study
 from scripts.experiments.frontier import verdict
 from scripts.experiments.frontier_study import ADAPTED, OTHERS, PAPER, PARTS, SHARED, SHARES, Row, Study
 from scripts.experiments.paper_runs import TINY
@@ -270,7 +270,7 @@ def test_a_result_of_other_data_or_settings_is_made_again(tmp_path, commands, mo
         assert again() == 6
     assert again() == 6 and again() == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Study, "size", lambda self, row: {"budget": 0.5})
+        patch.setattr(frontier_study, "size_of", lambda row: {"budget": 0.5})
         assert again() == 6
     (tmp_path / "results" / f"{next((tmp_path / 'results').glob('law-full-*')).name}").write_text("{")
     with locked(tmp_path), pytest.raises(ValueError, match="another run is at work there"):
