@@ -100,12 +100,7 @@ class Study:
 
     def best_rate(self, row: Row) -> str:
         """Return the rate that learns most at its best strength on validation questions. The lower one of equals."""
-
-        def learned(rate: str) -> float:
-            trials = [self.trial(row, task, self.first, rate) for task in self.args.tasks]
-            return statistics.fmean(self.chosen(trial).task for trial in trials)
-
-        return max(row.rates, key=lambda rate: (learned(rate), -float(rate)))
+        return max(row.rates, key=lambda rate: (self.validated(row, rate), -float(rate)))
 
     def chosen(self, trial: Trial) -> Point:
         """Return the point of a validated trial that is taken, as the validation questions see it."""
@@ -166,9 +161,9 @@ class Study:
             "step_seconds": statistics.median(one["step_seconds"] for one in told),
         }
 
-    def validated(self, row: Row) -> float:
-        """Return what a row learns on the validation questions, at the strengths taken."""
-        points = [self.chosen(self.trial(row, task, self.first)) for task in self.args.tasks]
+    def validated(self, row: Row, rate: str = "") -> float:
+        """Return what a row learns on the validation questions at the strengths taken, at its best rate or another."""
+        points = [self.chosen(self.trial(row, task, self.first, rate)) for task in self.args.tasks]
         return statistics.fmean(point.task for point in points)
 
 
