@@ -203,9 +203,9 @@ def write_part(study: Study, part: str, rows: list[Row]) -> str:
         cut = "" if args.shares == list(SHARES) else f" --shares {' '.join(map(str, args.shares))}"
         source = f"`python scripts/experiments/frontier.py --parts={part}{cut}`, {how}; {study.lab.origin()}"
         write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{text}\n\n{NOTE}\n\n{source}\n")
-        environments = list({facts["date"]: facts for facts in study.lab.used}.values())
         decides = {name: getattr(args, name) for name in ("tasks", "seeds", "shares", "methods", "steps")}
-        write_json(f"{stem}.json", {**told, "made_by": source, "arguments": decides, "environments": environments})
+        facts = {"made_by": source, "arguments": decides, "environments": study.lab.environments()}
+        write_json(f"{stem}.json", {**told, **facts})
         if part != "c":
             curves = [mean_curve(study, row) for row in rows]
             base, points = curves[0][0], [point for curve in curves for point in curve[1:]]

@@ -246,7 +246,8 @@ def write_part(lab: Lab, part: str, table: str, rows: list[dict]) -> None:
     stem, source = f"{lab.args.output}_{part}", made_by(lab, part)
     write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{table}\n\n{source}\n")
     decides = {name: getattr(lab.args, name) for name in ("seeds", "steps", "ablation_tasks", "pretrain_tokens")}
-    write_json(f"{stem}.json", {"rows": rows, "made_by": source, "arguments": decides, "environments": lab.used})
+    facts = {"made_by": source, "arguments": decides, "environments": lab.environments()}
+    write_json(f"{stem}.json", {"rows": rows, **facts})
 
 
 if __name__ == "__main__":

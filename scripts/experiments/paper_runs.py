@@ -173,6 +173,11 @@ class Lab:
         kinds = sorted({f"{f['device']}, torch {f['torch']}, transformers {f['transformers']}" for f in used})
         return f"{dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}, {'; '.join(kinds)}"
 
+    def environments(self) -> list[dict]:
+        """Return the environments of these results, each once and without its date."""
+        facts = (tuple(item for item in used.items() if item[0] != "date") for used in self.used)
+        return [dict(items) for items in dict.fromkeys(facts)]
+
     def result(self, run: Run) -> dict:
         """Return the scores in percent by data set, and the results of training, from its file if it was run before."""
         steps = "" if run.method == "base" else f"-{self.args.steps}"

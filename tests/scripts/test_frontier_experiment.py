@@ -238,6 +238,8 @@ def test_tables_show_differences_seed_by_seed_and_say_where_they_come_from(tmp_p
     assert "| 7.0% | 3.0 MiB | 0.25 |" in tables["a"]
     taken = next(p for p in paper["curves"]["law"][1] if p["strength"] == paper["strength"]["law"])
     assert taken["task"] == paper["tasks"]["law"][1]
+    (environment,) = told["environments"]
+    assert environment["torch"] and "date" not in environment
     assert Path(f"{stem}_a.svg").read_text().count("<svg") == 1
 
 
