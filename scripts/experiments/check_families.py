@@ -42,7 +42,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
 import esft
-from deepseek.experts import FusedExperts, MoELayer, moe_layers
+from deepseek.experts import FusedExperts, moe_layers
 from deepseek.files import check_output, suggest
 from deepseek.grouped_gemm import IMPLEMENTATION, REFERENCE
 from deepseek.masters import trained_parameter
@@ -220,22 +220,19 @@ def count(model: nn.Module) -> RouterCounts:
         capture = RouterCapture(model, prob=True)
     except ValueError:  # not of this family
         capture = RouterCapture(model)
-    slots_LE = {}
+    slots = {}
 
-    def hook(layer: MoELayer):
-        def add(_module, args) -> None:
-            _, ids_TK, weights_TK = args
-            slots_LE[layer.index] = ids_TK[weights_TK != 0].bincount(minlength=layer.num_experts)
+    def add(module: nn.Module, args: tuple) -> None:
+        _, ids_TK, weights_TK = args
+        slots[module] = ids_TK[weights_TK != 0].bincount(minlength=module.num_experts)
 
-        return layer.module.register_forward_pre_hook(add)
-
-    handles = [hook(layer) for layer in capture.layers.values()]
+    handles = [layer.module.register_forward_pre_hook(add) for layer in capture.layers.values()]
     with capture:
         logits(model)
     for handle in handles:
         handle.remove()
     counts = capture.counts()
-    reached_LE = torch.stack([slots_LE[index] for index in counts.layers])
+    reached_LE = torch.stack([slots[capture.layers[index].module] for index in counts.layers])
     assert torch.equal(counts.sums["slots"], reached_LE), "the counts are not those of what reaches the experts"
     shapes = {sums_LE.shape for sums_LE in counts.sums.values()}
     assert shapes == {reached_LE.shape}, "there are router probabilities of more than the experts"
