@@ -18,10 +18,8 @@ import argparse
 import functools
 import importlib.util
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepseek.files import read_jsonl
 from deepseek.loading import load_tokenizer
 from scripts.experiments.common import TINY, publish
-from utils import command_parser, markdown_table, positive, run_cli
+from utils import command_parser, markdown_table, positive, run_cli, run_command
 
 WORDS = ("court", "finds", "claim", "party", "damages", "under", "contract", "dismissed", "with", "costs", "order")
 ONE_CORE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -160,12 +158,9 @@ MEASUREMENTS = {
 def measure(name: str, *arguments: object) -> dict:
     """Run a measurement in a process of its own, on one core, with an empty cache of data sets."""
     with tempfile.TemporaryDirectory() as cache:
-        words = [sys.executable, __file__, "--measure", name, *map(str, arguments)]
-        env = {**os.environ, **ONE_CORE, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(words, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise ChildProcessError(f"cannot measure {name}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        env = {**ONE_CORE, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        printed = run_command([__file__, "--measure", name, *arguments], quiet=True, env=env)
+    return json.loads(printed.splitlines()[-1])
 
 
 def write_table(path: Path, tokens: int) -> None:
