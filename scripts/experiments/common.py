@@ -65,6 +65,12 @@ def write_model(folder: Path, seed: int = 0) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def resident_bytes(key: str) -> int:
+    """Return memory of this process: VmRSS is the resident set, VmHWM the highest so far, RssAnon without files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
 def train(out: Path, *keys: object, processes: int = 1) -> dict:
     """Train into `out`, over what is there, and return the results in its run.json."""
     script = "train_ep.py" if processes > 1 else "train.py"

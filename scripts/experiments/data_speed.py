@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepseek.files import read_jsonl
 from deepseek.loading import load_tokenizer
-from scripts.experiments.common import TINY, publish
+from scripts.experiments.common import TINY, publish, resident_bytes
 from utils import command_parser, markdown_table, positive, run_cli, run_command
 
 WORDS = ("court", "finds", "claim", "party", "damages", "under", "contract", "dismissed", "with", "costs", "order")
@@ -129,17 +129,13 @@ def measure_memory(path: str) -> dict:
     import datasets
     from training.data import Documents, Packs, best_fit
 
-    def resident() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-    before = resident()
+    before = resident_bytes("RssAnon")
     documents = Documents(datasets.Dataset.from_file(path))
     members = best_fit(documents.lengths.tolist(), 4096)
     packs = Packs(documents, documents.rows + 1, members, 4096)
     for index in range(0, len(packs), max(len(packs) // 200, 1)):
         packs[index]
-    return {"tokens": int(documents.lengths.sum()), "packs": len(packs), "grown": resident() - before}
+    return {"tokens": int(documents.lengths.sum()), "packs": len(packs), "grown": resident_bytes("RssAnon") - before}
 
 
 MEASUREMENTS = {

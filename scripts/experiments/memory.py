@@ -31,7 +31,7 @@ from deepseek.experts import moe_layers
 from deepseek.files import check_output
 from deepseek.loading import model_of
 from esft import ExpertConfig
-from scripts.experiments.common import LIKE_V2_LITE, publish, shape_config
+from scripts.experiments.common import LIKE_V2_LITE, publish, resident_bytes, shape_config
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import prepare_model
 from utils import command_parser, markdown_table, positive, run_cli, run_command
@@ -128,12 +128,6 @@ def train(config: PreTrainedConfig, settings: MemorySettings, method: str, steps
         optimizer.zero_grad(set_to_none=True)
 
 
-def _resident(key: str) -> int:
-    """Return the resident set of this process in bytes: VmRSS is the present one, VmHWM the highest so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def work(case: dict, steps: int) -> int:
     """Return the peak of a case in bytes, measured in this process. The process must be fresh."""
     config, settings = open_case(case)
@@ -143,9 +137,9 @@ def work(case: dict, steps: int) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # return what the miniature left in the heap
     Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
-    before = _resident("VmRSS")
+    before = resident_bytes("VmRSS")
     train(config, settings, case["method"], steps)
-    return _resident("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
 def measure(case: dict, steps: int = 3) -> int:
