@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +64,12 @@ class Report:
     def left(self) -> float:
         return self.args.seconds - (time.monotonic() - START)
 
-    def has_time(self, what: str, seconds: float) -> bool:
+    def attempt(self, name: str, seconds: float, part: Callable[[], None]) -> None:
+        """Run a part that takes so long at most, if there is time for it."""
         if self.left() < seconds:
-            self.left_out.append(what)
-        return self.left() >= seconds
+            self.left_out.append(name)
+        else:
+            part()
 
     def save(self) -> None:
         facts = environment()
@@ -102,8 +105,6 @@ class Report:
 
 def run_tests(report: Report) -> None:
     """Run the tests of a GPU, or in a rehearsal their bodies on the CPU."""
-    if not report.has_time("tests", TESTS / 2):
-        return
     marks = ["-m", "not gpu and not slow" if report.args.rehearse else "gpu"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--show-capture=no", "tests/gpu", *marks]
     try:
@@ -125,8 +126,6 @@ def settings(run: Run, args: argparse.Namespace) -> argparse.Namespace:
 
 def measure(run: Run, report: Report) -> None:
     """Measure a run in a process of its own, which frees its memory at the end."""
-    if not report.has_time(run.name, run.seconds):
-        return
     flags = settings(run, report.args)
     try:
         report.runs[run.name] = benchmark.summarize(benchmark.measure([run.method], flags), flags)[run.method]
@@ -136,8 +135,6 @@ def measure(run: Run, report: Report) -> None:
 
 def profile(run: Run, report: Report) -> None:
     """Write a trace of one step, and its longest operations, in a process of its own."""
-    if not report.has_time("profile", PROFILE):
-        return
     with benchmark.new_process() as process:
         table = process.submit(trace, run.method, settings(run, report.args), report.args.output).result()
     report.profile = f"One step of {run.name}:\n\n```\n{table}\n```"
@@ -176,11 +173,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("cannot measure a GPU: torch sees none. Give --rehearse to try the script on a CPU.")
     report, runs = Report(args), REHEARSED if args.rehearse else RUNS
     print(f"{environment()['device']}, free disk {shutil.disk_usage(ROOT).free / 2**30:.0f} GiB")
-    parts = [("tests", lambda: run_tests(report))]
-    parts += [(run.name, lambda run=run: measure(run, report)) for run in runs]
-    parts.insert(3, ("profile", lambda: profile(runs[0], report)))  # after the tests, esft and full
-    for name, part in parts:
-        part()
+    parts = [("tests", TESTS / 2, lambda: run_tests(report))]
+    parts += [(run.name, run.seconds, lambda run=run: measure(run, report)) for run in runs]
+    parts.insert(3, ("profile", PROFILE, lambda: profile(runs[0], report)))  # after the tests, esft and full
+    for name, seconds, part in parts:
+        report.attempt(name, seconds, part)
         report.save()
         print(f"{time.monotonic() - START:5.0f} s: {name} done", flush=True)
     print(f"\n{report.table()}\n\ntests: {report.tests}\nwrote {args.output}.json, .md and _trace.json.gz")
