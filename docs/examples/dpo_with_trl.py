@@ -44,7 +44,6 @@ def main(
         bf16=False,  # the model is in bf16 already; autocast would round the routers
         logging_steps=1,
         save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
     )
     dataset = Dataset.from_list(rows)

@@ -34,9 +34,7 @@ def main(
         router_aux_loss_coef=0.0,  # the routers are frozen
         gradient_checkpointing=False,
         bf16=False,  # the model is in bf16 already; autocast would round the routers
-        logging_steps=10,
         save_steps=50,  # such a checkpoint holds both
-        report_to="none",
         disable_tqdm=True,
     )
     rows = load_dataset("json", data_files=data, split="train")  # "messages"

@@ -34,9 +34,7 @@ def main(
         router_aux_loss_coef=0.0,  # TRL adds it for MoE models; with frozen routers it only pulls at the experts
         gradient_checkpointing=False,
         bf16=False,  # the model is in bf16 already; autocast would round the routers
-        logging_steps=10,
         save_steps=10,
-        report_to="none",
         disable_tqdm=True,
     )
     trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[ESFTCallback()])

@@ -39,9 +39,7 @@ def main(
         learning_rate=2e-3,
         logging_steps=10,
         save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
-        seed=0,
     )
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     trainer = Trainer(model=model, args=args, train_dataset=samples, data_collator=collator)
