@@ -32,6 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from tqdm import trange
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -249,13 +250,8 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     f_e is the share of tokens that choose expert e, and P_e its mean probability (DeepSeekMoE, equations 12 to 14).
     Both are over the whole batch and not over a document, so a domain may have experts of its own.
     """
-    losses = []
-    for logits_TE in router_logits:
-        prob_TE = logits_TE.softmax(-1)
-        chosen_TK = prob_TE.topk(top_k, dim=-1).indices
-        share_E = torch.bincount(chosen_TK.flatten(), minlength=prob_TE.shape[1]) / prob_TE.shape[0]
-        losses.append(prob_TE.shape[1] / top_k * (share_E * prob_TE.mean(0)).sum())
-    return torch.stack(losses).mean()
+    losses = [load_balancing_loss_func((logits_TE,), logits_TE.shape[1], top_k) for logits_TE in router_logits]
+    return torch.stack(losses).mean() / top_k
 
 
 def pretrain(model: DeepseekV2ForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> dict:
