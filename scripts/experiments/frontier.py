@@ -10,13 +10,10 @@
     e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
     f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
 
-A method is not one point: its learning rate decides what it forgets, and base + strength x (tuned - base) costs no
-training. So every training is evaluated at four strengths, and every method is taken at its best rate and strength:
-those that learn most on questions that are not the test's and lose at most two points of the general skills there. The
-rate is found with the first seed, for each method and share, from three; the strength for each task as well. All seeds
-are then judged on the test questions. Rules at 15 % take the rate of 7 %. Random experts and the rows of (f), but for
-Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters. Rows with the shared
-experts select fewer routed ones: together they are the share.
+Every method is taken at the best of three learning rates and of four strengths. They are chosen on questions that are
+not the test's, as the note on each page says. Rules at 15 % take the rate of 7 %. Random experts and the rows of (f),
+but for Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters. Rows with the
+shared experts select fewer routed ones: together they are the share.
 
 A finished run has a file in --work_dir. The same command continues, also on another day with more parts or seeds, and
 gives the same tables. A run is made again when its settings, data, base or versions change. After a change of the code,
