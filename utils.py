@@ -216,6 +216,12 @@ def _whole(text: str, least: int, end: int, bounds: str) -> int:
     return int(text)
 
 
+def flag_words(**flags: object) -> list[str]:
+    """Return `--name=value` for each flag; nothing for one that is None or False, and `--name` for one that is True."""
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
 def torchrun(processes: int) -> list[str]:
     """Return the words that go before a script to start it in several processes; none for one process."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []

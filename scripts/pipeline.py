@@ -64,6 +64,7 @@ from utils import (
     ROOT,
     command_parser,
     environment,
+    flag_words,
     locked,
     markdown_table,
     note,
@@ -93,12 +94,8 @@ class Stages:
         self.done: dict[str, list[str]] = read_json(self.note) if self.note.is_file() else {}
 
     def run(self, output: Path, script: str, *, processes: int = 1, keys: tuple = (), **flags: object) -> None:
-        """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already.
-
-        A flag that is None or False is left out, and one that is True has no value.
-        """
-        given = {key: value for key, value in flags.items() if value is not None and value is not False}
-        words = [*(f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()), *keys]
+        """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already."""
+        words = [*flag_words(**flags), *keys]
         command = [*torchrun(processes), os.path.relpath(ROOT / script), *words]
         shown = shlex.join([PYTHON, *command])
         if output.exists() and self.done.get(str(output)) == command:
@@ -215,8 +212,7 @@ def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Pla
         keys |= {"save_opt_states": "true"} | usual | given[method]
         amounts = {key: keys.pop(key) for key in sorted(AMOUNTS & keys.keys())}
         words = [f"{key}={value}" for key, value in keys.items()]
-        paths = flags(args, "base_model_path train_dataset train_config") | {"output_dir": "later"}
-        start = [f"--{key}={value}" for key, value in paths.items()]
+        start = flag_words(**flags(args, "base_model_path train_dataset train_config"), output_dir="later")
         processes = Ranks(world_size=args.nproc_per_node)
         if "contrast" in rule and not args.contrast_dataset:
             raise ValueError(f"cannot select by {method}: it needs general data. Give --contrast_dataset.")

@@ -20,7 +20,7 @@ from deepseek.files import read_json, write_json, write_jsonl, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import save_figure
 from evaluation.frontier import SELECTS, Point, draw_frontier, frontier, recommend
-from utils import ROOT, counted, environment, markdown_table, note, split_names, torchrun
+from utils import ROOT, counted, environment, flag_words, markdown_table, note, split_names, torchrun
 
 if TYPE_CHECKING:
     from training.config import RunConfig, TrainingArguments
@@ -343,16 +343,14 @@ class Sweep:
         """Print the command that trains a candidate again, and the one that merges it at its strength."""
         script, options = self.training(candidate)
         print("train it:", training_command(script, **options))
-        trained = self.folder / "checkpoints" / candidate.name
-        merge = [f"--base_model_path={self.args.base_model_path}", f"--adapter_dir={trained}"]
-        merge += [f"--strength={taken.strength:g}", f"--output_dir={self.folder / 'merged'}"]
+        paths = {"adapter_dir": self.folder / "checkpoints" / candidate.name, "strength": f"{taken.strength:g}"}
+        merge = flag_words(**flags(self.args, "base_model_path"), **paths, output_dir=self.folder / "merged")
         print("or merge it:", shlex.join(["python", os.path.relpath(ROOT / "scripts/merge_adapter.py"), *merge]))
 
 
 def training_command(script: str, processes: int, keys: list[str], **paths) -> str:
     """Return the command that trains into the usual folder, with these paths as far as they are given."""
-    words = [f"--{key}={value}" for key, value in paths.items() if value]
-    words.append(f"--output_dir=results/checkpoints/{Path(paths['train_dataset']).stem}")
+    words = flag_words(**paths, output_dir=f"results/checkpoints/{Path(paths['train_dataset']).stem}")
     return shlex.join(["python", *torchrun(processes), os.path.relpath(ROOT / script), *words, *keys])
 
 
