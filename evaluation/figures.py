@@ -114,6 +114,15 @@ def draw_experts(
     return figure
 
 
+def cut_of(scores: ExpertScores, config: ExpertConfig | None, score_function: str, top_p: float) -> float | None:
+    """Return `top_p` if it selects the experts of `config`, or if there is none. Another rule has no such cut."""
+    if config is None:
+        return top_p
+    cut = select_experts(scores, score_function=score_function, top_p=top_p)
+    chosen, up_to = ({layer: {*ids} for layer, ids in one.experts.items()} for one in (config, cut))
+    return top_p if chosen == up_to else None
+
+
 def heat_map(axes, score_LE: dict[int, dict[int, float]], column_LE: dict[int, list[int]], chosen: dict):
     """Draw layers x experts, each layer in the order of `column_LE`, and outline the chosen. Return the image."""
     from matplotlib.collections import PatchCollection

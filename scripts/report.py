@@ -19,8 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.files import check_output, write_text
-from esft import select_experts
-from evaluation.figures import BASE, colors_of, draw_experts, figure_to_svg, new_figure, plot_losses, plot_means
+from evaluation.figures import BASE, colors_of, cut_of, draw_experts, figure_to_svg, new_figure, plot_losses, plot_means
 from evaluation.run_folder import Evaluation, Run, Trained, read_run, same_questions
 from utils import command_parser, locked, positive, run_cli, seed_number
 
@@ -40,9 +39,7 @@ def experts_per_layer(model: Trained) -> str:
 def expert_map(model: Trained) -> str:
     """Return the heat map of a model's experts, with the cut at `top_p` unless another rule selected them."""
     title = f"{model.function} scores on {model.scores.meta.get('dataset') or 'the task'}"
-    cut = select_experts(model.scores, score_function=model.function, top_p=model.top_p)
-    chosen, up_to = ({layer: {*ids} for layer, ids in one.experts.items()} for one in (model.experts, cut))
-    top_p = model.top_p if chosen == up_to else None
+    top_p = cut_of(model.scores, model.experts, model.function, model.top_p)
     figure = draw_experts(model.scores, model.experts, model.function, top_p, title)
     return figure_to_svg(figure, f"Experts that {model.label} trains: {title}")
 

@@ -4,7 +4,8 @@ r"""Draw the expert scores of a task as a heat map over layers and experts, and 
         --expert_config=results/expert_configs/translation.json --output_path=translation.png
 
 Left: experts by id. Right: each layer's experts by score, best first, with the cut where their running sum reaches
---top_p. The more the color gathers at the left edge of the right panel, the more specialized the experts.
+--top_p. By default that is the paper's, and a config that another rule selected has no cut. The more the color gathers
+at the left edge of the right panel, the more specialized the experts.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from esft import ExpertConfig, ExpertScores
-from evaluation.figures import check_picture, draw_experts, save_figure
+from evaluation.figures import check_picture, cut_of, draw_experts, save_figure
 from scripts.expert.generate_expert_config import add_score_flags, default_top_p
 from utils import command_parser, run_cli
 
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> Path:
     scores = ExpertScores.load(args.expert_scores_dir)
     config = ExpertConfig.load(args.expert_config) if args.expert_config else None
     title = args.title or f"Expert scores ({args.score_function}) on {Path(scores.meta.get('dataset') or folder).stem}"
-    save_figure(draw_experts(scores, config, args.score_function, default_top_p(args), title), output_path)
+    top_p = args.top_p or cut_of(scores, config, args.score_function, default_top_p(args))
+    save_figure(draw_experts(scores, config, args.score_function, top_p, title), output_path)
     print(f"written to {output_path}")
     return output_path
 

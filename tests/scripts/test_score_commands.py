@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek.files import write_jsonl
+from deepseek.files import write_json, write_jsonl
 from deepseek.fingerprint import checkpoint_note
 from deepseek.process_groups import Ranks
 from esft import ExpertConfig, ExpertScores, load_base_model, select_experts
@@ -236,6 +236,22 @@ def test_plot(official, tmp_path, capsys):
     (tmp_path / "c.json").write_text('{"experts": {"1": [64]}}')
     refused(capsys, plot_expert_scores.main, [*argv, "--expert_config", tmp_path / "c.json"], "layer 1", "same model")
     refused(capsys, plot_expert_scores.main, [*argv, "--output_path", tmp_path / "p.txt"], "no such kind of picture")
+
+
+def test_a_plot_has_no_cut_that_did_not_select_the_experts(official, tmp_path, monkeypatch):
+    drawn, source = [], official / "intent"
+    scores = ExpertScores.load(source / "expert_scores")
+    monkeypatch.setattr(plot_expert_scores, "draw_experts", lambda *given: drawn.append(given[3]))
+    monkeypatch.setattr(plot_expert_scores, "save_figure", lambda figure, path: None)
+    write_json(tmp_path / "topk.json", select_experts(scores, strategy="topk", top_k=3).to_dict())
+    plot = ["--expert_scores_dir", source / "expert_scores", "--output_path", tmp_path / "p.png"]
+    for more in (
+        [],
+        ["--expert_config", tmp_path / "topk.json"],
+        ["--expert_config", tmp_path / "topk.json", "--top_p=0.3"],
+    ):
+        plot_expert_scores.main([str(x) for x in [*plot, *more]])
+    assert drawn == [0.2, None, 0.3]
 
 
 def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
