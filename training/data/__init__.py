@@ -148,7 +148,8 @@ def load_data(tokenizer, config: "RunConfig", ranks: "Ranks") -> tuple[Packs, Pa
     ranks.on_rank_zero(lambda: made.append(_load(tokenizer, config)))
     if made:
         return made[0]
-    with warnings.catch_warnings(action="ignore"):  # rank 0 has said it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rank 0 has said it
         return _load(tokenizer, config)
 
 
