@@ -24,7 +24,7 @@ from tqdm import tqdm
 from deepseek.files import import_extra, suggest  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
-AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # what load_base_model does
+AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # in evaluation
 
 
 def run_cli(main: Callable[[], object]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -52,8 +51,7 @@ def load_base_model(
     """Return (model, tokenizer) of a folder or a hub id, in evaluation mode. Remote code is never run.
 
     Args:
-        dtype: as in from_pretrained; "auto" takes that of the checkpoint, but float32 for bfloat16 on a CPU that has no
-            instructions for it (x86 without AVX-512), where products in bfloat16 take many times as long.
+        dtype: as in from_pretrained; "auto" takes that of the checkpoint.
         device: one device, or a list of GPUs over which the layers are spread by free memory; None is the CPU.
         experts: ids of the experts to read, for every MoE layer, as one rank of expert parallelism holds them. None
             reads all. `model.read_bytes` then counts the bytes that were read.
@@ -73,14 +71,7 @@ def load_base_model(
     if quantized == "fp8" and frozen is None:
         frozen = Storage("fp8")
     devices = device if isinstance(device, list) else [device or "cpu"]
-    on_cpu = str(devices[0]) == "cpu"
-    options: dict = {} if on_cpu else {"device_map": devices[0]}
-    if dtype == "auto" and on_cpu and config.get_text_config().dtype == torch.bfloat16 and bfloat16_is_slow():
-        dtype = torch.float32
-        warnings.warn(
-            "this CPU has no instructions for bfloat16, so the weights are read as float32; dtype=bfloat16 leaves them",
-            stacklevel=2,
-        )
+    options: dict = {"device_map": devices[0]} if str(devices[0]) != "cpu" else {}
     gpus = [torch.device(one).index for one in devices]
     if len(devices) > 1:
         free = {gpu: int(0.8 * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}  # the rest: activations and cache
@@ -101,11 +92,6 @@ def load_base_model(
         model.set_experts_implementation(IMPLEMENTATION)
         forbid_state_dict(model)
     return model.eval(), tokenizer
-
-
-def bfloat16_is_slow() -> bool:
-    """Return whether this CPU multiplies bfloat16 number by number: one of x86 without AVX-512."""
-    return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
 
 
 def _read(reader: type, path: str | Path, **options) -> nn.Module:

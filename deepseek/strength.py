@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deepseek.adapters import CONFIG_NAME, find_state, forget_name, is_lora
 from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
-from deepseek.loading import empty_model, load_base_model, load_config
+from deepseek.loading import empty_model, load_base_model
 
 MOST = 2.0  # beyond, a change is larger than all that was learned
 
@@ -62,7 +62,7 @@ def blend_whole(model: nn.Module, folder: str | Path, strength: float) -> nn.Mod
         ValueError, FileNotFoundError: it was not trained from this model, or cannot be loaded.
     """
     check_whole(model, folder)
-    tuned, _ = load_base_model(folder, dtype=load_config(folder).get_text_config().dtype or "auto")  # as stored
+    tuned, _ = load_base_model(folder)  # in the dtype in which it is stored
     # the biases by which some routers choose are buffers
     ours, theirs = (dict(chain(one.named_parameters(), one.named_buffers())) for one in (model, tuned))
     for name, tensor in ours.items():

@@ -20,11 +20,11 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deepseek.loading import keeps_documents_apart, load_base_model
+from deepseek.loading import keeps_documents_apart
 from deepseek.routing import RouterCapture, RouterCounts
 from esft import add_adapter
 from evaluation.selection import PackCounts
-from evaluation.workers import TIMEOUT, run_ranks
+from evaluation.workers import TIMEOUT, load_on, run_ranks
 from training.data import (
     IGNORE,
     Encoded,
@@ -212,7 +212,7 @@ def count_share(
     devices: list[str],
 ) -> Iterator[tuple[int, RouterCounts] | None]:
     """Yield None when the model is loaded, then (number, counts) of each pack of one process."""
-    model, _ = load_base_model(base_model_path, dtype=dtype, device=devices)
+    model, _ = load_on(devices, base_model_path, dtype)
     model = add_adapter(model, adapter) if adapter else model
     yield None
     numbers, packs = zip(*share)

@@ -28,6 +28,7 @@ from evaluation.intervals import RESAMPLES, Strata, compare_pairs, interval
 from evaluation.journal import AnswerJournal, find_finished
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.runner import model_key
+from evaluation.workers import load_on
 from utils import environment, note
 
 PRIMARY = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "arc_easy": "acc_norm"}
@@ -185,7 +186,7 @@ def evaluate_share(
     known = [find_finished(finished, finished_key(config, suite, devices[0])) for suite in suites]
     yield from (read_json(path) for path in known if path)
     if left := [suite for suite, path in zip(suites, known) if not path]:
-        model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
+        model, tokenizer = load_on(devices, config.base_model_path, config.dtype)
         yield from evaluate_suites(model, tokenizer, left, config, paths)
 
 

@@ -24,7 +24,7 @@ from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate, make_batches, question
 from evaluation.journal import AnswerJournal
-from evaluation.workers import run_ranks
+from evaluation.workers import load_on, run_ranks
 from training.data import Template, TemplateSettings, templates
 from utils import note
 
@@ -129,7 +129,7 @@ def _answer_share(
     Yields None when the model is loaded, then (number of the job, record for its journal) of each batch. The adapter is
     put on before the first job that needs it, and stays. The jobs of the base come first.
     """
-    model, tokenizer = esft.load_base_model(config.base_model_path, dtype=config.dtype, device=devices)
+    model, tokenizer = load_on(devices, config.base_model_path, config.dtype)
     template = Template(tokenizer, config.template_settings, vocab_size(config.base_model_path))
     adapter = config.adapter_dir
     if adapter and jobs[batches[0][0]].base:

@@ -14,11 +14,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import torch
 import transformers
+from torch.backends.cpu import get_cpu_capability
 from tqdm import tqdm
 
+import esft
+from deepseek.loading import load_config
 from utils import note, one_line, sentence
 
 TIMEOUT = 7200  # seconds
@@ -44,6 +48,22 @@ def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[
         flags = f"--device {device} --world_size {world_size} --gpus_per_rank {gpus_per_rank}"
         raise ValueError(f"cannot run with {flags}: that needs {needed} GPUs and there are {gpus}. Change one of them.")
     return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
+
+
+def load_on(devices: list[str], path: str | Path, dtype: str = "auto"):
+    """Return (model, tokenizer) of a folder or a hub id on the devices of a rank. Raise as `load_base_model`.
+
+    With "auto" the dtype is that of the checkpoint, but float32 for bfloat16 on a CPU that has no instructions for it
+    (x86 without AVX-512). Products in bfloat16 take many times as long there. A warning says so.
+    """
+    slow = devices == ["cpu"] and get_cpu_capability() in ("NO AVX", "AVX2")
+    if dtype == "auto" and slow and load_config(path).get_text_config().dtype == torch.bfloat16:
+        warnings.warn(
+            "this CPU has no instructions for bfloat16, so the model answers in float32; --dtype=bfloat16 leaves it",
+            stacklevel=2,
+        )
+        dtype = "float32"
+    return esft.load_base_model(path, dtype=dtype, device=devices)
 
 
 def run_ranks(

@@ -30,10 +30,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.files import check_output, read_json, write_json, write_jsonl, write_text
-from deepseek.loading import empty_model, keeps_documents_apart, load_base_model, vocab_size
+from deepseek.loading import empty_model, keeps_documents_apart, vocab_size
 from esft import add_adapter, check_adapter, load_tokenizer
 from evaluation.expert_scoring import document_losses
-from evaluation.workers import plan_devices
+from evaluation.workers import load_on, plan_devices
 from scripts.curation import Duplicates, Overlap, Sample, language_check
 from training.data import (
     Documents,
@@ -164,7 +164,7 @@ def rank(args: argparse.Namespace, documents: Documents, rows: list[int]) -> lis
     chosen = np.flatnonzero(np.isin(documents.rows, rows))
     members = best_fit(documents.lengths[chosen].tolist(), max(PACK, documents.lengths[chosen].max()))
     packs = [chosen[pack].tolist() for pack in members]
-    model, _ = load_base_model(args.base_model_path, device=plan_devices("auto", 1, args.gpus_per_rank)[0])
+    model, _ = load_on(plan_devices("auto", 1, args.gpus_per_rank)[0], args.base_model_path)
     base = loss_per_row(model, documents, packs)
     tuned = loss_per_row(add_adapter(model, args.adapter_dir), documents, packs)
     return [{"row": i + 1, "base_loss": float(base[i]), "tuned_loss": float(tuned[i]), "gap": float(base[i] - tuned[i])}

@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.files import atomic_path, check_output, write_json
 from deepseek.fingerprint import checkpoint_note
-from deepseek.loading import keeps_documents_apart, load_base_model, vocab_size
+from deepseek.loading import keeps_documents_apart, vocab_size
 from esft import load_tokenizer
-from evaluation.workers import plan_devices
+from evaluation.workers import load_on, plan_devices
 from training.batches import collate
 from training.data import (
     IGNORE,
@@ -122,7 +122,7 @@ def write_logits(args: argparse.Namespace) -> dict:
     manifest = {"teacher": args.model, "base": checkpoint_note(args.model), **described, "dataset": args.dataset}
     manifest |= {key: getattr(args, key) for key in ("top_k", "seq_length", "dtype", "packs_per_part")}
     settings = json.dumps(manifest, sort_keys=True)
-    load = functools.cache(lambda: load_base_model(args.model, dtype=args.dtype, device=devices)[0])
+    load = functools.cache(lambda: load_on(devices, args.model, args.dtype)[0])
     devices = plan_devices(args.device, 1, args.gpus)[0]
     parts, mass, labels = [], 0.0, 0
     for start in tqdm(range(0, len(packs), args.packs_per_part), "asking the teacher", unit="part"):

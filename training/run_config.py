@@ -17,7 +17,6 @@ from deepseek.files import suggest, suggest_path
 from deepseek.fp8 import reason_against
 from deepseek.selection import OPTIONS, STRATEGIES, check_rule
 from training.keys import CHECKPOINTING, DEFAULTS, LORA_SELECTED, ON_EXPERTS, REFUSED, SCHEDULE_FREE, TORCHAO
-from utils import AUTO_DTYPE
 
 POSITIVE = (
     *("seq_length", "lora_rank", "lora_alpha", "n_train_samples", "global_batch_size", "max_steps", "num_train_epochs"),
@@ -82,7 +81,7 @@ class RunConfig:
     )
     distill_on: Literal["replay", "all"] | None = _key(None, "documents to distil on; by default replay for base")
     distill_weight: float | None = _key(None, "of the divergence there; by default 1 on replay, and 0.5 on all")
-    dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", f"of the weights; auto: {AUTO_DTYPE}")
+    dtype: Literal["auto", "float32", "bfloat16"] = _key("auto", "of the weights; auto: as stored")
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "auto: a GPU, if there is one")
     lora_rank: int = _key(8, "method lora: the rank")
     lora_alpha: int = _key(16, "method lora: the scale is alpha / rank")

@@ -31,11 +31,11 @@ from deepseek.experts import MoELayer, moe_layers
 from deepseek.files import check_output, write_json
 from deepseek.loading import empty_model, keeps_documents_apart
 from deepseek.strength import is_whole
-from esft import ExpertConfig, add_adapter, check_adapter, is_for_peft, load_base_model, load_tokenizer
+from esft import ExpertConfig, add_adapter, check_adapter, is_for_peft, load_tokenizer
 from evaluation.expert_scoring import MaskedPack, forward_pack, sample_packs
 from evaluation.figures import new_figure, save_figure
 from evaluation.selection import drift, moved, routed, short_name
-from evaluation.workers import plan_devices
+from evaluation.workers import load_on, plan_devices
 from scripts.expert.get_expert_scores import add_shared_flags, sample_settings
 from training.data import conversation
 from utils import command_parser, environment, markdown_table, note, run_cli
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_adapter(empty, adapter)
     samples = eval_samples(args.eval_dataset) if args.split == "eval" else None
     packs = sample_packs(sample_settings(args), tokenizer, empty.config.get_text_config().vocab_size, samples)
-    base, _ = load_base_model(args.base_model_path, dtype=args.dtype, device=device)
+    base, _ = load_on(device, args.base_model_path, args.dtype)
     result = make_report(measure(base, adapter, packs), config) | {
         "base_model": args.base_model_path,
         "adapter": args.adapter_dir,

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -35,19 +34,6 @@ def test_a_model_is_spread_over_its_ranks_gpus_only(monkeypatch, tiny_model_dir)
         loading.load_base_model(tiny_model_dir, device=["cuda:2", "cuda:3"])
     loading.load_base_model(tiny_model_dir, device="cuda:1")
     assert asked["device_map"] == "cuda:1"
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512", "DEFAULT"])
-def test_bfloat16_becomes_float32_where_it_is_slow(tmp_path, tiny_tokenizer, monkeypatch, stored, capability):
-    make_model("olmoe", dtype=stored).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    slow = stored == torch.bfloat16 and capability == "AVX2"
-    with pytest.warns(UserWarning, match="read as float32; dtype=bfloat16 leaves them") if slow else nullcontext():
-        model, _ = loading.load_base_model(tmp_path)
-    assert model.dtype == (torch.float32 if slow else stored)
-    assert loading.load_base_model(tmp_path, dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_an_empty_model_has_the_shapes_of_the_whole(tiny_model_dir):

@@ -11,7 +11,6 @@ import esft
 from deepseek.adapters import BASE_NAME
 from deepseek.files import write_json
 from esft import ExpertConfig
-from evaluation import runner
 from scripts.expert import routing_drift
 from tests.helpers import noisy_adapter, refused, run_eval, write_rows
 from training.methods import prepare_model
@@ -66,8 +65,7 @@ def load_nothing(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
-    for module in (esft, runner.esft, routing_drift):
-        monkeypatch.setattr(module, "load_base_model", load)
+    monkeypatch.setattr(esft, "load_base_model", load)
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -3,13 +3,15 @@
 import multiprocessing
 import re
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from evaluation import workers
-from evaluation.workers import plan_devices, run_ranks, still_here
+from evaluation.workers import load_on, plan_devices, run_ranks, still_here
+from tests.helpers import make_model
 
 
 def send_tensors(share, _devices):
@@ -32,6 +34,19 @@ def test_ranks_own_their_gpus(monkeypatch):
     assert plan_devices("cpu", 2, 1) == [["cpu"], ["cpu"]]
     with pytest.raises(ValueError, match="needs 6 GPUs and there are 4"):
         plan_devices("auto", 3, 2)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512", "DEFAULT"])
+def test_bfloat16_becomes_float32_where_it_is_slow(tmp_path, tiny_tokenizer, monkeypatch, stored, capability):
+    make_model("olmoe", dtype=stored).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(workers, "get_cpu_capability", lambda: capability)
+    slow = stored == torch.bfloat16 and capability == "AVX2"
+    with pytest.warns(UserWarning, match="answers in float32; --dtype=bfloat16") if slow else nullcontext():
+        model, _ = load_on(["cpu"], tmp_path)
+    assert model.dtype == (torch.float32 if slow else stored)
+    assert load_on(["cpu"], tmp_path, "bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_no_gpu_where_one_was_asked_for(monkeypatch, capsys):

@@ -89,7 +89,7 @@ def test_scores_whose_packs_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 def test_drift_of_a_damaged_model_or_into_a_folder(tmp_path, monkeypatch, capsys):
     other = shutil.copytree(TINY, tmp_path / "other")
-    forbid(monkeypatch, routing_drift, "load_base_model", "sample_packs")
+    forbid(monkeypatch, routing_drift, "load_on", "sample_packs")
     argv = [f"--base_model_path={TINY}", f"--adapter_dir={other}", "--eval_dataset=law", f"--output_dir={tmp_path}"]
     (tmp_path / "drift.png").mkdir()
     refused(capsys, routing_drift.main, argv, "drift.png", "it is a folder")
