@@ -24,7 +24,7 @@ from evaluation import code_runner, generation, metrics
 from evaluation.config import EvalConfig
 from evaluation.generation import Evaluator, evaluate, make_batches, question
 from evaluation.journal import AnswerJournal
-from evaluation.workers import load_on, run_ranks
+from evaluation.workers import dtype_on, load_on, run_ranks
 from training.data import Template, TemplateSettings, templates
 from utils import note
 
@@ -74,6 +74,7 @@ def model_key(config: EvalConfig, base: bool, device: str, sources: list[str]) -
         "model files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "adapter": adapter and {path.name: sha256(path) for path in sorted(Path(adapter).iterdir()) if path.is_file()},
         **{name: getattr(config, name) for name in (*ANSWER_FLAGS, *(("strength",) if adapter else ()))},
+        "dtype": dtype_on([device], config.base_model_path, config.dtype),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "version of torch": torch.__version__,
         "version of transformers": transformers.__version__,

@@ -50,20 +50,22 @@ def plan_devices(device: str, world_size: int, gpus_per_rank: int) -> list[list[
     return [[f"cuda:{rank * gpus_per_rank + i}" for i in range(gpus_per_rank)] for rank in range(world_size)]
 
 
-def load_on(devices: list[str], path: str | Path, dtype: str = "auto"):
-    """Return (model, tokenizer) of a folder or a hub id on the devices of a rank. Raise as `load_base_model`.
+def dtype_on(devices: list[str], path: str | Path, dtype: str) -> str:
+    """Return the dtype in which the model `path` is asked on the devices of a rank.
 
-    With "auto" the dtype is that of the checkpoint, but float32 for bfloat16 on a CPU that has no instructions for it
-    (x86 without AVX-512). Products in bfloat16 take many times as long there. A warning says so.
+    "auto" is the dtype of the checkpoint, but float32 for bfloat16 on a CPU that has no instructions for it (x86
+    without AVX-512), where products in bfloat16 take many times as long.
     """
     slow = devices == ["cpu"] and get_cpu_capability() in ("NO AVX", "AVX2")
-    if dtype == "auto" and slow and load_config(path).get_text_config().dtype == torch.bfloat16:
-        warnings.warn(
-            "this CPU has no instructions for bfloat16, so the model answers in float32; --dtype=bfloat16 leaves it",
-            stacklevel=2,
-        )
-        dtype = "float32"
-    return esft.load_base_model(path, dtype=dtype, device=devices)
+    becomes = dtype == "auto" and slow and load_config(path).get_text_config().dtype == torch.bfloat16
+    return "float32" if becomes else dtype
+
+
+def load_on(devices: list[str], path: str | Path, dtype: str = "auto"):
+    """Return (model, tokenizer) on the devices of a rank, in `dtype_on`. Raise as `load_base_model`."""
+    if (taken := dtype_on(devices, path, dtype)) != dtype:
+        warnings.warn("this CPU has no instructions for bfloat16, so the model is asked in float32", stacklevel=2)
+    return esft.load_base_model(path, dtype=taken, device=devices)
 
 
 def run_ranks(
@@ -158,7 +160,7 @@ def _run_rank(rank: int, sender: Connection, work: Callable, share: list, device
     tqdm.set_lock(threading.RLock())  # a killed process would leak tqdm's own lock
     if rank:
         transformers.logging.disable_progress_bar()
-        warnings.simplefilter("ignore")  # rank 0 says the same
+        warnings.simplefilter("ignore")  # rank 0 says the same of the model
     warnings.formatwarning = one_line
     try:
         with _one_thread_on_cpu(devices):

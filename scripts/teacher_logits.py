@@ -33,7 +33,7 @@ from deepseek.files import atomic_path, check_output, write_json
 from deepseek.fingerprint import checkpoint_note
 from deepseek.loading import keeps_documents_apart, vocab_size
 from esft import load_tokenizer
-from evaluation.workers import load_on, plan_devices
+from evaluation.workers import dtype_on, load_on, plan_devices
 from training.batches import collate
 from training.data import (
     IGNORE,
@@ -120,10 +120,11 @@ def write_logits(args: argparse.Namespace) -> dict:
     rows, numbers = sample_rows(args.dataset, args.n_samples, args.seed, args.streaming)
     packs = pack_rows(encode_rows(rows, template), range(len(rows)), numbers, args)
     manifest = {"teacher": args.model, "base": checkpoint_note(args.model), **described, "dataset": args.dataset}
-    manifest |= {key: getattr(args, key) for key in ("top_k", "seq_length", "dtype", "packs_per_part")}
+    devices = plan_devices(args.device, 1, args.gpus)[0]
+    manifest |= {key: getattr(args, key) for key in ("top_k", "seq_length", "packs_per_part")}
+    manifest["dtype"] = dtype_on(devices, args.model, args.dtype)
     settings = json.dumps(manifest, sort_keys=True)
     load = functools.cache(lambda: load_on(devices, args.model, args.dtype)[0])
-    devices = plan_devices(args.device, 1, args.gpus)[0]
     parts, mass, labels = [], 0.0, 0
     for start in tqdm(range(0, len(packs), args.packs_per_part), "asking the teacher", unit="part"):
         own = [packs[index] for index in range(start, min(start + args.packs_per_part, len(packs)))]
