@@ -8,8 +8,8 @@ channels are the columns of W. So a matrix is quantized twice:
 
     W (O, I)   forward: p (O, I), a scale for each of O        backward: p (I, O), a scale for each of I
 
-Frozen experts are quantized once, when they are first used. Trained experts are quantized in every forward, as their
-values change. The copies take 2 bytes per entry beside the fused tensors.
+Frozen experts are quantized when they are first used, and when one of their layer was written to. Trained experts are
+quantized in every forward, as their values change. The copies take 2 bytes per entry beside the fused tensors.
 
 torch._scaled_grouped_mm multiplies on GPUs of compute capability 9. Elsewhere `_multiply` can emulate its rounding by
 fp32 products, for tests and for measurements of the loss. The kernel has not been run.
