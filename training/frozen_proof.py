@@ -7,7 +7,7 @@ change, that holds for each part of the run between two changes:
     hash          verify           verify    hash                     verify
 
 A run that goes on from a checkpoint reads what was never trained from the base again. An expert that was trained and
-frozen again comes from the checkpoint's adapter, whose SHA-256 is in its manifest: so the proof has no gap.
+frozen again comes from the checkpoint's adapter. The SHA-256 of that file is in the checkpoint's manifest.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class FrozenProof:
         """Verify all at the end of a run of `step` steps, and log for how long it was proven. All ranks call this."""
         self.verify("save the model")
         on_all = " on every rank" if self.ranks.world_size > 1 else ""
-        logger.info(f"  frozen: all {len(self.hashes)} tensors kept their bits{on_all}")
+        logger.info(f"  frozen: all {len(self.hashes)} tensors and experts kept their bits{on_all}")
         if spans := frozen_spans(self.schedule.changes, step) if self.schedule else []:
             how = f"{min(spans)} to {max(spans)} of {step} steps"
             logger.info(f"  frozen for a time: {len(spans)} times an expert kept its bits while it was frozen ({how})")

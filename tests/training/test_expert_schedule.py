@@ -58,7 +58,7 @@ def test_a_run_expands_to_the_next_best_and_proves_the_rest(files, scores, start
     assert not any(torch.equal(found[name], base[name]) for name in found)
     out = capsys.readouterr().out
     assert "after step 2: 7 of 16 experts are trained, 7 in the adapter; layer 1: +7; layer 2: +7" in out
-    assert re.search(r"frozen: all \d+ tensors kept their bits", out)
+    assert re.search(r"frozen: all \d+ tensors and experts kept their bits", out)
     assert "3 times an expert kept its bits while it was frozen (2 to 4 of 6 steps)" in out
 
 
