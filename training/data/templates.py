@@ -383,9 +383,9 @@ class Template:
                 "a chat_template to the tokenizer."
             )
         plain = [{key: value for key, value in m.items() if key not in ("mask", "tools")} for m in messages]
+        tools = messages[0].get("tools") if messages else None
+        options = {"tokenize": False, "add_generation_prompt": answer_next, **self.settings.template_kwargs}
         try:
-            tools = messages[0].get("tools") if messages else None
-            options = {"tokenize": False, "add_generation_prompt": answer_next, **self.settings.template_kwargs}
             return self.tokenizer.apply_chat_template(plain, tools=tools, **options)
         except Exception as error:  # a template is code
             raise ValueError(f"cannot use the chat template: it refuses {_name(messages)} ({error})") from error
