@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,15 +35,14 @@ def test_the_table_compares_within_a_shape_and_a_setting(report):
     assert cells["v2-lite lora"][0] == "OutOfMemoryError: no room"
 
 
-def test_what_does_not_fit_the_time_is_left_out_and_told(report, monkeypatch):
-    called = []
-    monkeypatch.setattr(benchmark, "measure", lambda methods, args: called.append(methods))
-    report.args.seconds = 0
-    report.attempt("v2-lite esft", 35, lambda: measure(RUNS[0], report))
-    report.save()
-    saved = json.loads(Path(f"{report.args.output}.json").read_text())
-    assert not called and saved["left_out"] == ["v2-lite esft"] and not saved["runs"]
-    assert "Left out for lack of time: v2-lite esft." in Path(f"{report.args.output}.md").read_text()
+def test_what_does_not_fit_the_time_is_left_out_and_told(tmp_path, monkeypatch):
+    for part in ("run_tests", "measure", "profile"):
+        monkeypatch.setattr(gpu, part, lambda *_: pytest.fail("it was run"))
+    gpu.main(["--rehearse", "--seconds=1", f"--output={tmp_path}/gpu"])
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    names = [run.name for run in REHEARSED]
+    assert saved["left_out"] == ["tests", *names[:2], "profile", *names[2:]] and not saved["runs"]
+    assert f"Left out for lack of time: tests, {names[0]}" in (tmp_path / "gpu.md").read_text()
 
 
 def test_a_run_that_fails_is_told_and_the_next_one_runs(report, monkeypatch):
