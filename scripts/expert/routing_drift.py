@@ -11,8 +11,9 @@ same tokens, each layer has:
     slots on trained  the share of slots on the trained experts, before and after
 
 Nothing changes up to the first trained layer. Tokens are sampled as get_expert_scores.py does it. --split=eval takes a
-data set of datasets/eval: prompts with their first gold answer. --adapter_dir may also be a LoRA or a whole fine-tuned
-model, which have no trained experts. Writes drift.json and, if matplotlib is installed, drift.png.
+data set of datasets/eval: prompts with their first gold answer. --adapter_dir may also be a LoRA or a whole model
+that was fine-tuned from this base, which have no trained experts. Writes drift.json and, if matplotlib is installed,
+drift.png.
 """
 
 import argparse
