@@ -276,7 +276,7 @@ def nodes(files: dict[str, list[str]]):
 
 
 def test_the_code_does_not_grow_unseen():
-    assert sum(map(len, python_files().values())) <= 25_500  # a new feature may need more: then say so in LOG.md
+    assert sum(map(len, python_files().values())) <= 25_000  # a new feature may need more: then say so in LOG.md
 
 
 @pytest.mark.xfail(reason="the plan for what there was before the data layer; remove this mark when it is reached")
