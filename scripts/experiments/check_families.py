@@ -163,7 +163,16 @@ def _experts(model: nn.Module) -> Iterable[tuple[str, FusedExperts]]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# the life of an adapter; under `python -O`, which skips assertions, every family would pass
+# the life of an adapter
+
+
+class BrokenLifeError(Exception):
+    """A step of the life gave a wrong result."""
+
+
+def check(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise BrokenLifeError(sentence)
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
@@ -198,20 +207,20 @@ def check_layout(model: nn.Module) -> None:
     """Compare the family's own loop over experts, which ignores the layout flags, with grouped_mm, which reads them."""
     for layer in moe_layers(model).values():
         name, module = layer.name, layer.module
-        assert hasattr(module, layer.tensor_names[0]), f"{name}: has_gate is {module.has_gate}, its tensors say no"
+        check(hasattr(module, layer.tensor_names[0]), f"{name}: has_gate is {module.has_gate}, its tensors say no")
         if module.has_gate:
             width = module.down_proj.shape[1 if module.is_transposed else 2]
             h = torch.full((1, 2 * width), 0.5, requires_grad=True)  # (1, 2F); within all limits that families set
             (reads,) = torch.autograd.grad(module._apply_gate(h)[0, 0], h)
             pair = [0, width if module.is_concatenated else 1]
             lie = f"{name}: is_concatenated is {module.is_concatenated}, its gate reads other columns"
-            assert reads[0].nonzero().flatten().tolist() == pair, lie
+            check(reads[0].nonzero().flatten().tolist() == pair, lie)
     by_flags = logits(model)
     model.set_experts_implementation("eager")
     by_loop = logits(model)
     model.set_experts_implementation("grouped_mm")
-    assert by_loop.isfinite().all(), "the tiny model's logits are not finite"
-    assert near(by_flags, by_loop), "the layout flags are false: grouped_mm does not give what the family's loop gives"
+    check(bool(by_loop.isfinite().all()), "the tiny model's logits are not finite")
+    check(near(by_flags, by_loop), "the layout flags are false: grouped_mm does not give what the family's loop gives")
 
 
 def count(model: nn.Module) -> RouterCounts:
@@ -233,9 +242,10 @@ def count(model: nn.Module) -> RouterCounts:
         handle.remove()
     counts = capture.counts()
     reached_LE = torch.stack([slots[capture.layers[index].module] for index in counts.layers])
-    assert torch.equal(counts.sums["slots"], reached_LE), "the counts are not those of what reaches the experts"
-    shapes = {sums_LE.shape for sums_LE in counts.sums.values()}
-    assert shapes == {reached_LE.shape}, "there are router probabilities of more than the experts"
+    told = "the counts are not those of the tokens that reach the experts"
+    check(torch.equal(counts.sums["slots"], reached_LE), told)
+    told = "there are router probabilities of more than the experts"
+    check(all(sums_LE.shape == reached_LE.shape for sums_LE in counts.sums.values()), told)
     return counts
 
 
@@ -245,7 +255,7 @@ def shared_experts(model: nn.Module) -> list[str]:
     layers = tuple(re.match(r".*?\.\d+\.", layer.name)[0] for layer in moe_layers(model).values())
     for name, _ in model.named_parameters():
         if name.startswith(layers) and re.search(r"\.[^.]*shared[^.]*(?<!gate)\.", name):
-            assert name in found, f"{name} is not taken for a shared expert's"
+            check(name in found, f"{name} is not taken for a shared expert's")
     return found
 
 
@@ -268,7 +278,7 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     """Run all steps of the module's docstring, with files in the empty `folder`.
 
     Raises:
-        AssertionError: a step gave a wrong result. Other errors come from the model, or are refusals of the project.
+        BrokenLifeError: a step gave a wrong result. Other errors come from the model, or are refusals of the project.
     """
     model.set_experts_implementation("grouped_mm")
     check_layout(model)
@@ -278,11 +288,11 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     config = dataclasses.replace(config, shared_experts=bool(shared_experts(model)))
 
     esft.to_esft(model, config)
-    assert torch.equal(logits(model), untouched), "to_esft changes the logits"
+    check(torch.equal(logits(model), untouched), "to_esft changes the logits")
     wanted = gradients(model, config)
     model.set_experts_implementation(REFERENCE)
     for name, grad in gradients(model, config).items():
-        assert near(wanted[name], grad, 1e-4), f"the gradient of {name} is not the reference loop's"
+        check(near(wanted[name], grad, 1e-4), f"the gradient of {name} is not the reference loop's")
     model.set_experts_implementation(IMPLEMENTATION)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
@@ -295,27 +305,27 @@ def life(model: nn.Module, auto: type, folder: Path) -> None:
     model.eval()
     now = digests(model)
     moved = {name for name in base if now[name] != base[name]}
-    assert now.keys() == base.keys(), "the state dict has other names while training"
-    assert not moved - wanted.keys(), f"training moves {min(moved - wanted.keys())}, which is frozen"
-    assert not wanted.keys() - moved, f"training does not move {min(wanted.keys() - moved)}"
+    check(now.keys() == base.keys(), "the state dict has other names while training")
+    check(not moved - wanted.keys(), f"training moves {min(moved - wanted.keys(), default='')}, which is frozen")
+    check(not wanted.keys() - moved, f"training does not move {min(wanted.keys() - moved, default='')}")
 
     trained = logits(model)
-    assert not near(trained, untouched), "the trained experts do not change the logits"
+    check(not near(trained, untouched), "the trained experts do not change the logits")
     esft.save_adapter(model, folder / "adapter")
     esft.unload(model)
-    assert digests(model) == base, "unload does not give the base back"
-    assert torch.equal(logits(model), untouched), "after unload the logits are not the base's"
+    check(digests(model) == base, "unload does not give the base back")
+    check(torch.equal(logits(model), untouched), "after unload the logits are not the base's")
     esft.add_adapter(model, folder / "adapter")
-    assert torch.equal(logits(model), trained), "the base with the adapter is not the trained model"
+    check(torch.equal(logits(model), trained), "the base with the adapter is not the trained model")
     adapter = {name: view.clone() for name, view in adapter_views(model, config).items()}
     esft.merge(model)
     model.save_pretrained(folder / "merged")
     check_names(folder / "merged", adapter)
     reloaded = auto.from_pretrained(folder / "merged", dtype=torch.float32, trust_remote_code=False).eval()
     reloaded.set_experts_implementation("grouped_mm")
-    assert digests(reloaded) == digests(model), "the merged checkpoint, loaded again, is not the trained model"
+    check(digests(reloaded) == digests(model), "the merged checkpoint, loaded again, is not the trained model")
     reloaded = copy.deepcopy(reloaded)  # aligned memory: tensors of the mapped file would round differently
-    assert torch.equal(logits(reloaded), trained), "the merged checkpoint gives other logits than the trained model"
+    check(torch.equal(logits(reloaded), trained), "the merged checkpoint gives other logits than the trained model")
 
 
 def check_names(folder: Path, adapter: dict[str, Tensor]) -> None:
@@ -323,7 +333,7 @@ def check_names(folder: Path, adapter: dict[str, Tensor]) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for name in adapter.keys() & set(file.keys()):
-                assert torch.equal(file.get_tensor(name), adapter[name]), f"the checkpoint's {name} is another tensor"
+                check(torch.equal(file.get_tensor(name), adapter[name]), f"the checkpoint's {name} is another tensor")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -367,7 +377,7 @@ def run_family(family: str) -> Result:
             found.shared = bool(shared_experts(model))
             life(model, auto, Path(folder))
         found.result = "passes"
-    except AssertionError as error:
+    except BrokenLifeError as error:
         found.result = f"fails: {error}"
     except Exception as error:  # sixty families can raise anything
         refused = isinstance(error, ValueError) and found.model and not found.layers  # by moe_layers

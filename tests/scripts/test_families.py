@@ -8,7 +8,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import esft
 from deepseek.grouped_gemm import reference_experts_forward
 from scripts.experiments import check_families
-from scripts.experiments.check_families import discover, life, main, make_model, run_family
+from scripts.experiments.check_families import BrokenLifeError, discover, life, main, make_model, run_family
 from utils import ROOT
 
 # plain, shared experts, transposed, biased, interleaved, no gate, post-norm, images and text, and layers with a state
@@ -67,7 +67,7 @@ def test_a_family_whose_flags_lie_is_caught(family, changes, flags, sentence, tm
     for module in model.modules():
         if hasattr(module, "is_transposed"):
             vars(module).update(flags)
-    with pytest.raises(AssertionError, match=sentence):
+    with pytest.raises(BrokenLifeError, match=sentence):
         life(model, auto, tmp_path)
 
 
@@ -105,7 +105,7 @@ def broken(name, after):
 def test_a_broken_step_is_caught(name, after, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(esft, name, broken(name, after))
     auto, model = make_model("qwen3_moe")
-    with pytest.raises(AssertionError, match=sentence):
+    with pytest.raises(BrokenLifeError, match=sentence):
         life(model, auto, tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_a_gradient_that_is_wrong_is_caught(tmp_path, monkeypatch):
     ALL_EXPERTS_FUNCTIONS.register("esft_twice", lambda *args: 2 * reference_experts_forward(*args))
     monkeypatch.setattr(check_families, "REFERENCE", "esft_twice")
     auto, model = make_model("qwen3_moe")
-    with pytest.raises(AssertionError, match="not the reference loop's"):
+    with pytest.raises(BrokenLifeError, match="not the reference loop's"):
         life(model, auto, tmp_path)
 
 
