@@ -360,9 +360,9 @@ def merge_lora(model: nn.Module, folder: str | Path, strength: float = 1.0) -> n
     learns = {name: param.requires_grad for name, param in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft makes patterns for the fused experts, and then finds them unused
-        PeftModel = import_extra("peft", "lora").PeftModel
-        rescale_adapter_scale = import_extra("peft.helpers", "lora").rescale_adapter_scale
         try:
+            PeftModel = import_extra("peft", "lora").PeftModel
+            rescale_adapter_scale = import_extra("peft.helpers", "lora").rescale_adapter_scale
             check_base(base_note(model), folder)
             lora = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
             found = lora.load_adapter(str(folder), "default", local_files_only=True)

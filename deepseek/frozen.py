@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.experts import FusedExperts, require_own_forward
-from deepseek.files import import_extra
+from deepseek.files import import_extra, named
 
 DTYPES = ("fp8", "int8", "nf4")
 CHUNK = 8  # experts that are dequantized at a time
@@ -101,7 +101,8 @@ def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight[0].numel() % NF4_BLOCK:
         raise ValueError(f"cannot use frozen_dtype=nf4: it needs matrices of a multiple of {NF4_BLOCK} entries, these "
                          f"have {weight.shape[1]} x {weight.shape[2]}. Give int8 or fp8.")  # fmt: skip
-    functional = import_extra("bitsandbytes", "quant").functional
+    with named("frozen_dtype=nf4"):
+        functional = import_extra("bitsandbytes", "quant").functional
     values, state = functional.quantize_4bit(weight.reshape(-1), blocksize=NF4_BLOCK, quant_type="nf4")
     return values.view(len(weight), -1), state.absmax.view(len(weight), -1)
 

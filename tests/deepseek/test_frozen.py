@@ -74,7 +74,7 @@ def test_nf4_blocks_may_go_over_rows():
 
 def test_nf4_without_its_library_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    told = r"cannot import bitsandbytes: .*pip install -e '\.\[quant\]'.* pip install bitsandbytes "
+    told = r"frozen_dtype=nf4: cannot import bitsandbytes: .*pip install -e '\.\[quant\]'.* pip install bitsandbytes "
     with pytest.raises(ValueError, match=told):
         quantize(torch.randn(1, 8, 8), "nf4")
 
