@@ -24,7 +24,7 @@ from tqdm import tqdm
 from deepseek.files import import_extra, suggest  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
-AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # in evaluation
+AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # see evaluation/workers.py
 
 
 def run_cli(main: Callable[[], object]) -> None:

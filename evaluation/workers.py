@@ -26,6 +26,7 @@ from deepseek.loading import load_config
 from utils import note, one_line, sentence
 
 TIMEOUT = 7200  # seconds
+NO_BFLOAT16 = "this CPU has no instructions for bfloat16"
 _to_parent: Connection | None = None  # in a rank
 
 
@@ -64,7 +65,7 @@ def dtype_on(devices: list[str], path: str | Path, dtype: str) -> str:
 def load_on(devices: list[str], path: str | Path, dtype: str = "auto"):
     """Return (model, tokenizer) on the devices of a rank, in `dtype_on`. Raise as `load_base_model`."""
     if (taken := dtype_on(devices, path, dtype)) != dtype:
-        warnings.warn("this CPU has no instructions for bfloat16, so the model is asked in float32", stacklevel=2)
+        warnings.warn(f"{NO_BFLOAT16}, so the model is asked in float32", stacklevel=2)
     return esft.load_base_model(path, dtype=taken, device=devices)
 
 
@@ -160,7 +161,7 @@ def _run_rank(rank: int, sender: Connection, work: Callable, share: list, device
     tqdm.set_lock(threading.RLock())  # a killed process would leak tqdm's own lock
     if rank:
         transformers.logging.disable_progress_bar()
-        warnings.simplefilter("ignore")  # rank 0 says the same of the model
+        warnings.filterwarnings("ignore", NO_BFLOAT16)  # rank 0 has said it
     warnings.formatwarning = one_line
     try:
         with _one_thread_on_cpu(devices):

@@ -60,7 +60,6 @@ from scripts.sweep import (
 )
 from training.data import TemplateSettings, load_data
 from utils import (
-    AUTO_DTYPE,
     ROOT,
     command_parser,
     environment,
@@ -139,7 +138,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--nproc_per_node", **count, default=1, help=nproc_help)
     add("--gpus_per_rank", **count, default=1, help="GPUs per process of scoring and evaluation (default: 1)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights "
-        f"(default: auto, as stored in training, and in scoring and evaluation {AUTO_DTYPE})")  # fmt: skip
+        "(default: auto, as stored; on a CPU without instructions for bfloat16, scoring and evaluation take "
+        "float32)")  # fmt: skip
     add("--seed", type=seed_number, default=0, metavar="N", help="of sampling, selection and training (default: 0)")
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
     add_sweep_flags(parser)
