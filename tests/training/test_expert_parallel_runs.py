@@ -72,7 +72,7 @@ def assert_same_run(found: Path, wanted: Path, tolerance: float = 1e-6) -> None:
     assert left.keys() == right.keys()
     for name, tensor in right.items():
         error, size = (left[name] - tensor).float().norm(), tensor.float().norm()
-        assert error <= max(10 * tolerance, 1e-4) * size, f"{name}: off by {error:.1e}, its norm is {size:.1e}"
+        assert error <= 10 * tolerance * size, f"{name}: off by {error:.1e}, its norm is {size:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ WAYS = {
     "dense weights shared out, replicas": {"shard_dense": True, "ep_size": 1},
     "dense weights shared out, bf16": {"shard_dense": True, "dtype": "bfloat16", "expert_config": "all.json"},
     "activation checkpointing": {"activation_checkpointing": True},
-    "one sample a pack": {"base_model_path": "gpt_oss"},
+    "one sample a pack": {"base_model_path": "gpt_oss", "adam_epsilon": 1e-6},  # at 1e-8 AdamW makes rounding visible
     "groups of experts": {"base_model_path": "deepseek_v3"},
     "no gate": {"base_model_path": "nemotron_h", "expert_config": "nemotron.json"},
     "routers trained, near the base": {"train_router": "full", "router_lr": 1e-2, "l2_to_base": 20},
