@@ -141,7 +141,7 @@ def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> 
     if warmup >= steps:
         logger.info(f"  the warmup takes the whole run, {below}")
     elif decay and stable is None and warmup + decay > steps:
-        logger.info(f"  num_decay_steps={decay} begins within the warmup, {below}. Lower it")
+        logger.info(f"  the decay of num_decay_steps={decay} begins within the warmup, {below}. Lower it")
     elif stable is not None and warmup + stable >= steps:
         logger.info(f"  num_stable_steps={stable} leaves no step to the decay. Lower it")
 

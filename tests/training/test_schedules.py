@@ -9,6 +9,7 @@ import train
 from tests.helpers import Killed, at_step, kill, same
 
 PEAK = 1e-2
+BELOW = "so the learning rate stays below 0.01"
 WSD = {
     "lr_scheduler_type": "warmup_stable_decay",
     "lr_scheduler_kwargs": '{"num_decay_steps": 3, "decay_type": "linear"}',
@@ -60,8 +61,8 @@ def test_an_unknown_setting_of_a_schedule_is_named(start):
     [
         ({"num_decay_steps": 3}, None),
         ({"num_decay_steps": 6}, None),
-        ({"num_decay_steps": 7}, "num_decay_steps=7 begins within the warmup, so the learning rate stays below 0.01"),
-        ({"num_decay_steps": 9}, "num_decay_steps=9 begins within the warmup, so the learning rate stays below 0.01"),
+        ({"num_decay_steps": 7}, f"the decay of num_decay_steps=7 begins within the warmup, {BELOW}"),
+        ({"num_decay_steps": 9}, f"the decay of num_decay_steps=9 begins within the warmup, {BELOW}"),
         ({"num_decay_steps": 2, "num_stable_steps": 4}, None),
         ({"num_decay_steps": 2, "num_stable_steps": 6}, "num_stable_steps=6 leaves no step to the decay"),
     ],
