@@ -21,7 +21,7 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from deepseek.files import import_extra, suggest  # noqa: F401
+from deepseek.files import suggest
 
 ROOT = Path(__file__).resolve().parent
 AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # see evaluation/workers.py

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.files import atomic_path, check_output
+from deepseek.files import atomic_path, check_output, import_extra
 from esft import ExpertConfig, ExpertScores, select_experts
-from utils import import_extra
 
 UNITS = {  # of 100 times a score
     **{"token": "share of routed slots (%)", "gate": "gate weight per token (%)", "prob": "router probability (%)"},

@@ -21,9 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from deepseek.files import write_json
+from deepseek.files import import_extra, write_json
 from evaluation.rubrics import judge_prompt, read_score
-from utils import import_extra
 
 OPENAI = "https://api.openai.com/v1"
 URL = re.compile(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s?#]*)?", re.ASCII | re.IGNORECASE)

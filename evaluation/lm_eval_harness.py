@@ -23,13 +23,13 @@ from types import SimpleNamespace
 
 from transformers import GenerationConfig
 
-from deepseek.files import suggest
+from deepseek.files import import_extra, suggest
 from evaluation.config import KNOWN, EvalConfig, is_task_file
 from evaluation.generation import generation_config
 from evaluation.journal import AnswerJournal
 from evaluation.workers import still_here
 from training.data import Template
-from utils import import_extra, sentence
+from utils import sentence
 
 EXPECTED = ("Overwriting default num_fewshot", "generation_kwargs")  # warnings about what the user asked for
 

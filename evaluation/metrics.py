@@ -25,7 +25,7 @@ import unicodedata
 from collections import Counter
 from fractions import Fraction
 
-from utils import import_extra
+from deepseek.files import import_extra
 
 _NOT_JSON = object()
 

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepseek.checkpoint_files import expert_places, open_base
 from deepseek.experts import moe_layers
-from deepseek.files import check_file, named
+from deepseek.files import check_file, import_extra, named
 from deepseek.shards import Shard
-from utils import command_parser, import_extra, run_cli
+from utils import command_parser, run_cli
 
 # by the type in a checkpoint and in a GGUF file; in lower case it is the converter's --outtype
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

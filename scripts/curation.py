@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from torch.utils._pytree import tree_map_only
 
 from benchmarks import load_rows
+from deepseek.files import import_extra
 from training.data import is_pair, read_messages, read_pair
 from training.data.documents import texts_of
-from utils import import_extra
 
 WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+")
 WORD_OR_SYMBOL = re.compile(rf"{WORD.pattern}|[^\w\s]")

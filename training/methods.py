@@ -11,11 +11,11 @@ from torch import nn
 
 import esft
 from deepseek.experts import moe_layers
-from deepseek.files import suggest
+from deepseek.files import import_extra, suggest
 from deepseek.fingerprint import router_parameters
 from deepseek.lora import matrix_shapes
 from training.keys import LORA_SELECTED, ON_EXPERTS
-from utils import import_extra, size
+from utils import size
 
 logger = logging.getLogger("esft")
 

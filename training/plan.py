@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 import esft
 from deepseek.adapters import adapter_views, read_base_note
 from deepseek.experts import moe_layers
+from deepseek.files import import_extra
 from deepseek.fingerprint import difference
 from deepseek.fp8 import check_fp8
 from deepseek.frozen import quantize
@@ -31,7 +32,7 @@ from training.keys import ON_EXPERTS
 from training.memory import Estimator, MemoryEstimate, MemorySettings
 from training.methods import choose_experts, lora_layers
 from training.teacher import Teacher
-from utils import counted, import_extra, log_to_stdout, size, split_names
+from utils import counted, log_to_stdout, size, split_names
 
 logger = logging.getLogger("esft")
 
