@@ -6,14 +6,14 @@
        parameters, and full fine-tuning
     b  all other rules at 7 %, and random experts
     c  the rows of (a) on the tasks that are not in --tasks, with the first seed
-    d  the other rules at the other shares (nearly as long as all the rest)
+    d  the other rules at the other shares, with the first seed and the rates of 7 %
     e  LoRA on selected experts: those that hold a quarter of the parameters, at a rank that trains the share
     f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
 
 Every method is taken at the best of three learning rates and of four strengths. They are chosen on questions that are
-not the test's, as the note on each page says. Rules at 15 % take the rate of 7 %. Random experts and the rows of (f),
-but for Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters. Rows with the
-shared experts select fewer routed ones: together they are the share.
+not the test's, as the note on each page says. Rules at 15 % and those of (d) take the rate of 7 %. Random experts and
+the rows of (f), but for Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters.
+Rows with the shared experts select fewer routed ones: together they are the share.
 
 A finished run has a file in --work_dir. The same command continues, also on another day with more parts or seeds, and
 gives the same tables. A run is made again when its settings, data, base or versions change. After a change of the code,
@@ -41,8 +41,9 @@ from utils import command_parser, locked, markdown_table, positive, run_cli, see
 Table = tuple[str, list[dict]]
 
 
-def scores_table(study: Study, rows: list[Row], tasks: list[str], seeds: list[int]) -> Table:
+def scores_table(study: Study, rows: list[Row]) -> Table:
     """Return a line per row: rate and strengths, the score on each task, the general skills, and what it takes."""
+    tasks, seeds = study.tasks, study.seeds
     base = [study.curve(rows[0], task, study.first)[0] for task in tasks]
     cells = [*(f"{point.task:.1f}" for point in base), f"{statistics.fmean(p.task for p in base):.1f}"]
     lines, found = [["base", "-", "-", *cells, f"{base[0].general:.1f}", "-", "-", "-"]], []
@@ -54,7 +55,7 @@ def scores_table(study: Study, rows: list[Row], tasks: list[str], seeds: list[in
         strengths = {task: study.strength(row, task) for task in tasks}
         shown = " ".join(f"{strength:g}" for strength in strengths.values())
         scores = [interval(values) for values in (*by_task.values(), average, general)]
-        cost = study.cost(row, tasks, seeds)
+        cost = study.cost(row)
         takes = [f"{cost['trained']:.1%}", f"{cost['held_mib']:.1f} MiB", f"{cost['step_seconds']:.2f}"]
         lines.append([row.label, study.rate_of[row], shown, *scores, *takes])
         curves = {task: [[vars(p) for p in study.curve(row, task, seed)] for seed in seeds] for task in tasks}
@@ -105,16 +106,19 @@ def best_rows(study: Study, rows: list[Row]) -> list[Row]:
 
 
 def pairs_of(study: Study, rows: list[Row]) -> list[tuple[Row, Row]]:
-    """Return each row with the paper's rule at its share, and then each method at its best share with each other."""
+    """Return each method at its best share with each other, if there are intervals, and each row with the paper's rule.
+
+    The paper's rule is that of the row's share.
+    """
     same = [(row, Row(PAPER, row.share)) for row in rows if row.share and row.name != PAPER]
-    best = best_rows(study, rows)
+    best = best_rows(study, rows) if len(study.seeds) > 1 else []
     among = [(a, b) for i, a in enumerate(best) for b in best[i + 1 :]]
     return list({frozenset(pair): pair for pair in [*among, *same]}.values())
 
 
 def mean_curve(study: Study, row: Row) -> list[Point]:
-    """Return a row's points at all strengths, from the base on, averaged over --tasks and seeds."""
-    curves = [study.curve(row, task, seed) for task in study.args.tasks for seed in study.args.seeds]
+    """Return a row's points at all strengths, from the base on, averaged over tasks and seeds."""
+    curves = [study.curve(row, task, seed) for task in study.tasks for seed in study.seeds]
     averages = [
         (statistics.fmean(point.task for point in points), statistics.fmean(point.general for point in points))
         for points in zip(*curves)
@@ -177,37 +181,34 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     with locked(args.work_dir):
         study, tables = Study(args, FrontierLab(args)), {}
         rows = {part: rows_of(part, args) for part in args.parts}
-        study.run([row for part in args.parts if part != "c" for row in rows[part]], rows.get("c", []))
+        study.run(rows)
         for part in args.parts:
             study.lab.used.clear()
-            tables[part] = write_part(study, part, rows[part])
+            tables[part] = write_part(study.of(part), part, rows[part])
     return tables
 
 
 def write_part(study: Study, part: str, rows: list[Row]) -> str:
     """Print and write the tables and the picture of a part. Return the tables."""
-    args, seeds = study.args, study.args.seeds[: 1 if part == "c" else None]
-    tasks = study.other_tasks() if part == "c" else args.tasks
-    text, found = scores_table(study, rows, tasks, seeds)
-    told = {"rows": found}
-    if part != "c":
-        compared, told["pairs"] = comparison(study, pairs_of(study, rows))
-        text += f"\n\n{compared}"
+    text, found = scores_table(study, rows)
+    compared, pairs = comparison(study, pairs_of(study, rows))
+    text += f"\n\n{compared}"
     print(f"\n{PARTS[part][0]}\n\n{text}")
+    args = study.args
     if args.output:
         stem = f"{args.output}_{part}"
+        tasks, seeds = study.tasks, study.seeds
         how = f"tasks {' '.join(tasks)}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, {args.steps} steps"
         cut = "" if args.shares == list(SHARES) else f" --shares {' '.join(map(str, args.shares))}"
         source = f"`python scripts/experiments/frontier.py --parts={part}{cut}`, {how}; {study.lab.origin()}"
         write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{text}\n\n{NOTE}\n\n{source}\n")
         decides = {name: getattr(args, name) for name in ("tasks", "seeds", "shares", "methods", "steps")}
         facts = {"made_by": source, "arguments": decides, "environments": study.lab.environments()}
-        write_json(f"{stem}.json", {**told, **facts})
-        if part != "c":
-            curves = [mean_curve(study, row) for row in rows]
-            base, points = curves[0][0], [point for curve in curves for point in curve[1:]]
-            labels = f"{PARTS[part][0]}: {', '.join(tasks)}", "general skills (%)", "mean of the tasks (%)"
-            save_figure(draw_frontier(points, base, None, *labels), f"{stem}.svg")
+        write_json(f"{stem}.json", {"rows": found, "pairs": pairs, **facts})
+        curves = [mean_curve(study, row) for row in rows]
+        base, points = curves[0][0], [point for curve in curves for point in curve[1:]]
+        labels = f"{PARTS[part][0]}: {', '.join(tasks)}", "general skills (%)", "mean of the tasks (%)"
+        save_figure(draw_frontier(points, base, None, *labels), f"{stem}.svg")
     return text
 
 

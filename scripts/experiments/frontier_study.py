@@ -1,7 +1,9 @@
 """What frontier.py compares, and how a row's rate and strengths are found: rows, parts, and the study of them."""
 
 import argparse
+import copy
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -40,8 +42,8 @@ class Row:
     @property
     def rated(self) -> "Row":
         """The row whose rates are tried for this one."""
-        share = 0.07 if self.share == 0.15 and self.name in RULES else self.share
-        return Row(PAPER if self.name in AS_PAPER else self.name, share)
+        as_at_7 = self.name in OTHERS or (self.name in RULES and self.share == 0.15)
+        return Row(PAPER if self.name in AS_PAPER else self.name, 0.07 if as_at_7 else self.share)
 
     @property
     def rates(self) -> tuple[str, ...]:
@@ -60,18 +62,27 @@ PARTS: dict[str, tuple[str, list[Row]]] = {
     "a": ("The paper's rule, gradients, LoRA and full", [*rows_at(CORE, SHARES), Row("full")]),
     "b": ("The other rules at 7 %", rows_at([PAPER, *OTHERS], [0.07])),
     "c": ("Other tasks, one seed", [*rows_at(CORE, SHARES), Row("full")]),
-    "d": ("The other rules at the other shares", rows_at([PAPER, *OTHERS], [s for s in SHARES if s != 0.07])),
+    "d": ("The other rules at the other shares, one seed", rows_at([PAPER, *OTHERS], [s for s in SHARES if s != 0.07])),
     "e": ("LoRA on selected experts", rows_at([PAPER, "lora", ADAPTED], SHARES[:3])),
     "f": ("What a run can do while it trains, at 7 %", rows_at([PAPER, *RECIPES], [0.07])),
 }  # fmt: skip
+OF_OTHER_TASKS, OF_ONE_SEED = "c", ("c", "d")
 
 
 class Study:
-    """Finds each row's rate and strengths, and then what it learns and keeps, seed by seed."""
+    """Finds each row's rate and strengths, and then what it learns and keeps, on the tasks and seeds of a part."""
 
     def __init__(self, args: argparse.Namespace, lab: FrontierLab):
         self.args, self.lab, self.first = args, lab, args.seeds[0]
+        self.tasks, self.seeds = args.tasks, args.seeds
         self.rate_of: dict[Row, str] = {}
+
+    def of(self, part: str) -> "Study":
+        """Return the study on the tasks and seeds of a part."""
+        study, others = copy.copy(self), [task for task in TASKS if task not in self.args.tasks]
+        study.tasks = others if part == OF_OTHER_TASKS else self.args.tasks
+        study.seeds = self.args.seeds[:1] if part in OF_ONE_SEED else self.args.seeds
+        return study
 
     def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
         """Return a training of a row, at its best rate if no other is given."""
@@ -84,19 +95,18 @@ class Study:
 
     # ---- what is run ------------------------------------------------------------------------------------------------
 
-    def run(self, rows: list[Row], others: list[Row]) -> None:
-        """Make all results: rates first. `others` are the rows on the tasks that are not in --tasks."""
-        rows = list(dict.fromkeys([*rows, *(Row(PAPER, row.share) for row in rows if row.share)]))
-        needed = list(dict.fromkeys([*rows, *others]))
-        tried = [(row.rated, rate, task) for row in needed for rate in row.rated.rates for task in self.args.tasks]
+    def run(self, parts: dict[str, list[Row]]) -> None:
+        """Make all results of the rows of each part, and of the paper's rule at their shares: rates first."""
+        needed = {part: [*rows, *(Row(PAPER, row.share) for row in rows if row.share)] for part, rows in parts.items()}
+        rated = {row: row.rated for row in itertools.chain(*needed.values())}
+        tried = [(row, rate, task) for row in rated.values() for rate in row.rates for task in self.args.tasks]
         self.lab.make((self.trial(row, task, self.first, rate) for row, rate, task in tried), "rates")
-        self.rate_of = {row: self.best_rate(row.rated) for row in needed}
-        wanted = [self.trial(row, task, seed) for seed in self.args.seeds for task in self.args.tasks for row in rows]
-        wanted += [self.trial(row, task, self.first) for task in self.other_tasks() for row in others]
+        self.rate_of = {row: self.best_rate(other) for row, other in rated.items()}
+        wanted = []
+        for part, rows in needed.items():
+            study = self.of(part)
+            wanted += [self.trial(row, task, seed) for seed in study.seeds for task in study.tasks for row in rows]
         self.lab.make(wanted, "runs")
-
-    def other_tasks(self) -> list[str]:
-        return [task for task in TASKS if task not in self.args.tasks]
 
     def best_rate(self, row: Row) -> str:
         """Return the rate that learns most at its best strength on validation questions. The lower one of equals."""
@@ -122,8 +132,8 @@ class Study:
         return next(point for point in self.curve(row, task, seed) if point.strength == strength)
 
     def mean(self, value: Callable[[str, int], float]) -> list[float]:
-        """Return a value of (task, seed) for each seed, averaged over --tasks."""
-        return [statistics.fmean(value(task, seed) for task in self.args.tasks) for seed in self.args.seeds]
+        """Return a value of (task, seed) for each seed, averaged over the tasks."""
+        return [statistics.fmean(value(task, seed) for task in self.tasks) for seed in self.seeds]
 
     def learned(self, row: Row) -> list[float]:
         return self.mean(lambda task, seed: self.taken(row, task, seed).task)
@@ -151,9 +161,9 @@ class Study:
 
         return self.mean(learned)
 
-    def cost(self, row: Row, tasks: list[str], seeds: list[int]) -> dict:
+    def cost(self, row: Row) -> dict:
         """Return the share that a row trains, its gradients and optimizer states in MiB, and seconds per step."""
-        told = [self.lab.result(self.trial(row, task, seed))["trained"] for task in tasks for seed in seeds]
+        told = [self.lab.result(self.trial(row, task, seed))["trained"] for task in self.tasks for seed in self.seeds]
         held = [(one["gradient_bytes"] + one["optimizer_bytes"]) / 2**20 for one in told]
         return {
             "trained": statistics.fmean(one["trained_parameters"] / one["parameters"] for one in told),

@@ -161,6 +161,23 @@ def test_what_is_chosen_is_chosen_on_validation_alone(tmp_path, commands, monkey
     assert study.best_rate(row) == rates[1]  # the lower of equals
     assert Row("random", 0.15).rated == Row("l2", 0.07).rated == Row(PAPER, 0.15).rated == row
     assert row not in (Row("muon", 0.07).rated, Row("lora", 0.15).rated)
+    assert Row("esft-gate", 0.25).rated == Row("esft-gate", 0.07) and Row(PAPER, 0.25).rated == Row(PAPER, 0.25)
+
+
+def test_the_other_rules_have_one_seed_and_the_rate_of_7_percent_at_other_shares(tmp_path, commands):
+    flags = ["--parts=d", "--methods", "esft-gate", "--shares", "0.25", "--seeds", "0", "1", "--jobs=1"]
+    tables = frontier.main([*flags, f"--work_dir={tmp_path}/w", f"--output={tmp_path}/frontier"])
+    # rates: this rule at 7 % and the paper's at 25 %, 3 x 2 tasks each; then this rule at 25 %
+    assert len(commands.trained()) == 6 + 6 + 2 and all("seed=0" in words for words in commands.trained())
+    told = read_json(tmp_path / "frontier_d.json")
+    (row,), (pair,) = told["rows"], told["pairs"]
+    assert (row["name"], row["share"], len(row["average"])) == ("esft-gate", 0.25, 1)
+    assert row["learning_rate"] in Row("esft-gate", 0.07).rates and (pair["other"], pair["verdict"]) == (
+        "esft-token 25%",
+        "one seed",
+    )
+    assert "tasks law summary, seed 0, 450" in told["made_by"] and "esft-gate 25%" in tables["d"]
+    assert (tmp_path / "frontier_d.svg").is_file()
 
 
 def test_rows_of_a_share_train_as_many_experts_by_other_rules(tmp_path, commands):
