@@ -126,10 +126,11 @@ def mean_curve(study: Study, row: Row) -> list[Point]:
     return [Point(row.label, point.strength, *mean, row.share) for point, mean in zip(curves[0], averages)]
 
 
-NOTE = """Each row is at its best rate (found with the first seed, on all of these tasks together) and strength (with
-the first seed, for each task): those that learn most on validation questions and lose at most 2 points of the general
-skills there. Scores are those on the test questions; brackets are 95 % t intervals over seeds. The time of a step is a
-median, and two runs shared the machine: compare times by benchmark.py.
+NOTE = """Each row is at its best learning rate and strength: those that learn most on validation questions and lose at
+most 2 points of the general skills there. Both are found with the first seed, the rate on the tasks of part a together,
+and the strength for each task. Rules at 15 %, and the rows of part d, take the rate of 7 %. Scores are those on the
+test questions; brackets are 95 % t intervals over seeds. The time of a step is a median, and two runs shared the
+machine: compare times by benchmark.py.
 
 The differences are in points, seed by seed, averaged over the tasks. The last two follow both curves over strengths.
 There the test questions choose the strength, for both rows. "At equal loss": the most that a row learns where it loses
