@@ -11,9 +11,9 @@
     f  what a run can do while it trains, at 7 %: replay, distillation, a pull to the base, other experts, routers, Muon
 
 Every method is taken at the best of three learning rates and of four strengths. They are chosen on questions that are
-not the test's, as the note on each page says. Rules at 15 % and those of (d) take the rate of 7 %. Random experts and
-the rows of (f), but for Muon, take the rate of the paper's rule. LoRA takes the rank that trains as many parameters.
-Rows with the shared experts select fewer routed ones: together they are the share.
+not the test's, as the note on each page says. Some rows take the rate of another: rules at 15 %, and those of (b) at
+every share, that of 7 %; random experts and the rows of (f), but for Muon, that of the paper's rule. LoRA takes the
+rank that trains as many parameters. Rows with the shared experts select fewer routed ones: together they are the share.
 
 A finished run has a file in --work_dir. The same command continues, also on another day with more parts or seeds, and
 gives the same tables. A run is made again when its settings, data, base or versions change. After a change of the code,
@@ -106,10 +106,7 @@ def best_rows(study: Study, rows: list[Row]) -> list[Row]:
 
 
 def pairs_of(study: Study, rows: list[Row]) -> list[tuple[Row, Row]]:
-    """Return each method at its best share with each other, if there are intervals, and each row with the paper's rule.
-
-    The paper's rule is that of the row's share.
-    """
+    """Return each row with the paper's rule at its share; with several seeds also the methods, at their best shares."""
     same = [(row, Row(PAPER, row.share)) for row in rows if row.share and row.name != PAPER]
     best = best_rows(study, rows) if len(study.seeds) > 1 else []
     among = [(a, b) for i, a in enumerate(best) for b in best[i + 1 :]]
@@ -128,9 +125,10 @@ def mean_curve(study: Study, row: Row) -> list[Point]:
 
 NOTE = """Each row is at its best learning rate and strength: those that learn most on validation questions and lose at
 most 2 points of the general skills there. Both are found with the first seed, the rate on the tasks of part a together,
-and the strength for each task. Rules at 15 %, and the rows of part d, take the rate of 7 %. Scores are those on the
-test questions; brackets are 95 % t intervals over seeds. The time of a step is a median, and two runs shared the
-machine: compare times by benchmark.py.
+and the strength for each task. Rules at 15 %, and those of part b at every share, take the rate of 7 %. Random experts
+and runs with one key more, but for Muon, take that of the paper's rule. Scores are those on the test questions;
+brackets are 95 % t intervals over seeds. The time of a step is a median, and two runs shared the machine: compare times
+by benchmark.py.
 
 The differences are in points, seed by seed, averaged over the tasks. The last two follow both curves over strengths.
 There the test questions choose the strength, for both rows. "At equal loss": the most that a row learns where it loses
@@ -179,13 +177,15 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         check_picture(f"{args.output}_a.svg")
     if empty := [part for part in args.parts if not rows_of(part, args)]:
         raise ValueError(f"cannot run part {empty[0]}: --methods and --shares leave nothing of it.")
+    if "c" in args.parts and set(args.tasks) == set(TASKS):
+        raise ValueError("cannot run part c: --tasks leaves no other task. Leave one out there, or c in --parts.")
     with locked(args.work_dir):
         study, tables = Study(args, FrontierLab(args)), {}
         rows = {part: rows_of(part, args) for part in args.parts}
         study.run(rows)
         for part in args.parts:
             study.lab.used.clear()
-            tables[part] = write_part(study.of(part), part, rows[part])
+            tables[part] = write_part(study.for_part(part), part, rows[part])
     return tables
 
 

@@ -66,22 +66,24 @@ PARTS: dict[str, tuple[str, list[Row]]] = {
     "e": ("LoRA on selected experts", rows_at([PAPER, "lora", ADAPTED], SHARES[:3])),
     "f": ("What a run can do while it trains, at 7 %", rows_at([PAPER, *RECIPES], [0.07])),
 }  # fmt: skip
-OF_OTHER_TASKS, OF_ONE_SEED = "c", ("c", "d")
+ON_OTHER_TASKS, WITH_ONE_SEED = {"c"}, {"c", "d"}
 
 
 class Study:
-    """Finds each row's rate and strengths, and then what it learns and keeps, on the tasks and seeds of a part."""
+    """Finds each row's rate on --tasks, and then what it learns and keeps, on the tasks and seeds of a part."""
 
     def __init__(self, args: argparse.Namespace, lab: FrontierLab):
         self.args, self.lab, self.first = args, lab, args.seeds[0]
         self.tasks, self.seeds = args.tasks, args.seeds
         self.rate_of: dict[Row, str] = {}
 
-    def of(self, part: str) -> "Study":
+    def for_part(self, part: str) -> "Study":
         """Return the study on the tasks and seeds of a part."""
-        study, others = copy.copy(self), [task for task in TASKS if task not in self.args.tasks]
-        study.tasks = others if part == OF_OTHER_TASKS else self.args.tasks
-        study.seeds = self.args.seeds[:1] if part in OF_ONE_SEED else self.args.seeds
+        study = copy.copy(self)
+        if part in ON_OTHER_TASKS:
+            study.tasks = [task for task in TASKS if task not in self.args.tasks]
+        if part in WITH_ONE_SEED:
+            study.seeds = self.args.seeds[:1]
         return study
 
     def trial(self, row: Row, task: str, seed: int, rate: str = "") -> Trial:
@@ -96,15 +98,15 @@ class Study:
     # ---- what is run ------------------------------------------------------------------------------------------------
 
     def run(self, parts: dict[str, list[Row]]) -> None:
-        """Make all results of the rows of each part, and of the paper's rule at their shares: rates first."""
+        """Find the rates, and then train the rows of each part, and the paper's rule at their shares."""
         needed = {part: [*rows, *(Row(PAPER, row.share) for row in rows if row.share)] for part, rows in parts.items()}
         rated = {row: row.rated for row in itertools.chain(*needed.values())}
         tried = [(row, rate, task) for row in rated.values() for rate in row.rates for task in self.args.tasks]
         self.lab.make((self.trial(row, task, self.first, rate) for row, rate, task in tried), "rates")
-        self.rate_of = {row: self.best_rate(other) for row, other in rated.items()}
+        self.rate_of = {row: self.best_rate(rated_as) for row, rated_as in rated.items()}
         wanted = []
         for part, rows in needed.items():
-            study = self.of(part)
+            study = self.for_part(part)
             wanted += [self.trial(row, task, seed) for seed in study.seeds for task in study.tasks for row in rows]
         self.lab.make(wanted, "runs")
 
@@ -172,7 +174,7 @@ class Study:
         }
 
     def validated(self, row: Row, rate: str = "") -> float:
-        """Return what a row learns on the validation questions at the strengths taken, at its best rate or another."""
+        """Return what a row learns of --tasks on the validation questions, at its best rate or another."""
         points = [self.chosen(self.trial(row, task, self.first, rate)) for task in self.args.tasks]
         return statistics.fmean(point.task for point in points)
 
