@@ -31,7 +31,7 @@ from deepseek.files import check_output, write_json, write_text
 from evaluation.figures import check_picture, save_figure
 from evaluation.frontier import Point, draw_frontier
 from scripts.experiments.frontier_runs import FrontierLab
-from scripts.experiments.frontier_study import NAMES, PAPER, PARTS, SHARES, Row, Study
+from scripts.experiments.frontier_study import NAMES, ON_OTHER_TASKS, PAPER, PARTS, SHARES, Row, Study
 from scripts.experiments.paper_results import half_width, interval
 from scripts.experiments.paper_runs import TASKS
 from utils import command_parser, locked, markdown_table, positive, run_cli, seed_number
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         check_picture(f"{args.output}_a.svg")
     if empty := [part for part in args.parts if not rows_of(part, args)]:
         raise ValueError(f"cannot run part {empty[0]}: --methods and --shares leave nothing of it.")
-    if "c" in args.parts and set(args.tasks) == set(TASKS):
+    if ON_OTHER_TASKS & set(args.parts) and set(args.tasks) == set(TASKS):
         raise ValueError("cannot run part c: --tasks leaves no other task. Leave one out there, or c in --parts.")
     with locked(args.work_dir):
         study, tables = Study(args, FrontierLab(args)), {}
