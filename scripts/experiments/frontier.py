@@ -21,6 +21,7 @@ remove the folder. Brackets are 95 % t intervals over seeds.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -189,6 +190,15 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     return tables
 
 
+def command_of(part: str, decides: dict) -> str:
+    """Return the command that makes the tables of a part: its flags that are not at their defaults."""
+    words, defaults = ["python", "scripts/experiments/frontier.py", f"--parts={part}"], parse_args([])
+    for name, value in decides.items():
+        if value != getattr(defaults, name):
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return shlex.join(map(str, words))
+
+
 def write_part(study: Study, part: str, rows: list[Row]) -> str:
     """Print and write the tables and the picture of a part. Return the tables."""
     text, found = scores_table(study, rows)
@@ -200,10 +210,9 @@ def write_part(study: Study, part: str, rows: list[Row]) -> str:
         stem = f"{args.output}_{part}"
         tasks, seeds = study.tasks, study.seeds
         how = f"tasks {' '.join(tasks)}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, {args.steps} steps"
-        cut = "" if args.shares == list(SHARES) else f" --shares {' '.join(map(str, args.shares))}"
-        source = f"`python scripts/experiments/frontier.py --parts={part}{cut}`, {how}; {study.lab.origin()}"
-        write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{text}\n\n{NOTE}\n\n{source}\n")
         decides = {name: getattr(args, name) for name in ("tasks", "seeds", "shares", "methods", "steps")}
+        source = f"`{command_of(part, decides)}`, {how}; {study.lab.origin()}"
+        write_text(f"{stem}.md", f"# {PARTS[part][0]}\n\n{text}\n\n{NOTE}\n\n{source}\n")
         facts = {"made_by": source, "arguments": decides, "environments": study.lab.environments()}
         write_json(f"{stem}.json", {"rows": found, "pairs": pairs, **facts})
         curves = [mean_curve(study, row) for row in rows]

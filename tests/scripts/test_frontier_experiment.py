@@ -238,7 +238,8 @@ def test_tables_show_differences_seed_by_seed_and_say_where_they_come_from(tmp_p
     flags = ["--parts=a", "--methods", PAPER, "lora", "--shares", "0.07", "--steps=7"]
     tables = frontier.main([*flags, f"--work_dir={tmp_path}/w", f"--output={stem}"])
     text = Path(f"{stem}_a.md").read_text()
-    assert "--parts=a --shares 0.07`, tasks law summary, seeds 0 1 2, 7 steps" in text
+    command = "frontier.py --parts=a --shares 0.07 --methods esft-token lora --steps 7`"
+    assert f"{command}, tasks law summary, seeds 0 1 2, 7 steps" in text
     assert tables["a"] in text and "torch" in text
     assert str(tmp_path) not in Path(f"{stem}_a.json").read_text()  # no path of the machine
     told = read_json(Path(f"{stem}_a.json"))
