@@ -29,7 +29,7 @@ ADAPTED, ADAPTED_SHARE = "lora-selected", 0.25  # the experts that LoRA adapts h
 DEFAULTS = {
     "shares": [0.07, 0.25],
     "rates": [1.0, 2.0],
-    "strengths": [0.5, 0.7, 1.0],
+    "strengths": [0.5, 0.7, 0.85, 1.0],
     "max_loss": 2.0,
 }
 LEAST_KNOWN = 20.0  # percent of the general questions that the base has to know
