@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads can change the bits that are compared
 
 import functools
+import gc
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek.files import write_json, write_jsonl
 from tests.helpers import EXPERTS, OFFICIAL, make_model
+
+
+def pytest_collection_finish():
+    """Leave what is imported and collected out of all searches for garbage: the Trainer starts one for every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
