@@ -26,6 +26,7 @@ from deepseek.loading import load_config
 from utils import note, one_line, sentence
 
 TIMEOUT = 7200  # seconds
+PRELOADED = ["transformers.modeling_utils"]  # imported once for all ranks, which takes seconds
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16"
 _to_parent: Connection | None = None  # in a rank
 
@@ -95,7 +96,8 @@ def run_ranks(
             yield from work(shares[0], devices[0])
         torch.cuda.empty_cache()  # the caller may load another model next
         return
-    context, processes, ranks, heard = multiprocessing.get_context("spawn"), [], {}, {}
+    context, processes, ranks, heard = multiprocessing.get_context("forkserver"), [], {}, {}
+    context.set_forkserver_preload(PRELOADED)
     left = [list(share) for share in shares]
     try:
         for rank, share in enumerate(shares):

@@ -28,7 +28,7 @@ import utils
 from deepseek.files import sha256
 from deepseek.process_groups import Ranks, join
 from esft import ExpertScores, save_adapter, to_esft
-from evaluation import runner
+from evaluation import runner, workers
 from training.config import RunConfig, read_config
 from training.trainer import ESFTTrainer
 from utils import run_cli
@@ -129,7 +129,8 @@ def make_model(family: str = "deepseek_v2", dtype: torch.dtype = torch.float32, 
 
 
 PRELOADED = ["pytest", "transformers.trainer", "transformers.models.auto.modeling_auto", "wandb", "train"]
-PRELOADED += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
+PRELOADED += ["evaluation.runner", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)]
+workers.PRELOADED = PRELOADED  # the server of a process is one, and begins with the first list
 
 
 RANK_TIMEOUT = timedelta(seconds=60)

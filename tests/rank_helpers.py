@@ -1,6 +1,7 @@
 """Runs of train_ep.py on several processes, and what goes wrong with one of them."""
 
 import functools
+import gc
 import multiprocessing
 import os
 import pkgutil
@@ -101,6 +102,7 @@ def train_on(
 
 
 def _train_rank(rank: int, argv: list[str], env: dict, logs: tuple[Path, Path], fault) -> None:
+    gc.freeze()
     for stream, path in enumerate(logs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout.reconfigure(line_buffering=True)
