@@ -40,7 +40,7 @@ from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, read_json, suggest, write_json, write_text
 from deepseek.process_groups import Ranks
 from esft import load_tokenizer
-from evaluation.figures import colors_of, new_figure, plot_losses, save_figure
+from evaluation.figures import colors_of, cut_of, draw_experts, new_figure, plot_losses, save_figure
 from evaluation.frontier import METHODS, SELECTS
 from evaluation.run_folder import Run, read_run
 from evaluation.runner import check_prompts
@@ -244,7 +244,7 @@ def check(args: argparse.Namespace, datasets: list[str]) -> None:
 def run_stages(
     args: argparse.Namespace, stages: Stages, folder: Path, plans: dict[str, Plan], datasets: list[str]
 ) -> None:
-    """Score, select, train all methods, evaluate them and the base, merge the first ESFT adapter, draw."""
+    """Score, select, train all methods, evaluate them and the base, merge the first ESFT adapter."""
     configs = {method: folder / "expert_configs" / f"{method}.json" for method, plan in plans.items() if plan.rule}
     rules, runs = {configs[method]: plans[method].rule for method in configs}, folder / "checkpoints"
     score_and_select(args, stages, folder, rules, any(plan.config.streaming for plan in plans.values()))
@@ -268,12 +268,6 @@ def run_stages(
         stages.run(
             folder / "merged" / "config.json", "scripts/merge_adapter.py", **flags(args, "base_model_path"), **paths
         )
-    if configs and find_spec("matplotlib"):
-        first = adapter or next(iter(configs))
-        picture = folder / "expert_scores.png"
-        drawn = {"expert_scores_dir": folder / "expert_scores", "expert_config": configs[first]}
-        drawn["score_function"] = plans[first].rule["score_function"]
-        stages.run(picture, "scripts/expert/plot_expert_scores.py", **drawn, output_path=picture)
 
 
 def first_adapter(methods: Iterable[str]) -> str | None:
@@ -332,15 +326,21 @@ def against_full(rows: list[dict]) -> str:
     )
 
 
-def write_results(args: argparse.Namespace, folder: Path, methods: list[str], datasets: list[str]) -> None:
-    """Write the losses as a picture, and print and write the table."""
-    run = read_run(folder)
+def write_results(args: argparse.Namespace, folder: Path, plans: dict[str, Plan], datasets: list[str]) -> None:
+    """Draw the losses, and the experts of the first ESFT method, and print and write the table."""
+    run, methods = read_run(folder), list(plans)
     if find_spec("matplotlib"):
         figure, axes = new_figure(11, 4)
         for ax, key, title in zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss")):
             curves = {model.label: model.curve(key) for model in run.trained if model.label in methods}
             plot_losses(ax, curves, title, colors_of(methods))
         save_figure(figure, folder / "losses.png")
+        if first := first_adapter(plans) or next((method for method, plan in plans.items() if plan.rule), None):
+            model = next(model for model in run.trained if model.label == first)
+            top_p = cut_of(model.scores, model.experts, model.function, model.top_p)
+            title = f"Expert scores ({model.function}) on {Path(args.train_dataset).stem}"
+            figure = draw_experts(model.scores, model.experts, model.function, top_p, title)
+            save_figure(figure, folder / "expert_scores.png")
     else:
         note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
     if datasets:
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
             Sweep(args, folder, stages, plans, questions(args, folder, plans)).run(grid)
             return
         run_stages(args, stages, folder, plans, datasets)
-        write_results(args, folder, methods, datasets)
+        write_results(args, folder, plans, datasets)
 
 
 if __name__ == "__main__":

@@ -6,4 +6,4 @@ source scripts/environment.sh eval,plot,lora,quant,optim,track,suites,clients,gg
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-exec "$python" -m pytest -q -n "${ESFT_TEST_PROCESSES:-2}" "$@"
+exec "$python" -m pytest -q -n "${ESFT_TEST_PROCESSES:-2}" --dist worksteal "$@"

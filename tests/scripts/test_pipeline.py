@@ -1,6 +1,7 @@
 """The pipeline: stages run once, the table says what the files say, and the whole of it ends in a merged model."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,7 @@ import pytest
 from deepseek.files import read_json, write_json
 from evaluation.run_folder import read_run
 from scripts import pipeline
-from tests.helpers import make_model
+from tests.helpers import PRELOADED, make_model
 from utils import ROOT
 
 
@@ -113,17 +115,14 @@ def test_a_stage_that_fails_stops_the_pipeline_with_its_code(script, code, tmp_p
     assert stop.value.code == code and not (tmp_path / "stages.json").exists()
 
 
-# a pipeline whose only stage takes its time to end when it is told to; Ctrl-C works however the tests were started
-PIPELINE = """
-import signal, sys
-from pathlib import Path
-from scripts import pipeline
+def run_pipeline(folder: Path, output: Connection) -> None:
+    """A pipeline whose only stage takes its time to end when it is told to."""
+    os.dup2(output.fileno(), 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # however the tests were started
+    pipeline.run_stages = lambda args, stages, *_: stages.run(folder / "out", str(folder / "stage.py"))
+    pipeline.run_cli(lambda: pipeline.main(["--model=results/models/tiny", "--data=intent", f"--output_dir={folder}"]))
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-folder = Path(sys.argv[1])
-pipeline.run_stages = lambda args, stages, *_: stages.run(folder / "out", str(folder / "stage.py"))
-pipeline.run_cli(lambda: pipeline.main(["--model=results/models/tiny", "--data=intent", f"--output_dir={folder}"]))
-"""
+
 STAGE = """
 import pathlib, signal, sys, time
 
@@ -140,37 +139,46 @@ time.sleep(60)
 
 @pytest.fixture
 def at_work(tmp_path):
-    """A pipeline in `tmp_path` whose stage has begun."""
+    """A pipeline in `tmp_path` whose stage has begun, and what it prints."""
     (tmp_path / "stage.py").write_text(STAGE)
-    command = [sys.executable, "-c", PIPELINE, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        while process.stdout.readline() not in ("at work\n", ""):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=run_pipeline, args=(tmp_path, writer))
+    process.start()
+    writer.close()
+    with open(os.dup(reader.fileno())) as printed:
+        while printed.readline() not in ("at work\n", ""):
             pass
-        yield process
-        process.kill()
+        yield process, printed
+    process.kill()
+    process.join()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stage_ends_before_a_pipeline_that_is_stopped(number, code, at_work, tmp_path):
-    at_work.send_signal(number)
-    assert at_work.wait(timeout=20) == code
+    process, _ = at_work
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == code
     assert (tmp_path / "ended").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["a pipeline", "a stage left behind"])
 def test_a_folder_has_one_pipeline_at_a_time(killed, at_work, tmp_path, capsys):
-    (stage,) = psutil.Process(at_work.pid).children()
+    process, printed = at_work
+    (stage,) = psutil.Process(process.pid).children()
     if killed:
-        at_work.kill()
-        at_work.wait()
+        process.kill()
+        process.join()
     with pytest.raises(SystemExit) as stop:
         pipeline.run_cli(lambda: pipeline.locked(tmp_path).__enter__())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "another run is at work there" in error and error.count("\n") == 1
     stage.terminate()
-    at_work.stdout.read()  # to its end: the stage is gone
-    at_work.wait()
+    printed.read()  # to its end: the stage is gone
+    process.join()
     with pipeline.locked(tmp_path):
         pass
 

@@ -1,13 +1,12 @@
 """scripts/experiments/placement.py: the simulation by hand, what is held out, and what is refused."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from scripts.experiments import placement
-from utils import ROOT
+from tests.helpers import refused
 
 
 def write(path, obj):
@@ -130,10 +129,6 @@ def test_a_log_that_cannot_be_halved_or_shows_no_trained_expert_is_refused(tmp_p
         run(tmp_path, tmp_path / "two", {"2": [0]})
 
 
-@pytest.mark.long
-def test_the_command_tells_an_error_in_one_sentence(tmp_path):
-    command = [sys.executable, "scripts/experiments/placement.py", f"--expert_scores_dir={tmp_path}"]
-    command.append(f"--expert_config={tmp_path / 'none.json'}")
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 1
+def test_the_command_tells_an_error_in_one_sentence(tmp_path, capsys):
+    flags = [f"--expert_scores_dir={tmp_path}", f"--expert_config={tmp_path / 'none.json'}"]
+    refused(capsys, placement.main, flags, str(tmp_path))
