@@ -26,7 +26,7 @@ from deepseek.loading import load_config
 from utils import note, one_line, sentence
 
 TIMEOUT = 7200  # seconds
-PRELOADED = ["transformers.modeling_utils"]  # imported once for all ranks, which takes seconds
+START = "spawn"  # a rank begins clean: CUDA and the user's sys.path do not survive a fork server
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16"
 _to_parent: Connection | None = None  # in a rank
 
@@ -96,14 +96,14 @@ def run_ranks(
             yield from work(shares[0], devices[0])
         torch.cuda.empty_cache()  # the caller may load another model next
         return
-    context, processes, ranks, heard = multiprocessing.get_context("forkserver"), [], {}, {}
-    context.set_forkserver_preload(PRELOADED)
+    context, processes, ranks, heard = multiprocessing.get_context(START), [], {}, {}
     left = [list(share) for share in shares]
     try:
         for rank, share in enumerate(shares):
             receiver, sender = context.Pipe(duplex=False)
-            processes.append(context.Process(target=_run_rank, args=(rank, sender, work, share, devices[rank])))
-            processes[rank].start()  # not a daemon: those may not have children, and some metrics start processes
+            process = context.Process(target=_run_rank, args=(rank, sender, work, share, devices[rank]))
+            process.start()  # not a daemon: those may not have children, and some metrics start processes
+            processes.append(process)
             sender.close()  # the rank has the only copy now, so the pipe ends with the rank
             ranks[receiver], heard[receiver] = rank, time.monotonic()
         while ranks:

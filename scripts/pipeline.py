@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import get_evaluator, load_rows
 from deepseek.files import check_output, read_json, suggest, write_json, write_text
 from deepseek.process_groups import Ranks
-from esft import load_tokenizer
+from esft import ExpertConfig, load_tokenizer
 from evaluation.figures import colors_of, cut_of, draw_experts, new_figure, plot_losses, save_figure
 from evaluation.frontier import METHODS, SELECTS
 from evaluation.run_folder import Run, read_run
@@ -337,9 +337,10 @@ def write_results(args: argparse.Namespace, folder: Path, plans: dict[str, Plan]
         save_figure(figure, folder / "losses.png")
         if first := first_adapter(plans) or next((method for method, plan in plans.items() if plan.rule), None):
             model = next(model for model in run.trained if model.label == first)
-            top_p = cut_of(model.scores, model.experts, model.function, model.top_p)
+            selected = ExpertConfig.load(folder / "expert_configs" / f"{first}.json")
+            top_p = cut_of(model.scores, selected, model.function, model.top_p)
             title = f"Expert scores ({model.function}) on {Path(args.train_dataset).stem}"
-            figure = draw_experts(model.scores, model.experts, model.function, top_p, title)
+            figure = draw_experts(model.scores, selected, model.function, top_p, title)
             save_figure(figure, folder / "expert_scores.png")
     else:
         note(f"no pictures without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")

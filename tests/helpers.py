@@ -130,7 +130,8 @@ def make_model(family: str = "deepseek_v2", dtype: torch.dtype = torch.float32, 
 
 PRELOADED = ["pytest", "transformers.trainer", "transformers.models.auto.modeling_auto", "wandb", "train"]
 PRELOADED += ["evaluation.runner", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)]
-workers.PRELOADED = PRELOADED  # the server of a process is one, and begins with the first list
+multiprocessing.set_forkserver_preload(PRELOADED)
+workers.START = "forkserver"  # in no time
 
 
 RANK_TIMEOUT = timedelta(seconds=60)
@@ -161,7 +162,6 @@ def run_ranks(world: int, fn: Callable, *args, timeout: float = 120) -> list:
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(rank)) for rank in range(world)]

@@ -19,7 +19,7 @@ import torch
 
 import train
 import utils
-from tests.helpers import PRELOADED, arguments, losses, weights
+from tests.helpers import arguments, losses, weights
 from training.checkpoints import list_checkpoints, step_of
 from training.trainer import ESFTTrainer
 
@@ -73,7 +73,6 @@ def train_on(
     waited for. No process is left.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     argvs = argv if isinstance(argv[0], list) else [argv] * world
     logs = [(log / f"rank-{rank}.out", log / f"rank-{rank}.err") for rank in range(world)]
     env = {

@@ -1,6 +1,7 @@
 """The runner of several processes: its devices; what a rank sends arrives whole, whenever it is read."""
 
 import multiprocessing
+import pickle
 import re
 import time
 from contextlib import nullcontext
@@ -18,13 +19,20 @@ def send_tensors(share, _devices):
     yield from (torch.full((1000,), number) for number in share)
 
 
-def test_tensors_of_a_rank_that_has_ended_arrive():
+@pytest.mark.parametrize("start", [pytest.param("spawn", marks=pytest.mark.long), "forkserver"])
+def test_tensors_of_a_rank_that_has_ended_arrive(start, monkeypatch):
+    monkeypatch.setattr(workers, "START", start)
     """torch would send handles of shared memory, which end with the rank; their reader then takes them for its end."""
     messages = run_ranks(send_tensors, [1, 2, 3, 4], [["cpu"], ["cpu"]])
     found = [int(next(messages)[0])]
     time.sleep(2)  # by now both ranks have sent everything and ended
     found += [int(tensor[0]) for tensor in messages]
     assert sorted(found) == [1, 2, 3, 4]
+
+
+def test_a_rank_that_cannot_start_is_told():
+    with pytest.raises((pickle.PicklingError, AttributeError), match="pickle"):
+        list(run_ranks(lambda *_: iter(()), [1, 2], [["cpu"], ["cpu"]]))
 
 
 def test_ranks_own_their_gpus(monkeypatch):

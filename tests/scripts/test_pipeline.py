@@ -18,7 +18,7 @@ import pytest
 from deepseek.files import read_json, write_json
 from evaluation.run_folder import read_run
 from scripts import pipeline
-from tests.helpers import PRELOADED, make_model
+from tests.helpers import make_model
 from utils import ROOT
 
 
@@ -142,7 +142,6 @@ def at_work(tmp_path):
     """A pipeline in `tmp_path` whose stage has begun, and what it prints."""
     (tmp_path / "stage.py").write_text(STAGE)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=run_pipeline, args=(tmp_path, writer))
     process.start()

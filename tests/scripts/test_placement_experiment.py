@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from scripts.experiments import placement
-from tests.helpers import refused
+from utils import run_cli
 
 
 def write(path, obj):
@@ -131,4 +131,8 @@ def test_a_log_that_cannot_be_halved_or_shows_no_trained_expert_is_refused(tmp_p
 
 def test_the_command_tells_an_error_in_one_sentence(tmp_path, capsys):
     flags = [f"--expert_scores_dir={tmp_path}", f"--expert_config={tmp_path / 'none.json'}"]
-    refused(capsys, placement.main, flags, str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: placement.main(flags))
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and len(printed.err.splitlines()) == 1
