@@ -26,7 +26,7 @@ from deepseek.loading import load_config
 from utils import note, one_line, sentence
 
 TIMEOUT = 7200  # seconds
-START = "spawn"  # a rank begins clean: CUDA and the user's sys.path do not survive a fork server
+START = "spawn"  # not a fork server: it freezes the environment, and can spoil CUDA
 NO_BFLOAT16 = "this CPU has no instructions for bfloat16"
 _to_parent: Connection | None = None  # in a rank
 

@@ -120,7 +120,8 @@ def run_pipeline(folder: Path, output: Connection) -> None:
     os.dup2(output.fileno(), 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # however the tests were started
     pipeline.run_stages = lambda args, stages, *_: stages.run(folder / "out", str(folder / "stage.py"))
-    pipeline.run_cli(lambda: pipeline.main(["--model=results/models/tiny", "--data=intent", f"--output_dir={folder}"]))
+    model = f"--model={ROOT}/results/models/tiny"
+    pipeline.run_cli(lambda: pipeline.main([model, "--data=intent", f"--output_dir={folder}"]))
 
 
 STAGE = """
