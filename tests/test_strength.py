@@ -54,11 +54,12 @@ def lora_of(model, folder):
     return folder
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def parts(request, tmp_path, tiny_tokenizer):
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"], scope="module")
+def parts(request, tmp_path_factory, tiny_tokenizer):
     """A base, and an adapter, a LoRA adapter of selected experts and a whole model that were made of it."""
-    base = save(make_model(dtype=request.param), tiny_tokenizer, tmp_path / "base")
-    made = {name: tmp_path / name for name in KINDS}
+    folder = tmp_path_factory.mktemp("parts")
+    base = save(make_model(dtype=request.param), tiny_tokenizer, folder / "base")
+    made = {name: folder / name for name in KINDS}
     noisy_adapter(load_base_model(base)[0], ExpertConfig(EXPERTS), made["selected"], lora_rank=2)
     noisy_adapter(load_base_model(base)[0], ExpertConfig(EXPERTS, **BOTH), made["esft"])
     save(noisy(load_base_model(base)[0]), tiny_tokenizer, made["full"])

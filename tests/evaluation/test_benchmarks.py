@@ -199,8 +199,8 @@ def predictions() -> list[str]:
         "-Infinity",
         "1e999",
         "9" * 5000,
-        "[" * 100_000,
-        '{"slots":{"a":' * 5000,
+        "[" * 20_000,
+        '{"slots":{"a":' * 2000,
     ]
     texts += ['{"slots": {"a": %s}}' % ("[" * depth + "]" * depth) for depth in (10, 300, 900, 990, 5000)]
     return texts
@@ -216,10 +216,11 @@ def test_no_prediction_crashes_an_evaluator(name, monkeypatch):
         for text in (texts[0], *texts[-16:-4]):
             assert evaluator.metrics(text, [""], TEST) in ({"pass@1": 0}, {"pass@1": 100}), text[:100]
         monkeypatch.setattr(code_runner, "run", lambda programs, limits: "" if all(programs) else "empty")
+    names = evaluator.metrics("x", ["y"], TEST).keys()
     for prediction in texts:
         for answers in ([GOLD], ["plain text"], ["", "[1, 2]"]):
             found = evaluator.metrics(prediction, answers, TEST)
-            assert found.keys() == evaluator.metrics("x", ["y"], TEST).keys() and evaluator.primary in found
+            assert found.keys() == names and evaluator.primary in found
             assert all(v is None or 0 <= v <= 100.001 for v in found.values()), (prediction, answers)
     assert name == "code" or all(v is None for v in evaluator.metrics("x", []).values())
 

@@ -13,6 +13,7 @@ import yaml
 import esft
 import eval_multigpu
 from deepseek.files import read_jsonl
+from evaluation import lm_eval_harness
 from evaluation.config import EvalConfig
 from evaluation.lm_eval_harness import Suite, SuiteAnswers, evaluate_suite, load_suites
 from evaluation.lm_eval_results import evaluate_suites, summarize_suite
@@ -346,6 +347,8 @@ def test_a_wrong_suite_is_one_sentence_before_a_model_is_loaded(
     flags, sentence, suite_dir, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(esft, "load_base_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    index = lm_eval_harness._task_manager(suite_dir, False)
+    monkeypatch.setattr(lm_eval_harness, "_task_manager", lambda *_: index)  # lm-eval's own take seconds to read
     rows = [{"prompt": "a", "answers": ["b"]}]
     (tmp_path / "mine_few.jsonl").write_text("".join(json.dumps(row) for row in rows))
     flags = [flag.replace("TASKS", str(tmp_path)) for flag in flags]

@@ -21,8 +21,8 @@ def send_tensors(share, _devices):
 
 @pytest.mark.parametrize("start", [pytest.param("spawn", marks=pytest.mark.long), "forkserver"])
 def test_tensors_of_a_rank_that_has_ended_arrive(start, monkeypatch):
-    monkeypatch.setattr(workers, "START", start)
     """torch would send handles of shared memory, which end with the rank; their reader then takes them for its end."""
+    monkeypatch.setattr(workers, "START", start)
     messages = run_ranks(send_tensors, [1, 2, 3, 4], [["cpu"], ["cpu"]])
     found = [int(next(messages)[0])]
     time.sleep(2)  # by now both ranks have sent everything and ended
