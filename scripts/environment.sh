@@ -12,9 +12,11 @@ else
     fi
     if ! grep -qsxF "$wanted" .venv/installed; then
         echo "Installing into .venv (once; minutes on a slow line)"
+        # --no-compile: Python compiles what it imports, a small part of what is installed
+        install=("$python" -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt)
         # torch by its exact version first: a looser requirement may fetch another build
-        "$python" -m pip install -q --disable-pip-version-check -c constraints.txt "$(grep '^torch==' constraints.txt)"
-        "$python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$1]"
+        "${install[@]}" "$(grep '^torch==' constraints.txt)"
+        "${install[@]}" -e ".[$1]"
         echo "$wanted" >>.venv/installed
     fi
 fi
