@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval_multigpu
 import train
-import utils
 from deepseek.files import sha256
 from deepseek.process_groups import Ranks, join
 from esft import ExpertScores, save_adapter, to_esft
@@ -131,7 +130,7 @@ def make_model(family: str = "deepseek_v2", dtype: torch.dtype = torch.float32, 
 PRELOADED = ["pytest", "transformers.trainer", "transformers.models.auto.modeling_auto", "wandb", "train"]
 PRELOADED += ["evaluation.runner", *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES)]
 multiprocessing.set_forkserver_preload(PRELOADED)
-workers.START = "forkserver"  # in no time
+workers.START = "forkserver"  # a fork of a server that has imported torch starts at once
 
 
 RANK_TIMEOUT = timedelta(seconds=60)
@@ -192,7 +191,7 @@ def run_ranks(world: int, fn: Callable, *args, timeout: float = 120) -> list:
 
 
 def _rank(rank: int, world: int, port: int, timeout: float, file: Path, call: bytes) -> None:
-    gc.freeze()  # what the server imported is not to be searched for garbage
+    gc.freeze()  # what the server imported is exempt from garbage collection
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -217,15 +216,20 @@ def config_of(files: Path, out: Path, **changes) -> RunConfig:
     return read_config(arguments(files, out, **changes))
 
 
-def fails(argv: list[str], capsys) -> str:
-    """The error of a command that must end with code 2: one line."""
+def refused(capsys, main, argv: list, *words: str) -> str:
+    """Return the one sentence, with all `words`, in which a command says why it ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        utils.run_cli(lambda: train.main(argv))
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+        run_cli(lambda: main([str(arg) for arg in argv]))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and [line.startswith("error: ") for line in lines].index(True) == len(lines) - 1, lines
+    assert all(word in lines[-1] for word in words), lines[-1]
+    return lines[-1]
+
+
+def fails(argv: list[str], capsys) -> str:
+    """Return the sentence in which train.py says why it ends with exit code 2."""
+    return refused(capsys, train.main, argv)
 
 
 def losses(folder: Path) -> dict:
@@ -234,12 +238,8 @@ def losses(folder: Path) -> dict:
     return {(key, row["step"]): row[key] for row in history for key in ("loss", "eval_loss", "grad_norm") if key in row}
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
-
-
 def same(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
+    left, right = tensors_of(a), tensors_of(b)
     bits = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     return bits and losses(a) == losses(b)
 
@@ -326,15 +326,6 @@ RUN = {
     "environment": {"torch": "2.13.0", "transformers": "5.23.0", "date": "2026-11-21"},
     "results": {"steps": 450, "best_step": 300, "train_loss": 0.2, "eval_loss": 0.125, "parameters": 1000},
 }
-
-
-def refused(capsys, main, argv: list, *words: str) -> None:
-    """The command ends with exit code 2 and one sentence that holds all `words`."""
-    with pytest.raises(SystemExit) as exit_info:
-        run_cli(lambda: main([str(arg) for arg in argv]))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_info.value.code == 2 and error.startswith("error: "), error
-    assert all(word in error for word in words), error
 
 
 def scores_of(rows: list[list[float]], function: str = "token") -> ExpertScores:

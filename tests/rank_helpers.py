@@ -19,7 +19,7 @@ import torch
 
 import train
 import utils
-from tests.helpers import arguments, losses, weights
+from tests.helpers import arguments, losses, tensors_of
 from training.checkpoints import list_checkpoints, step_of
 from training.trainer import ESFTTrainer
 
@@ -172,7 +172,7 @@ def assert_near(a: Path, b: Path) -> None:
     left, right = losses(a), losses(b)
     assert left.keys() == right.keys()
     assert left == pytest.approx(right, rel=1e-6)
-    left, right = weights(a), weights(b)
+    left, right = tensors_of(a), tensors_of(b)
     assert left.keys() == right.keys()
     largest = max(tensor.abs().max() for tensor in right.values())
     for key, tensor in left.items():

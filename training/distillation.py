@@ -70,7 +70,7 @@ def choose_trainer(config: RunConfig, tokenizer, packs: Packs, ranks: Ranks) -> 
 class SoftTerms(Terms):
     """(1 - w)+ CE + w KL at the rows that are `soft_M`, and CE at the others. `divergence_M` is KL at the soft rows.
 
-    said: gives log p of some rows, up to a constant for each: logits, or what fp16 rounded.
+    teacher_log_probs: gives log p of some rows, up to a constant for each: logits, or what fp16 rounded.
     ids_Mk: of which tokens these are, with the rest as one more; all if not given.
     """
 
@@ -80,16 +80,17 @@ class SoftTerms(Terms):
         smoothing: float,
         soft_M: Tensor,
         weight: float,
-        said: Callable[[slice], Tensor],
+        teacher_log_probs: Callable[[slice], Tensor],
         ids_Mk: Tensor | None = None,
     ):
         super().__init__(labels_M, smoothing)
-        self.soft_M, self.weight, self.said, self.ids_Mk = soft_M, weight, said, ids_Mk
+        self.soft_M, self.weight, self.ids_Mk = soft_M, weight, ids_Mk
+        self.teacher_log_probs = teacher_log_probs
         self.divergence_M = torch.zeros(len(soft_M), device=soft_M.device)
 
     def losses(self, logits_MV: Tensor, rows: slice) -> Tensor:
         soft_M = self.soft_M[rows].float()
-        log_q, log_p = logits_MV.log_softmax(-1), self.said(rows).float().log_softmax(-1)
+        log_q, log_p = logits_MV.log_softmax(-1), self.teacher_log_probs(rows).float().log_softmax(-1)
         if self.ids_Mk is not None:
             log_q = top_and_rest(log_q, self.ids_Mk[rows])
         kl_M = kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * soft_M
@@ -160,20 +161,20 @@ class DistillingTrainer(ESFTTrainer):
             inputs["distilled"] = one
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def _loss_sum(self, model, inputs, smoothing: float = 0.0):
-        """Return (sum of the terms of a batch's loss, model outputs)."""
+    def _loss_sum(self, model, inputs, smoothing: float = 0.0) -> Tensor:
+        """Return the sum of the terms of a batch's loss."""
         if not inputs.get("distilled"):
             return super()._loss_sum(model, inputs, smoothing)
         labels_BM, taken = self._split(inputs)
         if self.reference:
-            said = self._token_losses.logits(self.reference, taken, labels_BM)
+            log_probs = self._token_losses.logits(self.reference, taken, labels_BM)
         else:
-            said = inputs["log_probs"].__getitem__
-        terms = SoftTerms(labels_BM.flatten(), smoothing, inputs["soft"], self.weight, said, inputs.get("ids"))
-        with self._counted(inputs):
-            losses_BM, outputs = self._token_losses(model, taken, labels_BM, terms=terms)
+            log_probs = inputs["log_probs"].__getitem__
+        terms = SoftTerms(labels_BM.flatten(), smoothing, inputs["soft"], self.weight, log_probs, inputs.get("ids"))
+        with self._routing_counted(inputs):
+            losses_BM = self._token_losses(model, taken, labels_BM, terms=terms)
         self._divergence += torch.stack([terms.divergence_M.double().sum(), inputs["soft"].double().sum()])
-        return losses_BM.sum(), outputs
+        return losses_BM.sum()
 
     def log(self, logs, start_time=None):
         if "loss" in logs:

@@ -37,30 +37,30 @@ class DPOTrainer(ESFTTrainer):
         """Return a place for the sums of REWARDS, and the number of pairs."""
         return torch.zeros(len(REWARDS) + 1, dtype=torch.float64, device=self.args.device)
 
-    def _count(self, inputs) -> Tensor:
+    def _num_terms(self, inputs) -> Tensor:
         """Return how many terms the loss of a batch has: its pairs."""
         return labels_of_documents(inputs).count_nonzero() // 2
 
-    def _loss_sum(self, model, inputs, smoothing: float = 0.0):
-        """Return (sum of the loss over pairs, model outputs)."""
+    def _loss_sum(self, model, inputs, smoothing: float = 0.0) -> Tensor:
+        """Return the sum of the loss over pairs."""
         is_answer_A = labels_of_documents(inputs) > 0
         with torch.no_grad():
-            base_A, _ = self._log_probs(self.reference, inputs)
-        policy_A, outputs = self._log_probs(model, inputs)
+            base_A = self._log_probs(self.reference, inputs)
+        policy_A = self._log_probs(model, inputs)
         chosen, rejected = (self.beta * (policy_A - base_A))[is_answer_A].view(-1, 2).unbind(1)
         margin = chosen - rejected
         loss = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
         sums = [one.detach().double().sum() for one in (chosen, rejected, margin > 0, margin)]
         self._rewards += torch.stack([*sums, sums[0].new_tensor(len(margin))])
-        return loss.sum(), outputs
+        return loss.sum()
 
-    def _log_probs(self, model, inputs) -> tuple[Tensor, object]:
-        """Return the log-probability of the labels of every document of a batch, and the model's outputs."""
-        losses_BM, positions_M, outputs = self._losses(model, inputs)
+    def _log_probs(self, model, inputs) -> Tensor:
+        """Return the log-probability of the labels of every document of a batch."""
+        losses_BM, positions_M = self._losses(model, inputs)
         # the label of a position is the next token
         document_N = document_numbers(inputs)[:, 1:][:, positions_M].flatten()
         sums = losses_BM.new_zeros(inputs["labels"].numel())
-        return sums.index_add(0, document_N, -losses_BM.flatten()), outputs
+        return sums.index_add(0, document_N, -losses_BM.flatten())
 
     def evaluate(self, *args, **kwargs):
         """Return the mean loss and the mean rewards over the whole validation set."""

@@ -156,7 +156,7 @@ def record_step(model: nn.Module, tracker: "StorageTracker", s: "MemorySettings"
         for tensor in (ids_BT, position_ids_BT, kept, labels):
             tracker.note(tensor)
         inputs = {"input_ids": ids_BT, "position_ids": position_ids_BT, "logits_to_keep": kept, "use_cache": False}
-        loss = token_losses(model, inputs, labels)[0].sum()
+        loss = token_losses(model, inputs, labels).sum()
         loss.backward()
         del loss
     hook.remove()

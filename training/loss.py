@@ -56,18 +56,17 @@ class TokenLosses:
 
     def __call__(
         self, model: nn.Module, inputs: dict, labels_BM: Tensor, smoothing: float = 0.0, terms: "Terms | None" = None
-    ):
-        """Return (losses, model outputs). The losses are (B, M) in fp32, and 0 where there is no label.
+    ) -> Tensor:
+        """Return the losses (B, M) in fp32, 0 where there is no label.
 
         `model` may be wrapped. `inputs` hold what it takes, with the M positions of `labels_BM` as "logits_to_keep".
         `terms` are what to compute of the rows of logits, by default their cross entropy.
         """
         terms = terms or Terms(labels_BM.flatten(), smoothing)
         if self._is_large(labels_BM):
-            return self._in_the_head(model, inputs, labels_BM.shape, terms)
-        outputs = model(**inputs)
-        losses = terms.losses(outputs.logits.flatten(0, 1).float(), slice(None))
-        return losses.view(labels_BM.shape), outputs
+            return self._in_the_head(model, inputs, labels_BM.shape, terms)[0]
+        logits_MV = model(**inputs).logits.flatten(0, 1)
+        return terms.losses(logits_MV.float(), slice(None)).view(labels_BM.shape)
 
     def _is_large(self, labels_BM: Tensor) -> bool:
         return self.head_is_last and labels_BM.numel() * len(self.head.weight) > self.chunk

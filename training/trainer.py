@@ -115,9 +115,9 @@ class ESFTTrainer(SavingTrainer):
         self.add_callback(self.progress)
 
     def train(self, *args, **kwargs):
-        """Train to the last step. SIGTERM or Ctrl-C ends it after the step at work, with a checkpoint.
+        """Train to the last step. SIGTERM or Ctrl-C ends it after the step at work. Ctrl-C again ends it at once.
 
-        Ctrl-C again ends it at once.
+        Where optimizer states are saved, a checkpoint is written first.
 
         Raises:
             SystemExit: 143 after SIGTERM, 130 after Ctrl-C.
@@ -155,7 +155,7 @@ class ESFTTrainer(SavingTrainer):
 
     # ---- the loss
 
-    def _count(self, inputs) -> torch.Tensor:
+    def _num_terms(self, inputs) -> torch.Tensor:
         """Return how many terms the loss of a batch has: its label tokens."""
         return (inputs["labels"][:, 1:] != data.IGNORE).sum()
 
@@ -165,19 +165,17 @@ class ESFTTrainer(SavingTrainer):
         taken = {key: inputs[key] for key in ("input_ids", "position_ids")}
         return labels_BM, {**taken, "use_cache": False, "logits_to_keep": kept}
 
-    def _losses(self, model, inputs, smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, object]:
-        """Return (cross entropy of each label (B, M), the M positions of the labels, model outputs)."""
+    def _losses(self, model, inputs, smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (cross entropy of each label (B, M), the M positions of the labels)."""
         labels_BM, taken = self._split(inputs)
-        with self._counted(inputs):
-            losses_BM, outputs = self._token_losses(model, taken, labels_BM, smoothing)
-        return losses_BM, taken["logits_to_keep"], outputs
+        with self._routing_counted(inputs):
+            return self._token_losses(model, taken, labels_BM, smoothing), taken["logits_to_keep"]
 
-    def _loss_sum(self, model, inputs, smoothing: float = 0.0):
-        """Return (sum of the terms of a batch's loss, model outputs); `model` may be wrapped."""
-        losses_BM, _, outputs = self._losses(model, inputs, smoothing)
-        return losses_BM.sum(), outputs
+    def _loss_sum(self, model, inputs, smoothing: float = 0.0) -> torch.Tensor:
+        """Return the sum of the terms of a batch's loss; `model` may be wrapped."""
+        return self._losses(model, inputs, smoothing)[0].sum()
 
-    def _counted(self, inputs):
+    def _routing_counted(self, inputs):
         """Return a context for the forward of a batch, in which its tokens are counted if a run needs that."""
         counts = self.schedule and torch.is_grad_enabled()  # no validation, no reference
         return self.schedule.counting(inputs["labels"]) if counts else contextlib.nullcontext()
@@ -189,7 +187,7 @@ class ESFTTrainer(SavingTrainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         if self.routers:
             self.routers.tokens = self.accelerator.reduce(self.routers.count(batch_samples).to(device), "sum")
-        count = sum((self._count(inputs) for inputs in batch_samples), torch.tensor(0))
+        count = sum((self._num_terms(inputs) for inputs in batch_samples), torch.tensor(0))
         return self.accelerator.reduce(count.to(device, non_blocking=True), "sum")
 
     def _prepare_inputs(self, inputs):
@@ -198,16 +196,11 @@ class ESFTTrainer(SavingTrainer):
         return {**inputs, **{key: value.to(self.args.device, non_blocking=True) for key, value in moved.items()}}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the summed loss / `num_items_in_batch` (by default the terms of this batch), and penalties."""
+        """Return the summed loss / `num_items_in_batch`, and penalties, times the processes that are averaged over."""
         with self._watched(inputs):
-            loss, outputs = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
-        if num_items_in_batch is None:
-            loss = loss / self._count(inputs)
-        else:  # gradients, and the losses that are shown, are averaged over processes
-            loss = loss / num_items_in_batch * self.ranks.world_size
-        if self.routers:
-            loss = loss + self.routers.penalty() * self.ranks.world_size
-        return (loss, outputs) if return_outputs else loss
+            loss = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
+        loss = loss / num_items_in_batch * self.ranks.world_size
+        return loss + self.routers.penalty() * self.ranks.world_size if self.routers else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Return the mean loss over the whole validation set, which is not a mean of batch means."""
@@ -218,8 +211,8 @@ class ESFTTrainer(SavingTrainer):
         for indices in Batches(len(packs), self.args.eval_batch_size, self.ranks, 0):
             inputs = self._prepare_inputs(self.data_collator([packs[index] for index in indices]))
             with torch.no_grad(), self._watched(inputs, "eval_"):
-                total[0] += self._loss_sum(self.model, inputs)[0]
-            total[1] += self._count(inputs)
+                total[0] += self._loss_sum(self.model, inputs)
+            total[1] += self._num_terms(inputs)
         total = self.accelerator.reduce(total, "sum")
         metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1]).item()}
         self.eval_losses[self.state.global_step] = metrics[f"{metric_key_prefix}_loss"]

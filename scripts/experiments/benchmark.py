@@ -149,7 +149,7 @@ class Method:
             kept = torch.arange(ids_BT.shape[1] - 1, device=ids_BT.device)
             labels_BM, _ = label_positions(ids_BT, kept)
             inputs = {"input_ids": ids_BT, "logits_to_keep": kept, "use_cache": False}
-            self.token_losses(self.model, inputs, labels_BM)[0].mean().backward()
+            self.token_losses(self.model, inputs, labels_BM).mean().backward()
             if self.optimizer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)

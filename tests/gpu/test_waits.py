@@ -91,7 +91,7 @@ def batch(device: torch.device) -> dict:
 def step(model, inputs: dict, chunk: int) -> None:
     inputs = dict(inputs)
     labels, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"), inputs.pop("kept"))
-    losses, _ = TokenLosses(model.get_output_embeddings(), chunk)(model, inputs, labels)
+    losses = TokenLosses(model.get_output_embeddings(), chunk)(model, inputs, labels)
     losses.sum().backward()
 
 

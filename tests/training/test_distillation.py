@@ -20,8 +20,8 @@ from tests.helpers import (
     fails,
     make_model,
     run_ranks,
+    tensors_of,
     trainer_of,
-    weights,
 )
 from training import data
 from training.distillation import SoftTerms
@@ -133,7 +133,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits(config):
         losses_of.try_head(model)
         base = losses_of.logits(esft.ReferenceModel(model), taken, labels_BM)
         terms = SoftTerms(labels_BM.flatten(), 0.0, soft.flatten(), 0.7, base)
-        losses, _ = losses_of(model, taken, labels_BM, terms=terms)
+        losses = losses_of(model, taken, labels_BM, terms=terms)
         (losses * torch.linspace(-1, 2, losses.numel()).view_as(losses)).sum().backward()
         grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
         found[chunk] = losses.detach(), grads, terms.divergence_M
@@ -213,8 +213,8 @@ def test_several_processes_have_the_losses_of_one(files, replayed, tmp_path, sta
         for one, other in zip(history(tmp_path / name), history(tmp_path / "one"), strict=True):
             wanted = {key: other[key] for key in ("loss", "grad_norm", "distill_loss") if key in other}
             assert {key: one[key] for key in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-        found = weights(tmp_path / name)
-        for key, tensor in weights(tmp_path / "one").items():
+        found = tensors_of(tmp_path / name)
+        for key, tensor in tensors_of(tmp_path / "one").items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4)
 
 

@@ -21,7 +21,7 @@ from tests.helpers import (
     fails,
     make_model,
     run_ranks,
-    weights,
+    tensors_of,
 )
 from training import data
 from training.batches import collate
@@ -180,15 +180,15 @@ def test_several_processes_have_the_losses_of_one(files, prefs, tmp_path, start)
         for one, other in zip(history(tmp_path / name), history(tmp_path / "one"), strict=True):
             wanted = {key: other[key] for key in names if key in other}
             assert {key: one[key] for key in wanted} == pytest.approx(wanted, rel=1e-5, abs=1e-7)
-        found = weights(tmp_path / name)
-        for key, tensor in weights(tmp_path / "one").items():
+        found = tensors_of(tmp_path / name)
+        for key, tensor in tensors_of(tmp_path / "one").items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_without_a_batch_has_no_pair():
     pair = data.Pack([5, 6, 7, 5, 6], [-100, 6, 7, -100, 6], [0, 1, 2, 0, 1], [1, 1])
     longer = data.Pack([5] * 9, [-100] * 9, [*range(9)], [2])  # so that the others are padded
-    counts = [DPOTrainer._count(None, collate(packs, 2)).item() for packs in ([], [pair], [pair, pair, longer])]
+    counts = [DPOTrainer._num_terms(None, collate(packs, 2)).item() for packs in ([], [pair], [pair, pair, longer])]
     assert counts == [0, 1, 2]
 
 
@@ -218,7 +218,7 @@ def test_losses_rewards_and_weights_are_those_of_trl(start, prefs, files, tmp_pa
         assert {key: one[key] for key in other} == pytest.approx(other, abs=tolerance)
     assert wanted[3]["loss"] < 0.6
     if dtype == "float32":
-        found = weights(tmp_path / "out")
+        found = tensors_of(tmp_path / "out")
         for key, tensor in esft.adapter_tensors(model).items():
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-4)
 

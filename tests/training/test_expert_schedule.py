@@ -14,7 +14,7 @@ import esft
 import train
 from deepseek.experts import moe_layers
 from deepseek.files import write_json
-from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, run_ranks, same, weights
+from tests.helpers import EXPERTS, Killed, arguments, at_step, config_of, fails, kill, run_ranks, same, tensors_of
 from tests.rank_helpers import STEP, finishes, gets, log_worse, rank_arguments, steps, train_on
 from training import expert_schedule
 from training.checkpoints import write_manifest
@@ -54,7 +54,7 @@ def test_a_run_expands_to_the_next_best_and_proves_the_rest(files, scores, start
     result = start(**keys, base_model_path=files / dtype)
     assert result["expert_changes"] == EXPANDED and result["trained_parameters"] == 8 * 3 * 16 * 32
     assert trained_in(start.folder / "out") == {1: [3, 5, 6, 7], 2: [0, 2, 6, 7]}
-    base, found = weights(files / dtype), weights(start.folder / "out")
+    base, found = tensors_of(files / dtype), tensors_of(start.folder / "out")
     assert not any(torch.equal(found[name], base[name]) for name in found)
     out = capsys.readouterr().out
     assert "after step 2: 7 of 16 experts are trained, 7 in the adapter; layer 1: +7; layer 2: +7" in out
@@ -150,7 +150,7 @@ def test_the_best_checkpoint_comes_back_with_its_own_experts(files, scores, star
     assert result["best_step"] == 2 and result["frozen_verified"] and len(result["expert_changes"]) > 3
     out = start.folder / "out"
     assert trained_in(out) == {int(layer): sorted(ids) for layer, ids in EXPERTS["experts"].items()}
-    left, right = weights(out), weights(out / "checkpoint-2")
+    left, right = tensors_of(out), tensors_of(out / "checkpoint-2")
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
@@ -287,7 +287,7 @@ def test_two_processes_are_one_and_resume_bit_for_bit(files, scores, tmp_path, n
     assert killed is None and same(tmp_path / "whole", tmp_path / "out")
     assert whole["expert_changes"] == resumed["expert_changes"] == one["expert_changes"]
     for folder in [tmp_path / "whole", *(tmp_path / "replicas" for _ in replicas)]:
-        found, wanted = weights(folder), weights(tmp_path / "one")
+        found, wanted = tensors_of(folder), tensors_of(tmp_path / "one")
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert (found[key] - value).float().norm() <= (5e-2 if "bf16" in name else 1e-5) * value.float().norm(), key

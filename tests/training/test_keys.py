@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 import train
 from scripts.push_adapter import SECRET
-from tests.helpers import ROOT, arguments, config_of, fails, losses, trainer_of, weights
+from tests.helpers import ROOT, arguments, config_of, fails, losses, tensors_of, trainer_of
 from training.config import RunConfig, read_config
 from training.keys import ALIASES, NO_EFFECT, REFUSED, SECRETS
 
@@ -115,7 +115,7 @@ def test_keys_that_work(files, tmp_path, monkeypatch, capsys, number):
             assert shown[key] == value, key
     train.main(arguments(files, tmp_path / "out", **keys))
     assert "has no effect" not in capsys.readouterr().err
-    assert losses(tmp_path / "out") and weights(tmp_path / "out")
+    assert losses(tmp_path / "out") and tensors_of(tmp_path / "out")
     torch.use_deterministic_algorithms(False)
 
 
@@ -125,7 +125,7 @@ def test_a_key_of_the_training_changes_the_weights(files, start, key):
     keys |= {"batch_size": None, "per_device_train_batch_size": 2}
     start("plain", **keys)
     start(**{**keys, key: CHANGES[key]})
-    left, right = weights(start.folder / "plain"), weights(start.folder / "out")
+    left, right = tensors_of(start.folder / "plain"), tensors_of(start.folder / "out")
     assert any(not torch.equal(left[name], right[name]) for name in left)
 
 

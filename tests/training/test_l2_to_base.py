@@ -7,7 +7,7 @@ import torch
 
 from deepseek.loading import empty_model
 from esft import ExpertConfig, adapter_tensors, to_esft
-from tests.helpers import arguments, config_of, fails, make_model, trainer_of, weights
+from tests.helpers import arguments, config_of, fails, make_model, tensors_of, trainer_of
 from training.memory import Estimator, MemorySettings
 
 ONE = {"max_steps": 1, "eval_steps": None, "save_steps": None, "lr_scheduler_type": "constant"}
@@ -16,7 +16,7 @@ ONE = {"max_steps": 1, "eval_steps": None, "save_steps": None, "lr_scheduler_typ
 def changes(folder) -> dict[str, torch.Tensor]:
     """Tuned - base of every tensor of a run's adapter."""
     base = adapter_tensors(to_esft(make_model(), ExpertConfig.load(folder)))
-    return {name: tensor - base[name] for name, tensor in weights(folder).items()}
+    return {name: tensor - base[name] for name, tensor in tensors_of(folder).items()}
 
 
 def test_a_step_ends_that_share_nearer_to_the_base(files, start):
@@ -58,7 +58,7 @@ def test_in_bf16_the_base_is_the_one_that_is_stored(files, start, monkeypatch):
     trainer = trainer_of(config_of(files, start.folder / "none", **keys), monkeypatch)
     before = adapter_tensors(trainer.model)
     start(l2_to_base=99.9999, **keys)
-    after = weights(start.folder / "out")
+    after = tensors_of(start.folder / "out")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 

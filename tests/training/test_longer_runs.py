@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import Killed, arguments, at_step, fails, kill, losses, same, weights
+from tests.helpers import Killed, arguments, at_step, fails, kill, losses, same, tensors_of
 from training.checkpoints import find_damage
 
 pytestmark = pytest.mark.long
@@ -16,7 +16,7 @@ SAVED = {"save_opt_states": True, "lr_scheduler_type": "constant"}
 
 def assert_same_run(a, b):
     """The weights are the same bits, and so are the losses of the steps that both logged."""
-    left, right = weights(a), weights(b)
+    left, right = tensors_of(a), tensors_of(b)
     assert left.keys() == right.keys() and all((left[key] == right[key]).all() for key in left)
     one, other = losses(a), losses(b)
     assert ("loss", 9) in one and all(one[key] == other[key] for key in one.keys() & other.keys())
@@ -96,7 +96,7 @@ def test_a_finished_run_without_a_whole_checkpoint_cannot_be_made_longer(files, 
     with pytest.warns(UserWarning, match="is damaged"):
         message = fails(arguments(files, start.folder / "out", **SAVED, max_steps=9), capsys)
     assert "no checkpoint is whole" in message
-    assert weights(start.folder / "out")
+    assert tensors_of(start.folder / "out")
 
 
 # ---- resume_from_checkpoint

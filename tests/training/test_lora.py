@@ -10,7 +10,7 @@ import train
 from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
 from scripts import estimate_memory
-from tests.helpers import EXPERTS, arguments, config_of, fails, make_model, weights
+from tests.helpers import EXPERTS, arguments, config_of, fails, make_model, tensors_of
 from tests.rank_helpers import finishes, rank_arguments
 from training.config import read_config
 from training.keys import LORA_SELECTED
@@ -40,7 +40,7 @@ def test_a_run_learns_and_goes_on_bit_for_bit_after_a_kill(files, start, name, k
     whole, result = killed_and_repeated(at=4, **changes)
     assert whole["frozen_verified"]
     assert (result["train_loss"], result["eval_loss"]) == (whole["train_loss"], whole["eval_loss"])
-    held = weights(start.folder / "out")
+    held = tensors_of(start.folder / "out")
     assert sum(tensor.numel() for tensor in held.values()) == whole["trained_parameters"]
     assert all(tensor.any() for tensor in held.values())
     experts = esft.ExpertConfig.load(start.folder / "out")
@@ -56,7 +56,7 @@ def test_two_processes_that_share_the_experts_train_as_one(files, tmp_path):
     finishes(2, rank_arguments(files, tmp_path / "two", **SELECTED), tmp_path)
     one = rank_arguments(files, tmp_path / "one", **{**SELECTED, "ep_size": 1})
     train.main(one)
-    found, wanted = weights(tmp_path / "two"), weights(tmp_path / "one")
+    found, wanted = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "one")
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
     assert any((wanted[name] - found[name].flip(0)).abs().max() > 1e-2 for name in wanted)

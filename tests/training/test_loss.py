@@ -6,7 +6,7 @@ import torch
 from deepseek.files import write_jsonl
 from deepseek.process_groups import Ranks
 from tests.data_helpers import encode, load_samples
-from tests.helpers import arguments, config_of, fails, losses, make_model, trainer_of, weights
+from tests.helpers import arguments, config_of, fails, losses, make_model, tensors_of, trainer_of
 from training import data
 
 
@@ -41,7 +41,7 @@ def test_first_step_is_the_same_however_the_batch_is_cut(files, start, tiny_toke
         result = start(name, **cut, **keys)
         assert result["train_loss"] == pytest.approx(by_hand, rel=1e-6)
         assert abs(result["train_loss"] - mean_of_means) > 1e-3
-        adapters.append(weights(start.folder / name))
+        adapters.append(tensors_of(start.folder / name))
     for adapter in adapters[1:]:
         for key, tensor in adapters[0].items():
             torch.testing.assert_close(adapter[key], tensor, rtol=1e-4, atol=1e-6)
@@ -84,7 +84,7 @@ def test_the_head_runs_on_label_positions_only(files, start, monkeypatch):
     for pack in map(trainer.train_dataset.__getitem__, range(3)):
         inputs = trainer.data_collator([pack])
         labels = (inputs["labels"][:, 1:] != -100).sum().item()
-        loss, _ = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=labels)
         assert seen.pop() == labels < len(pack)
         ids = {key: inputs[key] for key in ("input_ids", "position_ids")}
         logits = trainer.model(**ids, use_cache=False).logits

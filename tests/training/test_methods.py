@@ -12,7 +12,18 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 import esft
 from deepseek.experts import moe_layers
 from deepseek.loading import empty_model
-from tests.helpers import EXPERTS, ROOT, arguments, at_step, config_of, fails, losses, make_model, trainer_of, weights
+from tests.helpers import (
+    EXPERTS,
+    ROOT,
+    arguments,
+    at_step,
+    config_of,
+    fails,
+    losses,
+    make_model,
+    tensors_of,
+    trainer_of,
+)
 from tests.rank_helpers import log_worse
 from training.frozen_proof import frozen_hashes
 from training.methods import budget_of, count_trained, prepare_model, rank_of
@@ -113,7 +124,7 @@ def test_lora_adapts_all_but_head_and_routers_and_loads_in_peft(files, start, mo
         model = peft.PeftModel.from_pretrained(model, start.folder / "b")
     assert (model(ids).logits - base).abs().max() > 1e-2
     state = {key: tensor for key, tensor in model.state_dict().items() if "lora" in key}
-    assert len(state) == len(trained) == len(weights(start.folder / "b"))
+    assert len(state) == len(trained) == len(tensors_of(start.folder / "b"))
     assert sum(tensor.numel() for tensor in state.values()) == result["trained_parameters"]
     experts = [name for name in state if "layers.1.mlp.experts" in name and "lora_B" in name]
     assert experts and all(state[name].abs().max() > 0 for name in experts)
@@ -145,5 +156,5 @@ def test_the_best_model_is_what_stays(start, monkeypatch, method):
     second, last, restored = (row["eval_loss"] for row in rows if "eval_loss" in row)
     assert second - 2 == pytest.approx(restored - 4) == pytest.approx(result["eval_loss"]) != pytest.approx(last - 4)
     assert result["best_step"] == 2
-    left, right = weights(start.folder / "out"), weights(start.folder / "out" / "checkpoint-2")
+    left, right = tensors_of(start.folder / "out"), tensors_of(start.folder / "out" / "checkpoint-2")
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)

@@ -18,7 +18,7 @@ from tests.helpers import (
     losses,
     make_model,
     run_ranks,
-    weights,
+    tensors_of,
 )
 from training.checkpoints import load_states, save_states
 from training.config import training_arguments
@@ -78,7 +78,7 @@ def test_states_go_by_expert_id(files, tmp_path, optim):
     for folder, pair in (("many", (many, of_many)), ("few", (few, of_few))):
         (tmp_path / folder).mkdir()
         save_states(*pair, tmp_path / folder, rank=0)
-    saved, alone = weights(tmp_path / "many"), weights(tmp_path / "few")
+    saved, alone = tensors_of(tmp_path / "many"), tensors_of(tmp_path / "few")
     assert bool(alone) == (optim != "sgd") and all(torch.equal(saved[key], state) for key, state in alone.items())
     matrices = [
         t for key, t in saved.items() if re.search(r"_proj\.[^.]*$", key) and t.numel() > 1 and "qmap" not in key
@@ -141,7 +141,7 @@ def test_experts_that_come_later_have_states_of_their_own_too(ids):
 def test_muon_resumes_beside_adamw_on_all_modules(files, start, killed_and_repeated):
     keys = {"optim": "muon", "expert_config": files / "all.json", "base_model_path": files / "m16", "max_steps": 5}
     killed_and_repeated(**keys)
-    saved = weights(start.folder / "whole" / "checkpoint-4" / "states")
+    saved = tensors_of(start.folder / "whole" / "checkpoint-4" / "states")
     kinds = {kind: {key for key in saved if key.endswith(f".{kind}")} for kind in ("momentum_buffer", "exp_avg")}
     assert {key for key in kinds["momentum_buffer"] if ".mlp.experts.3." in key} and kinds["exp_avg"]
     assert not any(".mlp.experts." in key for key in kinds["exp_avg"])
@@ -185,7 +185,7 @@ def test_muon_resumes_where_experts_are_exchanged(start, killed_and_repeated):
     """One step after the exchange: the optimizer sees the new experts as parameters of their own."""
     keys = {"optim": "muon", "reselect_steps": 2, "reselect_max": 0.9, "max_steps": 6, "learning_rate": 3e-3}
     killed_and_repeated(**keys)
-    saved = weights(start.folder / "whole" / "checkpoint-6" / "states")
+    saved = tensors_of(start.folder / "whole" / "checkpoint-6" / "states")
     found = re.findall(r"layers.(\d).mlp.experts.(\d).down_proj.momentum_buffer", " ".join(saved))
     assert set(found) != {(layer, str(id)) for layer, ids in EXPERTS["experts"].items() for id in ids}
     assert not any(".mlp.experts." in key for key in saved if key.endswith(".exp_avg"))
@@ -202,5 +202,5 @@ def test_a_run_with_4_bit_states_resumes(start, bases, killed_and_repeated):
     }
     with torch.compiler.set_stance("force_eager"):
         killed_and_repeated(**keys)
-    saved = weights(start.folder / "whole" / "checkpoint-4" / "states")
+    saved = tensors_of(start.folder / "whole" / "checkpoint-4" / "states")
     assert any(state.dtype == torch.uint8 for state in saved.values())

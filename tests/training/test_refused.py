@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek.files import write_json
 from deepseek.shards import WEIGHTS
-from tests.helpers import EXPERTS, arguments, fails, make_model, weights
+from tests.helpers import EXPERTS, arguments, fails, make_model, tensors_of
 
 SMALL = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -71,7 +71,7 @@ def bad(files, tmp_path_factory) -> Path:
     config = json.loads((folder / "fp8" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     write_json(folder / "fp8" / "config.json", config)
-    tensors = weights(folder / "fp8")
+    tensors = tensors_of(folder / "fp8")
     in_fp8 = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}
     save_file(in_fp8 | {f"{key}_scale_inv": torch.ones(1) for key in tensors}, folder / "fp8" / WEIGHTS)
     return folder

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from deepseek.files import write_json
 from deepseek.fingerprint import base_note
 from deepseek.loading import empty_model
-from tests.helpers import EXPERTS, Killed, arguments, at_step, fails, kill, same, weights
+from tests.helpers import EXPERTS, Killed, arguments, at_step, fails, kill, same, tensors_of
 
 
 def other_weights(base):
@@ -84,7 +84,7 @@ def test_a_run_without_a_note_of_its_base_goes_on(begun, start, whole):
         write_json(path / "expert_cfg.json", config)
         (path / "manifest.json").write_text("{}")
     start(**keys)
-    assert weights(start.folder / "out").keys() == weights(whole).keys()
+    assert tensors_of(start.folder / "out").keys() == tensors_of(whole).keys()
 
 
 def test_a_finished_run_of_another_base_is_another_run(files, start, capsys):

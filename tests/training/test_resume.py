@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from tests.helpers import Killed, arguments, at_step, config_of, fails, kill, same, weights
+from tests.helpers import Killed, arguments, at_step, config_of, fails, kill, same, tensors_of
 from training.checkpoints import find_damage
 from training.run_folder import run_note
 from training.trainer import ESFTTrainer
@@ -152,7 +152,7 @@ def test_a_run_that_moved_is_still_that_run(files, start, whole, monkeypatch):
     (start.folder / "out").rename(start.folder / "moved")
     same_model = f"{files}/m32/../m32"
     start("moved", save_opt_states=True, logging_steps=3, base_model_path=same_model)
-    left, right = weights(whole), weights(start.folder / "moved")
+    left, right = tensors_of(whole), tensors_of(start.folder / "moved")
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 

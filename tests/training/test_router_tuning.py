@@ -19,7 +19,7 @@ from tests.helpers import (
     losses,
     make_model,
     same,
-    weights,
+    tensors_of,
 )
 from tests.rank_helpers import STEP, assert_near, finishes, gets, rank_arguments, train_on
 from training.data import IGNORE
@@ -138,7 +138,7 @@ def test_a_run_trains_reports_and_saves_its_routers(files, start, capsys):
     shown = [entry["router_kl"] for entry in history if "router_kl" in entry]
     assert shown[0] == 0 < shown[-1]  # the first step is the base's
     assert [entry["eval_router_kl"] for entry in history if "eval_router_kl" in entry][-1] == result["router_kl"]
-    held = weights(start.folder / "out")
+    held = tensors_of(start.folder / "out")
     model, base = esft.load_esft_model(files / "m16", start.folder / "out")[0], make_model(dtype=torch.bfloat16)
     for layer in (1, 2):
         name = f"model.layers.{layer}.mlp.gate.weight"
@@ -150,7 +150,7 @@ def test_routers_alone_are_trained_by_a_config_without_experts(files, start):
     path = start.folder / "routers.json"
     path.write_text('{"experts": {}, "routers": "full"}')
     start(expert_config=path, **SHORT)
-    assert set(weights(start.folder / "out")) == {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)}
+    assert set(tensors_of(start.folder / "out")) == {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)}
 
 
 def test_the_loss_is_that_of_the_task_and_the_penalty_which_holds_the_routers(start):
@@ -171,7 +171,7 @@ def test_routers_have_a_rate_of_their_own(files, start):
     moved = {}
     for rate in (None, 0.5, 1.0):
         start(str(rate), train_router="full", router_lr=rate, learning_rate=1, **SGD)
-        moved[rate] = {name: tensor - base[name] for name, tensor in weights(start.folder / str(rate)).items()}
+        moved[rate] = {name: tensor - base[name] for name, tensor in tensors_of(start.folder / str(rate)).items()}
     for name, change in moved[0.5].items():
         factor = 2 if "gate.weight" in name else 1
         assert torch.equal(moved[None][name], moved[1.0][name])  # the learning rate

@@ -34,7 +34,7 @@ def step(model, chunk: int, smoothing: float = 0.0) -> tuple[torch.Tensor, dict[
     labels, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
     token_losses = TokenLosses(model.get_output_embeddings(), chunk)
     token_losses.try_head(model)
-    losses, _ = token_losses(model, inputs, labels, smoothing)
+    losses = token_losses(model, inputs, labels, smoothing)
     (losses * torch.linspace(-1, 2, losses.numel()).view_as(losses)).sum().backward()
     named = {re.sub(r"parametrizations\.(.+)\.original$", r"\1", name): p for name, p in model.named_parameters()}
     grads = {name: param.grad for name, param in named.items() if param.requires_grad}
@@ -103,7 +103,7 @@ def test_a_model_that_goes_on_after_its_head_runs_once_for_a_batch_of_any_size(c
     labels, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
     token_losses = TokenLosses(model.get_output_embeddings(), chunk)
     token_losses.try_head(wrapped)
-    losses, _ = token_losses(wrapped, inputs, labels)
+    losses = token_losses(wrapped, inputs, labels)
     assert wrapped.calls == 2 and not token_losses.head_is_last
     kept = inputs["logits_to_keep"]
     logits = model(inputs["input_ids"], use_cache=False).logits[:, kept] / 3
@@ -126,7 +126,7 @@ def test_without_gradients_the_losses_are_the_same():
     inputs = {**batch(), "use_cache": False}
     labels, inputs["logits_to_keep"] = label_positions(inputs.pop("labels"))
     with torch.no_grad():
-        assert torch.equal(used(model, inputs, labels)[0], losses)
+        assert torch.equal(used(model, inputs, labels), losses)
 
 
 def _sharded(rank: int) -> None:
@@ -161,12 +161,12 @@ model = lambda hidden, logits_to_keep: SimpleNamespace(logits=head(hidden[:, log
 hidden = torch.randn(1, labels, 32, requires_grad=True)
 inputs = {"hidden": hidden, "logits_to_keep": torch.arange(labels)}
 chosen = torch.randint(102_400, (1, labels))
-TokenLosses(head, 1)(model, {**inputs, "logits_to_keep": torch.arange(2)}, chosen[:, :2])[0].sum().backward()
+TokenLosses(head, 1)(model, {**inputs, "logits_to_keep": torch.arange(2)}, chosen[:, :2]).sum().backward()
 hidden.grad = None
 highest = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before = highest()
 for size in (chunk, 10**12):  # the plain loss last, as the highest resident set only grows
-    loss = TokenLosses(head, size)(model, inputs, chosen)[0].sum()
+    loss = TokenLosses(head, size)(model, inputs, chosen).sum()
     loss.backward()
     print(highest() - before, loss.item(), hidden.grad.double().norm().item())
     hidden.grad = None

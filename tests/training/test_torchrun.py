@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT, same, weights
+from tests.helpers import ROOT, same, tensors_of
 from tests.rank_helpers import GONE, assert_near, finishes, free_port, rank_arguments, steps
 from training.checkpoints import find_damage, list_checkpoints
 
@@ -195,7 +195,7 @@ def test_two_nodes_train_as_one_process(files, tmp_path, per_node):
     ):
         assert [run.wait() for run in (first, second)] == [0, 0], first.text() + second.text()
     assert first.text().count("trained parameters") == 1 and "trained parameters" not in second.text()
-    assert weights(out).keys() == weights(tmp_path / "one").keys()
+    assert tensors_of(out).keys() == tensors_of(tmp_path / "one").keys()
     assert_near(out, tmp_path / "one")
     assert sorted(path.name for path in (out / "checkpoint-12" / "states").glob("*.safetensors")) == [
         "rank-0.safetensors",

@@ -18,7 +18,7 @@ from deepseek.files import write_json, write_jsonl
 from deepseek.process_groups import Ranks
 from scripts.expert import generate_expert_config
 from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, fails, kill, losses, same
-from training import data, first_selection
+from training import data, first_selection, plan
 from training.checkpoints import find_damage
 from training.trainer import ESFTTrainer
 
@@ -66,7 +66,7 @@ def test_few_steps_are_told(start, capsys, monkeypatch):
     start("asked", max_steps=3, warmup_steps=3)
     out = capsys.readouterr().out
     assert "only 3 optimizer steps (max_steps=3)" in out and "the warmup takes the whole run" in out
-    monkeypatch.setattr(train, "FEW_STEPS", 3)
+    monkeypatch.setattr(plan, "FEW_STEPS", 3)
     start("enough", max_steps=3, warmup_steps=1)
     assert not re.search("optimizer step|warmup", capsys.readouterr().out)
 
@@ -77,11 +77,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(files, start
     original, seen = ESFTTrainer._loss_sum, []
 
     def broken(self, model, inputs, *args):
-        loss, outputs = original(self, model, inputs, *args)
+        loss = original(self, model, inputs, *args)
         if self.state.global_step == 2 and model.training and not seen:
             seen.extend(inputs["rows"])
             loss = loss * float("nan")
-        return loss, outputs
+        return loss
 
     monkeypatch.setattr(ESFTTrainer, "_loss_sum", broken)
     message = fails(arguments(files, start.folder / "out", **keys), capsys)
