@@ -123,10 +123,17 @@ def _full_names(source: str, pairs: Iterator[tuple[str, object]], known: set[str
             raise ValueError(f"cannot read {source}: unknown key {name!r}{suggest(name, known | ALIASES.keys())}")
         if names.setdefault(key, name) != name and source != "the command line":
             raise ValueError(f"cannot read {source}: {names[key]} and {name} are the same key. Give one of them.")
-        if name == "warmup_ratio" and not 0 <= float(value or 0) < 1:
+        if name == "warmup_ratio" and not _is_share(value):
             raise ValueError(f"cannot read {source}: warmup_ratio={value} is not a share below 1. Give warmup_steps.")
         values[key] = value
     return values
+
+
+def _is_share(value: object) -> bool:
+    try:
+        return 0 <= float(value or 0) < 1
+    except (TypeError, ValueError):
+        return False
 
 
 def _words(key: str, value: object) -> list[str]:

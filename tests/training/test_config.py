@@ -94,7 +94,7 @@ def test_every_key_of_training_arguments_is_accepted():
         ),
         ("train_sampling_strategy=group_by_length", "does not work here: the seed gives the order"),
         ("fsdp=true", "does not work here: the experts are shared out by ep_size"),
-        ("warmup_ratio=3", "warmup_ratio=3 is not a share below 1. Give warmup_steps"),
+        *((f"warmup_ratio={x}", f"warmup_ratio={x} is not a share below 1. Give warmup_steps") for x in (3, "abc")),
         ("load_best_model_at_end=true", "load_best_model_at_end needs evaluations"),
         ("save_strategy=best", "save_strategy=best needs evaluations"),
         ("save_strategy=best eval_steps=1 eval_delay=10 max_steps=9", "eval_delay=10.0 leaves none"),
