@@ -12,17 +12,16 @@ The loss is the mean over the label tokens of the whole batch of an optimizer st
 and number of processes (training/trainer.py). In DPO it is the mean over its pairs (training/dpo.py).
 
 The output folder is itself a loadable adapter (for `method=full`, a model). It also holds run.json (config, versions,
-results), trainer_state.json (all losses) and checkpoint-<step> folders. If you repeat the
-command, an interrupted run continues from its last complete checkpoint (only with --save_opt_states). A finished run is
-not repeated. SIGTERM and Ctrl-C end a run after the current step, with a checkpoint and exit code 143 or 130. While a
-run is at work in a folder, a second one there is refused.
+results), trainer_state.json (all losses) and checkpoint-<step> folders. A finished run is not repeated. SIGTERM and
+Ctrl-C end a run after the current step, with exit code 143 or 130. With --save_opt_states they write a checkpoint
+first, and the same command continues an interrupted run from its last complete checkpoint. While a run is at work in a
+folder, a second one there is refused.
 """
 
 import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import os
 import shlex
 import sys
@@ -34,7 +33,7 @@ import esft
 import utils
 from deepseek.files import check_output, write_json
 from deepseek.process_groups import Ranks, SharedError, lost_contact
-from training.config import RunConfig, TrainingArguments, read_config, training_arguments
+from training.config import RunConfig, read_config, training_arguments
 from training.data import Template, eval_file_of, held_out_questions, load_data, template_settings
 from training.distillation import choose_trainer
 from training.first_selection import score_and_select, selected_experts
@@ -42,13 +41,12 @@ from training.frozen_proof import FrozenProof
 from training.keys import LORA_SELECTED
 from training.l2_to_base import PullToBase
 from training.model import LoadedModel, load_model, log_model
-from training.plan import Plan, join_processes, open_empty, plan_run
+from training.plan import Plan, join_processes, open_empty, plan_run, tell_few_steps
 from training.routers import describe_drift
 from training.run_folder import find_run, prepare_folder, results_of, run_note
 from training.trainer import ESFTTrainer
 
 logger = logging.getLogger("esft")
-FEW_STEPS = 50  # fewer than these are told
 
 
 def run(config: RunConfig) -> dict:
@@ -65,10 +63,10 @@ def run(config: RunConfig) -> dict:
     with contextlib.ExitStack() as owned:
         ranks.on_rank_zero(lambda: check_output(config.output_dir, folder=True))
         ranks.on_rank_zero(lambda: owned.enter_context(utils.locked(config.output_dir)))
-        return run_steps(config, ranks)
+        return run_in_folder(config, ranks)
 
 
-def run_steps(config: RunConfig, ranks: Ranks) -> dict:
+def run_in_folder(config: RunConfig, ranks: Ranks) -> dict:
     """Call the steps of a run, one after the other, in a folder that belongs to it alone. Return its results."""
     args = ranks.run_or_fail_together(lambda: training_arguments(config))
     to_select = config.kind in ("esft", "dpo", LORA_SELECTED) and not config.expert_config
@@ -94,7 +92,6 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
     if not loaded.documents_apart:
         packs, eval_packs = packs.split(), eval_packs.split()
     log_model(loaded.model, config, packs)
-
     tell_few_steps(args, len(packs), packs_per_step)
 
     generation = loaded.model.generation_config
@@ -106,7 +103,7 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         schedule=plan.schedule,
         ranks=ranks,
         before_first_step=functools.partial(prepare_folder, config, checkpoint, note),
-        memory_advice=plan.saving,
+        memory_advice=plan.memory_advice,
         documents_apart=loaded.documents_apart,
         routers=loaded.routers,
         model=loaded.model,
@@ -121,29 +118,6 @@ def run_steps(config: RunConfig, ranks: Ranks) -> dict:
         logger.info(f"  going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return finish_run(config, trainer, loaded, plan, proof, note)
-
-
-def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
-    """Say so if a run is too short to learn much, or for its schedule."""
-    how, steps = f"max_steps={args.max_steps}", args.max_steps
-    if steps <= 0:
-        steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
-        how = f"{utils.counted(packs, 'pack')}, {packs_per_step} per step, {args.num_train_epochs:g} epochs"
-    if steps < FEW_STEPS:
-        more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower batch_size"
-        rate = f"a learning rate of at most {args.learning_rate:g}"
-        few = f"only {utils.counted(steps, 'optimizer step')} ({how}) at {rate}"
-        logger.info(f"  {few}: little is learned. {more}, or raise the rate")
-    schedule = args.lr_scheduler_kwargs if args.lr_scheduler_type == "warmup_stable_decay" else {}
-    warmup, decay = args.get_warmup_steps(steps), schedule.get("num_decay_steps")
-    stable = schedule.get("num_stable_steps")
-    below = f"so the learning rate stays below {args.learning_rate:g}"
-    if warmup >= steps:
-        logger.info(f"  the warmup takes the whole run, {below}")
-    elif decay and stable is None and warmup + decay > steps:
-        logger.info(f"  the decay of num_decay_steps={decay} begins within the warmup, {below}. Lower it")
-    elif stable is not None and warmup + stable >= steps:
-        logger.info(f"  num_stable_steps={stable} leaves no step to the decay. Lower it")
 
 
 def finish_run(

@@ -153,7 +153,7 @@ def loss_per_row(model, documents: Documents, packs: list[list[int]]) -> np.ndar
     for numbers in tqdm(packs, "losses", unit=" packs", disable=None):
         one = pack_of(documents, numbers, documents.lengths, documents.rows)
         means = [document_losses(model, part) for part in ([one] if apart else one.documents())]
-        losses, labels = np.concatenate([part.cpu().numpy() for part in means]), documents.labels[numbers]
+        losses, labels = np.concatenate([part.cpu().numpy() for part in means]), documents.label_counts[numbers]
         np.add.at(sums, (slice(None), documents.rows[numbers]), np.stack([losses * labels, labels]))
     with np.errstate(invalid="ignore"):
         return sums[0] / sums[1]

@@ -67,7 +67,7 @@ def show(document: Encoded, tokenizer, marks: tuple[str, str]) -> str:
 def format_counts(turns: Counter, documents: Documents, seq_length: int, together: int = 1) -> str:
     """Return how many turns and tokens there are, and how long the samples are, of `together` documents each."""
     lengths = documents.lengths.reshape(-1, together).sum(1)
-    tokens, learned = lengths.sum(), documents.labels.sum()
+    tokens, learned = lengths.sum(), documents.label_counts.sum()
     samples = f"{len(lengths):,} {'pairs' if together == 2 else 'documents'}"
     roles = ", ".join(f"{count:,} {role}" for role, count in turns.most_common())
     quantiles = np.quantile(lengths, list(QUANTILES.values())).round().astype(int)

@@ -25,8 +25,8 @@ def choose_experts(
 ) -> esft.ExpertConfig | None:
     """Return the experts to train, checked against `model` (without weights); None for full, and lora on all layers.
 
-    Method random draws as many experts per layer as `expert_config` names, by `seed`. `routers` is trained of them, if
-    it is given, whatever the config says.
+    Method random draws as many experts per layer as `expert_config` names, by `seed`. If `routers` is given, it
+    replaces that of the config.
     """
     if method not in ON_EXPERTS:
         return None

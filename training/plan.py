@@ -1,8 +1,9 @@
-"""How a run lies on its processes: who takes part, how many share a copy of the experts, and what fits on a GPU."""
+"""Lay a run out over its processes: who takes part, how many share a copy of the experts, and what fits on a GPU."""
 
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from training.teacher import Teacher
 from utils import counted, log_to_stdout, size, split_names
 
 logger = logging.getLogger("esft")
+FEW_STEPS = 50  # a shorter run gets a note
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
     activation_checkpointing: bool
     schedule: ExpertSchedule | None = None  # if other experts are trained from some step on
     memory: MemoryEstimate | None = None
-    saving: str = "activation_checkpointing=true"  # keys that would save memory, the least costly first
+    memory_advice: str = "activation_checkpointing=true"  # keys that would save memory, the least costly first
 
     @property
     def most_experts(self) -> esft.ExpertConfig | None:
@@ -195,7 +197,7 @@ def first_that_fits(
     logger.info("    " + ", ".join(f"{kind} {part}" for kind, part in memory.sizes().items()))
     if memory.peak > budget:
         warnings.warn(f"it may run out of memory; what saves some: {saving}", stacklevel=2)
-    return {"ep_size": ep_size, "activation_checkpointing": checkpointing, "memory": memory, "saving": saving}
+    return {"ep_size": ep_size, "activation_checkpointing": checkpointing, "memory": memory, "memory_advice": saving}
 
 
 def memory_settings(
@@ -219,3 +221,26 @@ def memory_settings(
         optim=args.optim.value,
         device=args.device.type,
     )
+
+
+def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> None:
+    """Say so if a run is too short to learn much, or for its schedule."""
+    how, steps = f"max_steps={args.max_steps}", args.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
+        how = f"{counted(packs, 'pack')}, {packs_per_step} per step, {args.num_train_epochs:g} epochs"
+    if steps < FEW_STEPS:
+        more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower batch_size"
+        rate = f"a learning rate of at most {args.learning_rate:g}"
+        few = f"only {counted(steps, 'optimizer step')} ({how}) at {rate}"
+        logger.info(f"  {few}: little is learned. {more}, or raise the rate")
+    schedule = args.lr_scheduler_kwargs if args.lr_scheduler_type == "warmup_stable_decay" else {}
+    warmup, decay = args.get_warmup_steps(steps), schedule.get("num_decay_steps")
+    stable = schedule.get("num_stable_steps")
+    below = f"so the learning rate stays below {args.learning_rate:g}"
+    if warmup >= steps:
+        logger.info(f"  the warmup takes the whole run, {below}")
+    elif decay and stable is None and warmup + decay > steps:
+        logger.info(f"  the decay of num_decay_steps={decay} begins within the warmup, {below}. Lower it")
+    elif stable is not None and warmup + stable >= steps:
+        logger.info(f"  num_stable_steps={stable} leaves no step to the decay. Lower it")

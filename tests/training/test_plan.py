@@ -17,7 +17,7 @@ from training.memory import Estimator, MemoryEstimate
 from training.plan import memory_of_a_process, memory_settings, open_empty, plan_run
 from training.trainer import ESFTTrainer
 
-DOCUMENTS = SimpleNamespace(lengths=np.array([120, 80, 1]), labels=np.array([20, 80, 1]))
+DOCUMENTS = SimpleNamespace(lengths=np.array([120, 80, 1]), label_counts=np.array([20, 80, 1]))
 PACKS = Packs(DOCUMENTS, np.array([1, 2, 3]), [[0, 1], [2]], 4096)
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-import train
 from tests.helpers import Killed, at_step, kill, same
+from training import plan
 
 PEAK = 1e-2
 BELOW = "so the learning rate stays below 0.01"
@@ -69,8 +69,8 @@ def test_an_unknown_setting_of_a_schedule_is_named(start):
 )
 def test_a_decay_that_does_not_fit_into_the_run_is_told(monkeypatch, tmp_path, settings, told):
     lines = []
-    monkeypatch.setattr(train.logger, "info", lines.append)
-    monkeypatch.setattr(train, "FEW_STEPS", 0)
+    monkeypatch.setattr(plan.logger, "info", lines.append)
+    monkeypatch.setattr(plan, "FEW_STEPS", 0)
     keys = {**WSD, "lr_scheduler_kwargs": settings, "max_steps": 8, "learning_rate": 1e-2}
-    train.tell_few_steps(TrainingArguments(str(tmp_path), use_cpu=True, **keys), 4, 1)
+    plan.tell_few_steps(TrainingArguments(str(tmp_path), use_cpu=True, **keys), 4, 1)
     assert [line.strip().partition(". ")[0] for line in lines] == ([told] if told else [])

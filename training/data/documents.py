@@ -34,7 +34,7 @@ class Documents(Sequence):
 
     def __init__(self, table):
         self.table = table.with_format("numpy")
-        self.lengths, self.labels, self.rows = (
+        self.lengths, self.label_counts, self.rows = (
             table.data.column(key).to_numpy() for key in ("length", "learned", "row")
         )
 

@@ -98,7 +98,7 @@ class Packs(Sequence):
     @property
     def label_share(self) -> float:
         """The largest share of tokens with a label in a pack. Documents that are cut count with all their labels."""
-        shares = (self.documents.labels[members].sum() / self.sizes[members].sum() for members in self.members)
+        shares = (self.documents.label_counts[members].sum() / self.sizes[members].sum() for members in self.members)
         return min(max(map(float, shares)), 1.0)
 
     def split(self) -> "Packs":

@@ -30,8 +30,8 @@ def add_replay(train: Packs, validation: Packs, documents: Documents, config: "R
     """
     import datasets  # slow, and not every command reads data
 
-    of_task = sum(int(train.documents.labels[members].sum()) for members in train.members)
-    labels_R = np.bincount(documents.rows, documents.labels).astype(int)
+    of_task = sum(int(train.documents.label_counts[members].sum()) for members in train.members)
+    labels_R = np.bincount(documents.rows, documents.label_counts).astype(int)
     held = {_tokens(validation.documents[number]) for members in validation.members for number in members}
     left_out: list[int] = []
 
