@@ -73,14 +73,7 @@ from deepseek.adapters import (
     without_peft,
 )
 from deepseek.base_order import whole
-from deepseek.experts import (
-    TrainedExperts,
-    base_name,
-    inner_model,
-    moe_layers,
-    release_experts,
-    train_experts,
-)
+from deepseek.experts import TrainedExperts, base_name, inner_model, moe_layers, release_experts, train_experts
 from deepseek.files import atomic_path, named, read_json, suggest, suggest_path, write_json
 from deepseek.fingerprint import base_note, difference, router_fingerprint  # noqa: F401
 from deepseek.fp8 import note_changes

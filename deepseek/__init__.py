@@ -1,14 +1,6 @@
 """The model side of ESFT: everything that touches a mixture-of-experts model.
 
-    experts.py, grouped_gemm.py     find the experts, put the trained ones first, compute with them
-    masters.py, frozen.py           fp32 masters of bf16 parameters; frozen experts in less memory
-    routing.py                      count where the router sends tokens
-    loading.py, partial_loading.py  open a model, or only some of its experts
-    adapters.py, shards.py, checkpoint_files.py, files.py    adapters and checkpoints on disk
-    expert_parallel.py, placement.py, process_groups.py, gradient_sync.py    the experts on several ranks
-    modeling.py                     the first DeepSeekMoE, which transformers lacks
-
-`esft.py` is the method itself and the interface of this package.
+`esft.py` is the method itself and the interface of this package. docs/architecture.md lists the files.
 """
 
 import logging

@@ -1,12 +1,13 @@
 """Find a model's experts, read and write single experts, and put the trained ones first.
 
 transformers v5 fuses the routed experts of a layer into one module. The decorator `use_experts_implementation` marks
-that module with layout flags. This file is the only one that knows these layouts:
+that module with layout flags. Only files that compute with fused tensors, or read and write them, look at the flags:
 
     has_gate         gate_up_proj (E, 2F, D) and down_proj (E, D, F); without it up_proj (E, F, D)
     is_transposed    each matrix is stored (in, out) instead of (out, in)
     is_concatenated  gate_up is [gate; up]; otherwise its rows are gate0, up0, gate1, up1, ...
     has_bias         *_bias (E, 2F) and (E, D)
+    has_post_expert_norm  a norm of each expert's output, before its gate weight
 
 `moe_layers` gives one `MoELayer` per fused module. `train_experts` reorders the rows (expert dimension) of every fused
 tensor. The S trained experts come first:
@@ -227,9 +228,9 @@ def moe_layers(model: nn.Module, dense_ok: bool = False) -> dict[int, MoELayer]:
 class SelectedExperts(nn.Module):
     """What is trained of the selected experts of one layer, as fp32 parameters whose first dimension S is the expert.
 
-    To make one puts these experts first. The buffer `order_e` maps a row to its expert's place in `local_ids`, and
-    `row_of_e` maps back. `experts` may map an id to the step since which the expert is trained. Older ones come first.
-    """
+    Creating one moves these experts to the first rows. The buffer `order_e` maps a row to its expert's place in
+    `local_ids`, and `row_of_e` maps back. `experts` may map an id to the step since which the expert is trained. Older
+    ones come first."""
 
     rank: int | None = None  # of the change, if that is trained instead of the experts themselves
 

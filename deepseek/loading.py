@@ -195,15 +195,11 @@ def keeps_documents_apart(model: nn.Module) -> bool:
         return kept[0]
 
     embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(hook)
     positions_BT = torch.arange(4).repeat(2)[None].to(embeddings.weight.device)
-    try:
-        with torch.enable_grad(), first_forward(model):
-            out = model.base_model(input_ids=positions_BT, position_ids=positions_BT, use_cache=False)
-            second_TD = out.last_hidden_state[0, 4:]
-            (grad_TD,) = torch.autograd.grad(second_TD.float().pow(2).sum(), kept)[0]
-    finally:
-        handle.remove()
+    with embeddings.register_forward_hook(hook), torch.enable_grad(), first_forward(model):
+        out = model.base_model(input_ids=positions_BT, position_ids=positions_BT, use_cache=False)
+        second_TD = out.last_hidden_state[0, 4:]
+        (grad_TD,) = torch.autograd.grad(second_TD.float().pow(2).sum(), kept)[0]
     return not grad_TD[:4].any()
 
 

@@ -26,6 +26,6 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def freeze():
-    """Leave all that is there out of all searches for garbage: the Trainer starts several for every run."""
+    """Exempt all live objects from garbage collection. The Trainer runs it several times for every run."""
     gc.collect()
     gc.freeze()
