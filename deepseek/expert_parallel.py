@@ -75,7 +75,7 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ExpertShard:
     """The placement of a layer, as one rank sees it."""
 
     group: Any
@@ -111,7 +111,7 @@ def connect_experts(
         slot_E = torch.argsort(torch.tensor(slots)).to(layer.module.down_proj.device)
         layer.module.register_buffer("slot_E", slot_E, persistent=False)
         sizes = tuple(map(len, placement))
-        layer.module.shard = Shard(ranks.experts, sizes, sizes[ranks.expert_rank], bool(trained))
+        layer.module.shard = ExpertShard(ranks.expert_group, sizes, sizes[ranks.expert_rank], bool(trained))
     model.set_experts_implementation(IMPLEMENTATION)
 
 
@@ -216,11 +216,11 @@ def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Te
         if source == 0:
             continue
         if ranks.rank == source:
-            dist.send(_as_bytes(tensors[name]), 0, group=ranks.host)
+            dist.send(_as_bytes(tensors[name]), 0, group=ranks.host_group)
         elif ranks.rank == 0:
             shape, dtype = notes_P[source][name]
             gathered[name] = torch.empty(shape, dtype=dtype)
-            dist.recv(_as_bytes(gathered[name]), source, group=ranks.host)
+            dist.recv(_as_bytes(gathered[name]), source, group=ranks.host_group)
     return gathered
 
 

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from deepseek.base_order import load_in_base_order, state_dict_in_base_order
 
 if TYPE_CHECKING:
-    from deepseek.expert_parallel import Shard
+    from deepseek.expert_parallel import ExpertShard
     from deepseek.fp8 import Fp8Experts
     from deepseek.frozen import FrozenExperts
 
@@ -75,7 +75,7 @@ class FusedExperts:
         return getattr(self.module, "frozen", None)
 
     @property
-    def shard(self) -> "Shard | None":
+    def shard(self) -> "ExpertShard | None":
         """The placement of the layer under expert parallelism (expert_parallel.py)."""
         return getattr(self.module, "shard", None)
 

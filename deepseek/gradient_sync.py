@@ -72,11 +72,11 @@ class GradientReducer:
         self.device = next(model.parameters()).device
         self.buckets: list[_Bucket] = []
         if ranks.world_size > 1 and ranks.ep_size == 1:  # all in one queue, in the order of the backward
-            self._add(reversed([p for p in model.parameters() if p.requires_grad]), ranks.world)
+            self._add(reversed([p for p in model.parameters() if p.requires_grad]), ranks.world_group)
         elif ranks.world_size > 1:
             if ranks.world_size > ranks.ep_size:
-                self._add(reversed(self.experts), ranks.replicas)
-            self._add(reversed(self.others), ranks.world)
+                self._add(reversed(self.experts), ranks.replica_group)
+            self._add(reversed(self.others), ranks.world_group)
         self._bucket_of = {id(param): bucket for bucket in self.buckets for param in bucket.params}
         self._started = 0
         params = [param for bucket in self.buckets for param in bucket.params]
@@ -123,7 +123,7 @@ class GradientReducer:
         experts_norm, others_norm = (get_total_norm(part).to(self.device) for part in parts)
         if self.ranks.ep_size > 1:
             square = experts_norm.square()
-            dist.all_reduce(square, group=self.ranks.experts)
+            dist.all_reduce(square, group=self.ranks.expert_group)
             experts_norm = square.sqrt()
         norm = torch.linalg.vector_norm(torch.stack([experts_norm, others_norm]))
         clip_grads_with_norm_([p for p in self.params if p.grad is not None], max_norm, norm)

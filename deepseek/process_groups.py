@@ -2,8 +2,8 @@
 
 torchrun starts the processes. `join` makes their process groups, and `Ranks` says what this process is among them.
 
-    world_size 4, ep_size 2      experts: {0, 1} {2, 3}      the ranks of one replica, which share its experts
-                                 replicas: {0, 2} {1, 3}     the ranks that hold the same experts
+    world_size 4, ep_size 2      expert_group:  {0, 1} {2, 3}      the ranks of one replica, which share its experts
+                                 replica_group: {0, 2} {1, 3}      the ranks that hold the same experts
 """
 
 import ctypes
@@ -33,10 +33,10 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     ep_size: int = 1
-    experts: Any = None
-    replicas: Any = None
-    world: Any = None
-    host: Any = None  # the world on gloo, for objects and for tensors in host memory
+    expert_group: Any = None
+    replica_group: Any = None
+    world_group: Any = None
+    host_group: Any = None  # the world on gloo, for objects and for tensors in host memory
 
     @property
     def expert_rank(self) -> int:
@@ -52,7 +52,7 @@ class Ranks:
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size
-        dist.all_gather_object(gathered, obj, group=self.host)
+        dist.all_gather_object(gathered, obj, group=self.host_group)
         return gathered
 
     def raise_on_all(self, error: BaseException | str | None) -> None:
@@ -71,7 +71,7 @@ class Ranks:
                 answer[0] = function()
             except (ValueError, OSError) as error:
                 answer[1] = str(error) or repr(error)
-        dist.broadcast_object_list(answer, 0, group=self.host)
+        dist.broadcast_object_list(answer, 0, group=self.host_group)
         if answer[1]:
             raise SharedError(answer[1])
         return answer[0]
@@ -106,7 +106,7 @@ class Ranks:
         if self.world_size == 1:
             return self
         blocks, groups = torch.arange(self.world_size).view(-1, ep_size), {}
-        for name, members in (("experts", blocks.tolist()), ("replicas", blocks.T.tolist())):
+        for name, members in (("expert_group", blocks.tolist()), ("replica_group", blocks.T.tolist())):
             groups[name], _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
         return dataclasses.replace(self, ep_size=ep_size, **groups)
 
@@ -134,4 +134,4 @@ def join(timeout: timedelta, backend: str) -> Ranks:
             store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     host = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), world=dist.group.WORLD, host=host)
+    return Ranks(dist.get_rank(), dist.get_world_size(), world_group=dist.group.WORLD, host_group=host)

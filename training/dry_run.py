@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from deepseek.expert_parallel import Route, Shard
+from deepseek.expert_parallel import ExpertShard, Route
 from deepseek.experts import moe_layers
 from deepseek.gradient_sync import BUCKET_BYTES
 from training.loss import TokenLosses
@@ -281,7 +281,7 @@ class _EvenRoute(Route):
         return rows.contiguous().new_empty(sum(self.sent if back else self.received), rows.shape[1])
 
 
-class _EvenShard(Shard):
+class _EvenShard(ExpertShard):
     """A shard where every rank sends and receives the same number of rows."""
 
     def route(self, slot_TK: Tensor) -> Route:

@@ -40,7 +40,7 @@ def groups(rank: int) -> list:
     world, found = join_world(), []
     for ep_size in (1, 2, 4):
         ranks = world.with_experts(ep_size, RANK_TIMEOUT)
-        members = [dist.get_process_group_ranks(group) for group in (ranks.experts, ranks.replicas)]
+        members = [dist.get_process_group_ranks(group) for group in (ranks.expert_group, ranks.replica_group)]
         found.append((ranks.ep_size, ranks.expert_rank, ranks.first_replica, *members))
     for ep_size in (3, 8, 0):
         with pytest.raises(SharedError, match=f"ep_size={ep_size}: it does not divide the 4 processes"):
