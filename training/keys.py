@@ -41,16 +41,14 @@ _AUTOCAST = "autocast would round the routers (dtype=bfloat16 does not, and has 
 
 REFUSED = {  # key: (the values that work, why no other does)
     "average_tokens_across_devices": ((True,), "the loss is the mean over the label tokens of all processes"),
-    "bf16": ((False,), _AUTOCAST),
-    "fp16": ((False,), _AUTOCAST),
+    **dict.fromkeys(("bf16", "fp16"), ((False,), _AUTOCAST)),
     "auto_find_batch_size": (
         (False,),
         "it would change the batch (global_batch_size with a lower batch_size does not)",
     ),
     "optim_target_modules": ((), "GaLore and APOLLO train Linear layers, and fused experts are not Linear layers"),
     "torch_compile": ((False,), _COMPILE),
-    "torch_compile_backend": ((), _COMPILE),
-    "torch_compile_mode": ((), _COMPILE),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), ((), _COMPILE)),
     "use_liger_kernel": ((False,), _LIGER),
     "liger_kernel_config": ((), _LIGER),
     "metric_for_best_model": (("loss", "eval_loss"), "an evaluation gives the loss alone"),
@@ -59,18 +57,14 @@ REFUSED = {  # key: (the values that work, why no other does)
     "ignore_data_skip": ((False,), "a run goes on with the batch after the checkpoint"),
     "accelerator_config": ((), "the order of the data and the sum of the gradients are those of this project"),
     "parallelism_config": ((), _SHARDING),
-    "fsdp": (("",), _SHARDING),
-    "fsdp_config": (("",), _SHARDING),
-    "deepspeed": (("",), _SHARDING),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), (("",), _SHARDING)),
     "dataloader_drop_last": ((False,), "no sample is left out"),
     "dataloader_in_order": ((True,), "the seed gives the order of the data"),
     "train_sampling_strategy": (("random",), "the seed gives the order of the data"),
     "ddp_backend": ((), "it is nccl on GPUs and gloo on CPUs"),
 }
 
-_NO_DDP = "gradients are summed without DistributedDataParallel"
-_LOSS_ONLY = "an evaluation during training computes the loss alone"
-_NO_HUB = "nothing is pushed to the hub"
+_LOSS = "an evaluation during training computes the loss alone"
 _OLD = "transformers has it no more"
 
 NO_EFFECT = {  # key: why. It is accepted, reported, and left out
@@ -78,26 +72,20 @@ NO_EFFECT = {  # key: why. It is accepted, reported, and left out
     "fp16_full_eval": "the validation loss is computed in the dtype of the weights",
     "use_cache": "training never uses the cache, and the saved config is that of the base model",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "prediction_loss_only": _LOSS_ONLY,
-    "eval_do_concat_batches": _LOSS_ONLY,
-    "eval_use_gather_object": _LOSS_ONLY,
-    "eval_accumulation_steps": _LOSS_ONLY,
-    "include_for_metrics": _LOSS_ONLY,
-    "batch_eval_metrics": _LOSS_ONLY,
-    "label_names": _LOSS_ONLY,
+    **dict.fromkeys(("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"), _LOSS),
+    **dict.fromkeys(("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "label_names"), _LOSS),
     "enable_jit_checkpoint": "SIGTERM ends a run with a checkpoint anyway, if save_opt_states is given",
     "restore_callback_states_from_checkpoint": "no callback of a run has a state",
-    "hub_private_repo": _NO_HUB,
-    "hub_model_id": _NO_HUB,
-    "hub_strategy": _NO_HUB,
-    "hub_always_push": _NO_HUB,
-    "hub_revision": _NO_HUB,
+    **dict.fromkeys(
+        ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "nothing is pushed to the hub",
+    ),
     "remove_unused_columns": "all columns of the data are read, and a column that is not known is reported",
     "length_column_name": "packs are made by the lengths of the samples",
-    "ddp_find_unused_parameters": _NO_DDP,
-    "ddp_bucket_cap_mb": _NO_DDP,
-    "ddp_broadcast_buffers": _NO_DDP,
-    "ddp_static_graph": _NO_DDP,
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        "gradients are summed without DistributedDataParallel",
+    ),
     "do_train": "this command always trains",
     "do_eval": "eval_strategy says when the validation loss is computed",
     "do_predict": "eval_multigpu.py evaluates a model",
