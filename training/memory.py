@@ -8,6 +8,7 @@ show: `CONTEXT_BYTES` and `FRAGMENTATION`.
 
 import copy
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -129,8 +130,7 @@ class Estimator:
         if experts is not None:
             experts.check(empty)
             self._most = min(layer.num_experts for layer in moe_layers(empty).values())
-        self._kept: dict[tuple, dry_run.Resident] = {}
-        self._runs: dict[MemorySettings, Counter] = {}
+        self._held, self._traced = functools.cache(self._held), functools.cache(self._traced)  # the dry runs
 
     def estimate(self, s: MemorySettings) -> MemoryEstimate:
         """Return the memory of the process that holds the most. Raise ValueError for an unknown optimizer."""
@@ -140,7 +140,7 @@ class Estimator:
 
     def _sum(self, s: MemorySettings, moving: Counter) -> MemoryEstimate:
         """Add what stays to what is `moving` in a step."""
-        held, host = self._held(s), 0
+        held, host = self._held(s.dtype, s.ep_size), 0
         experts, dense = held.trained_rows + held.frozen_rows, held.dense
         if s.frozen_dtype or s.offload_frozen:
             size = getattr(torch, s.dtype).itemsize
@@ -238,40 +238,31 @@ class Estimator:
 
     # ---- the model and its dry run
 
-    def _held(self, s: MemorySettings) -> dry_run.Resident:
-        key = (s.dtype, s.ep_size)
-        if key not in self._kept:
-            self._kept[key] = dry_run.count_resident(self._prepared(s))
-        return self._kept[key]
+    def _held(self, dtype: str, ep_size: int) -> dry_run.Resident:
+        return dry_run.count_resident(self._prepared(dtype, ep_size))
 
     def _moving(self, s: MemorySettings) -> Counter:
-        """Return the bytes by kind that come and go, at their peak."""
-        counted = {
-            "world_size": s.ep_size,
-            "shard_dense": False,
-            "frozen_dtype": None,
-            "offload_frozen": False,
-            "keep_base": False,
-        }
-        key = dataclasses.replace(s, **counted, optim="sgd")
-        if key not in self._runs:
-            model = self._prepared(key)
-            with first_forward(model):
-                self._runs[key] = dry_run.trace_step(model, key)
-        return self._runs[key]
+        """Return the bytes by kind that come and go, at their peak. Settings that are only counted need no own run."""
+        counted = {"world_size": s.ep_size, "shard_dense": False, "frozen_dtype": None, "offload_frozen": False}
+        return self._traced(dataclasses.replace(s, **counted, keep_base=False, optim="sgd"))
 
-    def _prepared(self, s: MemorySettings) -> nn.Module:
+    def _traced(self, s: MemorySettings) -> Counter:
+        model = self._prepared(s.dtype, s.ep_size)
+        with first_forward(model):
+            return dry_run.trace_step(model, s)
+
+    def _prepared(self, dtype: str, ep_size: int) -> nn.Module:
         """Return the model on `meta` as the process trains it that holds the most: rank 0, where all loads are even."""
-        model, placements = model_of(copy.deepcopy(self.config), dtype=getattr(torch, s.dtype)), {}
+        model, placements = model_of(copy.deepcopy(self.config), dtype=getattr(torch, dtype)), {}
         with torch.device("meta"):
-            if s.ep_size > 1:
+            if ep_size > 1:
                 layers, trained = moe_layers(model), self.experts.experts
-                placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, s.ep_size)
+                placements = place_layers({i: layer.num_experts for i, layer in layers.items()}, trained, ep_size)
                 for i, layer in layers.items():
                     layer.keep_local(placements[i][0])
             # without the base's values, which dpo keeps: there are none on `meta`
             model = prepare_model(model, self.method, self.experts, self.lora_rank)
             if placements:
-                ranks = Ranks(world_size=s.ep_size, ep_size=s.ep_size)
+                ranks = Ranks(world_size=ep_size, ep_size=ep_size)
                 connect_experts(model, placements, trained, ranks)
         return model.train()

@@ -162,8 +162,8 @@ def test_an_estimate_replaces_no_function(method, device, checkpointing):
         return {(str(owner), name): id(value) for owner in owners for name, value in list(vars(owner).items())}
 
     class Watched(Estimator):
-        def _prepared(self, s):
-            model = super()._prepared(s)
+        def _prepared(self, *args):
+            model = super()._prepared(*args)
             model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(functions()))
             model.get_output_embeddings().register_full_backward_hook(lambda *_: seen.append(functions()))
             return model
