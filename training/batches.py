@@ -1,7 +1,7 @@
 """Which packs make a batch, in which order this process sees them, and which tokens of a batch are a document."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,24 @@ def labels_of_documents(inputs: dict) -> Tensor:
     """Count the labels of every document of a batch. There are B*T counts, so no host waits for a GPU to size them."""
     numbers_N = document_numbers(inputs).flatten()
     return torch.zeros_like(numbers_N).index_add(0, numbers_N, (inputs["labels"] != data.IGNORE).flatten().long())
+
+
+class Means:
+    """Means for a run's log, over all processes: of training, and with "eval_" before their names of a validation."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = names
+        self.sums = {kind: torch.zeros(len(names) + 1, dtype=torch.float64, device=device) for kind in ("", "eval_")}
+
+    def add(self, *sums: Tensor) -> None:
+        """Add a batch: a sum for each name, and how many terms these have. A validation computes no gradients."""
+        self.sums["" if torch.is_grad_enabled() else "eval_"] += torch.stack([one.detach().double() for one in sums])
+
+    def take(self, kind: str, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
+        """Return the means since the last call, or none if nothing was added. All ranks call this."""
+        *sums, count = reduce(self.sums[kind], "sum").tolist()
+        self.sums[kind].zero_()
+        return {f"{kind}{name}": total / count for name, total in zip(self.names, sums)} if count else {}
 
 
 class Batches:

@@ -33,6 +33,7 @@ from torch.nn.functional import kl_div
 import esft
 from deepseek.loading import vocab_size
 from deepseek.process_groups import Ranks
+from training.batches import Means
 from training.data import IGNORE, Pack, Packs, Template, template_settings, unpack
 from training.dpo import DPOTrainer
 from training.loss import Terms, label_positions
@@ -145,7 +146,8 @@ class DistillingTrainer(ESFTTrainer):
         together = self.ranks.world_size if sharded else self.ranks.ep_size  # they must run the model equally often
         first = self.ranks.rank // together * together
         self._in_step = slice(first, first + together)
-        self._divergence = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum, labels
+        self.divergence = Means(["distill_loss"], self.args.device)  # over the labels that are distilled
+        self.means.append(self.divergence)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -173,12 +175,5 @@ class DistillingTrainer(ESFTTrainer):
         terms = SoftTerms(labels_BM.flatten(), smoothing, inputs["soft"], self.weight, log_probs, inputs.get("ids"))
         with self._routing_counted(inputs):
             losses_BM = self._token_losses(model, taken, labels_BM, terms=terms)
-        self._divergence += torch.stack([terms.divergence_M.double().sum(), inputs["soft"].double().sum()])
+        self.divergence.add(terms.divergence_M.double().sum(), inputs["soft"].sum())
         return losses_BM.sum()
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            total, labels = self.accelerator.reduce(self._divergence, "sum").tolist()
-            logs |= {"distill_loss": total / labels} if labels else {}
-            self._divergence.zero_()
-        super().log(logs, start_time)

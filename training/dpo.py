@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import esft
-from training.batches import document_numbers, labels_of_documents
+from training.batches import Means, document_numbers, labels_of_documents
 from training.trainer import ESFTTrainer
 
-REWARDS = ("chosen", "rejected", "accuracies", "margins")  # means over pairs in the log, named as TRL names them
+# means over pairs in the log, named as TRL names them
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
 
 class DPOTrainer(ESFTTrainer):
@@ -31,11 +32,8 @@ class DPOTrainer(ESFTTrainer):
     def __init__(self, *, beta: float, **kwargs):
         super().__init__(**kwargs)
         self.beta, self.reference = beta, esft.ReferenceModel(self.model)
-        self._rewards = self._no_rewards()
-
-    def _no_rewards(self) -> Tensor:
-        """Return a place for the sums of REWARDS, and the number of pairs."""
-        return torch.zeros(len(REWARDS) + 1, dtype=torch.float64, device=self.args.device)
+        self.rewards = Means(REWARDS, self.args.device)
+        self.means.append(self.rewards)
 
     def _num_terms(self, inputs) -> Tensor:
         """Return how many terms the loss of a batch has: its pairs."""
@@ -50,8 +48,8 @@ class DPOTrainer(ESFTTrainer):
         chosen, rejected = (self.beta * (policy_A - base_A))[is_answer_A].view(-1, 2).unbind(1)
         margin = chosen - rejected
         loss = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
-        sums = [one.detach().double().sum() for one in (chosen, rejected, margin > 0, margin)]
-        self._rewards += torch.stack([*sums, sums[0].new_tensor(len(margin))])
+        terms = (chosen, rejected, margin > 0, margin, torch.ones_like(margin))
+        self.rewards.add(*(one.double().sum() for one in terms))
         return loss.sum()
 
     def _log_probs(self, model, inputs) -> Tensor:
@@ -61,18 +59,3 @@ class DPOTrainer(ESFTTrainer):
         document_N = document_numbers(inputs)[:, 1:][:, positions_M].flatten()
         sums = losses_BM.new_zeros(inputs["labels"].numel())
         return sums.index_add(0, document_N, -losses_BM.flatten())
-
-    def evaluate(self, *args, **kwargs):
-        """Return the mean loss and the mean rewards over the whole validation set."""
-        of_training, self._rewards = self._rewards, self._no_rewards()
-        metrics = super().evaluate(*args, **kwargs)
-        self._rewards = of_training
-        return metrics
-
-    def log(self, logs, start_time=None):
-        prefix = "eval_" if "eval_loss" in logs else ""
-        if f"{prefix}loss" in logs:
-            *sums, pairs = self.accelerator.reduce(self._rewards, "sum").tolist()
-            logs |= {f"{prefix}rewards/{name}": total / pairs for name, total in zip(REWARDS, sums)}
-            self._rewards = self._no_rewards()
-        super().log(logs, start_time)

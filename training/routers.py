@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepseek.experts import inner_model, moe_layers
 from deepseek.routing import are_probabilities, find_routers, router_weights
-from training.batches import document_numbers, labels_of_documents
+from training.batches import Means, document_numbers, labels_of_documents
 
 MEASURES = ("router_kl", "router_changed")  # in the log
 
@@ -39,7 +39,7 @@ class TrainedRouters:
         self.params, self.weight, self.rate = router_weights(model, kind), weight, rate
         self.tokens: Tensor | None = None  # of the whole batch of a step, on all processes
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # KL and changed tokens of a layer
-        self._sums = dict.fromkeys(("", "eval_"), 0.0)  # KL, changed, tokens times layers
+        self.means = Means(MEASURES, self.params[0].device)  # over tokens and layers
         self._are_probabilities: dict[int, bool] = {}
         self._open, self._mask_T = False, None
         for index, (router, position) in find_routers(model, moe_layers(model)).items():
@@ -76,7 +76,7 @@ class TrainedRouters:
         return (p_TE.exp() * (p_TE - q_TE)).sum(-1)
 
     @contextlib.contextmanager
-    def watch(self, inputs: dict, kind: str = "") -> Iterator[None]:
+    def watch(self, inputs: dict) -> Iterator[None]:
         """Measure the forward of a batch in the block. Of several the last one counts: DPO's reference comes first."""
         self._mask_T, self._open = in_documents(inputs).flatten(), True
         try:
@@ -85,8 +85,7 @@ class TrainedRouters:
             self._open = False
         kl, changed = (torch.stack(one).sum() for one in zip(*self._seen.values()))
         self._kl_sum, layers, self._seen = kl / len(self._seen), len(self._seen), {}
-        counts = kl.detach(), changed, layers * self._mask_T.sum()
-        self._sums[kind] = self._sums[kind] + torch.stack([one.double() for one in counts])
+        self.means.add(kl, changed, layers * self._mask_T.sum())
 
     def count(self, batches: list[dict]) -> Tensor:
         """Return the tokens of the micro batches of a step."""
@@ -95,12 +94,6 @@ class TrainedRouters:
     def penalty(self) -> Tensor:
         """Return what the batch that was watched adds to the loss of its step."""
         return self.weight * self._kl_sum / self.tokens
-
-    def report(self, reduce: Callable[[Tensor], Tensor], kind: str = "") -> dict[str, float]:
-        """Return the `MEASURES` over all processes since the last report."""
-        *sums, tokens = reduce(self._sums[kind]).tolist()
-        self._sums[kind] = 0.0
-        return {f"{kind}{name}": total / tokens for name, total in zip(MEASURES, sums)}
 
     def set_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the routers groups of their own, which come last."""

@@ -108,7 +108,7 @@ class ESFTTrainer(SavingTrainer):
         self._start, self._seconds, self._work = None, 0.0, None
         self._flops = count_flops(self.model, references=method == "dpo")
         self._peak = self._flops and peak_flops(self.args.device, self.model.dtype)
-        self.routers = routers
+        self.routers, self.means = routers, [routers.means] if routers else []
         self.before_first_step, self.memory_advice, self.progress = before_first_step, memory_advice, Progress()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -180,9 +180,9 @@ class ESFTTrainer(SavingTrainer):
         counts = self.schedule and torch.is_grad_enabled()  # no validation, no reference
         return self.schedule.counting(inputs["labels"]) if counts else contextlib.nullcontext()
 
-    def _watched(self, inputs, kind: str = ""):
+    def _watched(self, inputs):
         """Return a context for the forward of a batch, in which routers that are trained are measured."""
-        return self.routers.watch(inputs, kind) if self.routers else contextlib.nullcontext()
+        return self.routers.watch(inputs) if self.routers else contextlib.nullcontext()
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if self.routers:
@@ -210,7 +210,7 @@ class ESFTTrainer(SavingTrainer):
         self.optimizer.eval()
         for indices in Batches(len(packs), self.args.eval_batch_size, self.ranks, 0):
             inputs = self._prepare_inputs(self.data_collator([packs[index] for index in indices]))
-            with torch.no_grad(), self._watched(inputs, "eval_"):
+            with torch.no_grad(), self._watched(inputs):
                 total[0] += self._loss_sum(self.model, inputs)
             total[1] += self._num_terms(inputs)
         total = self.accelerator.reduce(total, "sum")
@@ -328,6 +328,6 @@ class ESFTTrainer(SavingTrainer):
                 logs["mfu"] = round(self._flops.of(self._work) / self._seconds / self._peak, 4)
             self._seconds, self._work = 0.0, None
         for kind in ("", "eval_"):
-            if self.routers and f"{kind}loss" in logs:
-                logs |= self.routers.report(lambda sums: self.accelerator.reduce(sums, "sum"), kind)
+            for means in self.means if f"{kind}loss" in logs else ():
+                logs |= means.take(kind, self.accelerator.reduce)
         super().log(logs, start_time)

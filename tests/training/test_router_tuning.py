@@ -89,7 +89,7 @@ def test_the_penalty_is_the_mean_kl_and_moves_the_routers_alone(checkpointing):
     for gate, leaf in zip(gates, leaves):
         assert (gate.weight.grad - leaf.grad).norm() < 1e-5 * leaf.grad.norm()
     assert all(p.grad is None for p in model.parameters() if not any(p is gate.weight for gate in gates))
-    found = routers.report(lambda sums: sums)
+    found = routers.means.take("", lambda sums, _: sums)
     assert found == pytest.approx({"router_kl": wanted.item() * 2, "router_changed": changed / 57}, rel=1e-5)
     assert 0 < changed < 57
 
@@ -100,11 +100,11 @@ def test_routers_like_the_base_s_have_not_drifted(family):
     routers = TrainedRouters(esft.to_esft(model, {"experts": {}, "routers": "full"}), "full", 1.0, 1e-3)
     with routers.watch(batch()):
         forward(model, batch())
-    assert routers.report(lambda sums: sums) == {"router_kl": 0, "router_changed": 0}
+    assert routers.means.take("", lambda sums, _: sums) == {"router_kl": 0, "router_changed": 0}
     model, routers, _ = tuned(family, {"experts": {}, "routers": "full"}, 1.0)
     with routers.watch(batch()):
         forward(model, batch())
-    assert min(routers.report(lambda sums: sums).values()) > 1e-3
+    assert min(routers.means.take("", lambda sums, _: sums).values()) > 1e-3
 
 
 def test_noise_of_a_router_is_no_drift():
@@ -124,7 +124,7 @@ def test_noise_of_a_router_is_no_drift():
             forward(one, batch())
         ends.append(torch.get_rng_state())
     assert torch.equal(*ends)  # no number was drawn for the measure
-    assert routers.report(lambda sums: sums) == {"router_kl": 0, "router_changed": 0}
+    assert routers.means.take("", lambda sums, _: sums) == {"router_kl": 0, "router_changed": 0}
 
 
 # ---- runs
