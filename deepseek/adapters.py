@@ -24,8 +24,16 @@ from torch.nn.utils import parametrize
 from deepseek.experts import base_name, moe_layers
 from deepseek.files import import_extra, read_json
 from deepseek.fingerprint import base_note, difference
-from deepseek.lora import PREFIX, Lora, factor_shapes, is_lora, of_single_experts, read_lora
-from deepseek.lora import WEIGHTS_NAME as LORA_WEIGHTS
+from deepseek.lora import (
+    LORA_CONFIG_NAME,
+    LORA_WEIGHTS_NAME,
+    PREFIX,
+    Lora,
+    factor_shapes,
+    is_lora,
+    of_single_experts,
+    read_lora,
+)
 from deepseek.masters import DTYPE_OF_BASE, name_in_base, trained_parameter
 from deepseek.routing import router_weights
 from deepseek.shards import DTYPES, Shard
@@ -213,7 +221,7 @@ def find_sources(folder: str | Path, shapes: Mapping[str, torch.Size]) -> dict[s
     sources = {}
     for name in shapes:
         of_name = [factors[key] for key in factor_shapes({name: shapes[name]}, lora.rank)]  # none for a bias
-        path = of_name[0].path if of_name else Path(folder, LORA_WEIGHTS)
+        path = of_name[0].path if of_name else Path(folder, LORA_WEIGHTS_NAME)
         sources[name] = Source(path, tuple(key for one in of_name for key in one.keys), lora.scale)
     return sources
 
@@ -262,7 +270,7 @@ def describe_wrong_folder(folder: Path) -> str:
     elif is_lora(folder):
         hint = "It holds a LoRA adapter: merge it with esft.add_adapter."
     else:
-        hint = f"An adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with adapter_config.json."
+        hint = f"An adapter is {CONFIG_NAME} with {WEIGHTS_NAME}, or a LoRA with {LORA_CONFIG_NAME}."
     return f"cannot use {folder}: it is not an adapter, as it has no {CONFIG_NAME}. {hint}"
 
 

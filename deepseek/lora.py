@@ -33,8 +33,8 @@ from deepseek.experts import MoELayer, SelectedExperts
 from deepseek.files import atomic_path, named, read_json, write_json
 from deepseek.shards import Shard
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+LORA_CONFIG_NAME = "adapter_config.json"
+LORA_WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of peft's names
 WIDTH = 8  # the rank is filled up to a multiple of this, as a grouped product needs rows of whole 16 bytes
 # what peft can make of an adapter that these two factors do not say, and its value where it is not in use
@@ -143,24 +143,24 @@ def _widen(factor: Tensor, dim: int) -> Tensor:
 
 def is_lora(folder: str | Path) -> bool:
     """Return whether a folder holds an adapter in peft's format."""
-    return (Path(folder) / CONFIG_NAME).is_file()
+    return (Path(folder) / LORA_CONFIG_NAME).is_file()
 
 
 def changed_layers(folder: str | Path) -> list[str]:
     """Return the names of the layers that an adapter in peft's format changes, as in the model."""
-    with Shard(Path(folder) / WEIGHTS_NAME) as shard:
+    with Shard(Path(folder) / LORA_WEIGHTS_NAME) as shard:
         return sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in shard.header})
 
 
 def of_single_experts(folder: str | Path) -> bool:
     """Return whether an adapter in peft's format changes single experts, which peft cannot put into fused ones."""
-    there = is_lora(folder) and (Path(folder) / WEIGHTS_NAME).is_file()
+    there = is_lora(folder) and (Path(folder) / LORA_WEIGHTS_NAME).is_file()
     return there and any(re.search(r"experts\.\d+\.", name) for name in changed_layers(folder))
 
 
 def read_lora(folder: str | Path) -> Lora:
     """Return the size of an adapter in peft's format. Raise ValueError if it is more than B A with one scale."""
-    path = Path(folder) / CONFIG_NAME
+    path = Path(folder) / LORA_CONFIG_NAME
     config = read_json(path, "r", "lora_alpha")
     with named(path):
         if more := [key for key, plain in PLAIN.items() if (config.get(key) or plain) != plain]:
@@ -182,8 +182,8 @@ def factor_shapes(shapes: Mapping[str, torch.Size], rank: int) -> dict[str, torc
 def save_lora(folder: Path, tensors: Mapping[str, Tensor], lora: Lora, base_name: str) -> None:
     """Write an adapter in peft's format. The two files are whole or not there."""
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+    with atomic_path(folder / LORA_WEIGHTS_NAME) as temporary:
         save_file({f"{PREFIX}{name}": tensors[name] for name in sorted(tensors)}, temporary, {"format": "pt"})
     size = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "target_modules": layers}
     kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
-    write_json(folder / CONFIG_NAME, {**kind, **size, **PLAIN})
+    write_json(folder / LORA_CONFIG_NAME, {**kind, **size, **PLAIN})

@@ -36,9 +36,7 @@ from deepseek.checkpoint_files import Place, find_places, load_routers, open_bas
 from deepseek.experts import moe_layers
 from deepseek.files import UMASK, atomic_path, check_output, read_json, write_json
 from deepseek.loading import empty_model
-from deepseek.lora import CONFIG_NAME as LORA_CONFIG
-from deepseek.lora import PREFIX, factor_shapes, of_single_experts, read_lora
-from deepseek.lora import WEIGHTS_NAME as LORA_WEIGHTS
+from deepseek.lora import LORA_CONFIG_NAME, LORA_WEIGHTS_NAME, PREFIX, factor_shapes, of_single_experts, read_lora
 from deepseek.shards import INDEX, WEIGHTS, Shard, Stored, reserve
 from deepseek.strength import blend, check_strength, is_whole
 from esft import CONFIG_NAME, WEIGHTS_NAME, ExpertConfig
@@ -180,10 +178,10 @@ def fill_lora(base: Path, adapter: Path, output: Path) -> int:
     with atomic_path(output, folder=True) as folder:
         folder.mkdir()
         changed = sorted({name.rpartition(".lora_")[0] for name in shapes})
-        write_json(folder / LORA_CONFIG, {**read_json(adapter / LORA_CONFIG), "target_modules": changed})
+        write_json(folder / LORA_CONFIG_NAME, {**read_json(adapter / LORA_CONFIG_NAME), "target_modules": changed})
         write_json(folder / BASE_NAME, {"base": esft.base_note(model)})
-        reserve(folder / LORA_WEIGHTS, {f"{PREFIX}{name}": ("F32", [*shape]) for name, shape in shapes.items()})
-        with Shard(folder / LORA_WEIGHTS, "r+b") as new:
+        reserve(folder / LORA_WEIGHTS_NAME, {f"{PREFIX}{name}": ("F32", [*shape]) for name, shape in shapes.items()})
+        with Shard(folder / LORA_WEIGHTS_NAME, "r+b") as new:
             for name, (factor,) in read_sources(find_adapter_tensors(adapter, held, PREFIX), held):
                 new.write(f"{PREFIX}{name}", factor.float())
     return len(shapes)
