@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deepseek.experts import base_name, moe_layers
-from deepseek.files import import_extra, read_json
+from deepseek.files import import_extra, list_checkpoints, read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.lora import (
     LORA_CONFIG_NAME,
@@ -260,7 +260,7 @@ def find_adapter_tensors(folder: str | Path, expected: Mapping[str, torch.Size],
 
 def describe_wrong_folder(folder: Path) -> str:
     """Return a sentence that says what a folder without an adapter holds instead."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    checkpoints = list_checkpoints(folder)
     if (folder / "config.json").is_file():
         hint = "It holds a whole model: give it as --base_model_path."
     elif checkpoints:

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, read JSON lines, and suggest the nearest known name or what to install."""
+"""Write files whole or not at all, read JSON lines, list checkpoints, and suggest the nearest known name or package."""
 
 import codecs
 import contextlib
@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -172,6 +173,15 @@ def sha256(*paths: Path) -> str:
             while block := file.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, oldest first. Copies with names of their own are not among them."""
+    return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from deepseek.files import parse_json, read_json, suggest_path, write_jsonl
+from deepseek.files import list_checkpoints, parse_json, read_json, suggest_path, write_jsonl
 from deepseek.strength import check_strength
 from training.data import TemplateSettings, eval_file_of, held_out_questions
 from utils import AUTO_DTYPE, ROOT, note, split_names
@@ -200,9 +200,8 @@ def fill_from_run(config: EvalConfig) -> EvalConfig:
         told = read_json(folder / "run.json", "config")
         run = told["config"]
         if not told.get("results") and not config.adapter_dir:
-            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
             flag = "--model" if run["method"] == "full" else "--adapter_dir"
-            hint = "".join(f", or give {flag}={path}" for path in checkpoints[-1:])
+            hint = "".join(f", or give {flag}={path}" for path in list_checkpoints(folder)[-1:])
             raise ValueError(f"cannot evaluate {folder}: its run did not finish. Go on with it{hint}.")
         if run["method"] != "full" or config.strength != "1" or config.choose_strength or config.with_base:
             base = run["base_model_path"]

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepseek.files import named, read_json, read_jsonl, suggest_path
+from deepseek.files import list_checkpoints, named, read_json, read_jsonl, suggest_path
 from deepseek.selection import SETTINGS, settings_beside_a_config
 from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
 from evaluation.frontier import METHODS, RULES, SELECTS
@@ -192,10 +192,9 @@ def read_trained(
         if scores is None and source and Path(source).exists():
             scores, function = ExpertScores.load(source), settings.get("score_function", function)
             top_p = settings.get("top_p") or TOP_P[function]
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
-    states += folder.glob("trainer_state.json")
+    states = [place / "trainer_state.json" for place in (*list_checkpoints(folder), folder)]
     history = []
-    for path in states[-1:]:
+    for path in [path for path in states if path.is_file()][-1:]:
         with named(path):
             history = [{**entry, "step": int(entry["step"])} for entry in read_json(path, "log_history")["log_history"]]
     return Trained(

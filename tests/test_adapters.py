@@ -229,6 +229,8 @@ def test_no_such_adapter(tmp_path):
         (["summary.json"], "expert scores.*generate_expert_config"),
         (["config.json", "checkpoint-9/config.json"], "whole model: give it as --base_model_path"),
         (["checkpoint-9/expert_cfg.json", "checkpoint-10/expert_cfg.json"], "give .*checkpoint-10\\.$"),
+        (["checkpoint-9/expert_cfg.json", "checkpoint-best/expert_cfg.json"], "give .*checkpoint-9\\.$"),
+        (["checkpoint-best/expert_cfg.json"], "no expert_cfg.json.*adapter.safetensors.*adapter_config.json"),
     ],
 )
 def test_a_folder_without_an_adapter(files, mend, tmp_path):

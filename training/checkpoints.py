@@ -14,7 +14,6 @@ world_size may change in between.
 """
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,21 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
-from deepseek.files import read_json, set_modes, sha256, write_json
+from deepseek.files import list_checkpoints, read_json, set_modes, sha256, step_of, write_json  # noqa: F401 (passed on)
 from deepseek.optimizer_rows import by_row, join_parts, join_rows, parts_of
 
 MANIFEST = "manifest.json"
 STATES = "states"
 GROUPS = "optimizer.json"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
 
 
 def write_manifest(checkpoint: Path) -> None:

@@ -190,6 +190,8 @@ def test_a_run_that_did_not_finish_is_told_as_such(method, files, tmp_path, monk
         train.main(arguments(files, folder, **keys))
     for more in flags:
         refused(capsys, eval_multigpu.main, [f"--model={folder}", *more], "its run did not finish. Go on with it.")
+    (folder / "checkpoint-best").mkdir()  # a copy of the user's
+    refused(capsys, eval_multigpu.main, [f"--model={folder}"], "its run did not finish. Go on with it.")
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-9").mkdir()
     told = f"Go on with it, or give {'--model' if method == 'full' else '--adapter_dir'}={folder}/checkpoint-10."

@@ -287,6 +287,7 @@ def test_an_unfinished_run_has_the_losses_of_its_last_checkpoint(run):
     for step, loss in ((20, 0.25), (100, 0.75)):  # not in the order of their names
         log = [{"step": step, "eval_loss": loss}, {"step": step + 1, "loss": float("nan")}]
         write_json(folder / f"checkpoint-{step}" / "trainer_state.json", {"log_history": log})
+    shutil.copytree(folder / "checkpoint-20", folder / "checkpoint-best")  # a copy of the user's
     rows = page(run).rows("full")
     assert rows[0][-1] == "not finished" and rows[1] == ["100: 0.7500"]
 
