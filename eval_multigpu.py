@@ -36,6 +36,7 @@ from transformers import HfArgumentParser
 
 import esft
 from benchmarks import CodeEvaluator, EvaluatorByRow, get_evaluator, load_rows
+from deepseek.adapters import is_adapter
 from deepseek.files import check_output, read_json, sha256, write_json, write_jsonl
 from deepseek.loading import empty_model, load_config
 from evaluation import code_runner
@@ -75,10 +76,6 @@ def parse_args(argv: list[str] | None = None) -> EvalConfig:
 
 
 # ------------------------------------------------------------------------------------------------ before the model
-
-
-def is_adapter(folder: Path) -> bool:
-    return esft.is_lora(folder) or (folder / esft.CONFIG_NAME).is_file()
 
 
 def split_by_adapter(config: EvalConfig) -> list[EvalConfig]:

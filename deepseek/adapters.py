@@ -182,6 +182,11 @@ def check_base(base: Mapping, folder: str | Path) -> None:
 # files
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Return whether a folder holds an adapter, of experts or in peft's format."""
+    return is_lora(folder) or (Path(folder) / CONFIG_NAME).is_file()
+
+
 @dataclass(frozen=True)
 class Source:
     """Where the new value of a tensor is: in one tensor of an adapter, or in the factors A and B, or nowhere."""

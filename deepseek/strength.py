@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from deepseek.adapters import CONFIG_NAME, find_state, forget_name, is_lora
+from deepseek.adapters import find_state, forget_name, is_adapter
 from deepseek.files import read_json
 from deepseek.fingerprint import base_note, difference
 from deepseek.loading import empty_model, load_base_model
@@ -35,8 +35,7 @@ def blend(base: Tensor, tuned: Tensor, strength: float) -> Tensor:
 def is_whole(folder: str | Path) -> bool:
     """Return whether a folder holds a whole model, and not an adapter."""
     folder = Path(folder)
-    an_adapter = is_lora(folder) or (folder / CONFIG_NAME).is_file()
-    return not an_adapter and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return not is_adapter(folder) and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def check_whole(model: nn.Module, folder: str | Path) -> None:

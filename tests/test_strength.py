@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from deepseek.adapters import is_adapter
 from deepseek.fingerprint import checkpoint_note
 from deepseek.strength import blend
 from esft import (
@@ -64,6 +65,12 @@ def parts(request, tmp_path_factory, tiny_tokenizer):
     noisy_adapter(load_base_model(base)[0], ExpertConfig(EXPERTS, **BOTH), made["esft"])
     save(noisy(load_base_model(base)[0]), tiny_tokenizer, made["full"])
     return base, made
+
+
+def test_an_adapter_is_told_from_a_whole_model_and_from_other_folders(parts):
+    base, made = parts
+    assert [is_adapter(made[kind]) for kind in KINDS] == [True, False, True]
+    assert not is_adapter(base) and not is_adapter(base.parent) and not is_adapter(base / "nowhere")
 
 
 def between(base, tuned, strength):
