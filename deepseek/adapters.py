@@ -167,7 +167,9 @@ def read_base_note(path: str | Path) -> dict:
     path = Path(path)
     path = path / (BASE_NAME if is_lora(path) else CONFIG_NAME) if path.is_dir() else path
     found = read_json(path).get("base") if path.is_file() else None
-    return found if isinstance(found, dict) else {}  # a note that someone else wrote
+    if isinstance(found, str):  # a note that someone else wrote
+        return {"name": found}
+    return found if isinstance(found, dict) else {}
 
 
 def check_base(base: Mapping, folder: str | Path) -> None:

@@ -10,9 +10,11 @@ be loaded and merged together.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -22,12 +24,13 @@ from transformers import TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepseek.adapters import EXPERT, experts_by_layer
+from deepseek.adapters import EXPERT, experts_by_layer, read_base_note
 from deepseek.checkpoint_files import open_base
 from deepseek.files import read_json
 from deepseek.fingerprint import difference
+from deepseek.lora import PREFIX, is_lora, read_lora
 from deepseek.shards import stored_tensors
-from esft import CONFIG_NAME, ExpertConfig, find_adapter
+from esft import ExpertConfig, find_adapter
 from utils import command_parser, counted, run_cli, size
 
 RUN_KEYS = ("method", "base_model_path", "train_dataset", "expert_config", "seq_length", "global_batch_size")
@@ -38,26 +41,30 @@ RUN_KEYS += ("parameters", "date", "git", "torch", "transformers")
 def describe(adapter: Path) -> dict:
     """Return what an adapter folder holds, from the headers of its files. `run` is None without a run.json.
 
+    Of LoRA on selected experts, `lora` is the rank and alpha, and `parameters` count the factors.
+
     Raises:
         ValueError, FileNotFoundError: no adapter, a damaged file, or files that differ from the config.
     """
-    config, note = ExpertConfig.load(adapter), read_json(adapter / CONFIG_NAME).get("base")
+    config = ExpertConfig.load(adapter)
     files = {path.name: path.stat().st_size for path in sorted(adapter.glob("*.safetensors"))}
     stored = stored_tensors(adapter, files)
-    shapes = {key.removeprefix("model."): one.shape for key, one in stored.items()}
+    shapes = {key.removeprefix(PREFIX).removeprefix("model."): one.shape for key, one in stored.items()}
     check_complete(adapter, config, shapes)
     experts, others = experts_by_layer(shapes)
     parameters = {name: math.prod(shape) for name, shape in shapes.items()}
     shared = [name for name in others if "shared" in name.rpartition(".")[0]]
     return {
         "adapter": str(adapter),
-        "base": note if isinstance(note, dict) else {"name": note} if note else None,
+        "base": read_base_note(adapter) or None,
+        "lora": dataclasses.asdict(read_lora(adapter)) if is_lora(adapter) else None,
         "experts": {layer: list(config.experts[layer]) for layer in experts},
         "num_layers": len(experts),
         "num_experts": sum(map(len, experts.values())),
         "shared_experts": config.shared_experts,
         "non_expert_modules": config.non_expert_modules,
         "routers": config.routers,
+        "other_parameters": sorted({re.sub(r"\.lora_[AB]\.", ".", name) for name in others}),
         "parameters": sum(parameters.values()),
         "parameters_of_experts": sum(parameters.values()) - sum(parameters[name] for name in others),
         "parameters_of_shared_experts": sum(parameters[name] for name in shared),
@@ -78,7 +85,7 @@ def check_complete(adapter: Path, config: ExpertConfig, names: Iterable[str]) ->
         if found != needed:
             raise ValueError(
                 f"cannot read adapter {adapter}: its files hold {found} tensors of expert {expert} of layer {layer}, "
-                f"and its {CONFIG_NAME} needs {needed}. Fetch or save it again."
+                f"and its config needs {needed}. Fetch or save it again."
             )
 
 
@@ -98,9 +105,8 @@ def compare(a: dict, b: dict) -> dict:
     of_a, of_b = ({(layer, e) for layer, ids in one["experts"].items() for e in ids} for one in (a, b))
     both = sorted(of_a & of_b)
     reasons = [f"{len(both)} experts are in both"] if both else []
-    for key in ("shared_experts", "non_expert_modules", "routers"):
-        if a[key] and b[key]:
-            reasons.append(f"both hold {key.replace('_', ' ')}")
+    if others := {*a["other_parameters"]} & {*b["other_parameters"]}:
+        reasons.append(f"both hold {counted(len(others), 'other parameter')}, as {min(others)}")
     if difference(*(one["base"] or {} for one in (a, b))):
         reasons.append("they are for different bases")
     return {
@@ -132,6 +138,7 @@ def format_adapter(info: dict) -> str:
     per_layer = f" of {base['num_experts']} each" if base.get("num_experts") else ""
     also = ", and shared experts" * info["shared_experts"] + ", and all other modules" * info["non_expert_modules"]
     also += f", and the routers ({info['routers']})" if info["routers"] else ""
+    also += f", LoRA of rank {info['lora']['rank']}" if info["lora"] else ""
     share = f" ({info['share']:.2%} of the base)" if "share" in info else ""
     files = counted(len(info["files"]), "file")
     lines = [
@@ -141,6 +148,8 @@ def format_adapter(info: dict) -> str:
         f"  parameters  {info['parameters']:,}{share}",
         f"  on disk     {size(info['bytes'])}, {', '.join(info['dtypes'])}, {files}",
     ]
+    if others := info["other_parameters"]:
+        lines.insert(3, f"  others      {counted(len(others), 'parameter')}, as {others[0]}")
     if info["run"]:
         lines.append(f"  run         {format_run(info['run'])}")
     if "fits" in info:
@@ -159,7 +168,7 @@ def format_pair(pair: dict) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter folders: expert_cfg.json, *.safetensors")
+    add("adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter folders, also of LoRA on selected experts")
     add("--base_model_path", "--model", type=Path, metavar="DIR", help="folder of a base: show the share of its "
         "parameters, and check layers, experts, shapes and fingerprint; the base is not loaded")  # fmt: skip
     add("--json", action="store_true", help='print one JSON object: {"adapters": [...], "pairs": [...]}')

@@ -3,11 +3,11 @@
     python scripts/push_adapter.py --adapter_dir=results/checkpoints/law --repo_id=you/ESFT-law --private
     python scripts/push_adapter.py --adapter_dir=results/checkpoints/law --repo_id=you/ESFT-law --dry_run
 
-One commit holds expert_cfg.json, the adapter's *.safetensors, run.json and README.md, the card. Checkpoints and
-optimizer states stay here. In the JSON files and the card, a path is cut to its last part, the home folder is written
-~, and keys that may hold a secret are left out. A README.md in the adapter's folder is pushed as the card. A base or a
-data set that is a hub id is linked; --base_id names the base if the run had it in a folder. You need a token that may
-write: `hf auth login`, or HF_TOKEN in the environment.
+One commit holds the adapter's config and *.safetensors, run.json and README.md, the card. Checkpoints and optimizer
+states stay here. In the JSON files and the card, a path is cut to its last part, the home folder is written ~, and keys
+that may hold a secret are left out. A README.md in the adapter's folder is pushed as the card. A base or a data set
+that is a hub id is linked; --base_id names the base if the run had it in a folder. You need a token that may write:
+`hf auth login`, or HF_TOKEN in the environment.
 """
 
 import argparse
@@ -21,12 +21,15 @@ from huggingface_hub.errors import HTTPError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepseek.adapters import BASE_NAME
 from deepseek.files import read_json, write_json
+from deepseek.lora import LORA_CONFIG_NAME
 from esft import CONFIG_NAME
 from scripts.adapter_info import describe
 from utils import ROOT, command_parser, counted, run_cli, size
 
-PUSHED = [CONFIG_NAME, "*.safetensors", "run.json", "README.md"]
+JSON_FILES = [CONFIG_NAME, LORA_CONFIG_NAME, BASE_NAME, "run.json"]  # of an adapter, those that are there
+PUSHED = [*JSON_FILES, "*.safetensors", "README.md"]
 SECRET = re.compile(r"(^|_)(token|secret|password|api_?key)(_|$)", re.IGNORECASE)
 PATH = re.compile(r"(?:file://|(?<![\w.:/]))(?:~|\.\.)?(?:/[\w.@+-]+)+/([\w.@+-]+)")  # in a text, at least two deep
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -74,7 +77,7 @@ def stage(adapter: Path, folder: Path, repo_id: str, base_id: str | None, licens
     info = describe(adapter)
     for name in info["files"]:
         (folder / name).symlink_to((adapter / name).resolve())
-    for name in (CONFIG_NAME, "run.json"):
+    for name in JSON_FILES:
         if (adapter / name).is_file():
             write_json(folder / name, public(read_json(adapter / name)))
     if (adapter / "README.md").is_file():

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -13,10 +14,15 @@ from scripts import adapter_info
 from tests.helpers import RUN, make_model, noisy_adapter
 from utils import run_cli
 
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base and its adapters: a and b disjoint, c shares two experts with a, s and t have shared experts."""
+    """A base and its adapters: a and b disjoint, c shares two experts with a, s and t have shared experts.
+
+    l is LoRA on the experts of a, and m on one of its own and on a layer of attention.
+    """
     folder = tmp_path_factory.mktemp("info")
     make_model().save_pretrained(folder / "base")
     configs = {
@@ -28,6 +34,12 @@ def folder(tmp_path_factory):
     }
     for name, config in configs.items():
         noisy_adapter(make_model(), config, folder / name)
+    for name, config in {"l": configs["a"], "m": ExpertConfig({2: (6,)})}.items():
+        noisy_adapter(make_model(), config, folder / name, lora_rank=2)
+    path, tensors = folder / "m" / "adapter_model.safetensors", load_file(folder / "m" / "adapter_model.safetensors")
+    tensors |= {f"base_model.model.{Q_PROJ}.lora_A.weight": torch.ones(2, 32)}
+    tensors |= {f"base_model.model.{Q_PROJ}.lora_B.weight": torch.ones(4 * 16, 2)}
+    save_file(tensors, path)
     (folder / "a" / "run.json").write_text(json.dumps(RUN))
     return folder
 
@@ -67,6 +79,40 @@ def test_it_tells_what_is_in_the_files(name, folder, capsys):
     assert info["fits"] and info["base"]["model_type"] == "deepseek_v2"
 
 
+@pytest.mark.parametrize(("name", "others"), [("l", []), ("m", [Q_PROJ])])
+def test_it_tells_what_lora_on_selected_experts_changes(name, others, folder, capsys):
+    path = folder / name / "adapter_model.safetensors"
+    (info,) = told(capsys, folder / name, f"--base_model_path={folder / 'base'}")["adapters"]
+    config = ExpertConfig.load(folder / name)
+    assert {int(layer): tuple(ids) for layer, ids in info["experts"].items()} == config.experts
+    assert info["lora"] == {"rank": 2, "alpha": 16} and info["num_experts"] == sum(map(len, config.experts.values()))
+    assert info["other_parameters"] == [f"{layer.removeprefix('model.')}.weight" for layer in others]
+    assert info["parameters_of_experts"] == info["num_experts"] * 3 * 2 * (16 + 32)
+    assert info["parameters"] == sum(tensor.numel() for tensor in load_file(path).values())
+    assert info["bytes"] == path.stat().st_size and list(info["files"]) == [path.name]
+    assert info["fits"] and info["base"]["model_type"] == "deepseek_v2"
+    adapter_info.main([str(folder / name)])
+    page = capsys.readouterr().out
+    assert "of 8 each, LoRA of rank 2" in page and ("others      1 parameter" in page) == bool(others)
+    make_model(seed=1).save_pretrained(folder / "another")
+    assert "routers' weights differ" in refused(capsys, folder / name, f"--base_model_path={folder / 'another'}")
+
+
+def test_lora_without_a_note_of_its_base(folder, tmp_path, capsys):
+    """As peft writes it, where each expert is a Linear layer of its own."""
+    shutil.copytree(folder / "l", tmp_path / "l")
+    (tmp_path / "l" / "base.json").unlink()
+    (info,) = told(capsys, tmp_path / "l", f"--base_model_path={folder / 'base'}")["adapters"]
+    assert info["base"] is None and info["fits"]
+
+
+def test_a_note_of_the_base_that_someone_else_wrote(folder, tmp_path, capsys):
+    config = ExpertConfig.load(copied(folder, tmp_path)).to_dict()
+    (tmp_path / "expert_cfg.json").write_text(json.dumps(config | {"base": "org/model"}))
+    (info,) = told(capsys, tmp_path, f"--base_model_path={folder / 'base'}")["adapters"]
+    assert info["base"] == {"name": "org/model"} and info["fits"]
+
+
 def test_the_run_that_made_it(folder, capsys):
     a, b = told(capsys, folder / "a", folder / "b")["adapters"]
     assert b["run"] is None
@@ -80,10 +126,11 @@ def test_the_run_that_made_it(folder, capsys):
 
 def test_overlap_and_whether_they_go_together(folder, capsys):
     """As add_adapter finds it."""
-    names = ["a", "b", "c", "s", "t"]
+    names = ["a", "b", "c", "s", "t", "l", "m"]
     pairs = {tuple(path[-1] for path in p["pair"]): p for p in told(capsys, *(folder / n for n in names))["pairs"]}
     assert pairs["a", "b"]["jaccard"] == 0 and pairs["a", "c"]["jaccard"] == 2 / 4
-    assert pairs["a", "c"]["shared"] == {"1": [2], "2": [7]}
+    assert pairs["a", "c"]["shared"] == {"1": [2], "2": [7]} and pairs["a", "l"]["jaccard"] == 1
+    assert pairs["t", "m"]["why_not"] == "both hold 1 other parameter, as layers.0.self_attn.q_proj.weight"
     for (one, other), pair in pairs.items():
         model = add_adapter(make_model(), folder / one)
         try:

@@ -55,6 +55,7 @@ def made(tmp_path_factory, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(folder / "base")
     for name, shared in (("experts", False), ("shared", True)):
         noisy_adapter(copy.deepcopy(model), ExpertConfig(EXPERTS, shared_experts=shared), folder / name)
+    noisy_adapter(copy.deepcopy(model), ExpertConfig(EXPERTS), folder / "lora", lora_rank=2)
     return folder
 
 
@@ -272,6 +273,24 @@ def test_what_is_pushed_is_the_adapter_and_its_story(run_folder, monkeypatch, tm
     wanted = logits(add_adapter(make_model(), run_folder))
     assert torch.equal(logits(add_adapter(make_model(), tmp_path / "fetched")), wanted)
     assert not (run_folder / "README.md").exists()
+
+
+def test_lora_on_selected_experts_is_pushed_whole_and_without_its_paths(made, monkeypatch, tmp_path):
+    adapter, fetched, api = shutil.copytree(made / "lora", tmp_path / "lora"), tmp_path / "fetched", FakeApi()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    private = str(Path.home() / "models" / "base")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": private}))
+    do_push(monkeypatch, api, f"--adapter_dir={adapter}", "--repo_id=you/law")
+    assert api.pushed.keys() == {"README.md", "adapter_model.safetensors", "adapter_config.json", "base.json"}
+    assert b"| trained | 3 routed experts in 2 layers |" in api.pushed["README.md"]
+    assert json.loads(api.pushed["adapter_config.json"]) == config | {"base_model_name_or_path": "base"}
+    fetched.mkdir()
+    for name, content in api.pushed.items():
+        (fetched / name).write_bytes(content)
+    wanted = logits(add_adapter(make_model(), adapter))
+    assert torch.equal(logits(add_adapter(make_model(), fetched)), wanted)
+    with pytest.raises(ValueError, match="routers' weights differ"):  # its note came along
+        add_adapter(make_model(seed=1), fetched)
 
 
 def test_nothing_private_is_pushed(run_folder, monkeypatch):
