@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepseek.adapters import is_adapter, read_base_note
 from deepseek.files import read_json
-from esft import CONFIG_NAME, ExpertConfig, ExpertScores, select_experts
+from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation.figures import check_picture, draw_matrix, heat_map, new_figure, save_figure
 from evaluation.selection import UNCERTAIN, PackCounts, correlation, overlap, short_name, stability
 from scripts.expert.generate_expert_config import add_score_flags, default_top_p, split_list
@@ -121,10 +122,8 @@ def draw_stability(found: dict):
 def read_source(path: str, args: argparse.Namespace) -> tuple[ExpertConfig, dict | None, int | None]:
     """Return a selection, its score_LE if there are scores, and the experts per layer if the source has that number."""
     place = Path(path)
-    file = place / CONFIG_NAME if (place / CONFIG_NAME).is_file() else place
-    data = read_json(file) if file.is_file() else {}
-    if "experts" in data or "selected_experts" in data:
-        return ExpertConfig.load(file), None, (data.get("base") or {}).get("num_experts")
+    if is_adapter(place) or (place.is_file() and read_json(place).keys() & {"experts", "selected_experts"}):
+        return ExpertConfig.load(place), None, read_base_note(place).get("num_experts")
     scores, function = ExpertScores.load(place), args.score_function
     config = select_experts(scores, score_function=function, top_p=default_top_p(args))
     return config, scores[function], max(map(len, scores[function].values()))

@@ -218,6 +218,19 @@ def test_a_list_of_nothing_is_refused(command, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_compare_adapters(tmp_path, capsys):
+    """LoRA on selected experts is one of them. LoRA on all layers selects none."""
+    experts = {"esft": {1: (5, 2), 2: (7,)}, "lora": {1: (5, 2), 2: (7,)}, "other": {1: (5,), 2: (0,)}}
+    for name, chosen in experts.items():
+        rank = {"lora_rank": 2} if name != "esft" else {}
+        noisy_adapter(make_model(), ExpertConfig(chosen), tmp_path / name, **rank)
+    found = compare_scores.main(["--expert_scores_dir", *(str(tmp_path / name) for name in experts)])
+    assert found["num_experts"] == 8 and found["sizes"] == [3, 3, 2] and found["names"] == list(experts)
+    assert [cell["jaccard"] for cell in found["overlap"][0]] == [1, 1, 1 / 4]
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    refused(capsys, compare_scores.main, ["--expert_scores_dir", tmp_path / "esft", tmp_path / "lora"], "holds a LoRA")
+
+
 @pytest.mark.parametrize("text", ["-1", "9" * 30, "1e3", "nan", "", "9" * 9999])
 def test_a_seed_that_no_generator_takes_is_refused(text, tmp_path, capsys):
     argv = [f"--expert_scores_dir={tmp_path}", f"--seed={text}"]
