@@ -12,9 +12,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deepseek.adapters import is_adapter, is_for_peft
 from deepseek.files import list_checkpoints, named, read_json, read_jsonl, suggest_path
 from deepseek.selection import SETTINGS, settings_beside_a_config
-from esft import CONFIG_NAME, TOP_P, ExpertConfig, ExpertScores
+from esft import TOP_P, ExpertConfig, ExpertScores
 from evaluation.frontier import METHODS, RULES, SELECTS
 from evaluation.journal import answers_beside
 from evaluation.results import compare
@@ -205,7 +206,7 @@ def read_trained(
         environment=note["environment"],
         data=note.get("inputs", {}).get("train_dataset", settings["train_dataset"]),
         history=history,
-        experts=ExpertConfig.load(folder) if (folder / CONFIG_NAME).is_file() else None,
+        experts=ExpertConfig.load(folder) if is_adapter(folder) and not is_for_peft(folder) else None,
         scores=scores,
         function=function,
         top_p=top_p,

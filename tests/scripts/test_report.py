@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from deepseek.files import write_json, write_jsonl
-from esft import ExpertScores, select_experts
+from esft import ExpertConfig, ExpertScores, select_experts
 from evaluation.run_folder import read_run
 from scripts import report
+from tests.helpers import make_model, noisy_adapter
 from utils import run_cli
 
 pytest.importorskip("matplotlib")
@@ -290,6 +291,16 @@ def test_an_unfinished_run_has_the_losses_of_its_last_checkpoint(run):
     shutil.copytree(folder / "checkpoint-20", folder / "checkpoint-best")  # a copy of the user's
     rows = page(run).rows("full")
     assert rows[0][-1] == "not finished" and rows[1] == ["100: 0.7500"]
+
+
+def test_lora_on_selected_experts_shows_which_and_lora_on_all_layers_shows_none(run):
+    folder = run / "checkpoints" / "lora-selected"
+    write_training(folder, "lora", 7)
+    assert page(run).rows("lora-selected")[0][3] == "-"
+    experts = ExpertConfig({int(layer): tuple(ids) for layer, ids in EXPERTS.items()})
+    noisy_adapter(make_model(), experts, folder, lora_rank=2)
+    assert page(run).rows("lora-selected")[0][3] == "2 to 3 of 8"
+    assert len(page(run).charts("Experts that lora-selected trains")) == 1
 
 
 def test_a_folder_of_train_py_may_hold_the_scores_it_made(run):
