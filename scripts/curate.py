@@ -46,8 +46,7 @@ from training.data import (
     is_pair,
     open_rows,
     pack_of,
-    sample_rows,
-    split_samples,
+    rows_of_run,
     template_settings,
 )
 from utils import (
@@ -177,14 +176,11 @@ def trained_on(adapter: str) -> set[bytes] | None:
     if not path.is_file():
         return None
     run = read_json(path, "config")["config"]
-    seed, streaming = run["training"].get("seed", 0), run.get("streaming", False)
     try:
-        rows, _ = sample_rows(run["train_dataset"], run["n_train_samples"], seed, streaming)
+        rows = rows_of_run(run, held_out=False)
     except (ValueError, OSError) as error:
         note(f"it is not known which rows {adapter} was trained on: {reason_of(error)}")
         return None
-    if not run.get("validation_dataset"):
-        rows = rows.select(split_samples(list(range(len(rows))), run["validation_fraction"], seed)[0])
     return {Sample(0, where, row).key for where, row in rows}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,21 @@ import pytest
 import eval_multigpu
 import train
 from deepseek.files import read_jsonl, write_jsonl
+from deepseek.process_groups import Ranks
 from evaluation import generation
 from evaluation.config import EvalConfig, fill_from_run
 from tests.data_helpers import load_samples
-from tests.helpers import ROOT, Killed, arguments, at_step, contents, kill, refused
-from training.data import held_out_questions, split_samples
+from tests.helpers import ROOT, Killed, arguments, at_step, config_of, contents, kill, refused
+from training.data import (
+    Template,
+    encode_rows,
+    held_out_questions,
+    load_data,
+    read_messages,
+    rows_of_run,
+    split_samples,
+    unpack,
+)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +190,37 @@ def test_what_was_held_out_is_asked_after_its_system_message(files, tmp_path, mo
     write_jsonl(tmp_path / "with.jsonl", [{**asked[0], "system": ["be brief"]}])
     with pytest.raises(ValueError, match=r'a row needs "prompt" \(and may have "system"\), a text'):
         evaluate(tmp_path, monkeypatch, f"--model={files / 'm32'}", "--eval_dataset=with.jsonl")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"n_train_samples": 20},
+        {"n_train_samples": 20, "streaming": True},
+        {"train_dataset": "weighted"},
+        {"validation_dataset": "weighted"},
+        {"validation_dataset": "weighted", "n_train_samples": 20},
+    ],
+    ids=str,
+)
+def test_the_rows_of_a_run_are_those_that_training_had(keys, files, tmp_path, tiny_tokenizer):
+    """Those that it learned from, and those that it held out, whatever drew them."""
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", ({"prompt": f"{name} {i}?", "completion": "yes"} for i in range(30)))
+    weighted = f"{tmp_path}/a.jsonl:0.8,{tmp_path}/b.jsonl:0.2"
+    keys = {key: weighted if value == "weighted" else value for key, value in keys.items()}
+    config = config_of(files, tmp_path / "out", seed=3, validation_fraction=0.3, **keys)
+    run, template = asdict(config), Template(tiny_tokenizer)
+    for held_out, packs in enumerate(load_data(tiny_tokenizer, config, Ranks())):
+        rows = rows_of_run(run, bool(held_out))
+        assert len(packs) and sorted(document.input_ids for document in unpack(packs)) == sorted(
+            document.input_ids for document in encode_rows(rows, template)
+        )
+    asked = [row["prompt"] for row in held_out_questions(run)[0]]
+    assert asked == [read_messages(row, where)[0]["content"] for where, row in rows]
+    other = rows_of_run(run | {"training": {**run["training"], "seed": 4}}, held_out=True)
+    assert list(other) != list(rows)
 
 
 @pytest.mark.parametrize("method", ["esft", "full"])

@@ -209,19 +209,24 @@ def eval_file_of(train_dataset: str) -> str | None:
     return str(beside) if beside and beside.is_file() else None
 
 
+def rows_of_run(run: dict, held_out: bool) -> Rows:
+    """Return the rows that a run learned from, or those that it held out. `run` is the config in a run.json."""
+    seed = run["training"].get("seed", 0)
+    if held_out and run.get("validation_dataset"):
+        return open_rows(run["validation_dataset"], seed=seed)
+    rows, _ = sample_rows(run["train_dataset"], run["n_train_samples"], seed, run.get("streaming", False))
+    if run.get("validation_dataset"):
+        return rows
+    return rows.select(split_samples(list(range(len(rows))), run["validation_fraction"], seed)[held_out])
+
+
 def held_out_questions(run: dict) -> tuple[list[dict], int]:
     """Return what a run held out for validation, as rows of an eval file, and the number of samples held out.
 
     Samples of more than one question and one answer, beside a system message, are left out. `run` is the config in a
     run.json.
     """
-    if run.get("validation_dataset"):
-        held_out = open_rows(run["validation_dataset"])
-    else:
-        seed = run["training"].get("seed", 0)
-        sampled, _ = sample_rows(run["train_dataset"], run["n_train_samples"], seed, run.get("streaming", False))
-        held_out = sampled.select(split_samples(list(range(len(sampled))), run["validation_fraction"], seed)[1])
-    rows = []
+    held_out, rows = rows_of_run(run, held_out=True), []
     for where, row in held_out:
         messages = read_chosen(row, where)
         system = {"system": messages.pop(0)["content"]} if messages[0]["role"] == "system" else {}
