@@ -19,8 +19,8 @@ import torch
 
 import train
 import utils
+from deepseek.files import list_checkpoints, step_of
 from tests.helpers import arguments, losses, tensors_of
-from training.checkpoints import list_checkpoints, step_of
 from training.trainer import ESFTTrainer
 
 RANK_KEYS = {

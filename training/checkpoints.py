@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepseek.experts import moe_layers
-from deepseek.files import list_checkpoints, read_json, set_modes, sha256, step_of, write_json  # noqa: F401 (passed on)
+from deepseek.files import read_json, set_modes, sha256, write_json
 from deepseek.optimizer_rows import by_row, join_parts, join_rows, parts_of
 
 MANIFEST = "manifest.json"

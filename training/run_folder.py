@@ -17,10 +17,11 @@ import warnings
 from pathlib import Path
 
 import esft
-from deepseek.adapters import BASE_NAME
-from deepseek.files import read_json, sha256, write_json
+from deepseek.adapters import BASE_NAME, is_lora
+from deepseek.files import list_checkpoints, read_json, sha256, step_of, write_json
 from deepseek.fingerprint import checkpoint_note, difference
-from training.checkpoints import find_damage, list_checkpoints, step_of
+from deepseek.lora import LORA_CONFIG_NAME, LORA_WEIGHTS_NAME
+from training.checkpoints import find_damage
 from training.config import RunConfig
 from training.data import dataset_files, is_known
 from training.first_selection import SELECTION_FOLDERS, find_scores
@@ -43,17 +44,9 @@ LAYOUT = {
     "output_dir",  # a folder that was moved still holds the same run
 }
 WRITTEN = (  # what a run or its evaluation writes, in its folder or in a checkpoint; `overwrite` removes nothing else
-    *(
-        "run.json",
-        "trainer_state.json",
-        "training_args.bin",
-        "manifest.json",
-        "selection.json",
-        "states/*",
-        "optimizer.*",
-        "scheduler.*",
-    ),
-    *("adapter*.safetensors", "adapter_config.json", esft.CONFIG_NAME, BASE_NAME, "config.json"),
+    *("run.json", "trainer_state.json", "training_args.bin", "manifest.json", "selection.json"),
+    *("states/*", "optimizer.*", "scheduler.*"),
+    *("adapter*.safetensors", LORA_CONFIG_NAME, esft.CONFIG_NAME, BASE_NAME, "config.json"),
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "runs/*", "held_out.jsonl", "report.html", ".*.lock", ".staging/*"),
@@ -188,7 +181,8 @@ def run_note(config: RunConfig, packs_per_step: int) -> dict:
         paths["distill_from"] = [Path(config.distill_from, MANIFEST)]
     if config.kind in ON_EXPERTS:
         path = Path(config.expert_config)
-        paths["expert_config"] = [path / esft.CONFIG_NAME if path.is_dir() else path]
+        name = LORA_WEIGHTS_NAME if is_lora(path) else esft.CONFIG_NAME
+        paths["expert_config"] = [path / name if path.is_dir() else path]
     if config.expand_experts and (scores := find_scores(config)):
         paths["expert_scores"] = [scores] if scores.is_file() else [scores / name for name in esft.SCORE_FILES[:1]]
     settings = dataclasses.asdict(config)

@@ -29,7 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 import esft
 from deepseek.adapters import BASE_NAME
 from deepseek.expert_parallel import gather_to_first
-from deepseek.files import set_modes, write_json
+from deepseek.files import list_checkpoints, set_modes, step_of, write_json
 from deepseek.partial_loading import no_bars
 from deepseek.process_groups import Ranks, lost_contact
 from training import checkpoints
@@ -118,14 +118,14 @@ class SavingTrainer(Trainer):
         if self.args.metric_for_best_model is None:
             return None
         best, loss = self.ranks.on_rank_zero(functools.partial(self._find_best, written, verify))
-        self.state.best_global_step, self.state.best_metric = best and checkpoints.step_of(best), loss
+        self.state.best_global_step, self.state.best_metric = best and step_of(best), loss
         return best
 
     def _find_best(self, written: Path | None, verify: bool) -> tuple[Path, float] | tuple[None, None]:
         history = self.state.log_history
         losses = {entry["step"]: entry["eval_loss"] for entry in history if entry.get("eval_loss", math.nan) < math.inf}
-        saved = {*checkpoints.list_checkpoints(Path(self.args.output_dir)), *([written] if written else [])}
-        by_step = {checkpoints.step_of(path): path for path in saved - self._damaged.keys()}
+        saved = {*list_checkpoints(Path(self.args.output_dir)), *([written] if written else [])}
+        by_step = {step_of(path): path for path in saved - self._damaged.keys()}
         sign = -1 if self.args.greater_is_better else 1
         for _, step in sorted((sign * losses[step], step) for step in by_step.keys() & losses.keys()):
             path = by_step[step]

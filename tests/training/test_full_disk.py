@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.files import list_checkpoints
 from tests.helpers import same
 from tests.rank_helpers import befalls, copy_run, finishes, rank_arguments, steps, told, train_on
-from training.checkpoints import find_damage, list_checkpoints
+from training.checkpoints import find_damage
 
 
 def cannot_write(rank: int, victim: int, place: str, **when) -> None:

@@ -11,9 +11,10 @@ import signal
 
 import pytest
 
+from deepseek.files import list_checkpoints
 from tests.helpers import same
 from tests.rank_helpers import GONE, STEP, assert_near, finishes, gets, rank_arguments, steps, told, train_on
-from training.checkpoints import find_damage, list_checkpoints
+from training.checkpoints import find_damage
 
 pytestmark = pytest.mark.long
 

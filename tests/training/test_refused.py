@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek.files import write_json
 from deepseek.shards import WEIGHTS
-from tests.helpers import EXPERTS, arguments, fails, make_model, tensors_of
+from esft import ExpertConfig
+from tests.helpers import EXPERTS, arguments, fails, make_model, noisy_adapter, tensors_of
 
 SMALL = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -176,6 +177,17 @@ def test_a_run_on_other_contents_is_another_run(files, start, capsys):
     start(expert_config=config)
     write_json(config, {**EXPERTS, "experts": {"1": [1]}})
     message = fails(arguments(files, start.folder / "out", expert_config=config), capsys)
+    assert "differs in the content of expert_config)" in message
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_run_on_the_experts_of_another_adapter_is_another_run(files, start, capsys, lora_rank):
+    adapter = start.folder / "adapter"
+    noisy_adapter(make_model(), ExpertConfig({1: (1, 2)}), adapter, lora_rank=lora_rank)
+    start(expert_config=adapter)
+    shutil.rmtree(adapter)
+    noisy_adapter(make_model(), ExpertConfig({1: (1, 3)}), adapter, lora_rank=lora_rank)
+    message = fails(arguments(files, start.folder / "out", expert_config=adapter), capsys)
     assert "differs in the content of expert_config)" in message
 
 

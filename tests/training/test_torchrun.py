@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deepseek.files import list_checkpoints
 from tests.helpers import ROOT, same, tensors_of
 from tests.rank_helpers import GONE, assert_near, finishes, free_port, rank_arguments, steps
-from training.checkpoints import find_damage, list_checkpoints
+from training.checkpoints import find_damage
 
 pytestmark = pytest.mark.slow
 
