@@ -32,7 +32,7 @@ from esft import load_tokenizer
 from evaluation.figures import new_figure, save_figure
 from scripts.pipeline import Stages
 from scripts.sweep import LEAST_KNOWN, numbers, training_command
-from utils import command_parser, environment, locked, markdown_table, note, positive, run_cli
+from utils import command_parser, environment, flag_words, locked, markdown_table, note, positive, run_cli
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the run's own rate, where no rates are given
 MARGIN = 0.1  # a loss that is no more than this share above the best is not clearly worse
@@ -96,8 +96,7 @@ def plan(args: argparse.Namespace) -> tuple["RunConfig", float]:  # noqa: F821
     for word in args.overrides:
         if (key := ALIASES.get(word.partition("=")[0], word.partition("=")[0])) == "learning_rate" and args.rates:
             raise ValueError(f"cannot use {word!r}: --rates sets {key}. Leave one of them out.")
-    paths = {key: getattr(args, key) for key in PATHS if getattr(args, key)}
-    words = [*(f"--{key}={value}" for key, value in paths.items()), *args.overrides]
+    words = [*flag_words(**{key: getattr(args, key) for key in PATHS}), *args.overrides]
     read_config([*words, f"max_steps={args.steps}", *TRIAL])  # of a trial: refused now and not in each
     config = read_config(words)
     if config.kind in ("esft", "dpo", LORA_SELECTED) and not config.expert_config:
@@ -130,7 +129,7 @@ class RateFinder:
     def __init__(self, args: argparse.Namespace, config: "RunConfig", stages: Stages):  # noqa: F821
         self.args, self.config, self.stages, self.folder = args, config, stages, Path(args.output_dir)
         self.script = "train_ep.py" if config.expert_config and args.nproc_per_node > 1 else "train.py"
-        self.paths = {name: getattr(args, name) for name in PATHS[:3] if getattr(args, name)}
+        self.paths = {name: getattr(args, name) for name in PATHS[:3]}
 
     def run(self, rates: list[float]) -> Trial | None:
         """Return the recommended trial, or None if all rates lose too much.
@@ -189,10 +188,13 @@ class RateFinder:
 
     def general(self, name: str, model: Path | None) -> float:
         """Return the score of the base, or of a trained model, on the general questions, in percent."""
+        from training.first_selection import data_flags
+
         output = self.folder / "completions" / f"{name}.jsonl"
         flags = {"eval_dataset": self.args.general_dataset, "base_model_path": self.args.base_model_path}
         flags |= {"adapter_dir": model, "output_path": output, "max_new_tokens": self.args.max_new_tokens}
         flags |= {"template": self.config.template, "dtype": self.config.dtype, "seed": self.config.seed}
+        flags |= {"template_kwargs": data_flags(self.config)["template_kwargs"]}
         self.stages.run(output.with_suffix(".summary.json"), "eval_multigpu.py", **flags)
         return read_json(output.with_suffix(".summary.json"), "mean")["mean"]
 

@@ -58,7 +58,7 @@ from scripts.sweep import (
     questions,
     score_and_select,
 )
-from training.data import TemplateSettings, load_data
+from training.data import load_data, template_settings
 from utils import (
     ROOT,
     command_parser,
@@ -85,6 +85,7 @@ PYTHON = sys.executable.removeprefix(f"{Path.cwd()}/")  # as it is typed here
 class Stages:
     """Run commands once each. `stages.json` keeps the command of every finished output.
 
+    Two commands are the same if their flags differ only in order. The order of keys counts: of one key, the last wins.
     When a command runs again, the outputs of the commands that read its output are out of date, and run again, too.
     """
 
@@ -97,7 +98,7 @@ class Stages:
         words = [*flag_words(**flags), *keys]
         command = [*torchrun(processes), os.path.relpath(ROOT / script), *words]
         shown = shlex.join([PYTHON, *command])
-        if output.exists() and self.done.get(str(output)) == command:
+        if output.exists() and in_order(self.done.get(str(output), [])) == in_order(command):
             print(f"[done] {shown}", flush=True)
             return
         print(f"\n$ {shown}", flush=True)
@@ -110,6 +111,11 @@ class Stages:
         print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
         self.done[str(output)] = command
         write_json(self.note, self.done)
+
+
+def in_order(words: list[str]) -> list[str]:
+    """Return the words of a command with its flags sorted, behind all other words."""
+    return sorted(words, key=lambda word: word if word.startswith("--") else "")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -171,6 +177,7 @@ def keys_by_method(args: argparse.Namespace, methods: list[str]) -> dict[str, di
     """Return the keys that are given for each method, and for all under "". Secrets go to the environment."""
     from training.config import ALIASES  # slow; --help can do without
     from training.config_parser import take_secret
+    from training.first_selection import DATA_KEYS
 
     named = [(*word.partition("=")[::2], word) for word in args.overrides]
     args.overrides = [word for key, value, word in named if not take_secret(key.rpartition(":")[2], value)]
@@ -178,13 +185,18 @@ def keys_by_method(args: argparse.Namespace, methods: list[str]) -> dict[str, di
     for word in args.overrides:
         name, _, value = word.partition("=")
         method, _, key = name.rpartition(":")
-        key = ALIASES.get(key, key)
+        method, key, cause = method and known_method(method), ALIASES.get(key, key), ""
         if key in OURS:
-            raise ValueError(f"cannot use {word!r}: a flag sets {key} for all commands. See --help.")
-        given[method and known_method(method)][key] = value
-        if key in AMOUNTS and (args.sweep or not SELECTS.keys() & ({method} if method else set(methods))):
-            cause = "--shares says how much is trained" if args.sweep else "no experts are selected there"
-            raise ValueError(f"cannot use {word!r}: {cause}. Leave it out.")
+            cause = f"a flag sets {key} for all commands. See --help"
+        elif method and key in DATA_KEYS:
+            cause = f"experts are scored, and the base is asked, once for all methods. Give {key}={value}"
+        elif key in AMOUNTS and args.sweep:
+            cause = "--shares says how much is trained. Leave it out"
+        elif key in AMOUNTS and not SELECTS.keys() & ({method} if method else set(methods)):
+            cause = "no experts are selected there. Leave it out"
+        if cause:
+            raise ValueError(f"cannot use {word!r}: {cause}.")
+        given[method][key] = value
     named = ((word, word.partition("=")[0].rpartition(":")[0]) for word in args.overrides)
     if unused := [word for word, method in named if method and method not in methods]:
         note(f"without effect, as their methods are not in --methods: {' '.join(unused)}")
@@ -229,16 +241,19 @@ def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Pla
     return plans
 
 
-def check(args: argparse.Namespace, datasets: list[str]) -> None:
-    """Raise ValueError or OSError for what would stop a later stage after hours of earlier ones."""
+def check(args: argparse.Namespace, datasets: list[str]) -> list[dict]:
+    """Return the first question of each data set.
+
+    Raises:
+        ValueError, OSError: what would stop a later stage after hours of earlier ones.
+    """
     plan_devices("auto", args.world_size, args.gpus_per_rank)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"cannot use --eval_dataset {args.eval_dataset}: two have one name. Rename one.")
-    rows = [load_rows(dataset)[0] for dataset in datasets]
     for name in names:
         get_evaluator(name)  # and the libraries of its metrics
-    check_prompts(args.base_model_path, TemplateSettings(args.template), rows)
+    return [load_rows(dataset)[0] for dataset in datasets]
 
 
 def run_stages(
@@ -247,7 +262,8 @@ def run_stages(
     """Score, select, train all methods, evaluate them and the base, merge the first ESFT adapter."""
     configs = {method: folder / "expert_configs" / f"{method}.json" for method, plan in plans.items() if plan.rule}
     rules, runs = {configs[method]: plans[method].rule for method in configs}, folder / "checkpoints"
-    score_and_select(args, stages, folder, rules, any(plan.config.streaming for plan in plans.values()))
+    data = next(iter(plans.values())).config  # all read data in the same way
+    score_and_select(args, stages, data, folder, rules)
 
     for method, plan in plans.items():
         config, output = configs.get(method), runs / method
@@ -261,7 +277,7 @@ def run_stages(
         if len(datasets) > 1:
             last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl")
         model = {} if method == "base" else {"base_model_path" if method == "full" else "adapter_dir": runs / method}
-        evaluate(args, stages, last, output, datasets, **model)
+        evaluate(args, stages, data, last, output, datasets, **model)
 
     if (adapter := first_adapter(plans)) and not args.no_merge:
         paths = {"adapter_dir": runs / adapter, "output_dir": folder / "merged", "overwrite": True}
@@ -361,10 +377,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir or ROOT / "results" / "runs" / Path(args.train_dataset).stem)
     check_output(folder, folder=True)
     datasets = split_names(args.eval_dataset or GENERAL) if args.sweep else eval_datasets(args)
-    check(args, datasets)
+    asked = check(args, datasets)
     if not args.sweep and not args.no_merge and first_adapter(methods):
         check_free(folder / "merged", overwrite=True)
     plans = plan_training(args, methods)
+    check_prompts(args.base_model_path, template_settings(next(iter(plans.values())).config), asked)
     grid = plan_grid(args, plans) if args.sweep else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder) as lock:

@@ -196,18 +196,25 @@ def questions(args: argparse.Namespace, folder: Path, plans: dict[str, Plan]) ->
 
 
 def score_and_select(
-    args: argparse.Namespace, stages, folder: Path, rules: dict[Path, dict[str, object]], streaming: bool
+    args: argparse.Namespace, stages, config: "RunConfig", folder: Path, rules: dict[Path, dict[str, object]]
 ) -> None:
-    """Score the experts by what `rules` need, and write each config. Rules are flags of generate_expert_config.py."""
+    """Score the experts by what `rules` need, on data as `config` reads them, and write the expert config of each.
+
+    Rules are flags of generate_expert_config.py.
+    """
+    from training.first_selection import data_flags  # slow; --help can do without
+
     scored = {"expert_scores": args.train_dataset} if rules else {}
     if any("contrast" in rule for rule in rules.values()):
         scored["general_scores"] = args.contrast_dataset
     functions = {rule["score_function"] for rule in rules.values()} - {"token", "gate"}
     settings = flags(args, "base_model_path n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
-    settings |= {"scores": ",".join(sorted(functions)) or None, "streaming": streaming}
+    settings |= {"scores": ",".join(sorted(functions)) or None, "streaming": config.streaming}
+    settings |= {key: value for key, value in data_flags(config).items() if value != getattr(type(config), key)}
     for name, dataset in scored.items():
         paths = {"eval_dataset": dataset, "output_dir": folder / name}
         stages.run(folder / name / "summary.json", "scripts/expert/get_expert_scores.py", **paths, **settings)
+        settings["n_train_samples"] = None  # of the training data, and not of general data
     for path, rule in rules.items():
         paths = {"expert_scores_dir": folder / "expert_scores", "output_path": path}
         paths |= {"contrast_scores_dir": folder / "general_scores"} if "contrast" in rule else {}
@@ -215,8 +222,15 @@ def score_and_select(
         stages.run(path, "scripts/expert/generate_expert_config.py", **paths, **rule, **drawn)
 
 
-def evaluate(args: argparse.Namespace, stages, made: Path, output: Path, datasets: Iterable[str], **model) -> None:
-    """Ask the base the questions of data sets, or what the flags `model` name. `made` is the last file written."""
+def evaluate(
+    args: argparse.Namespace, stages, config: "RunConfig", made: Path, output: Path, datasets: Iterable[str], **model
+) -> None:
+    """Ask the base the questions of data sets, or what the flags `model` name. `made` is the last file written.
+
+    All are asked through the template of `config`.
+    """
+    from training.first_selection import data_flags  # slow; --help can do without
+
     stages.run(
         made,
         "eval_multigpu.py",
@@ -226,6 +240,7 @@ def evaluate(args: argparse.Namespace, stages, made: Path, output: Path, dataset
         **flags(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
         n_samples=args.n_eval_samples,
         **flags(args, "seed dtype"),
+        template_kwargs=data_flags(config)["template_kwargs"],
     )
 
 
@@ -241,6 +256,7 @@ class Sweep:
 
     def __init__(self, args: argparse.Namespace, folder: Path, stages, plans: dict[str, Plan], asked: tuple[str, str]):
         self.args, self.folder, self.stages, self.plans, self.asked = args, folder, stages, plans, asked
+        self.config = next(iter(plans.values())).config  # all read data in the same way
 
     def run(self, grid: list[Candidate]) -> Point:
         """Train the grid, prune it, train the rest, write what came out, and return the recommended point."""
@@ -264,8 +280,7 @@ class Sweep:
         rules = {
             self.config_of(c): {**SELECTS[c.method], "budget": f"{c.budget:.6g}"} for c in grid if c.method in SELECTS
         }
-        streaming = any(plan.config.streaming for plan in self.plans.values())
-        score_and_select(self.args, self.stages, self.folder, rules, streaming)
+        score_and_select(self.args, self.stages, self.config, self.folder, rules)
 
     def config_of(self, candidate: Candidate) -> Path | None:
         return self.folder / "expert_configs" / f"{candidate.selection}.json" if candidate.budget else None
@@ -307,12 +322,12 @@ class Sweep:
         output, names = self.folder / "completions" / f"{name}.jsonl", [Path(data).stem for data in self.asked]
         if not model:
             summaries = [output.with_suffix(f".{data}.summary.json") for data in names]
-            evaluate(self.args, self.stages, summaries[-1], output, self.asked)
+            evaluate(self.args, self.stages, self.config, summaries[-1], output, self.asked)
             return [(0.0, *(read_json(summary)["mean"] for summary in summaries))]
         curve, strengths = output.with_suffix("") / "curve.json", ",".join(f"{s:g}" for s in self.args.strengths)
         strengths = f"0,{strengths}" if len(self.args.strengths) == 1 else strengths  # one strength is not a curve
         about = {"adapter_dir": model, "base_answers": output.parent, "strength": strengths}
-        evaluate(self.args, self.stages, curve, output, self.asked, **about)
+        evaluate(self.args, self.stages, self.config, curve, output, self.asked, **about)
         points = read_json(curve, "points")["points"]
         return [(p["strength"], *(p["mean"][data] for data in names)) for p in points if p["strength"]]
 

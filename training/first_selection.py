@@ -12,8 +12,10 @@ from pathlib import Path
 import esft
 from deepseek.selection import SETTINGS
 from training.config import RunConfig
-from utils import run_command
+from utils import flag_words, run_command
 
+DATA_KEYS = ("seq_length", "overlong", "template", "template_kwargs", "loss_on", "special_text", "append_end")
+DATA_KEYS += ("streaming", "n_train_samples")
 SELECTION_FOLDERS = ("expert_scores", "expert_configs")  # in an output folder
 
 
@@ -32,14 +34,17 @@ def find_scores(config: RunConfig) -> Path | None:
     return next((path for path in folders if any((path / name).is_file() for name in esft.SCORE_FILES)), None)
 
 
+def data_flags(config: RunConfig) -> dict[str, object]:
+    """Return the flags of get_expert_scores.py by which it takes and encodes samples as the run does."""
+    kwargs = json.dumps(config.template_kwargs) if config.template_kwargs else None
+    return {key: getattr(config, key) for key in DATA_KEYS} | {"template_kwargs": kwargs}
+
+
 def selection_stages(config: RunConfig) -> list[tuple[Path, str, dict[str, object]]]:
     """Return (output, script, flags) of the two commands that choose the experts of a run."""
     scores, path = Path(config.output_dir) / SELECTION_FOLDERS[0], selected_experts(config.output_dir)
-    of_run = {key: getattr(config, key) for key in ("seq_length", "overlong", "dtype", "device", "seed")}
-    of_run |= {"template": config.template, "loss_on": config.loss_on, "special_text": config.special_text}
-    of_run |= {"template_kwargs": json.dumps(config.template_kwargs)} if config.template_kwargs else {}
-    of_run["scores"] = config.score_function
-    of_run |= {"n_train_samples": config.n_train_samples} if config.n_train_samples else {}
+    of_run = data_flags(config) | {key: getattr(config, key) for key in ("dtype", "device", "seed")}
+    of_run |= {"scores": config.score_function}
     of_run |= {} if config.validation_dataset else {"validation_fraction": config.validation_fraction}
     of_run |= {key: "true" for key in ("streaming", "append_end") if getattr(config, key)}
     rule = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
@@ -63,7 +68,7 @@ def score_and_select(config: RunConfig) -> None:
     """Write the expert config of a run: scores on its training data, selected as its keys say."""
     for _, script, flags in selection_stages(config):
         try:
-            run_command([script, *(f"--{key}={value}" for key, value in flags.items())])
+            run_command([script, *flag_words(**flags)])
         except SystemExit as stop:  # the command has printed its error
             name, code = Path(script).name, stop.code
             raise ChildProcessError(f"cannot choose the experts: {name} ended with exit code {code}") from stop

@@ -181,6 +181,33 @@ def test_experts_are_chosen_once_for_all_rates(search):
         assert config.overwrite and config.training["eval_strategy"] == "no"
 
 
+def test_a_selection_of_an_earlier_version_is_not_made_again(search):
+    """Its commands had all settings, in this order."""
+    keys = ["n_train_samples=400", "streaming=true"]
+    search(*keys)
+    told = read_json(search.folder / "stages.json")
+    paths = ["--base_model_path=results/models/tiny", f"--output_dir={search.folder}/expert_scores"]
+    told[str(search.folder / "expert_scores" / "summary.json")] = [
+        "scripts/expert/get_expert_scores.py", "--seq_length=256", "--overlong=error", "--dtype=float32",
+        "--device=auto", "--seed=0", "--template=chat", "--loss_on=all", "--special_text=error", "--scores=token",
+        "--n_train_samples=400", "--validation_fraction=0.05", "--streaming=true", *paths, "--eval_dataset=law",
+    ]  # fmt: skip
+    write_json(search.folder / "stages.json", told)
+    search.commands.clear()
+    search(*keys, losses={rate: LOSSES[rate] for rate in ("0.001", "0.002")})
+    assert not search.commands
+
+
+def test_the_base_and_the_trials_are_asked_alike(search):
+    search("--general_dataset=general", 'template_kwargs={"enable_thinking": false}')
+    asked = [flags_of(words) for words in search.commands if words[0] == "eval_multigpu.py"]
+    assert {flags["template_kwargs"] for flags in asked} == {'{"enable_thinking": false}'} and len(asked) > 2
+    search.commands.clear()
+    shutil.rmtree(search.folder)
+    search("--general_dataset=general")
+    assert not any("template_kwargs" in word for words in search.commands for word in words)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_methods_without_experts_choose_none(search, method):
     search(f"method={method}")

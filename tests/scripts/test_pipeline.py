@@ -18,8 +18,10 @@ import pytest
 from deepseek.files import read_json, write_json
 from evaluation.run_folder import read_run
 from scripts import pipeline
+from scripts.expert import get_expert_scores
 from tests.helpers import make_model
-from utils import ROOT
+from training.data import template_settings
+from utils import ROOT, flag_words
 
 
 def write_run(folder: Path, method: str, task: float, general: float) -> None:
@@ -73,9 +75,14 @@ def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypa
     for value in (1, 1, 2):
         pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=value, none=None, off=False, on=True)
     assert ran == [["tool.py", "--flag=1", "--on"], ["tool.py", "--flag=2", "--on"]]
+    pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", on=True, flag=2)  # the place of a flag says nothing
+    assert len(ran) == 2
     (tmp_path / "out").unlink()
     pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=2, on=True)
     assert len(ran) == 3
+    for keys in (["a=1", "a=2"], ["a=2", "a=1"]):  # the last one counts
+        pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=2, on=True, keys=keys)
+    assert len(ran) == 5
 
 
 def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, monkeypatch):
@@ -193,6 +200,7 @@ WRONG = {
     "value by transformers": (["lr_scheduler_type=linaer"], "linaer"),
     "keys that do not fit": (["--methods=full", "--train_config=configs/tiny.yaml", "save_steps=40"], "but found 40"),
     "a flag here": (["full:seq_length=8"], "a flag sets seq_length"),
+    "data of one method": (["esft-token:loss_on=last"], "for all methods. Give loss_on=last"),
     "config": (["--train_config=no_such.yaml"], "no_such.yaml"),
     "top_p": (["--methods=esft-gate", "esft-gate:top_p=1.5"], "top_p is 1.5"),
     "top_p and budget": (["esft-token:top_p=0.2", "esft-token:budget=0.1"], "top_p and budget both say how many"),
@@ -282,6 +290,74 @@ def test_scoring_streams_where_training_does(tmp_path):
         args = pipeline.parse_args([*words, *more])
         pipeline.run_stages(args, Stages(), tmp_path, pipeline.plan_training(args, ["esft-token"]), [])
         assert asked["scripts/expert/get_expert_scores.py"]["streaming"] is streams
+
+
+DATA_KEYS = {
+    "overlong": "truncate",
+    "loss_on": "last",
+    "special_text": "plain",
+    "append_end": "true",
+    "template_kwargs": '{"enable_thinking": false}',
+    "n_train_samples": "5",
+    "streaming": "true",
+}
+
+
+def stages_of(folder: Path, *more: str) -> tuple[pipeline.Plan, list[tuple[str, dict]]]:
+    """Return the plan of esft-token, and the script and the flags of every stage."""
+    asked = []
+
+    class Stages:
+        def run(self, output, script, **flags):
+            asked.append((script, flags))
+
+    args = pipeline.parse_args(
+        ["--model=results/models/tiny", "--data=intent", "--no_merge", "--seq_length=128", *more]
+    )
+    plans = pipeline.plan_training(args, args.methods.split(","))
+    pipeline.run_stages(args, Stages(), folder, plans, ["intent", "general"])
+    return plans["esft-token"], asked
+
+
+@pytest.mark.parametrize("where", ["words", "file"])
+def test_experts_are_scored_on_the_data_as_training_reads_it(where, tmp_path):
+    """General data are encoded in the same way. How many samples training takes says nothing about them."""
+    words = [f"{key}={value}" for key, value in DATA_KEYS.items()]
+    if where == "file":
+        (tmp_path / "keys.yaml").write_text("\n".join(f"{key}: {value}" for key, value in DATA_KEYS.items()))
+        words = [f"--train_config={tmp_path / 'keys.yaml'}"]
+    more = ["--methods=esft-token,esft-fisher", "--contrast_dataset=law"]
+    plan, asked = stages_of(tmp_path, *words, *more)
+    scored = [flag_words(**flags) for script, flags in asked if script.endswith("get_expert_scores.py")]
+    task, general = (get_expert_scores.sample_settings(get_expert_scores.parse_args(words)) for words in scored)
+    for settings in (task, general):
+        assert settings.template == template_settings(plan.config)
+        found = {key: getattr(settings, key) for key in ("seq_length", "overlong", "streaming", "seed")}
+        assert found == {key: getattr(plan.config, key) for key in found}
+    assert (task.n_train_samples, general.n_train_samples) == (5, None)
+    told = {word.partition("=")[0].removeprefix("--") for word in scored[0]}
+    assert DATA_KEYS.keys() <= told
+
+
+def test_the_base_and_what_is_tuned_are_asked_alike(tmp_path):
+    _, asked = stages_of(tmp_path, "--methods=esft-token,full", f"template_kwargs={DATA_KEYS['template_kwargs']}")
+    kwargs = [flags["template_kwargs"] for script, flags in asked if script == "eval_multigpu.py"]
+    assert kwargs == [DATA_KEYS["template_kwargs"]] * 3
+
+
+def test_keys_that_are_not_given_are_not_printed(tmp_path):
+    """So a stage of an earlier version is not run again."""
+    _, asked = stages_of(tmp_path)
+    (scored,) = (flag_words(**flags) for script, flags in asked if script.endswith("get_expert_scores.py"))
+    assert scored[2:] == [
+        "--base_model_path=results/models/tiny", "--n_sample_tokens=131072", "--seq_length=128", "--world_size=1",
+        "--gpus_per_rank=1", "--template=chat", "--seed=0", "--dtype=auto",
+    ]  # fmt: skip
+    (base, _) = (flag_words(**flags) for script, flags in asked if script == "eval_multigpu.py")
+    assert [word.partition("=")[0] for word in base] == [
+        "--eval_dataset", "--base_model_path", "--output_path", "--world_size", "--gpus_per_rank", "--template",
+        "--max_new_tokens", "--eval_batch_size", "--seed", "--dtype",
+    ]  # fmt: skip
 
 
 def test_each_method_has_its_rule_and_its_amount(tmp_path):

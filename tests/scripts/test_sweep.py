@@ -270,6 +270,15 @@ def test_contrast_scores_the_general_data_too(swept):
     assert f"--contrast_scores_dir={swept.folder}/general_scores" in select and "--contrast=difference" in select
 
 
+def test_scores_and_answers_are_of_the_data_that_are_trained_on(swept):
+    kwargs = "template_kwargs={}".format('{"enable_thinking": false}')
+    swept("overlong=truncate", kwargs)
+    (scored,) = [words for words in swept.commands if words[0].endswith("get_expert_scores.py")]
+    assert {"--overlong=truncate", f"--{kwargs}"} <= set(scored)
+    asked = [words for words in swept.commands if words[0] == "eval_multigpu.py"]
+    assert len(asked) == 1 + 6 + 4 and all(f"--{kwargs}" in words for words in asked)
+
+
 def test_lora_on_selected_experts_selects_them_once_and_trains_lora_on_them(swept):
     names = [f"lora-selected-25-r{rank}-lr{rate}" for rank in (10, 35) for rate in ("0_002", "0_004")]
     curves = {"base": CURVES["base"], **{name: [(50, 90), (90, 90)] for name in names}}
