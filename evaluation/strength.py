@@ -56,14 +56,23 @@ def evaluate_strengths(config: EvalConfig, run: Callable[..., list[dict]], folde
 
 
 def point_of(strength: float, summaries: list[dict], base: list[dict], folder: Path) -> Point:
-    """Return the means of a strength, and how they differ from the base's, with an interval but for suites."""
+    """Return the means of a strength, and how they differ from the base's, with an interval but for suites.
+
+    Raises:
+        ValueError: no question of a data set has a score from both.
+    """
     point: Point = {"strength": strength, "mean": {}, "difference": {}, "ci95": {}}
     for summary, of_base in zip(summaries, base, strict=True):
         name = summary["dataset"]
-        change = {"difference": summary["mean"] - of_base["mean"], "ci95": None}
-        if "unit" not in summary:  # a suite weighs its tasks by itself
+        change = {"difference": None, "ci95": None}
+        if "unit" not in summary:
             answers = (read_jsonl(folder / s / f"{name}.jsonl") for s in ("0", f"{strength:g}"))
             change = compare(*answers, seed=summary["arguments"]["seed"])
+        elif None not in (summary["mean"], of_base["mean"]):  # a suite weighs its tasks by itself
+            change["difference"] = summary["mean"] - of_base["mean"]
+        if change["difference"] is None:
+            cause = f"no question has a score from both. See why in its answers in {folder}"
+            raise ValueError(f"cannot compare strength {strength:g} with the base on {name}: {cause}.")
         point["mean"][name] = summary["mean"]
         point["difference"][name], point["ci95"][name] = change["difference"], change["ci95"]
     return point

@@ -31,7 +31,7 @@ from deepseek.selection import SETTINGS
 from esft import load_tokenizer
 from evaluation.figures import new_figure, save_figure
 from scripts.pipeline import Stages
-from scripts.sweep import LEAST_KNOWN, numbers, training_command
+from scripts.sweep import LEAST_KNOWN, mean_of, numbers, training_command
 from utils import command_parser, environment, flag_words, locked, markdown_table, note, positive, run_cli
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the run's own rate, where no rates are given
@@ -196,7 +196,7 @@ class RateFinder:
         flags |= {"template": self.config.template, "dtype": self.config.dtype, "seed": self.config.seed}
         flags |= {"template_kwargs": data_flags(self.config)["template_kwargs"]}
         self.stages.run(output.with_suffix(".summary.json"), "eval_multigpu.py", **flags)
-        return read_json(output.with_suffix(".summary.json"), "mean")["mean"]
+        return mean_of(output.with_suffix(".summary.json"))
 
     def write(self, base: float | None, short: list[Trial], whole: list[Trial], taken: Trial | None) -> None:
         """Write find_lr.md, find_lr.json and find_lr.png, and print the table and the command that comes next."""

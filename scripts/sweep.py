@@ -20,6 +20,7 @@ from deepseek.files import read_json, write_json, write_jsonl, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import save_figure
 from evaluation.frontier import SELECTS, Point, draw_frontier, frontier, recommend
+from evaluation.journal import answers_beside
 from utils import ROOT, counted, environment, flag_words, markdown_table, note, split_names, torchrun
 
 if TYPE_CHECKING:
@@ -244,6 +245,13 @@ def evaluate(
     )
 
 
+def mean_of(summary: Path) -> float:
+    """Return the mean score of an evaluation, in percent. Raise ValueError if no answer has a score."""
+    if (mean := read_json(summary, "mean")["mean"]) is None:
+        raise ValueError(f"cannot go on: no answer in {answers_beside(summary)} has a score. See there why.")
+    return mean
+
+
 def survivors(tried: dict[Candidate, list[Point]], base: Point) -> list[Candidate]:
     """Return the candidates with a point on the frontier that learns more than the base."""
     best = frontier([base, *(point for curve in tried.values() for point in curve)])
@@ -323,7 +331,7 @@ class Sweep:
         if not model:
             summaries = [output.with_suffix(f".{data}.summary.json") for data in names]
             evaluate(self.args, self.stages, self.config, summaries[-1], output, self.asked)
-            return [(0.0, *(read_json(summary)["mean"] for summary in summaries))]
+            return [(0.0, *map(mean_of, summaries))]
         curve, strengths = output.with_suffix("") / "curve.json", ",".join(f"{s:g}" for s in self.args.strengths)
         strengths = f"0,{strengths}" if len(self.args.strengths) == 1 else strengths  # one strength is not a curve
         about = {"adapter_dir": model, "base_answers": output.parent, "strength": strengths}

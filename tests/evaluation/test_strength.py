@@ -11,9 +11,9 @@ import torch
 import esft
 import eval_multigpu
 import train
-from deepseek.files import read_jsonl
+from deepseek.files import read_jsonl, write_jsonl
 from evaluation.config import EvalConfig, fill_from_run
-from evaluation.strength import choose
+from evaluation.strength import choose, point_of
 from scripts import merge_adapter
 from tests.data_helpers import load_samples
 from tests.helpers import arguments, contents, refused, run_eval, write_rows
@@ -32,6 +32,28 @@ def test_the_choice_gains_most_and_keeps_what_it_must():
     assert choose(points, "law", "general", 0) == 0.5
     assert choose([point(0, 0, 0), point(1, 70, -4)], "law", "general", 3.9) is None
     assert choose([point(0, 0, 0), point(0.5, 0, 0), point(1, -3, 5)], "law", "general", 1) is None  # no gain
+
+
+@pytest.mark.parametrize(
+    ("suite", "base", "tuned"),
+    [
+        (False, [None, None], [0.5, 1.0]),
+        (False, [0.5, 1.0], [None, None]),
+        (False, [None, 1.0], [0.5, None]),  # none that both have
+        (True, [1.0], [None]),
+        (True, [None], [1.0]),
+    ],
+)
+def test_a_strength_without_scores_is_refused(suite, base, tuned, tmp_path):
+    """As where a judge gives none."""
+    summaries = []
+    for name, scores in (("0", base), ("0.5", tuned)):
+        write_jsonl(tmp_path / name / "law.jsonl", [{"score": score} for score in scores])
+        found = [score for score in scores if score is not None]
+        summary = {"dataset": "law", "mean": sum(found) / len(found) if found else None, "arguments": {"seed": 0}}
+        summaries.append([summary | ({"unit": "percent"} if suite else {})])
+    with pytest.raises(ValueError, match=rf"strength 0\.5 with the base on law: no question .* in {tmp_path}"):
+        point_of(0.5, summaries[1], summaries[0], tmp_path)
 
 
 @pytest.fixture

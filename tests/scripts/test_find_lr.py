@@ -284,6 +284,14 @@ def test_a_base_that_knows_nothing_has_nothing_to_forget(search, monkeypatch):
     assert not trained(search)
 
 
+@pytest.mark.parametrize("what", ["base", "trial"])
+def test_answers_without_a_score_end_the_search(what, search, monkeypatch):
+    if what == "base":
+        monkeypatch.setattr(sys.modules[__name__], "BASE", None)
+    with pytest.raises(ValueError, match=rf"no answer in .*/{'base' if what == 'base' else 'lr0_001-40'}\.jsonl has"):
+        search("--general_dataset=general", losses={**LOSSES, "0.001": (1.05, 0.7, None)})
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -260,6 +260,12 @@ def test_a_base_that_knows_nothing_has_nothing_to_forget(swept):
     assert not any(words[0] == "train.py" for words in swept.commands)
 
 
+@pytest.mark.parametrize("means", [(None, 92.0), (3.0, None)])
+def test_a_base_without_a_score_ends_the_sweep(means, swept):
+    with pytest.raises(ValueError, match=r"no answer in .*/base\.(held_out|law|general)\.jsonl has a score"):
+        swept(curves={**CURVES, "base": means})
+
+
 def test_contrast_scores_the_general_data_too(swept):
     names = [f"esft-contrast-7-lr{rate}" for rate in ("0_002", "0_004")]
     curves = {"base": CURVES["base"], **{name: [(50, 90), (90, 90)] for name in names}}
