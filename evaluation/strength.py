@@ -19,7 +19,7 @@ from evaluation.figures import BASE, COLORS, new_figure, save_figure
 from evaluation.results import compare
 from utils import ROOT, environment, markdown_table, note
 
-Point = dict  # "strength", and by data set "mean" and "difference" to the base with its "ci95"
+CurvePoint = dict  # "strength", and by data set "mean" and "difference" to the base with its "ci95"
 
 
 def evaluate_strengths(config: EvalConfig, run: Callable[..., list[dict]], folder: Path) -> list[dict]:
@@ -55,13 +55,13 @@ def evaluate_strengths(config: EvalConfig, run: Callable[..., list[dict]], folde
     return [summary for summaries in every for summary in summaries]
 
 
-def point_of(strength: float, summaries: list[dict], base: list[dict], folder: Path) -> Point:
+def point_of(strength: float, summaries: list[dict], base: list[dict], folder: Path) -> CurvePoint:
     """Return the means of a strength, and how they differ from the base's, with an interval but for suites.
 
     Raises:
         ValueError: no question of a data set has a score from both.
     """
-    point: Point = {"strength": strength, "mean": {}, "difference": {}, "ci95": {}}
+    point: CurvePoint = {"strength": strength, "mean": {}, "difference": {}, "ci95": {}}
     for summary, of_base in zip(summaries, base, strict=True):
         name = summary["dataset"]
         change = {"difference": None, "ci95": None}
@@ -78,7 +78,7 @@ def point_of(strength: float, summaries: list[dict], base: list[dict], folder: P
     return point
 
 
-def choose(points: list[Point], task: str, general: str, max_loss: float) -> float | None:
+def choose(points: list[CurvePoint], task: str, general: str, max_loss: float) -> float | None:
     """Return the strength with the largest gain on `task` that loses at most `max_loss` points of `general`.
 
     Of equal gains the smallest strength is taken. None: each strength loses more, or gains nothing.
@@ -101,7 +101,7 @@ def recommend(strength: float | None, config: EvalConfig, names: list[str]) -> s
     return f"strength {strength:g}: the most on {names[0]} that {limit}\nnext: {command}"
 
 
-def format_curve(points: list[Point]) -> str:
+def format_curve(points: list[CurvePoint]) -> str:
     """Return a line per strength: the mean of each data set, and its difference to the base with 95 % interval."""
     names, rows = list(points[0]["mean"]), []
     for point in points:
@@ -115,7 +115,7 @@ def format_curve(points: list[Point]) -> str:
     return markdown_table(["strength", *names], rows)
 
 
-def draw_curve(points: list[Point], chosen: float | None):
+def draw_curve(points: list[CurvePoint], chosen: float | None):
     """Return a figure: the means by strength and, of two data sets or more, the first against the last."""
     names, strengths = list(points[0]["mean"]), [point["strength"] for point in points]
     figure, (left, right) = new_figure(9, 3.8)
