@@ -147,7 +147,7 @@ def tell_next(run: dict) -> None:
     """Print the command that evaluates a finished run, if it can run without more flags."""
     script = os.path.relpath(utils.ROOT / "eval_multigpu.py")
     if eval_file_of(run["train_dataset"]) or held_out_questions(run)[0]:
-        logger.info("next: " + shlex.join(["python", script, f"--model={run['output_dir']}"]))
+        logger.info("next: " + shlex.join([utils.PYTHON, script, f"--model={run['output_dir']}"]))
     else:
         only = "it asks held-out samples only if they are one question and one answer"
         logger.info(f"to evaluate it, give {script} questions of your own: {only}")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from deepseek.files import suggest
 
 ROOT = Path(__file__).resolve().parent
+PYTHON = sys.executable.removeprefix(f"{Path.cwd()}/")  # as it is typed here
 AUTO_DTYPE = "as stored, but float32 on a CPU without instructions for bfloat16"  # see evaluation/workers.py
 
 

@@ -17,7 +17,7 @@ from deepseek.files import read_jsonl, write_json
 from evaluation.config import EvalConfig
 from evaluation.figures import BASE, COLORS, new_figure, save_figure
 from evaluation.results import compare
-from utils import ROOT, environment, markdown_table, note
+from utils import PYTHON, ROOT, environment, flag_words, markdown_table, note
 
 CurvePoint = dict  # "strength", and by data set "mean" and "difference" to the base with its "ci95"
 
@@ -94,10 +94,9 @@ def recommend(strength: float | None, config: EvalConfig, names: list[str]) -> s
     if strength is None:
         return f"no strength gains on {names[0]} and {limit}: raise --max_loss, or keep the base"
     adapter = config.adapter_dir.rstrip("/")
-    flags = {"base_model_path": config.base_model_path, "adapter_dir": adapter, "strength": f"{strength:g}"}
-    flags["output_dir"] = f"{adapter}_at_{strength:g}"
-    script = os.path.relpath(ROOT / "scripts" / "merge_adapter.py")
-    command = shlex.join(["python", script, *(f"--{key}={value}" for key, value in flags.items())])
+    paths = {"base_model_path": config.base_model_path, "adapter_dir": adapter}
+    flags = flag_words(**paths, strength=f"{strength:g}", output_dir=f"{adapter}_at_{strength:g}")
+    command = shlex.join([PYTHON, os.path.relpath(ROOT / "scripts" / "merge_adapter.py"), *flags])
     return f"strength {strength:g}: the most on {names[0]} that {limit}\nnext: {command}"
 
 

@@ -60,6 +60,7 @@ from scripts.sweep import (
 )
 from training.data import load_data, template_settings
 from utils import (
+    PYTHON,
     ROOT,
     command_parser,
     environment,
@@ -79,7 +80,6 @@ from utils import (
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
 HOW_MUCH = {"top_p", "budget"}  # keys of which a rule takes one
 AMOUNTS = {*HOW_MUCH, "upper_layers"}
-PYTHON = sys.executable.removeprefix(f"{Path.cwd()}/")  # as it is typed here
 
 
 class Stages:

@@ -21,7 +21,7 @@ from deepseek.loading import empty_model
 from evaluation.figures import save_figure
 from evaluation.frontier import SELECTS, Point, draw_frontier, frontier, recommend
 from evaluation.journal import answers_beside
-from utils import ROOT, counted, environment, flag_words, markdown_table, note, split_names, torchrun
+from utils import PYTHON, ROOT, counted, environment, flag_words, markdown_table, note, split_names, torchrun
 
 if TYPE_CHECKING:
     from training.config import RunConfig, TrainingArguments
@@ -360,7 +360,7 @@ class Sweep:
             labels = "What is learned, and what is kept", f"{general} (%)", f"{task} (%)"
             save_figure(draw_frontier(points, base, taken, *labels), self.folder / "sweep.png")
         else:
-            note("no picture without matplotlib: python -m pip install -c constraints.txt matplotlib")
+            note(f"no picture without matplotlib: {PYTHON} -m pip install -c constraints.txt matplotlib")
 
     def tell_next(self, candidate: Candidate, taken: Point) -> None:
         """Print the command that trains a candidate again, and the one that merges it at its strength."""
@@ -368,13 +368,13 @@ class Sweep:
         print("train it:", training_command(script, **options))
         paths = {"adapter_dir": self.folder / "checkpoints" / candidate.name, "strength": f"{taken.strength:g}"}
         merge = flag_words(**flags(self.args, "base_model_path"), **paths, output_dir=self.folder / "merged")
-        print("or merge it:", shlex.join(["python", os.path.relpath(ROOT / "scripts/merge_adapter.py"), *merge]))
+        print("or merge it:", shlex.join([PYTHON, os.path.relpath(ROOT / "scripts/merge_adapter.py"), *merge]))
 
 
 def training_command(script: str, processes: int, keys: list[str], **paths) -> str:
     """Return the command that trains into the usual folder, with these paths as far as they are given."""
     words = flag_words(**paths, output_dir=f"results/checkpoints/{Path(paths['train_dataset']).stem}")
-    return shlex.join(["python", *torchrun(processes), os.path.relpath(ROOT / script), *words, *keys])
+    return shlex.join([PYTHON, *torchrun(processes), os.path.relpath(ROOT / script), *words, *keys])
 
 
 def format_sweep(base: Point, thirds: list[Point], points: list[Point], taken: Point, task: str, general: str) -> str:

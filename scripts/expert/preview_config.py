@@ -43,7 +43,7 @@ from evaluation.selection import short_name
 from scripts.expert.generate_expert_config import load_scores
 from training.memory import FROZEN_BYTES, OPTIMIZERS, Estimator, MemorySettings
 from training.published_models import open_model
-from utils import ROOT, command_parser, markdown_table, positive, run_cli, size
+from utils import PYTHON, ROOT, command_parser, markdown_table, positive, run_cli, size
 
 STEP = 0.01  # of top_p, in the search for what fits
 
@@ -151,7 +151,7 @@ def command(row: dict, args: argparse.Namespace, dataset: str | None) -> str:
     words = [f"--expert_scores_dir={args.expert_scores_dir}", f"--score_function={function}"]
     words += [f"--top_p={row['top_p']:g}", f"--output_path=results/expert_configs/{name}_{function}.json"]
     words += [f"--base_model_path={args.base_model_path}"] if Path(args.base_model_path).exists() else []
-    return shlex.join(["python", os.path.relpath(ROOT / "scripts" / "expert" / "generate_expert_config.py"), *words])
+    return shlex.join([PYTHON, os.path.relpath(ROOT / "scripts" / "expert" / "generate_expert_config.py"), *words])
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -44,6 +44,7 @@ from evaluation.selection import (
 from scripts.expert import compare_scores, generate_expert_config, get_expert_scores, preview_config, routing_drift
 from tests.helpers import make_model, refused, scores_of
 from training.memory import Estimator, MemorySettings
+from utils import PYTHON
 
 K, L, E = 3, 2, 12
 
@@ -393,7 +394,7 @@ def test_the_budget_is_used_up_and_kept(tasks, tiny_model_dir, capsys, tmp_path)
     more = preview(tasks, tiny_model_dir, "--top_p", found["top_p"] + 0.01)["rows"][0]
     assert more["peak_bytes"] > result["budget"]["bytes"]
     command = result["budget"]["commands"]["token"].split()
-    assert command[:2] == ["python", "scripts/expert/generate_expert_config.py"]
+    assert command[:2] == [PYTHON, "scripts/expert/generate_expert_config.py"]
     call(generate_expert_config.main, *command[2:], f"--output_path={tmp_path / 'c.json'}")
     written = ExpertConfig.load(tmp_path / "c.json").experts
     assert sum(map(len, written.values())) == found["experts"]

@@ -18,6 +18,7 @@ from scripts import merge_adapter
 from tests.data_helpers import load_samples
 from tests.helpers import arguments, contents, refused, run_eval, write_rows
 from training.data import split_samples
+from utils import PYTHON
 
 
 def point(strength: float, task: float, general: float) -> dict:
@@ -94,9 +95,9 @@ def test_each_strength_is_the_merge_of_that_strength(max_loss, chosen, model_dir
         assert "no strength gains on task and loses at most 99 points of general" in text
         return
     (line,) = [line for line in text.splitlines() if line.startswith("next: ")]
-    _, script, *words = shlex.split(line.removeprefix("next: "))
+    python, script, *words = shlex.split(line.removeprefix("next: "))
     args = merge_adapter.parse_args(words)
-    assert Path(script).name == "merge_adapter.py" and args.strength == 1
+    assert python == PYTHON and Path(script).name == "merge_adapter.py" and args.strength == 1
     assert [str(path) for path in args.adapter_dir] == [adapter_dir] and str(args.base_model_path) == model_dir
 
 

@@ -14,6 +14,7 @@ from scripts import find_lr, pipeline
 from scripts.find_lr import Trial, prune
 from tests.helpers import ROOT, refused
 from training.config import read_config
+from utils import PYTHON
 
 FLAGS = ["--model=results/models/tiny", "--data=law", "--train_config=configs/tiny.yaml", "--steps=40"]
 LOSSES = {  # rate -> validation loss after 10 steps and after 40 steps, and the general score after 40
@@ -129,7 +130,7 @@ def test_the_lowest_loss_among_the_rates_that_go_on_is_recommended(search, capsy
     assert (search.folder / "find_lr.png").read_bytes().startswith(b"\x89PNG")
     (line,) = [line for line in out.out.splitlines() if line.startswith("train with it: ")]
     words = shlex.split(line.removeprefix("train with it: "))
-    assert words[:2] == ["python", "train.py"] and words[-1] == "learning_rate=0.004"
+    assert words[:2] == [PYTHON, "train.py"] and words[-1] == "learning_rate=0.004"
     config = read_config(words[2:])
     assert config.output_dir == "results/checkpoints/law" and config.training["max_steps"] == 450
     assert config.expert_config is None and config.training["learning_rate"] == 0.004
@@ -226,7 +227,7 @@ def test_several_processes_train_experts_in_parallel(method, script, search, mon
     argv = [*FLAGS, f"--output_dir={search.folder}", "--nproc_per_node=2", "--rates=0.002", f"method={method}"]
     find_lr.main(argv)
     assert [found for found in ran if found[0].startswith("train")] == [(script, 2)] * 2
-    assert f"python -m torch.distributed.run --standalone --nproc-per-node=2 {script}" in capsys.readouterr().out
+    assert f"{PYTHON} -m torch.distributed.run --standalone --nproc-per-node=2 {script}" in capsys.readouterr().out
 
 
 def test_a_search_that_was_broken_off_goes_on_and_repeats_nothing(search):

@@ -21,7 +21,7 @@ from scripts import pipeline
 from scripts.expert import get_expert_scores
 from tests.helpers import make_model
 from training.data import template_settings
-from utils import ROOT, flag_words
+from utils import PYTHON, ROOT, flag_words
 
 
 def write_run(folder: Path, method: str, task: float, general: float) -> None:
@@ -424,9 +424,9 @@ def test_the_whole_pipeline_in_another_folder(tiny_model_dir, tmp_path, capfd, m
     run = json.loads((tmp_path / "out" / "checkpoints" / "full" / "run.json").read_text())
     assert run["config"]["training"]["learning_rate"] == 1e-4
     pipeline.main(flags)
-    assert f"$ {pipeline.PYTHON}" in out
+    assert f"$ {PYTHON}" in out
     again = capfd.readouterr().out
-    assert f"$ {pipeline.PYTHON}" not in again  # all was there
+    assert f"$ {PYTHON}" not in again  # all was there
     ((_, next_command),) = re.findall(r"(next): (.*) makes a page of it", again)
     subprocess.run(shlex.split(next_command), check=True)
     assert (tmp_path / "out" / "report.html").is_file()

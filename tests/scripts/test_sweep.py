@@ -19,7 +19,7 @@ from scripts.sweep import Candidate, survivors
 from tests.helpers import ROOT
 from training.keys import LORA_SELECTED
 from training.methods import budget_of, count_trained, prepare_model
-from utils import run_cli
+from utils import PYTHON, run_cli
 
 TINY = "results/models/tiny"
 FLAGS = [
@@ -214,10 +214,14 @@ def test_what_is_dominated_after_a_third_is_not_trained_on(swept, capsys):
     (train,) = [line for line in out.out.splitlines() if line.startswith("train it: ")]
     words = shlex.split(train.removeprefix("train it: "))
     (ran,) = [w for w in swept.commands if f"--output_dir={swept.folder}/checkpoints/esft-token-25-lr0_002" in w]
-    assert words[:2] == ["python", "train.py"] and "--output_dir=results/checkpoints/law" in words
-    assert {w for w in words if "output_dir" not in w} == {"python", *(w for w in ran if "output_dir" not in w)}
+    assert words[:2] == [PYTHON, "train.py"] and "--output_dir=results/checkpoints/law" in words
+    assert {w for w in words if "output_dir" not in w} == {PYTHON, *(w for w in ran if "output_dir" not in w)}
     (merge,) = [line for line in out.out.splitlines() if line.startswith("or merge it: ")]
-    assert "--strength=1" in merge and f"--adapter_dir={swept.folder}/checkpoints/esft-token-25-lr0_002" in merge
+    assert (
+        merge.startswith(f"or merge it: {PYTHON} ")
+        and "--strength=1" in merge
+        and f"--adapter_dir={swept.folder}/checkpoints/esft-token-25-lr0_002" in merge
+    )
 
 
 def test_a_sweep_that_was_broken_off_goes_on_and_repeats_nothing(swept, capsys):

@@ -21,6 +21,7 @@ from tests.helpers import EXPERTS, ROOT, Killed, arguments, at_step, config_of, 
 from training import data, first_selection, plan
 from training.checkpoints import find_damage
 from training.trainer import ESFTTrainer
+from utils import PYTHON
 
 
 def test_output_is_pleasant(files, start, capsys, recwarn):
@@ -36,8 +37,8 @@ def test_output_is_pleasant(files, start, capsys, recwarn):
 def test_the_last_line_is_a_command_that_evaluates_the_run(start, capsys, monkeypatch):
     monkeypatch.chdir(start.folder)
     start("my run", max_steps=1)
-    _, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
-    assert Path(script).resolve() == ROOT / "eval_multigpu.py"
+    python, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert python == PYTHON and Path(script).resolve() == ROOT / "eval_multigpu.py"
     eval_multigpu.main([*flags, "--max_new_tokens=2"])
     assert list(start.folder.glob("my run/completions/*.summary.json"))
     monkeypatch.setenv("ESFT_STAGE", "1")  # the pipeline evaluates by itself
