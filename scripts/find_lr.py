@@ -30,8 +30,8 @@ from deepseek.process_groups import Ranks
 from deepseek.selection import SETTINGS
 from esft import load_tokenizer
 from evaluation.figures import new_figure, save_figure
-from scripts.pipeline import Stages
-from scripts.sweep import LEAST_KNOWN, mean_of, numbers, training_command
+from scripts.stages import Stages, mean_of, training_command
+from scripts.sweep import LEAST_KNOWN, numbers
 from utils import command_parser, environment, flag_words, locked, markdown_table, note, positive, run_cli
 
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the run's own rate, where no rates are given

@@ -29,7 +29,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import get_evaluator, load_rows
-from deepseek.files import check_output, read_json, suggest, write_json, write_text
+from deepseek.files import check_output, suggest, write_json, write_text
 from deepseek.process_groups import Ranks
 from esft import ExpertConfig, load_tokenizer
 from evaluation.figures import colors_of, cut_of, draw_experts, new_figure, plot_losses, save_figure
@@ -46,18 +45,8 @@ from evaluation.run_folder import Run, read_run
 from evaluation.runner import check_prompts
 from evaluation.workers import plan_devices
 from scripts.merge_adapter import check_free
-from scripts.sweep import (
-    GENERAL,
-    Plan,
-    Sweep,
-    add_sweep_flags,
-    check_sweep_flags,
-    evaluate,
-    flags,
-    plan_grid,
-    questions,
-    score_and_select,
-)
+from scripts.stages import Commands, Plan, Stages, data_config, flags
+from scripts.sweep import GENERAL, Sweep, add_sweep_flags, check_sweep_flags, plan_grid, questions
 from training.data import load_data, template_settings
 from utils import (
     PYTHON,
@@ -70,52 +59,14 @@ from utils import (
     note,
     positive,
     run_cli,
-    run_command,
     seed_number,
     size,
     split_names,
-    torchrun,
 )
 
 OURS = ("method", "seq_length", "template", "seed", "base_model_path", "train_dataset", "expert_config", "output_dir")
 HOW_MUCH = {"top_p", "budget"}  # keys of which a rule takes one
 AMOUNTS = {*HOW_MUCH, "upper_layers"}
-
-
-class Stages:
-    """Run commands once each. `stages.json` keeps the command of every finished output.
-
-    Two commands are the same if their flags differ only in order. The order of keys counts: of one key, the last wins.
-    When a command runs again, the outputs of the commands that read its output are out of date, and run again, too.
-    """
-
-    def __init__(self, folder: Path, lock: int | None = None):
-        self.note, self.lock = folder / "stages.json", lock
-        self.done: dict[str, list[str]] = read_json(self.note) if self.note.is_file() else {}
-
-    def run(self, output: Path, script: str, *, processes: int = 1, keys: tuple = (), **flags: object) -> None:
-        """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already."""
-        words = [*flag_words(**flags), *keys]
-        command = [*torchrun(processes), os.path.relpath(ROOT / script), *words]
-        shown = shlex.join([PYTHON, *command])
-        if output.exists() and in_order(self.done.get(str(output), [])) == in_order(command):
-            print(f"[done] {shown}", flush=True)
-            return
-        print(f"\n$ {shown}", flush=True)
-        made = {str(output), str(output.parent)}
-        self.done = {k: old for k, old in self.done.items() if not made & {word.partition("=")[2] for word in old}}
-        if self.note.is_file():
-            write_json(self.note, self.done)
-        start = time.perf_counter()
-        run_command([script, *words], processes=processes, lock=self.lock, env={"ESFT_STAGE": "1"})
-        print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
-        self.done[str(output)] = command
-        write_json(self.note, self.done)
-
-
-def in_order(words: list[str]) -> list[str]:
-    """Return the words of a command with its flags sorted, behind all other words."""
-    return sorted(words, key=lambda word: word if word.startswith("--") else "")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -262,14 +213,12 @@ def run_stages(
     """Score, select, train all methods, evaluate them and the base, merge the first ESFT adapter."""
     configs = {method: folder / "expert_configs" / f"{method}.json" for method, plan in plans.items() if plan.rule}
     rules, runs = {configs[method]: plans[method].rule for method in configs}, folder / "checkpoints"
-    data = next(iter(plans.values())).config  # all read data in the same way
-    score_and_select(args, stages, data, folder, rules)
+    commands = Commands(args, stages, folder, data_config(plans))
+    commands.score_and_select(rules)
 
     for method, plan in plans.items():
         config, output = configs.get(method), runs / method
-        paths = flags(args, "base_model_path train_dataset train_config")
-        script = "train_ep.py" if config and args.nproc_per_node > 1 else "train.py"
-        options = {"processes": args.nproc_per_node, "keys": plan.words, **paths, "expert_config": config}
+        script, options = commands.training(plan.words, config)
         stages.run(output / "trainer_state.json", script, **options, output_dir=output)
 
     for method in ["base", *plans] if datasets else []:
@@ -277,7 +226,7 @@ def run_stages(
         if len(datasets) > 1:
             last = output.with_suffix(f".{Path(datasets[-1]).stem}.jsonl")
         model = {} if method == "base" else {"base_model_path" if method == "full" else "adapter_dir": runs / method}
-        evaluate(args, stages, data, last, output, datasets, **model)
+        commands.evaluate(last, output, datasets, **model)
 
     if (adapter := first_adapter(plans)) and not args.no_merge:
         paths = {"adapter_dir": runs / adapter, "output_dir": folder / "merged", "overwrite": True}
@@ -381,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.sweep and not args.no_merge and first_adapter(methods):
         check_free(folder / "merged", overwrite=True)
     plans = plan_training(args, methods)
-    check_prompts(args.base_model_path, template_settings(next(iter(plans.values())).config), asked)
+    check_prompts(args.base_model_path, template_settings(data_config(plans)), asked)
     grid = plan_grid(args, plans) if args.sweep else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder) as lock:

@@ -10,21 +10,17 @@ import dataclasses
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from deepseek.files import read_json, write_json, write_jsonl, write_text
 from deepseek.loading import empty_model
 from evaluation.figures import save_figure
 from evaluation.frontier import SELECTS, Point, draw_frontier, frontier, recommend
-from evaluation.journal import answers_beside
-from utils import PYTHON, ROOT, counted, environment, flag_words, markdown_table, note, split_names, torchrun
-
-if TYPE_CHECKING:
-    from training.config import RunConfig, TrainingArguments
+from scripts.stages import Commands, Plan, Stages, data_config, flags, mean_of, training_command
+from utils import PYTHON, ROOT, counted, environment, flag_words, markdown_table, note, split_names
 
 ADAPTED, ADAPTED_SHARE = "lora-selected", 0.25  # the experts that LoRA adapts hold a quarter of the parameters
 DEFAULTS = {
@@ -36,15 +32,6 @@ DEFAULTS = {
 LEAST_KNOWN = 20.0  # percent of the general questions that the base has to know
 FEW = 30  # samples
 GENERAL = "general"  # what is asked by default
-
-
-class Plan(NamedTuple):
-    """What a method trains: the words for train.py, what they mean, and the flags that select its experts."""
-
-    words: list[str]
-    config: "RunConfig"
-    arguments: "TrainingArguments"
-    rule: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -92,11 +79,6 @@ def numbers(most: float) -> Callable[[str], list[float]]:
         return found
 
     return convert
-
-
-def flags(args: argparse.Namespace, names: str) -> dict[str, object]:
-    """Return the flags of these names."""
-    return {name: getattr(args, name) for name in names.split()}
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +160,7 @@ def questions(args: argparse.Namespace, folder: Path, plans: dict[str, Plan]) ->
     if args.eval_dataset:
         task, general = split_names(args.eval_dataset)
         return task, general
-    rows, _ = held_out_questions(dataclasses.asdict(next(iter(plans.values())).config))
+    rows, _ = held_out_questions(dataclasses.asdict(data_config(plans)))
     if not rows:
         cause = f"{args.train_dataset} holds out no sample that is one question and one answer"
         raise ValueError(f"cannot sweep: {cause}. Give --eval_dataset=TASK,GENERAL.")
@@ -196,62 +178,6 @@ def questions(args: argparse.Namespace, folder: Path, plans: dict[str, Plan]) ->
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
 
-def score_and_select(
-    args: argparse.Namespace, stages, config: "RunConfig", folder: Path, rules: dict[Path, dict[str, object]]
-) -> None:
-    """Score the experts by what `rules` need, on data as `config` reads them, and write the expert config of each.
-
-    Rules are flags of generate_expert_config.py.
-    """
-    from training.first_selection import data_flags  # slow; --help can do without
-
-    scored = {"expert_scores": args.train_dataset} if rules else {}
-    if any("contrast" in rule for rule in rules.values()):
-        scored["general_scores"] = args.contrast_dataset
-    functions = {rule["score_function"] for rule in rules.values()} - {"token", "gate"}
-    settings = flags(args, "base_model_path n_sample_tokens seq_length world_size gpus_per_rank template seed dtype")
-    settings |= {"scores": ",".join(sorted(functions)) or None, "streaming": config.streaming}
-    settings |= {key: value for key, value in data_flags(config).items() if value != getattr(type(config), key)}
-    for name, dataset in scored.items():
-        paths = {"eval_dataset": dataset, "output_dir": folder / name}
-        stages.run(folder / name / "summary.json", "scripts/expert/get_expert_scores.py", **paths, **settings)
-        settings["n_train_samples"] = None  # of the training data, and not of general data
-    for path, rule in rules.items():
-        paths = {"expert_scores_dir": folder / "expert_scores", "output_path": path}
-        paths |= {"contrast_scores_dir": folder / "general_scores"} if "contrast" in rule else {}
-        drawn = {"seed": args.seed} if rule.get("strategy") == "random" else {}
-        stages.run(path, "scripts/expert/generate_expert_config.py", **paths, **rule, **drawn)
-
-
-def evaluate(
-    args: argparse.Namespace, stages, config: "RunConfig", made: Path, output: Path, datasets: Iterable[str], **model
-) -> None:
-    """Ask the base the questions of data sets, or what the flags `model` name. `made` is the last file written.
-
-    All are asked through the template of `config`.
-    """
-    from training.first_selection import data_flags  # slow; --help can do without
-
-    stages.run(
-        made,
-        "eval_multigpu.py",
-        eval_dataset=",".join(datasets),
-        **{"base_model_path": args.base_model_path, **model},
-        output_path=output,
-        **flags(args, "world_size gpus_per_rank template max_new_tokens eval_batch_size"),
-        n_samples=args.n_eval_samples,
-        **flags(args, "seed dtype"),
-        template_kwargs=data_flags(config)["template_kwargs"],
-    )
-
-
-def mean_of(summary: Path) -> float:
-    """Return the mean score of an evaluation, in percent. Raise ValueError if no answer has a score."""
-    if (mean := read_json(summary, "mean")["mean"]) is None:
-        raise ValueError(f"cannot go on: no answer in {answers_beside(summary)} has a score. See there why.")
-    return mean
-
-
 def survivors(tried: dict[Candidate, list[Point]], base: Point) -> list[Candidate]:
     """Return the candidates with a point on the frontier that learns more than the base."""
     best = frontier([base, *(point for curve in tried.values() for point in curve)])
@@ -262,9 +188,11 @@ def survivors(tried: dict[Candidate, list[Point]], base: Point) -> list[Candidat
 class Sweep:
     """Runs the stages of a grid in a folder. `asked` are the data sets of the task and of general skills."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, stages, plans: dict[str, Plan], asked: tuple[str, str]):
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, stages: Stages, plans: dict[str, Plan], asked: tuple[str, str]
+    ):
         self.args, self.folder, self.stages, self.plans, self.asked = args, folder, stages, plans, asked
-        self.config = next(iter(plans.values())).config  # all read data in the same way
+        self.commands = Commands(args, stages, folder, data_config(plans))
 
     def run(self, grid: list[Candidate]) -> Point:
         """Train the grid, prune it, train the rest, write what came out, and return the recommended point."""
@@ -288,7 +216,7 @@ class Sweep:
         rules = {
             self.config_of(c): {**SELECTS[c.method], "budget": f"{c.budget:.6g}"} for c in grid if c.method in SELECTS
         }
-        score_and_select(self.args, self.stages, self.config, self.folder, rules)
+        self.commands.score_and_select(rules)
 
     def config_of(self, candidate: Candidate) -> Path | None:
         return self.folder / "expert_configs" / f"{candidate.selection}.json" if candidate.budget else None
@@ -300,9 +228,7 @@ class Sweep:
         if third:
             steps, epochs = plan.arguments.max_steps, plan.arguments.num_train_epochs
             words.append(f"max_steps={steps // 3}" if steps > 0 else f"num_train_epochs={epochs / 3:.6g}")
-        script = "train_ep.py" if config and self.args.nproc_per_node > 1 else "train.py"
-        paths = flags(self.args, "base_model_path train_dataset train_config") | {"expert_config": config}
-        return script, {"processes": self.args.nproc_per_node, "keys": words, **paths}
+        return self.commands.training(words, config)
 
     def measure(self, candidate: Candidate, stage: str, place: str) -> list[Point]:
         """Train a candidate, and return its point at each strength. `stage` is "thirds" or "checkpoints"."""
@@ -330,12 +256,12 @@ class Sweep:
         output, names = self.folder / "completions" / f"{name}.jsonl", [Path(data).stem for data in self.asked]
         if not model:
             summaries = [output.with_suffix(f".{data}.summary.json") for data in names]
-            evaluate(self.args, self.stages, self.config, summaries[-1], output, self.asked)
+            self.commands.evaluate(summaries[-1], output, self.asked)
             return [(0.0, *map(mean_of, summaries))]
         curve, strengths = output.with_suffix("") / "curve.json", ",".join(f"{s:g}" for s in self.args.strengths)
         strengths = f"0,{strengths}" if len(self.args.strengths) == 1 else strengths  # one strength is not a curve
         about = {"adapter_dir": model, "base_answers": output.parent, "strength": strengths}
-        evaluate(self.args, self.stages, self.config, curve, output, self.asked, **about)
+        self.commands.evaluate(curve, output, self.asked, **about)
         points = read_json(curve, "points")["points"]
         return [(p["strength"], *(p["mean"][data] for data in names)) for p in points if p["strength"]]
 
@@ -369,12 +295,6 @@ class Sweep:
         paths = {"adapter_dir": self.folder / "checkpoints" / candidate.name, "strength": f"{taken.strength:g}"}
         merge = flag_words(**flags(self.args, "base_model_path"), **paths, output_dir=self.folder / "merged")
         print("or merge it:", shlex.join([PYTHON, os.path.relpath(ROOT / "scripts/merge_adapter.py"), *merge]))
-
-
-def training_command(script: str, processes: int, keys: list[str], **paths) -> str:
-    """Return the command that trains into the usual folder, with these paths as far as they are given."""
-    words = flag_words(**paths, output_dir=f"results/checkpoints/{Path(paths['train_dataset']).stem}")
-    return shlex.join([PYTHON, *torchrun(processes), os.path.relpath(ROOT / script), *words, *keys])
 
 
 def format_sweep(base: Point, thirds: list[Point], points: list[Point], taken: Point, task: str, general: str) -> str:

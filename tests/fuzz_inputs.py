@@ -414,7 +414,7 @@ def _command(module: str, argv: list[str], folder: str, log: str) -> None:
 
     datasets.config.HF_DATASETS_CACHE = Path(folder).parent / "cache"
     command = importlib.import_module(module)
-    for stage in ("training.first_selection", "scripts.pipeline"):  # other commands, which are tried themselves
+    for stage in ("training.first_selection", "scripts.stages"):  # other commands, which are tried themselves
         importlib.import_module(stage).run_command = _not_run
     run_cli(lambda: command.main(argv))
     with contextlib.suppress(OSError):

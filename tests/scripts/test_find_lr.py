@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.files import read_json, write_json
-from scripts import find_lr, pipeline
+from scripts import find_lr
 from scripts.find_lr import Trial, prune
 from tests.helpers import ROOT, refused
 from training.config import read_config
@@ -72,7 +72,7 @@ def search(tmp_path, monkeypatch):
             run.commands.append(list(map(str, words)))
             fake(run.commands[-1], losses)
 
-        monkeypatch.setattr(pipeline, "run_command", run_command)
+        monkeypatch.setattr("scripts.stages.run_command", run_command)
         find_lr.main([*FLAGS, f"--rates={','.join(losses)}", f"--output_dir={run.folder}", *more])
 
     run.commands, run.folder = [], tmp_path / "out"
@@ -223,7 +223,7 @@ def test_several_processes_train_experts_in_parallel(method, script, search, mon
         ran.append((words[0], processes))
         fake(["train.py", *words[1:]] if words[0].startswith("train") else words, LOSSES)
 
-    monkeypatch.setattr(pipeline, "run_command", run_command)
+    monkeypatch.setattr("scripts.stages.run_command", run_command)
     argv = [*FLAGS, f"--output_dir={search.folder}", "--nproc_per_node=2", "--rates=0.002", f"method={method}"]
     find_lr.main(argv)
     assert [found for found in ran if found[0].startswith("train")] == [(script, 2)] * 2
@@ -309,7 +309,7 @@ def test_answers_without_a_score_end_the_search(what, search, monkeypatch):
     ],
 )
 def test_wrong_flags_are_refused_first(flags, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "run_command", None)
+    monkeypatch.setattr("scripts.stages.run_command", None)
     refused(capsys, find_lr.main, [*FLAGS, f"--output_dir={tmp_path / 'out'}", *flags], sentence)
     assert not (tmp_path / "out").exists()
 

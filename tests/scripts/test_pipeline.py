@@ -19,6 +19,7 @@ from deepseek.files import read_json, write_json
 from evaluation.run_folder import read_run
 from scripts import pipeline
 from scripts.expert import get_expert_scores
+from scripts.stages import Plan, Stages
 from tests.helpers import make_model
 from training.data import template_settings
 from utils import PYTHON, ROOT, flag_words
@@ -71,17 +72,17 @@ def test_a_stage_runs_once_and_again_when_its_command_changes(tmp_path, monkeypa
         ran.append(words)
         (tmp_path / "out").write_text("x")
 
-    monkeypatch.setattr(pipeline, "run_command", run_command)
+    monkeypatch.setattr("scripts.stages.run_command", run_command)
     for value in (1, 1, 2):
-        pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=value, none=None, off=False, on=True)
+        Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=value, none=None, off=False, on=True)
     assert ran == [["tool.py", "--flag=1", "--on"], ["tool.py", "--flag=2", "--on"]]
-    pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", on=True, flag=2)  # the place of a flag says nothing
+    Stages(tmp_path).run(tmp_path / "out", "tool.py", on=True, flag=2)  # the place of a flag says nothing
     assert len(ran) == 2
     (tmp_path / "out").unlink()
-    pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=2, on=True)
+    Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=2, on=True)
     assert len(ran) == 3
     for keys in (["a=1", "a=2"], ["a=2", "a=1"]):  # the last one counts
-        pipeline.Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=2, on=True, keys=keys)
+        Stages(tmp_path).run(tmp_path / "out", "tool.py", flag=2, on=True, keys=keys)
     assert len(ran) == 5
 
 
@@ -93,14 +94,14 @@ def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, m
         if len(ran) == 4:
             raise SystemExit(2)
 
-    monkeypatch.setattr(pipeline, "run_command", run_command)
+    monkeypatch.setattr("scripts.stages.run_command", run_command)
     config, model, answers = (tmp_path / name for name in ("config.json", "run", "answers.jsonl"))
     model.mkdir()
     for path in (config, model / "state.json", answers):
         path.touch()
 
     def stages(top_p: float) -> None:
-        stages = pipeline.Stages(tmp_path)
+        stages = Stages(tmp_path)
         stages.run(config, "select.py", top_p=top_p)
         stages.run(model / "state.json", "train.py", config=config)
         stages.run(answers, "eval.py", adapter_dir=model)
@@ -118,7 +119,7 @@ def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, m
 def test_a_stage_that_fails_stops_the_pipeline_with_its_code(script, code, tmp_path):
     (tmp_path / "tool.py").write_text(script)
     with pytest.raises(SystemExit) as stop:
-        pipeline.Stages(tmp_path).run(tmp_path / "out", str(tmp_path / "tool.py"))
+        Stages(tmp_path).run(tmp_path / "out", str(tmp_path / "tool.py"))
     assert stop.value.code == code and not (tmp_path / "stages.json").exists()
 
 
@@ -221,7 +222,7 @@ def test_what_is_wrong_is_refused_before_anything_runs(what, tmp_path, monkeypat
     flags, message = WRONG[what]
     (tmp_path / "rows.jsonl").write_text('{"question": "?"}')
     (tmp_path / "law.jsonl").write_text('{"prompt": "?", "answers": ["!"]}')
-    monkeypatch.setattr(pipeline, "run_command", lambda *_, **__: pytest.fail("a stage ran"))
+    monkeypatch.setattr("scripts.stages.run_command", lambda *_, **__: pytest.fail("a stage ran"))
     if what == "no shared experts":
         base = shutil.copytree(ROOT / "results" / "models" / "tiny", tmp_path / "unshared")
         make_model("olmoe", vocab_size=read_json(base / "config.json")["vocab_size"]).save_pretrained(base)
@@ -241,7 +242,7 @@ def test_a_tokenizer_without_a_chat_template_is_told_before_anything_runs(tmp_pa
     settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     write_json(tmp_path / "model" / "tokenizer_config.json", settings)
-    monkeypatch.setattr(pipeline, "run_command", lambda *_, **__: (_ for _ in ()).throw(SystemExit("a stage ran")))
+    monkeypatch.setattr("scripts.stages.run_command", lambda *_, **__: (_ for _ in ()).throw(SystemExit("a stage ran")))
     words = [f"--model={tmp_path / 'model'}", "--data=intent", f"--output_dir={tmp_path / 'out'}"]
     with pytest.raises(ValueError, match=r"the tokenizer has none\. Give template=released") as error:
         pipeline.main(words)
@@ -303,7 +304,7 @@ DATA_KEYS = {
 }
 
 
-def stages_of(folder: Path, *more: str) -> tuple[pipeline.Plan, list[tuple[str, dict]]]:
+def stages_of(folder: Path, *more: str) -> tuple[Plan, list[tuple[str, dict]]]:
     """Return the plan of esft-token, and the script and the flags of every stage."""
     asked = []
 

@@ -112,7 +112,7 @@ def test_a_candidate_goes_on_if_one_of_its_strengths_is_on_the_frontier():
     ],
 )
 def test_wrong_flags_are_refused_first(flags, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "run_command", None)
+    monkeypatch.setattr("scripts.stages.run_command", None)
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda: pipeline.main([*FLAGS, f"--output_dir={tmp_path / 'out'}", *flags]))
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
@@ -177,7 +177,7 @@ def swept(tmp_path, monkeypatch):
             run.commands.append(list(map(str, words)))
             fake(run.commands[-1], curves)
 
-        monkeypatch.setattr(pipeline, "run_command", run_command)
+        monkeypatch.setattr("scripts.stages.run_command", run_command)
         pipeline.main([*FLAGS, "--methods=esft-token,full", f"--output_dir={run.folder}", *more])
 
     run.commands, run.folder = [], tmp_path / "out"
