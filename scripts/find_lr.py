@@ -30,7 +30,7 @@ from deepseek.process_groups import Ranks
 from deepseek.selection import SETTINGS
 from esft import load_tokenizer
 from evaluation.figures import new_figure, save_figure
-from scripts.stages import Stages, mean_of, training_command
+from scripts.stages import Stages, mean_of, parse_with_keys, training_command
 from scripts.sweep import LEAST_KNOWN, numbers
 from utils import command_parser, environment, flag_words, locked, markdown_table, note, positive, run_cli
 
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", **count, default=64, help="longest answer to them, in tokens (default: 64)")
     add("--nproc_per_node", **count, default=1, help="processes in training (default: 1)")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="training keys, see train.py --help")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_with_keys(parser, argv)
     for flag in ("max_loss", "max_new_tokens"):
         if getattr(args, flag) != parser.get_default(flag) and not args.general_dataset:
             parser.error(f"--{flag} needs --general_dataset")

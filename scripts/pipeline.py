@@ -45,7 +45,7 @@ from evaluation.run_folder import Run, read_run
 from evaluation.runner import check_prompts
 from evaluation.workers import plan_devices
 from scripts.merge_adapter import check_free
-from scripts.stages import Commands, Plan, Stages, data_config, flags
+from scripts.stages import Commands, Plan, Stages, data_config, flags, parse_with_keys
 from scripts.sweep import GENERAL, Sweep, add_sweep_flags, check_sweep_flags, plan_grid, questions
 from training.data import load_data, template_settings
 from utils import (
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--no_merge", action="store_true", help="do not write the merged model of the first ESFT method")
     add_sweep_flags(parser)
     add("overrides", nargs="*", metavar="[METHOD:]KEY=VALUE", help="training keys, see train.py --help")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_with_keys(parser, argv)
     check_sweep_flags(parser, args)
     return args
 
@@ -193,11 +193,7 @@ def plan_training(args: argparse.Namespace, methods: list[str]) -> dict[str, Pla
 
 
 def check(args: argparse.Namespace, datasets: list[str]) -> list[dict]:
-    """Return the first question of each data set.
-
-    Raises:
-        ValueError, OSError: what would stop a later stage after hours of earlier ones.
-    """
+    """Return the first question of each data set. Raise ValueError or OSError for what would stop a later stage."""
     plan_devices("auto", args.world_size, args.gpus_per_rank)
     names = [Path(dataset).stem for dataset in datasets]
     if len(set(names)) < len(names):

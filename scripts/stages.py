@@ -1,8 +1,11 @@
 """What scripts/pipeline.py, its sweep and scripts/find_lr.py share: stages that run once, and their commands."""
 
 import argparse
+import dataclasses
+import difflib
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +31,23 @@ class Plan(NamedTuple):
 def data_config(plans: dict[str, Plan]) -> "RunConfig":
     """Return a config by which all methods read data: their data settings are the same."""
     return next(iter(plans.values())).config
+
+
+def parse_with_keys(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse flags, and keys of train.py as `key=value` or `--key=value`. What is neither is taken for the nearest."""
+    words = sys.argv[1:] if argv is None else [*argv]
+    flags = {option.removeprefix("--") for option in parser._option_string_actions}
+    others = [word for word in words if word.startswith("--") and word[2:].partition("=")[0] not in flags]
+    if others:
+        from training.config import RunConfig, TrainingArguments, keys  # slow
+
+        names = {field.name for kind in (RunConfig, TrainingArguments) for field in dataclasses.fields(kind)}
+        names = {*names, *keys.ALIASES, *keys.NO_EFFECT, *keys.SECRETS} - flags
+        for word in others:
+            key = word[2:].partition("=")[0].rpartition(":")[2]
+            if "=" in word and names.intersection(difflib.get_close_matches(key, names | flags, n=1)):
+                words[words.index(word)] = word[2:]
+    return parser.parse_intermixed_args(words)
 
 
 class Stages:

@@ -23,12 +23,7 @@ from scripts.stages import Commands, Plan, Stages, data_config, flags, mean_of, 
 from utils import PYTHON, ROOT, counted, environment, flag_words, markdown_table, note, split_names
 
 ADAPTED, ADAPTED_SHARE = "lora-selected", 0.25  # the experts that LoRA adapts hold a quarter of the parameters
-DEFAULTS = {
-    "shares": [0.07, 0.25],
-    "rates": [1.0, 2.0],
-    "strengths": [0.5, 0.7, 0.85, 1.0],
-    "max_loss": 2.0,
-}
+DEFAULTS = {"shares": [0.07, 0.25], "rates": [1.0, 2.0], "strengths": [0.5, 0.7, 0.85, 1.0], "max_loss": 2.0}
 LEAST_KNOWN = 20.0  # percent of the general questions that the base has to know
 FEW = 30  # samples
 GENERAL = "general"  # what is asked by default

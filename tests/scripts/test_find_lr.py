@@ -303,6 +303,8 @@ def test_answers_without_a_score_end_the_search(what, search, monkeypatch):
         (["--general_dataset=general", "--max_loss=nan"], "--max_loss nan is not a number of points from 0"),
         (["lr=1e-3", "--rates=1e-3"], "cannot use 'lr=1e-3': --rates sets learning_rate. Leave one of them out."),
         (["learning_rat=1"], "learning_rat"),
+        (["--learning_rat=1"], "did you mean 'learning_rate'"),
+        (["--lr=1e-3", "--rates=1e-3"], "cannot use 'lr=1e-3': --rates sets learning_rate. Leave one of them out."),
         (["validation_fraction=0", "eval_strategy=no", "load_best_model_at_end=false"], "no sample is held out"),
         (["--data=lw"], "did you mean 'law'?"),
         (["save_strategy=best", "method=fll"], "method"),

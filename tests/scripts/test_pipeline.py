@@ -268,6 +268,21 @@ def test_a_key_for_one_method_wins_and_training_can_be_resumed():
     assert len(keys["full"]) == len({key.partition("=")[0] for key in keys["full"]})
 
 
+def test_a_key_may_have_dashes_and_a_flag_may_not_be_misspelled(capsys):
+    flags = ["--model=results/models/tiny", "--data=intent"]
+    keys = ["learning_rate=1e-3", "full:lr=2e-3", "top_p=0.1", "use_cache=true", "hub_token=x", "eval_steps=5"]
+    found = pipeline.parse_args([*flags, *(f"--{key}" for key in keys), "--max_new_tokens=5"])
+    assert found == pipeline.parse_args([*flags, *keys, "max_new_tokens=5"]) and found.overrides == keys
+    for word, told in {"--methds=full": "'--methods'", "--sedd=1": "'--seed'", "--xyzzy=1": "--xyzzy"}.items():
+        with pytest.raises(SystemExit):
+            pipeline.parse_args([*flags, word])
+        assert f"unrecognized arguments: {word.partition('=')[0]}" in (error := capsys.readouterr().err)
+        assert told in error
+    for word in ("--learning_rat=1", "--full:learning_rat=1"):
+        with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
+            pipeline.plan_training(pipeline.parse_args([*flags, word]), ["full"])
+
+
 def test_a_key_of_a_method_that_is_not_run_is_told(capsys):
     words = ["--model=results/models/tiny", "--data=intent", "lr=2e-3", "full:lr=1e-3", "lora:lora_rank=4"]
     pipeline.keys_by_method(pipeline.parse_args(words), ["esft-token", "full"])
