@@ -22,7 +22,7 @@ from scripts.expert import get_expert_scores
 from scripts.stages import Plan, Stages
 from tests.helpers import make_model
 from training.data import template_settings
-from utils import PYTHON, ROOT, flag_words
+from utils import ROOT, flag_words
 
 
 def write_run(folder: Path, method: str, task: float, general: float) -> None:
@@ -420,6 +420,8 @@ def test_a_secret_reaches_the_stages_by_the_environment_alone(key, monkeypatch):
 def test_the_whole_pipeline_in_another_folder(tiny_model_dir, tmp_path, capfd, monkeypatch):
     """Relative paths are those of the folder in which it is started, and so are the commands that it prints."""
     monkeypatch.chdir(tmp_path)
+    for module in ("pipeline", "stages"):  # the Python of these tests may be given below another folder
+        monkeypatch.setattr(f"scripts.{module}.PYTHON", sys.executable)
     shutil.copytree(tiny_model_dir, "model")
     rows = [
         {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "it is"}]}
@@ -440,9 +442,9 @@ def test_the_whole_pipeline_in_another_folder(tiny_model_dir, tmp_path, capfd, m
     run = json.loads((tmp_path / "out" / "checkpoints" / "full" / "run.json").read_text())
     assert run["config"]["training"]["learning_rate"] == 1e-4
     pipeline.main(flags)
-    assert f"$ {PYTHON}" in out
+    assert f"$ {sys.executable}" in out
     again = capfd.readouterr().out
-    assert f"$ {PYTHON}" not in again  # all was there
+    assert f"$ {sys.executable}" not in again  # all was there
     ((_, next_command),) = re.findall(r"(next): (.*) makes a page of it", again)
     subprocess.run(shlex.split(next_command), check=True)
     assert (tmp_path / "out" / "report.html").is_file()
