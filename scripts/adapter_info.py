@@ -106,7 +106,7 @@ def compare(a: dict, b: dict) -> dict:
     both = sorted(of_a & of_b)
     reasons = [f"{len(both)} experts are in both"] if both else []
     if others := {*a["other_parameters"]} & {*b["other_parameters"]}:
-        reasons.append(f"both hold {counted(len(others), 'other parameter')}, as {min(others)}")
+        reasons.append(f"both hold {counted(len(others), 'other parameter')}, such as {min(others)}")
     if difference(*(one["base"] or {} for one in (a, b))):
         reasons.append("they are for different bases")
     return {

@@ -80,7 +80,7 @@ def test_an_adapter_says_that_it_holds_routers(tmp_path, capsys):
     save_adapter(model, tmp_path / "a")
     adapter_info.main([str(tmp_path / "a"), str(tmp_path / "a")])
     told = capsys.readouterr().out
-    assert "and the routers (full)" in told and "both hold routers" in told
+    assert "and the routers (full)" in told and "both hold 2 other parameters, such as layers.1.mlp.gate.weight" in told
     assert adapter_info.describe(tmp_path / "a")["routers"] == "full"
 
 

@@ -428,8 +428,8 @@ def slots_by_number():
 
 BREAKAGES = {
     "gradients not divided by the world": too_large,
-    "experts not summed over replicas": functools.partial(without_sum_over, "replicas"),
-    "dense parameters not summed over the world": functools.partial(without_sum_over, "world"),
+    "experts not summed over replicas": functools.partial(without_sum_over, "replica_group"),
+    "dense parameters not summed over the world": functools.partial(without_sum_over, "world_group"),
     "a norm without the experts of other ranks": norm_of_this_rank,
     "rows brought home in the order sent": home_in_sent_order,
     "gate weights not sent": weights_not_sent,

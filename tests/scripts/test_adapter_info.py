@@ -130,7 +130,7 @@ def test_overlap_and_whether_they_go_together(folder, capsys):
     pairs = {tuple(path[-1] for path in p["pair"]): p for p in told(capsys, *(folder / n for n in names))["pairs"]}
     assert pairs["a", "b"]["jaccard"] == 0 and pairs["a", "c"]["jaccard"] == 2 / 4
     assert pairs["a", "c"]["shared"] == {"1": [2], "2": [7]} and pairs["a", "l"]["jaccard"] == 1
-    assert pairs["t", "m"]["why_not"] == "both hold 1 other parameter, as layers.0.self_attn.q_proj.weight"
+    assert pairs["t", "m"]["why_not"] == "both hold 1 other parameter, such as layers.0.self_attn.q_proj.weight"
     for (one, other), pair in pairs.items():
         model = add_adapter(make_model(), folder / one)
         try:
