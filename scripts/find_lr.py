@@ -270,7 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     rates = args.rates or [float(f"{usual * factor:.6g}") for factor in FACTORS]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(args.output_dir) as lock:
-        RateFinder(args, config, Stages(Path(args.output_dir), lock)).run(rates)
+        stages = Stages(Path(args.output_dir), lock, **{key: getattr(args, key) for key in PATHS[:2]})
+        RateFinder(args, config, stages).run(rates)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = plan_grid(args, plans) if args.sweep else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the stage at work is ended, too
     with locked(folder) as lock:
-        stages = Stages(folder, lock)
+        stages = Stages(folder, lock, **flags(args, "base_model_path train_dataset"))
         if args.sweep:
             Sweep(args, folder, stages, plans, questions(args, folder, plans)).run(grid)
             return

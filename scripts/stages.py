@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import os
 import shlex
 import sys
@@ -34,7 +35,7 @@ def data_config(plans: dict[str, Plan]) -> "RunConfig":
 
 
 def parse_with_keys(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse flags, and keys of train.py as `key=value` or `--key=value`. What is neither is taken for the nearest."""
+    """Parse flags, and keys of train.py as `key=value`, `--key=value` or `--key value`, with - or _ in their names."""
     words = sys.argv[1:] if argv is None else [*argv]
     flags = {option.removeprefix("--") for option in parser._option_string_actions}
     others = [word for word in words if word.startswith("--") and word[2:].partition("=")[0] not in flags]
@@ -44,9 +45,14 @@ def parse_with_keys(parser: argparse.ArgumentParser, argv: list[str] | None) -> 
         names = {field.name for kind in (RunConfig, TrainingArguments) for field in dataclasses.fields(kind)}
         names = {*names, *keys.ALIASES, *keys.NO_EFFECT, *keys.SECRETS} - flags
         for word in others:
-            key = word[2:].partition("=")[0].rpartition(":")[2]
-            if "=" in word and names.intersection(difflib.get_close_matches(key, names | flags, n=1)):
-                words[words.index(word)] = word[2:]
+            name, equals, value = word[2:].partition("=")
+            name, at = name.replace("-", "_"), words.index(word)
+            if not names.intersection(difflib.get_close_matches(name.rpartition(":")[2], names | flags, n=1)):
+                continue
+            if not equals:
+                has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
+                value = words.pop(at + 1) if has_value else "true"
+            words[at] = f"{name}={value}"
     return parser.parse_intermixed_args(words)
 
 
@@ -57,9 +63,14 @@ class Stages:
     When a command runs again, the outputs of the commands that read its output are out of date, and run again, too.
     """
 
-    def __init__(self, folder: Path, lock: int | None = None):
+    def __init__(self, folder: Path, lock: int | None = None, **owners: str):
+        """Raise ValueError if a finished stage has other values of the flags `owners`: their data would be mixed."""
         self.note, self.lock = folder / "stages.json", lock
         self.done: dict[str, list[str]] = read_json(self.note) if self.note.is_file() else {}
+        for word in itertools.chain.from_iterable(self.done.values()):
+            name, _, value = word.removeprefix("--").partition("=")
+            if value != owners.get(name, value):
+                raise ValueError(f"cannot use {folder}: its stages have --{name}={value}. Give another --output_dir.")
 
     def run(self, output: Path, script: str, *, processes: int = 1, keys: tuple = (), **flags: object) -> None:
         """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already."""

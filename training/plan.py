@@ -230,7 +230,7 @@ def tell_few_steps(args: TrainingArguments, packs: int, packs_per_step: int) -> 
         steps = math.ceil(math.ceil(packs / packs_per_step) * args.num_train_epochs)
         how = f"{counted(packs, 'pack')}, {packs_per_step} per step, {args.num_train_epochs:g} epochs"
     if steps < FEW_STEPS:
-        more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower batch_size"
+        more = "Raise max_steps" if args.max_steps > 0 else "Raise epochs, lower seq_length or batch_size"
         rate = f"a learning rate of at most {args.learning_rate:g}"
         few = f"only {counted(steps, 'optimizer step')} ({how}) at {rate}"
         logger.info(f"  {few}: little is learned. {more}, or raise the rate")

@@ -115,6 +115,15 @@ def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, m
     assert ran[3:] == ["select.py", "select.py", "train.py", "eval.py"]
 
 
+@pytest.mark.parametrize("flag", ["--train_dataset=law", "--base_model_path=m"])
+def test_the_folder_of_another_task_or_model_is_refused(flag, tmp_path):
+    write_json(tmp_path / "stages.json", {"out": ["train.py", flag, "method=full"]})
+    name, _, value = flag.removeprefix("--").partition("=")
+    Stages(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=rf"cannot use .*: its stages have {flag}\. Give another --output_dir"):
+        Stages(tmp_path, **{name: "other"})
+
+
 @pytest.mark.parametrize("script, code", [("exit(2)", 2), ("import os; os.abort()", 128 + signal.SIGABRT)])
 def test_a_stage_that_fails_stops_the_pipeline_with_its_code(script, code, tmp_path):
     (tmp_path / "tool.py").write_text(script)
@@ -273,12 +282,25 @@ def test_a_key_may_have_dashes_and_a_flag_may_not_be_misspelled(capsys):
     keys = ["learning_rate=1e-3", "full:lr=2e-3", "top_p=0.1", "use_cache=true", "hub_token=x", "eval_steps=5"]
     found = pipeline.parse_args([*flags, *(f"--{key}" for key in keys), "--max_new_tokens=5"])
     assert found == pipeline.parse_args([*flags, *keys, "max_new_tokens=5"]) and found.overrides == keys
+    words = [
+        "--learning-rate",
+        "1e-3",
+        "--save_opt_states",
+        "--full:lr",
+        "2e-3",
+        "--save-steps=5",
+        "--max_new_tokens",
+        "5",
+        "--append_end",
+    ]
+    keys = ["learning_rate=1e-3", "save_opt_states=true", "full:lr=2e-3", "save_steps=5", "append_end=true"]
+    assert pipeline.parse_args([*flags, *words]) == pipeline.parse_args([*flags, *keys, "max_new_tokens=5"])
     for word, told in {"--methds=full": "'--methods'", "--sedd=1": "'--seed'", "--xyzzy=1": "--xyzzy"}.items():
         with pytest.raises(SystemExit):
             pipeline.parse_args([*flags, word])
         assert f"unrecognized arguments: {word.partition('=')[0]}" in (error := capsys.readouterr().err)
         assert told in error
-    for word in ("--learning_rat=1", "--full:learning_rat=1"):
+    for word in ("--learning_rat=1", "--full:learning_rat=1", "--learning-rat=1"):
         with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
             pipeline.plan_training(pipeline.parse_args([*flags, word]), ["full"])
 

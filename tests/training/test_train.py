@@ -63,7 +63,7 @@ def test_few_steps_are_told(start, capsys, monkeypatch):
     start("short", max_steps=-1, epochs=1, warmup_steps=0)
     out = capsys.readouterr().out
     assert re.search(r"only \d optimizer steps? \(\d+ packs?, \d+ per step, 1 epochs\) at a learning rate of", out)
-    assert "Raise epochs, lower batch_size" in out and "warmup" not in out
+    assert "Raise epochs, lower seq_length or batch_size" in out and "warmup" not in out
     start("asked", max_steps=3, warmup_steps=3)
     out = capsys.readouterr().out
     assert "only 3 optimizer steps (max_steps=3)" in out and "the warmup takes the whole run" in out
