@@ -234,6 +234,8 @@ def _load(function, path: str | Path, **kwargs):
     except Exception as error:  # a damaged folder makes transformers and its libraries raise almost anything
         told = " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
         reason = f"{type(error).__name__}: {told}"
+        if isinstance(error, OSError) and not Path(path).exists():
+            reason = f"no such folder, and it could not be read from the hub or its cache ({reason})"
         if "trust_remote_code" in str(error):
             reason = "the code in its folder is never run. Give a model that transformers has a class for."
         raise ValueError(f"cannot load model {path!r}: {reason}") from error

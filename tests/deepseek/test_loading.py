@@ -47,6 +47,8 @@ def test_an_empty_model_has_the_shapes_of_the_whole(tiny_model_dir):
 def test_a_folder_without_a_model_is_refused(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"cannot load model 'nobody/missing': no such folder, and it could not"):
+        load("nobody/missing")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
