@@ -120,7 +120,8 @@ def eval_datasets(args: argparse.Namespace) -> list[str]:
     folder = ROOT / "datasets" / "eval"
     names = [name for name in (Path(args.train_dataset).stem, "general") if (folder / f"{name}.jsonl").is_file()]
     if len(names) < 2:
-        note(f"evaluated on {' and '.join(names) or 'nothing'} by default; --eval_dataset names other data sets")
+        asked = f"evaluated on {' and '.join(names) or 'nothing'}"
+        note(f"no questions go with {args.train_dataset}: {asked}. --eval_dataset=FILE names some")
     return names
 
 
