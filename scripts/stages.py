@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import itertools
 import os
 import shlex
 import sys
@@ -64,13 +63,15 @@ class Stages:
     """
 
     def __init__(self, folder: Path, lock: int | None = None, **owners: str):
-        """Raise ValueError if a finished stage has other values of the flags `owners`: their data would be mixed."""
+        """Raise ValueError if a finished training has other values of the flags `owners`: their data would be mixed."""
         self.note, self.lock = folder / "stages.json", lock
         self.done: dict[str, list[str]] = read_json(self.note) if self.note.is_file() else {}
-        for word in itertools.chain.from_iterable(self.done.values()):
-            name, _, value = word.removeprefix("--").partition("=")
-            if value != owners.get(name, value):
-                raise ValueError(f"cannot use {folder}: its stages have --{name}={value}. Give another --output_dir.")
+        for words in self.done.values():
+            given = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+            for name, value in owners.items() if "train_dataset" in given else ():
+                if given[name] != value:
+                    had = f"--{name}={given[name]}"
+                    raise ValueError(f"cannot use {folder}: its stages have {had}. Give another --output_dir.")
 
     def run(self, output: Path, script: str, *, processes: int = 1, keys: tuple = (), **flags: object) -> None:
         """Run `python script --flag=value ... key=value ...`, unless this very command has made `output` already."""

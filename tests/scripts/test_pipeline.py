@@ -115,13 +115,16 @@ def test_what_was_made_of_an_output_is_stale_when_that_is_made_again(tmp_path, m
     assert ran[3:] == ["select.py", "select.py", "train.py", "eval.py"]
 
 
-@pytest.mark.parametrize("flag", ["--train_dataset=law", "--base_model_path=m"])
-def test_the_folder_of_another_task_or_model_is_refused(flag, tmp_path):
-    write_json(tmp_path / "stages.json", {"out": ["train.py", flag, "method=full"]})
-    name, _, value = flag.removeprefix("--").partition("=")
-    Stages(tmp_path, **{name: value})
-    with pytest.raises(ValueError, match=rf"cannot use .*: its stages have {flag}\. Give another --output_dir"):
-        Stages(tmp_path, **{name: "other"})
+@pytest.mark.parametrize("name", ["train_dataset", "base_model_path"])
+def test_the_folder_of_another_task_or_model_is_refused(name, tmp_path):
+    owners = {"train_dataset": "law", "base_model_path": "m"}
+    trained = ["train.py", "--base_model_path=m", "--train_dataset=law", "method=full"]
+    asked = ["eval_multigpu.py", f"--base_model_path={tmp_path}/checkpoints/full", "--eval_dataset=general"]
+    write_json(tmp_path / "stages.json", {"a": trained, "b": asked})
+    Stages(tmp_path, **owners)
+    message = rf"cannot use .*: its stages have --{name}={owners[name]}\. Give another --output_dir"
+    with pytest.raises(ValueError, match=message):
+        Stages(tmp_path, **owners | {name: "other"})
 
 
 @pytest.mark.parametrize("script, code", [("exit(2)", 2), ("import os; os.abort()", 128 + signal.SIGABRT)])
