@@ -230,7 +230,8 @@ class SelectedExperts(nn.Module):
 
     Creating one moves these experts to the first rows. The buffer `order_e` maps a row to its expert's place in
     `local_ids`, and `row_of_e` maps back. `experts` may map an id to the step since which the expert is trained. Older
-    ones come first."""
+    ones come first.
+    """
 
     rank: int | None = None  # of the change, if that is trained instead of the experts themselves
 

@@ -195,7 +195,7 @@ class ESFTTrainer(SavingTrainer):
         moved = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
         return {**inputs, **{key: value.to(self.args.device, non_blocking=True) for key, value in moved.items()}}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, num_items_in_batch):
         """Return the summed loss / `num_items_in_batch`, and penalties, times the processes that are averaged over."""
         with self._watched(inputs):
             loss = self._loss_sum(model, inputs, self.args.label_smoothing_factor)
